@@ -1,0 +1,134 @@
+# Builds ./train and everything around it. Two commands do everything, dependencies included:
+#   make demo    draws a data set, trains on it for about three minutes, shows what the model learned
+#   make test    the whole test suite
+# Options: SANITIZE=1 (ASan + UBSan, its own build folder), CC=....
+
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+PYTHON ?= /usr/bin/python3
+BUILD := build$(if $(SANITIZE),-sanitize)
+
+# ---- probes: compile and link, never ask the package manager ----
+probe = $(shell printf '%s\n' $(1) > /tmp/tessera-probe-$$$$.c && $(CC) -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c $(2) >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c)
+
+ifeq ($(filter deps clean format help,$(MAKECMDGOALS)),)
+HAVE_OPENBLAS := $(call probe,'#include <cblas.h>' 'int main(void) { return cblas_sasum(0, 0, 1) != 0; }',-lopenblas)
+HAVE_CJSON := $(call probe,'#include <cjson/cJSON.h>' 'int main(void) { return !cJSON_Version(); }',-lcjson)
+HAVE_PCRE2 := $(call probe,'#define PCRE2_CODE_UNIT_WIDTH 8' '#include <pcre2.h>' 'int main(void) { return pcre2_config(PCRE2_CONFIG_JIT, 0) < 0; }',-lpcre2-8)
+HAVE_STB := $(call probe,'#include <stb/stb_image.h>' '#include <stb/stb_image_write.h>' 'int main(void) { return 0; }',-lm)
+HAVE_OPENMP := $(call probe,'#include <omp.h>' 'int main(void) { return omp_get_max_threads() < 1; }',-fopenmp)
+HAVE_CMOCKA := $(call probe,'#include <stdarg.h>' '#include <stddef.h>' '#include <setjmp.h>' '#include <stdint.h>' '#include <cmocka.h>' 'int main(void) { return 0; }',-lcmocka)
+endif
+
+# ---- flags ----
+WARN := -Wall -Wextra -Werror
+BASE := -std=gnu11 -D_GNU_SOURCE -I. -MMD -MP -g -fopenmp
+OPT := -O2
+# NaN and infinity must be seen, so no -ffast-math.
+KERNEL_OPT := -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math
+ifdef SANITIZE
+SAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+OPT := -O1
+KERNEL_OPT := -O1 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math
+endif
+CFLAGS_ALL := $(BASE) $(WARN) $(SAN) $(CFLAGS)
+LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
+
+# ---- sources ----
+ENGINE := $(wildcard base/*.c data/*.c model/*.c trainer/*.c kernels/*.c)
+KERNELS := $(wildcard kernels/cpu/*.c)
+TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+OBJ := $(ENGINE:%.c=$(BUILD)/%.o) $(KERNELS:%.c=$(BUILD)/%.o)
+# The same engine in double precision, for central differences.
+OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
+REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE
+TEST_HELPERS := $(filter-out $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c),$(wildcard tests/*.c))
+F64_TESTS := test_ops_a test_ops_b test_ops_update test_model
+TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
+TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
+
+.PHONY: all demo demo-emoji test test-long check-asan bench tests deps format lint clean help probes
+all: train
+
+ifndef SANITIZE
+train: $(BUILD)/train
+	@cp -f $< $@
+else
+train: $(BUILD)/train
+endif
+
+probes:
+	@printf 'openblas %s, cjson %s, pcre2 %s, stb %s, openmp %s, cmocka %s (tests only)\n' "$(or $(HAVE_OPENBLAS),NO)" "$(or $(HAVE_CJSON),NO)" "$(or $(HAVE_PCRE2),NO)" "$(or $(HAVE_STB),NO)" "$(or $(HAVE_OPENMP),NO)" "$(or $(HAVE_CMOCKA),NO)"
+	@test -n "$(HAVE_OPENBLAS)" -a -n "$(HAVE_CJSON)" -a -n "$(HAVE_PCRE2)" -a -n "$(HAVE_STB)" -a -n "$(HAVE_OPENMP)" || { \
+	  echo "error: a library is missing (NO above); 'make deps' installs all of them"; exit 2; }
+
+$(BUILD)/train: $(BUILD)/train.o $(OBJ) | probes
+	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS)
+
+# ---- objects ----
+$(BUILD)/kernels/cpu/%.o: kernels/cpu/%.c | probes
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) $(KERNEL_OPT) -c -o $@ $<
+$(BUILD)/f64/kernels/cpu/%.o: kernels/cpu/%.c | probes
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) $(KERNEL_OPT) $(REAL64) -c -o $@ $<
+$(BUILD)/f64/%.o: %.c | probes
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) $(OPT) $(REAL64) -c -o $@ $<
+$(BUILD)/%.o: %.c | probes
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) $(OPT) -c -o $@ $<
+
+# ---- tests ----
+$(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) $(OBJ64)
+	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
+$(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
+	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
+.SECONDARY:
+
+tests: train $(TEST_BINS) $(TOOLS)
+
+test: deps-test
+	@$(MAKE) --no-print-directory tests
+	@tests/run.sh $(BUILD)
+
+test-long: deps-test
+	@$(MAKE) --no-print-directory tests
+	@tests/run_long.sh $(BUILD)
+
+# Everything but training runs under ASan and UBSan.
+check-asan: deps-test
+	@$(MAKE) --no-print-directory SANITIZE=1 tests
+	@tests/run.sh build-sanitize --sanitized
+
+bench: deps-test
+	@$(MAKE) --no-print-directory tests
+	@tests/bench.sh $(BUILD)
+
+# ---- demos ----
+demo: deps-demo
+	@$(MAKE) --no-print-directory train
+	@scripts/demo.sh shapes
+
+demo-emoji: deps-emoji
+	@$(MAKE) --no-print-directory train
+	@scripts/demo.sh emoji
+
+deps: deps-test deps-emoji
+deps-%:
+	@scripts/deps.sh $*
+
+# ---- upkeep ----
+FORMATTED := $(wildcard train.c base/*.[ch] data/*.[ch] model/*.[ch] trainer/*.[ch] kernels/*.[ch] kernels/cpu/*.[ch] tests/*.[ch])
+format:
+	clang-format -i $(FORMATTED)
+lint: | probes
+	clang-format --dry-run -Werror $(FORMATTED)
+	clang-tidy --quiet $(filter %.c,$(filter-out data/stb.c tests/%,$(FORMATTED))) -- -std=gnu11 -D_GNU_SOURCE -I. -fopenmp
+clean:
+	rm -rf build build-sanitize train
+help:
+	@sed -n '1,6p' Makefile | sed 's/^# //'
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

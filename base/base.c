@@ -1,0 +1,158 @@
+#include "base/base.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+static void (*before_log_line)(void);
+
+int error_set(Error *err, const char *hint, const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  vsnprintf(err->text, sizeof err->text, fmt, ap);
+  va_end(ap);
+  snprintf(err->hint, sizeof err->hint, "%s", hint ? hint : "");
+  return -1;
+}
+
+int error_prefix(Error *err, const char *fmt, ...) {
+  char prefix[256], text[sizeof err->text];
+  va_list ap;
+  va_start(ap, fmt);
+  vsnprintf(prefix, sizeof prefix, fmt, ap);
+  va_end(ap);
+  snprintf(text, sizeof text, "%s", err->text);
+  snprintf(err->text, sizeof err->text, "%s: %.500s", prefix, text);
+  return -1;
+}
+
+void fatal(const Error *err) {
+  if (before_log_line) before_log_line();
+  fprintf(stderr, "error: %s\n", err->text);
+  if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
+  exit(2);
+}
+
+static void log_line(const char *prefix, const char *fmt, va_list ap) {
+  if (before_log_line) before_log_line();
+  flockfile(stderr);
+  fputs(prefix, stderr);
+  vfprintf(stderr, fmt, ap);
+  fputc('\n', stderr);
+  funlockfile(stderr);
+}
+
+void panic(const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  log_line("error: ", fmt, ap);
+  va_end(ap);
+  exit(1);
+}
+
+void log_info(const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  log_line("", fmt, ap);
+  va_end(ap);
+}
+
+void log_warn(const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  log_line("warning: ", fmt, ap);
+  va_end(ap);
+}
+
+void log_set_hook(void (*before_line)(void)) {
+  before_log_line = before_line;
+}
+
+static void *check_alloc(void *p, size_t bytes) {
+  if (!p && bytes) panic("out of memory: %zu bytes of host memory", bytes);
+  return p;
+}
+
+void *xmalloc(size_t bytes) {
+  return check_alloc(malloc(bytes ? bytes : 1), bytes);
+}
+
+void *xcalloc(size_t count, size_t bytes) {
+  return check_alloc(calloc(count ? count : 1, bytes ? bytes : 1), count * bytes);
+}
+
+void *xrealloc(void *p, size_t bytes) {
+  return check_alloc(realloc(p, bytes ? bytes : 1), bytes);
+}
+
+char *xstrdup(const char *s) {
+  size_t n = strlen(s) + 1;
+  return memcpy(xmalloc(n), s, n);
+}
+
+char *xasprintf(const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  char *s = NULL;
+  if (vasprintf(&s, fmt, ap) < 0) panic("out of memory formatting a string");
+  va_end(ap);
+  return s;
+}
+
+double time_now(void) {
+  struct timespec ts;
+  clock_gettime(CLOCK_MONOTONIC, &ts);
+  return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+}
+
+char *file_read(const char *path, size_t max_bytes, size_t *bytes, Error *err) {
+  struct stat st;
+  if (stat(path, &st) != 0) {
+    error_set(err, "check the path", "cannot open %s: %s", path, strerror(errno));
+    return NULL;
+  }
+  if (!S_ISREG(st.st_mode)) {
+    error_set(err, "a regular file is expected", "%s is not a file", path);
+    return NULL;
+  }
+  if ((uint64_t)st.st_size > max_bytes) {
+    error_set(err, NULL, "%s is %lld bytes, more than the %zu allowed here", path, (long long)st.st_size, max_bytes);
+    return NULL;
+  }
+  FILE *f = fopen(path, "rb");
+  if (!f) {
+    error_set(err, "check its permissions", "cannot open %s: %s", path, strerror(errno));
+    return NULL;
+  }
+  char *text = xmalloc((size_t)st.st_size + 1);
+  size_t n = fread(text, 1, (size_t)st.st_size, f);
+  int bad = ferror(f);
+  fclose(f);
+  if (bad || n != (size_t)st.st_size) {
+    free(text);
+    error_set(err, NULL, "cannot read %s: it ended after %zu of %lld bytes", path, n, (long long)st.st_size);
+    return NULL;
+  }
+  text[n] = 0;
+  if (bytes) *bytes = n;
+  return text;
+}
+
+int folder_make(const char *path, Error *err) {
+  char part[4096];
+  if ((size_t)snprintf(part, sizeof part, "%s", path) >= sizeof part)
+    return error_set(err, NULL, "path too long: %.100s...", path);
+  for (char *p = part + 1;; p++) {
+    if (*p != '/' && *p != 0) continue;
+    char end = *p;
+    *p = 0;
+    if (mkdir(part, 0777) != 0 && errno != EEXIST)
+      return error_set(err, "choose a folder that can be written with --run-dir", "cannot create folder %s: %s", part,
+                       strerror(errno));
+    if (!end) return 0;
+    *p = end;
+  }
+}

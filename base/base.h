@@ -1,0 +1,53 @@
+// Errors, log, memory, time: what every part of the engine leans on.
+#ifndef TESSERA_BASE_H
+#define TESSERA_BASE_H
+
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+// An error on its way to the user: what happened and where, and what to do about it.
+typedef struct Error {
+  char text[768];
+  char hint[384];
+} Error;
+
+// Fills *err (hint may be NULL) and returns -1, so that callers can write `return error_set(...)`.
+int error_set(Error *err, const char *hint, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+// Puts "prefix: " before the text of an error on its way up; returns -1.
+int error_prefix(Error *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
+// Prints the error with its hint and leaves with exit code 2: the way every start-up error ends.
+_Noreturn void fatal(const Error *err);
+// The same for an error inside a step or an inconsistency of the program itself; exit code 1.
+_Noreturn void panic(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+// One line to standard error, above the progress bar when one is drawn.
+void log_info(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+void log_warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+// Sets a hook called before a log line is printed (the progress bar erases itself); NULL for none.
+void log_set_hook(void (*before_line)(void));
+
+// Allocation that cannot fail: out of memory ends the process with a message naming the size. Free with free().
+void *xmalloc(size_t bytes);
+void *xcalloc(size_t count, size_t bytes);
+void *xrealloc(void *p, size_t bytes);
+char *xstrdup(const char *s);
+char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+// Monotonic seconds.
+double time_now(void);
+
+// Whole file into memory, a NUL appended (not counted in *bytes). NULL with *err set on failure, or when the file
+// is larger than max_bytes.
+char *file_read(const char *path, size_t max_bytes, size_t *bytes, Error *err);
+// Creates a folder and its parents; 0, or -1 with *err set.
+int folder_make(const char *path, Error *err);
+
+static inline int64_t min_i64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+static inline int64_t max_i64(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+#endif

@@ -1,0 +1,149 @@
+// Whole-slab ops: copies, and what happens to parameters once a step.
+#include "kernels/cpu/cpu.h"
+
+// What one loop iteration covers. Fixed, so that sums do not depend on the number of threads.
+enum { BLOCK = 16384, COPY_BLOCK = 1 << 18 };
+
+static int64_t block_length(int64_t count, int64_t at, int64_t block) {
+  return count - at < block ? count - at : block;
+}
+
+void cpu_COPY(const KernelCall *c) {
+  const char *src = c->in[0];
+  char *dst = c->out[0];
+  int64_t bytes = c->args->span.count;
+#pragma omp parallel for schedule(static) if (bytes > COPY_BLOCK)
+  for (int64_t at = 0; at < bytes; at += COPY_BLOCK)
+    memcpy(dst + at, src + at, (size_t)block_length(bytes, at, COPY_BLOCK));
+}
+
+void cpu_ZERO(const KernelCall *c) {
+  char *dst = c->out[0];
+  int64_t bytes = c->args->span.count;
+#pragma omp parallel for schedule(static) if (bytes > COPY_BLOCK)
+  for (int64_t at = 0; at < bytes; at += COPY_BLOCK) memset(dst + at, 0, (size_t)block_length(bytes, at, COPY_BLOCK));
+}
+
+void cpu_ADD(const KernelCall *c) {
+  const real *src = c->in[0];
+  real *dst = c->out[0];
+  int64_t count = c->args->span.count;
+  int accumulate = c->args->span.accumulate;
+#pragma omp parallel for schedule(static) if (count > BLOCK)
+  for (int64_t at = 0; at < count; at += BLOCK) {
+    int64_t end = at + block_length(count, at, BLOCK);
+    if (accumulate)
+      for (int64_t i = at; i < end; i++) dst[i] += src[i];
+    else
+      memcpy(dst + at, src + at, (size_t)(end - at) * sizeof *dst);
+  }
+}
+
+static double sum_of_squares(const real *x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+  return sum;
+}
+
+// partial[p] = sum of squares of parameter p. Blocks of all parameters are gathered into rounds, each one parallel
+// loop.
+static void square_sums(const real *grads, const ParamSpan *spans, int n, double *partial) {
+  enum { ROUND = 512 };
+  struct {
+    const real *x;
+    int64_t count;
+    int param;
+    double sum;
+  } block[ROUND];
+  int param = 0, filled = 0;
+  int64_t at = 0;
+  for (int p = 0; p < n; p++) partial[p] = 0;
+  while (param < n) {
+    for (filled = 0; param < n && filled < ROUND;) {
+      int64_t left = spans[param].count - at;
+      if (left > 0) {
+        block[filled].x = grads + spans[param].offset + at;
+        block[filled].count = left < BLOCK ? left : BLOCK;
+        block[filled++].param = param;
+        at += BLOCK;
+      }
+      if (left <= BLOCK) {
+        param++;
+        at = 0;
+      }
+    }
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int i = 0; i < filled; i++) block[i].sum = sum_of_squares(block[i].x, block[i].count);
+    for (int i = 0; i < filled; i++) partial[block[i].param] += block[i].sum;
+  }
+}
+
+void cpu_GRAD_NORM(const KernelCall *c) {
+  const real *grads = c->in[0];
+  const Metrics *metrics = c->in[1];
+  const StepScalars *scalars = c->in[2];
+  UpdateStatus *status = c->out[0];
+  double *partial = c->out[1]; // [n_params]
+  int n = c->args->params.n, bad = -1;
+  square_sums(grads, c->args->params.spans, n, partial);
+  double total = 0, loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z;
+  for (int p = 0; p < n; p++) {
+    total += partial[p];
+    if (bad < 0 && !isfinite(partial[p])) bad = p;
+  }
+  if (bad < 0 && !isfinite(loss)) bad = n;
+  double norm = sqrt(total);
+  int clipped = scalars->clip > 0 && norm > scalars->clip;
+  *status = (UpdateStatus){.norm = norm, .scale = clipped ? scalars->clip / norm : 1, .skip = bad >= 0, .bad = bad};
+}
+
+void cpu_ADAMW(const KernelCall *c) {
+  const real *grads = c->in[0];
+  const UpdateStatus *status = c->in[1];
+  const StepScalars *s = c->in[2];
+  real *weights = c->out[0], *ms = c->out[1], *vs = c->out[2];
+  if (status->skip) return;
+  real beta1 = (real)s->beta1, beta2 = (real)s->beta2, rest1 = (real)(1 - s->beta1), rest2 = (real)(1 - s->beta2);
+  real step = (real)(s->lr / s->bias1), unbias2 = (real)(1 / s->bias2), eps = (real)s->eps, scale = (real)status->scale;
+#pragma omp parallel
+  for (int p = 0; p < c->args->params.n; p++) {
+    ParamSpan span = c->args->params.spans[p];
+    real shrink = span.decay ? (real)(s->lr * s->weight_decay) : 0;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t at = 0; at < span.count; at += BLOCK) {
+      int64_t first = span.offset + at, n = block_length(span.count, at, BLOCK);
+      const real *grad = grads + first;
+      real *w = weights + first, *m = ms + first, *v = vs + first;
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++) {
+        real g = scale * grad[i];
+        real mi = beta1 * m[i] + rest1 * g, vi = beta2 * v[i] + rest2 * g * g;
+        m[i] = mi;
+        v[i] = vi;
+        w[i] -= step * mi / (real_sqrt(vi * unbias2) + eps) + shrink * w[i];
+      }
+    }
+  }
+}
+
+void cpu_EMA(const KernelCall *c) {
+  const real *weights = c->in[0];
+  const UpdateStatus *status = c->in[1];
+  const StepScalars *scalars = c->in[2];
+  real *emas = c->out[0];
+  if (status->skip) return;
+  real rate = (real)(1 - scalars->ema_decay);
+#pragma omp parallel
+  for (int p = 0; p < c->args->params.n; p++) {
+    ParamSpan span = c->args->params.spans[p];
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t at = 0; at < span.count; at += BLOCK) {
+      int64_t n = block_length(span.count, at, BLOCK);
+      const real *w = weights + span.offset + at;
+      real *ema = emas + span.offset + at;
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++) ema[i] += rate * (w[i] - ema[i]);
+    }
+  }
+}
