@@ -1,0 +1,68 @@
+// The parameter table: every weight once, with name, shape, initialisation and weight decay. Allocation,
+// initialisation, optimiser, checkpoint and dump are loops over it.
+#ifndef TESSERA_PARAMS_H
+#define TESSERA_PARAMS_H
+
+#include "kernels/kernels.h"
+#include "model/config.h"
+
+typedef enum ParamInit { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_TRUNCATED, INIT_TEXT_GATES } ParamInit;
+
+typedef struct Param {
+  char name[56];
+  int rank;
+  int64_t shape[3];
+  int64_t count;  // elements
+  int64_t offset; // elements into every slab (weights, gradients, moments, EMA)
+  ParamInit init;
+  double std;
+  int decay; // weight decay applies
+} Param;
+
+// Indices into the table; -1 where the model has no such parameter. [m]: by modality; where projections are shared
+// [IMAGE] is -1.
+typedef struct LayerParams {
+  int qkv[MODALITIES];     // [(H+2G)D, C]
+  int out[MODALITIES];     // [C, HD]
+  int q_norm, k_norm;      // [2, D]
+  int router[MODALITIES];  // [E, C]
+  int w1[MODALITIES];      // [E, 2F, C], rows 2f gate, 2f+1 up
+  int w2[MODALITIES];      // [E, C, F]
+  int shared1[MODALITIES]; // [2S, C]
+  int shared2[MODALITIES]; // [C, S]
+} LayerParams;
+
+typedef struct ParamTable {
+  Param *of;
+  int n;
+  int64_t total;                            // elements of a slab, padding included
+  int64_t parameters;                       // without padding
+  int embed, head;                          // [V, C]; head -1 when tied
+  int patch_down;                           // [B, P], -1 without a bottleneck
+  int patch_in, patch_in_bias;              // [C, B or P], [C]
+  int image_head, image_head_bias;          // [P, C], [P]
+  int time1, time1_bias, time2, time2_bias; // [Z, 256], [Z], [Z, Z], [Z]
+  int cond_pool;                            // [Z, C]
+  int cond_kind;                            // [2, Z]
+  int mod_base;                             // S [2, M]
+  int mod_weight;                           // U [M, Z]
+  LayerParams *layer;                       // [L]
+  ParamSpan *spans;                         // [n], for the update ops
+} ParamTable;
+
+// Sizes of the model at `slots` token slots with `segments` modulation rows.
+Dims dims_from_config(const Config *c, int slots, int segments);
+
+ParamTable params_build(const Config *c);
+void params_free(ParamTable *t);
+
+// Fills a slab of fp32 or fp64 elements (bytes per element given) with initial values: Philox, key = seed, document =
+// index of the parameter, so a parameter's values do not depend on the others'. Padding is zero.
+void params_init(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab);
+// The same with every parameter random, N(0, scale / sqrt(fan_in)) for matrices and about 1 or 0 +- 0.3 elsewhere: for
+// tests of gradients, since at initialisation almost every gradient is zero.
+void params_randomize(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab);
+
+// Parameters a token of the modality multiplies with: attention projections + 3C(kF+S) per layer + input + output.
+int64_t params_active(const Config *c, int modality);
+#endif
