@@ -1,0 +1,219 @@
+#include "data/image.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define STBI_NO_STDIO
+#include <stb/stb_image.h>
+#if __has_include(<stb/stb_image_resize2.h>)
+#include <stb/stb_image_resize2.h>
+#define RESIZE_2 1
+#else
+#include <stb/stb_image_resize.h>
+#define RESIZE_2 0
+#endif
+#define STBI_WRITE_NO_STDIO
+#include <stb/stb_image_write.h>
+
+#define FORMAT_HINT "images are JPEG or PNG files; convert others first"
+
+// Whether no Huffman table of a JPEG file names more than the 256 symbols there can be: stb_image before 2.28 writes
+// past its tables then. Every place where a table may begin is looked at, whatever the segments around it claim.
+static bool jpeg_tables_fit(const uint8_t *bytes, size_t n) {
+  if (bytes[0] != 0xFF) return true; // not a JPEG
+  const uint8_t *end = bytes + n;
+  for (const uint8_t *p = bytes; (p = memchr(p, 0xFF, (size_t)(end - p)));) {
+    p++;
+    if (end - p < 3 || *p != 0xC4) continue;
+    int64_t left = (p[1] << 8 | p[2]) - 2;
+    for (const uint8_t *table = p + 3; left > 0 && table < end && table[0] >> 4 <= 1 && (table[0] & 15) <= 3;) {
+      int64_t symbols = 0; // table: its number, how many codes there are of 1..16 bits, their symbols
+      for (int i = 1; i <= 16 && i < end - table; i++) symbols += table[i];
+      if (symbols > 256) return false;
+      if (end - table <= 17 + symbols) break;
+      table += 17 + symbols;
+      left -= 17 + symbols;
+    }
+  }
+  return true;
+}
+
+// The size a PNG claims, for the images so large that stb refuses to say; 0, or -1 when it is not so.
+static int png_huge_size(const uint8_t *bytes, size_t n, int *width, int *height) {
+  if (n < 24 || memcmp(bytes, "\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", 16) != 0) return -1;
+  uint32_t side[2];
+  for (int i = 0; i < 2; i++) {
+    const uint8_t *p = bytes + 16 + 4 * i;
+    side[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+    if (side[i] > INT_MAX) return -1;
+  }
+  *width = (int)side[0];
+  *height = (int)side[1];
+  return (int64_t)*width * *height > IMAGE_MAX_PIXELS ? 0 : -1;
+}
+
+int image_info(const uint8_t *bytes, size_t n, int *width, int *height, Error *err) {
+  int channels;
+  *width = *height = 0;
+  if (n == 0) return error_set(err, FORMAT_HINT, "the image is empty");
+  if (!jpeg_tables_fit(bytes, n)) return error_set(err, FORMAT_HINT, "the JPEG has a Huffman table that is too long");
+  int length = (int)min_i64((int64_t)n, INT_MAX); // a header lies at the beginning
+  if (stbi_info_from_memory(bytes, length, width, height, &channels) && *width > 0 && *height > 0) return 0;
+  if (png_huge_size(bytes, n, width, height) == 0) return 0;
+  return error_set(err, FORMAT_HINT, "no JPEG or PNG header in the first %zu bytes", n);
+}
+
+int image_check_pixels(int width, int height, int64_t max_pixels, Error *err) {
+  if ((int64_t)width * height <= max_pixels) return 0;
+  return error_set(err, "make it smaller first", "the image has %d x %d pixels, more than the %lld allowed", width,
+                   height, (long long)max_pixels);
+}
+
+int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out, Error *err) {
+  *out = (Image){0};
+  int width, height, channels;
+  if (n > INT_MAX) return error_set(err, FORMAT_HINT, "the image file has %zu bytes, more than 2 GiB", n);
+  if (image_info(bytes, n, &width, &height, err) != 0) return -1;
+  if (image_check_pixels(width, height, max_pixels, err) != 0) return -1;
+  // Four channels always: a palette or a colour key can carry transparency that the header does not tell.
+  uint8_t *rgba = stbi_load_from_memory(bytes, (int)n, &width, &height, &channels, 4);
+  if (!rgba) return error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
+  size_t pixels = (size_t)width * (size_t)height;
+  for (size_t i = 0; i < pixels; i++) { // in place, [pixels, 4] -> [pixels, 3]: writes never pass reads
+    unsigned a = rgba[4 * i + 3];
+    for (size_t c = 0; c < 3; c++) rgba[3 * i + c] = (uint8_t)((rgba[4 * i + c] * a + 255 * (255 - a) + 127) / 255);
+  }
+  out->width = width;
+  out->height = height;
+  out->rgb = xrealloc(rgba, 3 * pixels);
+  return 0;
+}
+
+void image_free(Image *image) {
+  free(image->rgb);
+  *image = (Image){0};
+}
+
+ImageGrid image_fit_grid(const ImageFit *fit, int width, int height) {
+  int side = fit->size / fit->patch;
+  if (fit->mode == IMAGE_SQUARE) return (ImageGrid){side, side};
+  int max_tokens = fit->max_tokens > 0 ? fit->max_tokens : side * side;
+  double scale = (double)side / (width < height ? width : height); // pixels to patches
+  double fitting = sqrt((double)max_tokens / ((double)width * height));
+  if (scale > fitting) scale = fitting;
+  ImageGrid grid = {
+      .rows = (int)fmin(fmax(floor(height * scale + 0.5), 1), max_tokens),
+      .columns = (int)fmin(fmax(floor(width * scale + 0.5), 1), max_tokens),
+  };
+  while ((int64_t)grid.rows * grid.columns > max_tokens) { // rounding went up: shorten the longer side
+    bool rows = grid.rows != grid.columns ? grid.rows > grid.columns : height < width;
+    if (rows)
+      grid.rows--;
+    else
+      grid.columns--;
+  }
+  return grid;
+}
+
+int image_fit(const Image *src, const ImageFit *fit, bool flip, Image *out, Error *err) {
+  ImageGrid grid = image_fit_grid(fit, src->width, src->height);
+  int width = grid.columns * fit->patch, height = grid.rows * fit->patch;
+  // Cropping before resizing gives what resizing before cropping gives, to within a source pixel, for less work.
+  int crop_width = src->width, crop_height = src->height;
+  if ((int64_t)src->width * height > (int64_t)src->height * width)
+    crop_width = (int)max_i64(1, ((int64_t)src->height * width + height / 2) / height);
+  else
+    crop_height = (int)max_i64(1, ((int64_t)src->width * height + width / 2) / width);
+  int left = (src->width - crop_width) / 2, top = (src->height - crop_height) / 2;
+  int stride = 3 * src->width;
+  const uint8_t *crop = src->rgb + (size_t)top * (size_t)stride + 3 * (size_t)left; // [crop_height, crop_width, 3]
+
+  *out = (Image){.width = width, .height = height, .rgb = xmalloc(3 * (size_t)width * (size_t)height)};
+  if (crop_width == width && crop_height == height) { // resampling at scale 1 would blur
+    for (int y = 0; y < height; y++)
+      memcpy(out->rgb + (size_t)y * 3 * (size_t)width, crop + (size_t)y * (size_t)stride, 3 * (size_t)width);
+  } else {
+#if RESIZE_2
+    int done = stbir_resize_uint8_linear(crop, crop_width, crop_height, stride, out->rgb, width, height, 3 * width,
+                                         STBIR_RGB) != NULL;
+#else
+    int done = stbir_resize_uint8(crop, crop_width, crop_height, stride, out->rgb, width, height, 3 * width, 3);
+#endif
+    if (!done) {
+      image_free(out);
+      return error_set(err, NULL, "cannot resize an image of %d x %d pixels to %d x %d", crop_width, crop_height, width,
+                       height);
+    }
+  }
+  if (!flip) return 0;
+  for (int y = 0; y < height; y++) {
+    uint8_t *row = out->rgb + (size_t)y * 3 * (size_t)width; // [width, 3]
+    for (int a = 0, b = width - 1; a < b; a++, b--)
+      for (int c = 0; c < 3; c++) {
+        uint8_t swapped = row[3 * a + c];
+        row[3 * a + c] = row[3 * b + c];
+        row[3 * b + c] = swapped;
+      }
+  }
+  return 0;
+}
+
+void image_to_patches(const Image *image, int patch, uint8_t *patches) {
+  size_t run = 3 * (size_t)patch, stride = 3 * (size_t)image->width; // one row of one patch; one row of the image
+  for (int top = 0; top < image->height; top += patch)
+    for (int left = 0; left < image->width; left += patch)
+      for (int y = 0; y < patch; y++, patches += run)
+        memcpy(patches, image->rgb + (size_t)(top + y) * stride + 3 * (size_t)left, run);
+}
+
+void image_from_patches(const uint8_t *patches, int patch, Image *image) {
+  size_t run = 3 * (size_t)patch, stride = 3 * (size_t)image->width;
+  for (int top = 0; top < image->height; top += patch)
+    for (int left = 0; left < image->width; left += patch)
+      for (int y = 0; y < patch; y++, patches += run)
+        memcpy(image->rgb + (size_t)(top + y) * stride + 3 * (size_t)left, patches, run);
+}
+
+typedef struct Bytes {
+  uint8_t *at;
+  size_t n;
+} Bytes;
+
+static void bytes_append(void *context, void *data, int n) {
+  Bytes *b = context;
+  b->at = xrealloc(b->at, b->n + (size_t)n);
+  memcpy(b->at + b->n, data, (size_t)n);
+  b->n += (size_t)n;
+}
+
+uint8_t *image_encode_png(const Image *image, size_t *bytes, Error *err) {
+  Bytes png = {0};
+  if (image->width < 1 || image->height < 1 ||
+      !stbi_write_png_to_func(bytes_append, &png, image->width, image->height, 3, image->rgb, 3 * image->width)) {
+    free(png.at);
+    error_set(err, NULL, "cannot encode an image of %d x %d pixels as PNG", image->width, image->height);
+    return NULL;
+  }
+  *bytes = png.n;
+  return png.at;
+}
+
+int image_write_png(const char *path, const Image *image, Error *err) {
+  size_t n;
+  uint8_t *png = image_encode_png(image, &n, err);
+  if (!png) return error_prefix(err, "%s", path);
+  FILE *f = fopen(path, "wb");
+  if (!f) {
+    free(png);
+    return error_set(err, "check the folder and its permissions", "cannot write %s: %s", path, strerror(errno));
+  }
+  int bad = fwrite(png, 1, n, f) != n;
+  bad |= fclose(f) != 0;
+  free(png);
+  if (bad) return error_set(err, "is the disk full?", "cannot write %s: %s", path, strerror(errno));
+  return 0;
+}

@@ -1,0 +1,63 @@
+// The loader: threads that turn the stream of packs (data/stream.h) into packed micro-batches ahead of the training
+// step. Which bytes a pack holds does not depend on the number of threads.
+//
+// Packs are numbered over the whole run: step s takes packs [s K, (s + 1) K), and process r of N those congruent r mod
+// N. Every process forms every pack, from texts and image sizes, and decodes the images of its own only.
+#ifndef TESSERA_LOADER_H
+#define TESSERA_LOADER_H
+
+#include "data/stream.h"
+
+typedef struct LoaderConfig {
+  StreamConfig stream;
+  bool flip; // mirror half of the images
+  double ce_weight;
+  int packs_per_step; // K: micro-batches of a step over all processes; a multiple of `world`
+  int rank, world;    // r, N
+  int threads;        // at least 1
+  int cache_mb;       // resized pixels kept in memory
+} LoaderConfig;
+
+// A micro-batch, ready for upload: `bytes` from `block` on are what batch_bind lays out. The scales of its dims count
+// the targets and noised tokens of all packs of its step.
+typedef struct Pack {
+  Batch batch;
+  void *block;
+  size_t bytes;
+  int64_t number; // in the run
+  int documents;
+  int silent; // of these, documents whose image could not be decoded: they keep their slots, without loss
+} Pack;
+
+typedef struct LoaderStats {
+  int64_t packs, documents, silent; // handed out, and among these documents without loss
+  int64_t slots_used, slots;        // of the packs handed out
+  double waited;                    // seconds loader_next has blocked
+  StreamStats stream;               // of the documents looked ahead
+} LoaderStats;
+
+typedef struct Loader Loader;
+
+// Starts the threads. `state`: what loader_state returned, to go on exactly there, or NULL for the beginning. The
+// sources and the tokenizer must live as long as the loader. NULL with *err set when the configuration does not fit
+// together or the state does not belong to it.
+Loader *loader_open(const LoaderConfig *config, const char *state, Error *err);
+void loader_close(Loader *loader);
+
+// Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
+// or -1 with *err set. One thread calls it.
+double loader_next(Loader *loader, Pack **pack, Error *err);
+void loader_release(Loader *loader, Pack *pack);
+
+// The position after the last pack handed out, as a JSON object (malloc'd). In the middle of a step it counts as if all
+// processes were equally far. It is the same on every process and fits any number of processes and threads.
+char *loader_state(Loader *loader);
+
+LoaderStats loader_stats(Loader *loader);
+
+// Decodes an image segment of a sample, fits it and cuts it into patches [rows * columns, 3p^2] of the grid that
+// image_fit_grid gives for the segment's size. -1 with *err set when it cannot be decoded or has another size than its
+// header said. Thread-safe; for evaluation and sampling too.
+int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
+                   uint8_t *patches, Error *err);
+#endif
