@@ -223,6 +223,33 @@ static void test_restore(void **state) {
   free(all);
 }
 
+// In the middle of a step of several processes.
+static void test_restore_midway(void **state) {
+  LoaderConfig config = data_config(*state);
+  config.packs_per_step = 9;
+  size_t bytes;
+  uint8_t *all = reference_packs(&config, &bytes);
+  config.world = 3;
+  config.rank = 2;
+  config.threads = 2;
+  for (int stop = 1; stop < 6; stop++) { // packs of this process, three a step
+    Loader *loader = open_loader(&config, NULL);
+    for (int i = 0; i < stop; i++) loader_release(loader, next_pack(loader));
+    char *saved = loader_state(loader);
+    loader_close(loader);
+    loader = open_loader(&config, saved);
+    for (int i = stop * 3 + 2; i < PACKS; i += 3) {
+      Pack *pack = next_pack(loader);
+      assert_int_equal(pack->number, i);
+      assert_memory_equal(pack->block, all + (size_t)i * bytes, bytes);
+      loader_release(loader, pack);
+    }
+    loader_close(loader);
+    free(saved);
+  }
+  free(all);
+}
+
 // At the end of a step a state fits other numbers of processes and of packs a step.
 static void test_restore_elsewhere(void **state) {
   LoaderConfig config = data_config(*state);
@@ -679,6 +706,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_threads_and_processes),
       cmocka_unit_test(test_restore),
+      cmocka_unit_test(test_restore_midway),
       cmocka_unit_test(test_restore_elsewhere),
       cmocka_unit_test(test_bad_states),
       cmocka_unit_test(test_scales),

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The learning test on drawn shapes: trains configs/shapes.json to STEPS and compares with the bounds.
+#   tests/learning.sh 300|1500|3500 [RUN_FOLDER]
+set -eu
+cd "$(dirname "$0")/.."
+steps=$1
+dir=${2:-$(mktemp -d)/run}
+[ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
+./train configs/shapes.json --run-dir "$dir" --steps "$steps" 2>"$dir.log" || { tail -5 "$dir.log"; exit 1; }
+/usr/bin/python3 - "$dir/metrics.jsonl" "$steps" <<'P'
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+last = [r["eval"] for r in rows if "eval" in r][-1]
+bounds = {300: (0.10, 0.75), 1500: (0.04, 0.98), 3500: (0.022, 0.98)}
+flow, retrieval = bounds[int(sys.argv[2])]
+print(f"{sys.argv[2]} steps: held-out flow {last['flow']:.4f} (at most {flow}), caption retrieval "
+      f"{last['retrieval']:.3f} (at least {retrieval})")
+sys.exit(not (last["flow"] <= flow and last["retrieval"] >= retrieval))
+P

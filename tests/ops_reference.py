@@ -1,0 +1,669 @@
+"""Every op of kernels/kernels.h in PyTorch, float64, written from the contract; gradients by autograd.
+
+Each function op_NAME(case, call) returns what the op should have written as {output: expected}: a tensor, Written where
+the op writes only some elements, None where the function has judged the output itself (by asserting)."""
+import math
+
+import numpy as np
+import reference as R
+import torch
+import torch.nn.functional as F
+
+TEXT, IMAGE = 0, 1
+METRICS = ("nll0", "nll1", "targets0", "targets1", "flow", "flow_elems", "balance", "z")  # then load [L, E0 + E1]
+
+
+class Case:
+    """Sizes and pack of a case, under the contract's names. Row ranges: text [0, n_text), image [n_text, n)."""
+
+    def __init__(self, tensors):
+        numbers = {name: v for name, v in tensors.items() if name.startswith("dims/")}
+        for name, v in numbers.items():
+            setattr(self, name.split("/")[1], int(v[0]))
+        for name in "EFKS":
+            setattr(self, name, tuple(int(tensors[f"dims/{name}[{m}]"][0]) for m in (TEXT, IMAGE)))
+        self.Kmax = max(self.K)
+        self.SEG = self.segments
+        self.b = {name.split("/")[1]: v for name, v in tensors.items() if name.startswith("batch/")}
+        self.b["position"] = self.b["position"].reshape(self.T, 2)
+        self.b["patch"] = self.b["patch"].reshape(-1, self.P)
+        self.n_text, self.n_image, self.n_segments, self.n_target, _ = (int(v) for v in self.b["dims"])
+        self.n = self.n_text + self.n_image
+        self.span = (slice(0, self.n_text), slice(self.n_text, self.n))
+        self.row = torch.from_numpy(self.b["row"].astype(np.int64))
+        self.seq = torch.from_numpy(self.b["seq"].astype(np.int64))
+        self.segment = torch.from_numpy(self.b["segment"].astype(np.int64))
+        self.modality = (torch.arange(self.T) >= self.n_text).long()  # of used rows
+        for scale in ("ce_scale", "flow_scale", "router_scale"):
+            setattr(self, scale, float(self.b[scale][0]))
+        self.seed = int(self.b["seed_lo"][0]) | int(self.b["seed_hi"][0]) << 32
+
+    def rows(self, x, m=None):
+        """[rows, width] of the used tokens, or of one modality's."""
+        return x.view(self.T, -1)[slice(0, self.n) if m is None else self.span[m]]
+
+    def put(self, *parts):
+        """Text rows, image rows -> [T, width] with zeros behind."""
+        used = torch.cat(parts)
+        return torch.cat([used, used.new_zeros(self.T - len(used), used.shape[1])])
+
+    def view(self, flat, m, repeat, width):
+        """A modality's part of a two-sided buffer, [used rows repeat, width], sharing its memory."""
+        size = self.T * repeat[m] * width[m]
+        whole = flat[:size] if m == TEXT else flat[len(flat) - size :]
+        used = self.span[m]
+        return whole.view(self.T * repeat[m], width[m])[used.start * repeat[m] : used.stop * repeat[m]]
+
+    def two_sided(self, repeat, width, parts):
+        """A buffer from its two parts, and the mask of what they fill. What lies between holds zeros or is left alone
+        in a buffer of one row a token, and is left alone in one of assignments."""
+        flat = torch.zeros(self.T * max(r * w for r, w in zip(repeat, width)), dtype=torch.float64)
+        written = torch.zeros(len(flat), dtype=torch.bool)
+        for m in (TEXT, IMAGE):
+            self.view(flat, m, repeat, width)[:] = parts[m]
+            self.view(written, m, repeat, width)[:] = True
+        return Written(flat, written, or_zero=tuple(repeat) == (1, 1))
+
+    def route(self, flat):
+        """A Route: (begin, count [E0 + E1], slot [T, Kmax], source of each modality [T K])."""
+        groups, sizes = sum(self.E), [self.T * self.Kmax, self.T * self.K[0], self.T * self.K[1]]
+        begin, count, slot, *source = flat.long().split([groups, groups, *sizes])
+        return begin, count, slot.view(self.T, self.Kmax), source
+
+    def assignments(self, flat, m):
+        """Per used slot of a modality: its row, its place j among the row's choices, its expert; in slot order."""
+        begin, count, _, source = self.route(flat)
+        used = slice(self.span[m].start * self.K[m], self.span[m].stop * self.K[m])
+        source = source[m][used]
+        first = self.E[0] * m
+        expert = torch.repeat_interleave(torch.arange(self.E[m]), count[first : first + self.E[m]])
+        return torch.div(source, self.Kmax, rounding_mode="floor"), source % self.Kmax, expert
+
+
+class Written:
+    """An expected output of which the op writes only some elements; the others it leaves alone, or_zero."""
+
+    def __init__(self, want, mask, or_zero=False):
+        self.want, self.mask, self.or_zero = want, mask, or_zero
+
+
+class Call:
+    """One call: i inputs, out outputs, before accumulating outputs as they were, arg numbers. Floats as float64."""
+
+    def __init__(self, parts):
+        self.i, self.out, self.before, self.arg = ({} for _ in range(4))
+        for (kind, name), v in parts.items():
+            if kind == "arg":
+                self.arg[name] = v[0] if v.size == 1 else v
+                continue
+            v = torch.from_numpy(v.astype(np.float64) if v.dtype.kind == "f" else v.astype(np.int64))
+            {"in": self.i, "out": self.out, "before": self.before}[kind][name] = v
+
+
+def vjp(f, inputs, grads):
+    """Gradients of sum <f(inputs)[i], grads[i]> for every input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = f(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    loss = sum((y * g).sum() for y, g in zip(out, grads))
+    got = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, got)]
+
+
+def added(r, **outputs):
+    """Accumulating outputs: with what was there before where the call said so."""
+    accumulate = r.arg["accumulate"] != 0
+    return {name: v.flatten() + r.before[name] if accumulate else v for name, v in outputs.items() if name in r.out}
+
+
+def plus_metrics(c, r, **sums):
+    load = sums.pop("load", None)
+    total = r.before["metrics"].clone()
+    for name, v in sums.items():
+        total[METRICS.index(name)] += float(v)
+    if load is not None:
+        at = len(METRICS) + int(r.arg["layer"]) * sum(c.E)
+        total[at : at + sum(c.E)] += load
+    return total
+
+
+# ---- the ops ------------------------------------------------------------------------------------------------------
+
+
+def op_copy(c, r):
+    return {"dst": r.i["src"]}
+
+
+def op_zero(c, r):
+    return {"dst": torch.zeros_like(r.out["dst"])}
+
+
+def op_add(c, r):
+    return added(r, dst=r.i["src"])
+
+
+def op_noise(c, r):
+    z = torch.from_numpy(R.patches_noised(c.b, c.seed, int(r.arg["stream"])))
+    return {"z": c.put(torch.zeros(c.n_text, c.P, dtype=torch.float64), z)}
+
+
+def linear_parts(c, r):
+    """[(rows of x, rows of y, in, out)] of the weights an extent has, and whether x and y are two-sided."""
+    extent = int(r.arg["extent"])
+    size = [(int(r.arg[f"in_dim[{m}]"]), int(r.arg[f"out_dim[{m}]"])) for m in (TEXT, IMAGE)]
+    if extent == 1:  # EXT_SPLIT
+        return [(c.span[m], *size[m]) for m in (TEXT, IMAGE)], True
+    return [({0: slice(0, c.n), 2: c.span[IMAGE], 3: slice(1, c.n_segments)}[extent], *size[0])], False
+
+
+def linear_operand(c, parts, split, flat, side):
+    """The rows of x (side 1) or y (side 2) that each weight has to do with."""
+    if not split:
+        part = parts[0]
+        return [flat.view(-1, part[side])[part[0]]]
+    return [c.view(flat, m, (1, 1), [part[side] for part in parts]) for m in (TEXT, IMAGE)]
+
+
+def linear_result(c, parts, split, values, side, like, add=None):
+    """The whole buffer from those rows, zeros (or add) elsewhere."""
+    if split:
+        flat = c.two_sided((1, 1), [part[side] for part in parts], values)
+        flat.want[flat.mask] += 0 if add is None else add[flat.mask]
+        # Views of equal width are one [T, width] tensor, whose filler rows are zeros.
+        return flat.want if parts[0][side] == parts[1][side] else flat
+    whole = torch.zeros_like(like).view(-1, parts[0][side])
+    whole[parts[0][0]] = values[0]
+    if add is not None:
+        whole[: c.n] += add.view(whole.shape)[: c.n]
+    return whole
+
+
+def op_linear_fwd(c, r):
+    parts, split = linear_parts(c, r)
+    x = linear_operand(c, parts, split, r.i["x"], 1)
+    y = []
+    for m, (_, n_in, n_out) in enumerate(parts):
+        w = r.i.get(f"w{m}", torch.zeros(0)).view(n_out, n_in)
+        y.append(x[m] @ w.T + r.i.get("bias", torch.zeros(n_out)) if n_in else torch.zeros(len(x[m]), n_out))
+    return {"y": linear_result(c, parts, split, y, 2, r.out["y"])}
+
+
+def op_linear_dgrad(c, r):
+    parts, split = linear_parts(c, r)
+    dy = linear_operand(c, parts, split, r.i["dy"], 2)
+    dx = []
+    for m, (_, n_in, n_out) in enumerate(parts):
+        w = r.i.get(f"w{m}", torch.zeros(0, dtype=torch.float64)).view(n_out, n_in)
+        dx += vjp(lambda x: x @ w.T, [torch.zeros(len(dy[m]), n_in, dtype=torch.float64)], [dy[m]])
+    return {"dx": linear_result(c, parts, split, dx, 1, r.out["dx"], r.i.get("add"))}
+
+
+def op_linear_wgrad(c, r):
+    parts, split = linear_parts(c, r)
+    x, dy = (linear_operand(c, parts, split, r.i[name], side) for name, side in (("x", 1), ("dy", 2)))
+    grads = {}
+    for m, (_, n_in, n_out) in enumerate(parts):
+        zeros = [torch.zeros(n_out, n_in, dtype=torch.float64), torch.zeros(n_out, dtype=torch.float64)]
+        grads[f"dw{m}"], dbias = vjp(lambda w, bias: x[m] @ w.T + bias, zeros, [dy[m]])
+        if not split:
+            grads["dbias"] = dbias
+    return added(r, **grads)
+
+
+def token(c):
+    return torch.from_numpy(c.b["token"][: c.n_text].astype(np.int64))
+
+
+def caption_mean(c, E):
+    """Mean embedding of each segment's caption [SEG, C]; 0 where there is none."""
+    mean = [E.new_zeros(c.C)] * c.SEG
+    for g in range(1, c.n_segments):
+        begin, end = c.b["cap_start"][g], c.b["cap_end"][g]
+        if end > begin:
+            mean[g] = E[token(c)[begin:end]].mean(0)
+    return torch.stack(mean)
+
+
+def op_embed_fwd(c, r):
+    E = r.i["E"].view(c.V, c.C)
+    return {"x": c.put(E[token(c)], c.rows(r.i["image_rows"], IMAGE))}
+
+
+def op_embed_bwd(c, r):
+    zeros = torch.zeros(c.V, c.C, dtype=torch.float64)
+    f = lambda E: (E[token(c)], caption_mean(c, E))
+    # A caption's mean passes its gradient to every token of it: the dmean of a segment without caption goes nowhere.
+    return added(r, dE=vjp(f, [zeros], [c.rows(r.i["dx"], TEXT), r.i["dmean"].view(c.SEG, c.C)])[0])
+
+
+def op_pool_fwd(c, r):
+    return {"pooled": R.rms_norm(caption_mean(c, r.i["E"].view(c.V, c.C)))}
+
+
+def op_pool_bwd(c, r):
+    mean = caption_mean(c, r.i["E"].view(c.V, c.C))
+    captioned = (mean != 0).any(1, keepdim=True)
+    return {"dmean": vjp(R.rms_norm, [mean], [r.i["dpooled"].view(c.SEG, c.C)])[0] * captioned}
+
+
+def used_segments(c, x):
+    """[SEG, width] with row 0 and unused rows set to 0."""
+    keep = torch.zeros(c.SEG, 1, dtype=torch.float64)
+    keep[1 : c.n_segments] = 1
+    return x.view(c.SEG, -1) * keep
+
+
+def op_time_features(c, r):
+    angle = torch.from_numpy(1000.0 * c.b["seg_time"].astype(np.float64)[:, None] * 10000.0 ** (-np.arange(128) / 128))
+    return {"features": used_segments(c, torch.cat([angle.cos(), angle.sin()], 1))}
+
+
+def op_silu_fwd(c, r):
+    return {"y": used_segments(c, F.silu(r.i["x"]))}
+
+
+def op_silu_bwd(c, r):
+    return {"dx": used_segments(c, vjp(F.silu, [r.i["x"]], [r.i["dy"]])[0])}
+
+
+def segment_kind(c):
+    return torch.from_numpy(c.b["seg_kind"][1 : c.n_segments].astype(np.int64))
+
+
+def op_cond_fwd(c, r):
+    x = used_segments(c, r.i["time"] + r.i["pool"])
+    x[1 : c.n_segments] += r.i["e_kind"].view(2, c.Z)[segment_kind(c)]
+    return {"c": x, "a": F.silu(x)}
+
+
+def op_cond_bwd(c, r):
+    dc = used_segments(c, vjp(F.silu, [r.i["c"]], [r.i["da"]])[0])
+    by_kind = vjp(lambda e: e[segment_kind(c)], [torch.zeros(2, c.Z, dtype=torch.float64)], [dc[1 : c.n_segments]])
+    return {"dc": dc} | added(r, de_kind=by_kind[0])
+
+
+def op_mod_fwd(c, r):
+    S, mod = r.i["S"].view(2, c.M), torch.zeros(c.SEG, c.M, dtype=torch.float64)
+    mod[0] = S[TEXT]
+    mod[1 : c.n_segments] = S[IMAGE] + r.i["a"].view(c.SEG, c.Z)[1 : c.n_segments] @ r.i["U"].view(c.M, c.Z).T
+    return {"mod": mod}
+
+
+def op_mod_bwd(c, r):
+    dmod = r.i["dmod"].view(c.SEG, c.M)
+    return added(r, dS=torch.stack([dmod[0], dmod[1 : c.n_segments].sum(0)]))
+
+
+def adaln_site(c, r, x, branch, mod):
+    """xnew and h of the used rows [n, C] (and mean and rstd), from operands of the same rows and mod [SEG, M]."""
+    column = lambda name: mod[:, int(r.arg[name]) : int(r.arg[name]) + c.C][c.segment[: c.n]]
+    xnew = x if branch is None else x + column("gate") * branch
+    mean, var = xnew.mean(1, keepdim=True), xnew.var(1, unbiased=False, keepdim=True)
+    rstd = (var + 1e-6).rsqrt()
+    h = (1 + column("scale")) * (xnew - mean) * rstd + column("shift")
+    if r.arg["silu_image"]:
+        h = torch.cat([h[: c.n_text], F.silu(h[c.n_text :])])
+    return xnew, h, mean, rstd
+
+
+def op_adaln_fwd(c, r):
+    branch = c.rows(r.i["branch"]) if "branch" in r.i else None
+    xnew, h, mean, rstd = adaln_site(c, r, c.rows(r.i["x"]), branch, r.i["mod"].view(c.SEG, c.M))
+    out = {"h": c.put(h), "mean": c.put(mean), "rstd": c.put(rstd)}
+    return out | ({"xnew": c.put(xnew)} if branch is not None else {})
+
+
+def op_adaln_bwd(c, r):
+    x, mod = c.rows(r.i["x"]), r.i["mod"].view(c.SEG, c.M)
+    branch = c.rows(r.i["branch"]) if "branch" in r.i else None
+    dh = c.rows(r.i["dh"])
+    dxnew = c.rows(r.i["dxnew"]) if "dxnew" in r.i else torch.zeros_like(x)
+    if r.arg["x_is_new"]:  # the forward pass ran on x = xnew - gate branch
+        gate = mod[:, int(r.arg["gate"]) : int(r.arg["gate"]) + c.C][c.segment[: c.n]]
+        x = x - gate * branch
+    inputs = [x, mod] + ([] if branch is None else [branch])
+    f = lambda x, mod, branch=None: adaln_site(c, r, x, branch, mod)[:2]
+    dx, dmod, *dbranch = vjp(f, inputs, [dxnew, dh])
+    written = torch.zeros(c.SEG, c.M, dtype=torch.bool)
+    for name in ("shift", "scale") + (() if branch is None else ("gate",)):
+        written[: c.n_segments, int(r.arg[name]) : int(r.arg[name]) + c.C] = True
+    out = {"dx": c.put(dx), "dmod": Written(dmod, written)}
+    return out | ({} if branch is None else {"dbranch": c.put(dbranch[0])})
+
+
+def qk_turned(c, qkv, wq, wk):
+    """q [n, H, D], k, v [n, G, D] of the used tokens in sequence order, from qkv in row order."""
+    q, k, v = qkv.view(c.n, c.H + 2 * c.G, c.D).split([c.H, c.G, c.G], 1)
+    m = c.modality[: c.n]
+    q, k = R.rms_norm(q) * wq.view(2, 1, c.D)[m], R.rms_norm(k) * wk.view(2, 1, c.D)[m]
+    q, k, v = (x[c.row[: c.n]] for x in (q, k, v))
+    j = np.arange(c.D // 2)
+    theta = (10000.0 ** (-2 * j / c.D)).astype(np.float32)
+    angle = torch.from_numpy(c.b["position"][: c.n, j % 2].astype(np.float32) * theta).double()[:, None]
+
+    def turn(x):
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).flatten(-2)
+
+    return turn(q), turn(k), v
+
+
+def op_qknorm_rope_fwd(c, r):
+    q, k, v = qk_turned(c, c.rows(r.i["qkv"]), r.i["wq"], r.i["wk"])
+    return {"q": c.put(q.flatten(1)), "k": c.put(k.flatten(1)), "v": c.put(v.flatten(1))}
+
+
+def op_qknorm_rope_bwd(c, r):
+    grads = [c.rows(r.i[name]).unflatten(1, (-1, c.D)) for name in ("dq", "dk", "dv")]
+    inputs = [c.rows(r.i["qkv"]), r.i["wq"], r.i["wk"]]
+    dqkv, dwq, dwk = vjp(lambda *x: qk_turned(c, *x), inputs, grads)
+    return {"dqkv": c.put(dqkv)} | added(r, dwq=dwq, dwk=dwk)
+
+
+def attend(c, q, k, v):
+    """o [n, H D] in row order and lse [H, n] in sequence order, from [n, heads D] in sequence order."""
+    q, k, v = (x.flatten(1).unflatten(1, (-1, c.D)).transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(c.H // c.G, 0) for x in (k, v))
+    at = np.arange(c.n)
+    start, end, q_end = (c.b[name][: c.n] for name in ("doc_start", "kv_end", "q_end"))
+    allowed = (start[:, None] <= at) & (at < end[:, None]) & (at[:, None] < q_end)
+    score = (q @ k.transpose(1, 2) / math.sqrt(c.D)).masked_fill(~torch.from_numpy(allowed), -math.inf)
+    o = (score.softmax(2) @ v).transpose(0, 1).flatten(1)
+    return o[c.seq[: c.n]], score.logsumexp(2)
+
+
+def op_attention_fwd(c, r):
+    o, lse = attend(c, *(c.rows(r.i[name]) for name in ("q", "k", "v")))
+    filler = torch.full((c.H, c.T - c.n), math.inf, dtype=torch.float64)
+    return {"o": c.put(o), "lse": torch.cat([lse, filler], 1)}
+
+
+def op_attention_bwd(c, r):
+    inputs = [c.rows(r.i[name]) for name in ("q", "k", "v")]
+    grads = vjp(lambda *x: attend(c, *x)[0], inputs, [c.rows(r.i["do"])])
+    return {name: c.put(g) for name, g in zip(("dq", "dk", "dv"), grads)}
+
+
+def op_router_fwd(c, r):
+    """Logits are compared; what was chosen must follow from the op's own logits, exactly."""
+    logits, chosen = [], []
+    weights = torch.zeros(c.T, c.Kmax, dtype=torch.float64)
+    begin, count, slot, source = c.route(r.out["route"].clone())
+    want_slot = torch.full_like(slot, -1)
+    count_want, begin_want = [], []
+    for m in (TEXT, IMAGE):
+        logits.append(c.rows(r.i["h"], m) @ r.i[f"wr{m}"].view(c.E[m], c.C).T)
+        own = c.view(r.out["logits"], m, (1, 1), c.E)
+        ids = torch.tensor([sorted(range(c.E[m]), key=lambda e: (-row[e], e))[: c.K[m]] for row in own.tolist()])
+        ids = ids.long().view(len(own), c.K[m])
+        full = own.softmax(1).gather(1, ids)
+        weights[c.span[m], : c.K[m]] = full if c.K[m] == 1 else own.gather(1, ids).softmax(1)
+        at = c.span[m].start * c.K[m]
+        for e in range(c.E[m]):
+            rows, j = torch.nonzero(ids == e, as_tuple=True)
+            begin_want.append(at)
+            count_want.append(len(rows))
+            rows = rows + c.span[m].start
+            want_slot[rows, j] = torch.arange(at, at + len(rows))
+            source[m][at : at + len(rows)] = rows * c.Kmax + j
+            at += len(rows)
+        assert at == c.span[m].stop * c.K[m]
+        chosen.append(ids)
+    route = torch.cat([torch.tensor(begin_want), torch.tensor(count_want), want_slot.flatten(), *source])
+    return {"logits": c.two_sided((1, 1), c.E, logits), "weights": weights, "route": route}
+
+
+def router_losses(c, r, logits, m):
+    """Balance and z loss of one modality, scaled as they enter the total."""
+    if len(logits) == 0:
+        return logits.sum(), logits.sum()
+    count = c.route(r.i["route"])[1][c.E[0] * m :][: c.E[m]]
+    fraction = count.double() / (len(logits) * c.K[m])
+    balance = c.E[m] * (fraction * logits.softmax(1).mean(0)).sum()
+    z = logits.logsumexp(1).square().mean()
+    return float(r.arg["balance"]) * c.router_scale * balance, float(r.arg["z"]) * c.router_scale * z
+
+
+def op_router_loss(c, r):
+    parts = [router_losses(c, r, c.view(r.i["logits"], m, (1, 1), c.E), m) for m in (TEXT, IMAGE)]
+    balance, z = (sum(float(part[i]) for part in parts) for i in (0, 1))
+    return {"metrics": plus_metrics(c, r, balance=balance, z=z, load=c.route(r.i["route"])[1])}
+
+
+def op_router_bwd(c, r):
+    dweights, dh, dwr = r.i["dweights"].view(c.T, c.Kmax), [], {}
+    for m in (TEXT, IMAGE):
+        rows, j, expert = c.assignments(r.i["route"], m)
+        ids = torch.zeros(c.T, c.K[m], dtype=torch.int64)
+        ids[rows, j] = expert
+        ids = ids[c.span[m]]
+
+        def f(logits):
+            w = logits.softmax(1).gather(1, ids) if c.K[m] == 1 else logits.gather(1, ids).softmax(1)
+            return (w, *router_losses(c, r, logits, m))
+
+        logits = c.view(r.i["logits"], m, (1, 1), c.E)
+        dlogits = vjp(f, [logits], [dweights[c.span[m], : c.K[m]], 1.0, 1.0])[0]
+        dh.append(dlogits @ r.i[f"wr{m}"].view(c.E[m], c.C))
+        dwr[f"dwr{m}"] = dlogits.T @ c.rows(r.i["h"], m)
+    dh = c.put(*dh)
+    if "add" in r.i:
+        dh[: c.n] += c.rows(r.i["add"])
+    return {"dh": dh} | added(r, **dwr)
+
+
+def swiglu(pre):
+    """silu(gate) up of rows whose elements alternate gate, up."""
+    return F.silu(pre[:, 0::2]) * pre[:, 1::2]
+
+
+def by_expert(x, weight, expert):
+    """Each row of x times the matrix of its expert [E, out, in], transposed."""
+    out = x.new_zeros(len(x), weight.shape[1])
+    for e in range(len(weight)):
+        out = out.index_copy(0, torch.nonzero(expert == e)[:, 0], x[expert == e] @ weight[e].T)
+    return out
+
+
+def expert_weight(c, r, m, name):
+    shape = (c.E[m], 2 * c.F[m], c.C) if name == "w1" else (c.E[m], c.C, c.F[m])
+    return r.i[f"{name}_{m}"].view(shape)
+
+
+def two_f(c):
+    return tuple(2 * f for f in c.F)
+
+
+def op_expert_up_fwd(c, r):
+    pre = []
+    for m in (TEXT, IMAGE):
+        rows, _, expert = c.assignments(r.i["route"], m)
+        pre.append(by_expert(r.i["h"].view(c.T, c.C)[rows], expert_weight(c, r, m, "w1"), expert))
+    return {"pre": c.two_sided(c.K, two_f(c), pre), "a": c.two_sided(c.K, c.F, [swiglu(x) for x in pre])}
+
+
+def op_expert_down_fwd(c, r):
+    y = []
+    for m in (TEXT, IMAGE):
+        expert = c.assignments(r.i["route"], m)[2]
+        y.append(by_expert(c.view(r.i["a"], m, c.K, c.F), expert_weight(c, r, m, "w2"), expert))
+    return {"y": c.two_sided(c.K, (c.C, c.C), y)}
+
+
+def op_expert_combine(c, r):
+    out = torch.zeros(c.T, c.C, dtype=torch.float64)
+    weights = r.i.get("weights", torch.ones(c.T * c.Kmax, dtype=torch.float64)).view(c.T, c.Kmax)
+    for m in (TEXT, IMAGE):
+        rows, j, _ = c.assignments(r.i["route"], m)
+        out.index_add_(0, rows, weights[rows, j][:, None] * c.view(r.i["y"], m, c.K, (c.C, c.C)))
+    if "add" in r.i:
+        out[: c.n] += c.rows(r.i["add"])
+    return {"out": out}
+
+
+def op_expert_down_bwd(c, r):
+    dout, weights = r.i["dout"].view(c.T, c.C), r.i["weights"].view(c.T, c.Kmax)
+    dpre, sa, dweights = [], [], torch.zeros(c.T, c.Kmax, dtype=torch.float64)
+    for m in (TEXT, IMAGE):
+        rows, j, expert = c.assignments(r.i["route"], m)
+        w2, pre = expert_weight(c, r, m, "w2"), c.view(r.i["pre"], m, c.K, two_f(c))
+        f = lambda pre, w: w[:, None] * by_expert(swiglu(pre), w2, expert)
+        one_dpre, dw = vjp(f, [pre, weights[rows, j]], [dout[rows]])
+        dpre.append(one_dpre)
+        sa.append(weights[rows, j][:, None] * swiglu(pre))
+        dweights[rows, j] = dw
+    return {"dpre": c.two_sided(c.K, two_f(c), dpre), "sa": c.two_sided(c.K, c.F, sa), "dweights": dweights}
+
+
+def op_expert_down_wgrad(c, r):
+    grads = {}
+    for m in (TEXT, IMAGE):
+        rows, _, expert = c.assignments(r.i["route"], m)
+        f = lambda w2: by_expert(c.view(r.i["sa"], m, c.K, c.F), w2, expert)
+        zeros = torch.zeros(c.E[m], c.C, c.F[m], dtype=torch.float64)
+        grads[f"dw2_{m}"] = vjp(f, [zeros], [r.i["dout"].view(c.T, c.C)[rows]])[0]
+    return added(r, **grads)
+
+
+def op_expert_up_dgrad(c, r):
+    dslot = []
+    for m in (TEXT, IMAGE):
+        rows, _, expert = c.assignments(r.i["route"], m)
+        zeros = torch.zeros(len(rows), c.C, dtype=torch.float64)
+        f = lambda x: by_expert(x, expert_weight(c, r, m, "w1"), expert)
+        dslot += vjp(f, [zeros], [c.view(r.i["dpre"], m, c.K, two_f(c))])
+    return {"dslot": c.two_sided(c.K, (c.C, c.C), dslot)}
+
+
+def op_expert_up_wgrad(c, r):
+    grads = {}
+    for m in (TEXT, IMAGE):
+        rows, _, expert = c.assignments(r.i["route"], m)
+        f = lambda w1: by_expert(r.i["h"].view(c.T, c.C)[rows], w1, expert)
+        zeros = torch.zeros(c.E[m], 2 * c.F[m], c.C, dtype=torch.float64)
+        grads[f"dw1_{m}"] = vjp(f, [zeros], [c.view(r.i["dpre"], m, c.K, two_f(c))])[0]
+    return added(r, **grads)
+
+
+def shared_parts(c, flat, times):
+    return [c.view(flat, m, (1, 1), [times * s for s in c.S]) for m in (TEXT, IMAGE)]
+
+
+def op_swiglu_fwd(c, r):
+    return {"a": c.two_sided((1, 1), c.S, [swiglu(pre) for pre in shared_parts(c, r.i["pre"], 2)])}
+
+
+def op_swiglu_bwd(c, r):
+    pre, da = shared_parts(c, r.i["pre"], 2), shared_parts(c, r.i["da"], 1)
+    dpre = [vjp(swiglu, [x], [g])[0] for x, g in zip(pre, da)]
+    return {
+        "dpre": c.two_sided((1, 1), [2 * s for s in c.S], dpre),
+        "a": c.two_sided((1, 1), c.S, [swiglu(x) for x in pre]),
+    }
+
+
+def targets(c):
+    """Rows with a target, the targets, their kinds."""
+    target = c.b["target"][: c.n_text].astype(np.int64)
+    rows = np.flatnonzero(target >= 0)
+    return torch.from_numpy(rows), torch.from_numpy(target[rows]), c.b["target_kind"][rows]
+
+
+def op_head_ce(c, r):
+    rows, target, kind = targets(c)
+    h, wout = r.i["h"].view(c.T, c.C), r.i["wout"].view(c.V, c.C)
+    f = lambda h, w: F.cross_entropy(h[rows] @ w.T, target, reduction="none")
+    nll = f(h, wout)
+    whole = torch.zeros(c.T, dtype=torch.float64)
+    whole[rows] = nll
+    sums = {}
+    for k in (0, 1):
+        of_kind = torch.from_numpy(kind == k)
+        sums |= {f"nll{k}": nll[of_kind].sum(), f"targets{k}": of_kind.sum()}
+    out = {"nll": whole, "metrics": plus_metrics(c, r, **sums), "work": None}
+    if "dh" in r.out:
+        dh, dwout = vjp(f, [h, wout], [torch.full_like(nll, c.ce_scale)])
+        out |= {"dh": dh} | added(r, dwout=dwout)
+    return out
+
+
+def op_head_logits(c, r):
+    rows = targets(c)[0]
+    logits = torch.zeros(c.T, c.V, dtype=torch.float64)
+    logits[: len(rows)] = r.i["h"].view(c.T, c.C)[rows] @ r.i["wout"].view(c.V, c.C).T
+    written = torch.zeros(c.T, c.V, dtype=torch.bool)
+    written[: len(rows)] = True
+    return {"logits": Written(logits, written, or_zero=True)}
+
+
+def op_flow_loss(c, r):
+    clean = torch.from_numpy(R.patches_clean(c.b))
+    segment = c.segment[c.n_text : c.n]
+    noised = torch.from_numpy(c.b["seg_kind"].astype(np.int64))[segment] == R.NOISED
+    time = torch.from_numpy(c.b["seg_time"].astype(np.float64))[segment]
+    weight = noised / (1 - time).clamp(min=float(r.arg["t_floor"])).square()
+    f = lambda x: (weight[:, None] * (x - clean).square()).sum()
+    xhat = c.rows(r.i["xhat"], IMAGE)
+    error = torch.zeros(c.SEG, dtype=torch.float64)
+    for g in segment[noised].unique():
+        error[g] = (xhat - clean)[segment == g].square().mean()
+    out = {"seg_error": error}
+    out["metrics"] = plus_metrics(c, r, flow=f(xhat), flow_elems=noised.sum() * c.P)
+    if "dxhat" in r.out:
+        dx = vjp(f, [xhat], [c.flow_scale])[0]
+        out["dxhat"] = c.put(torch.zeros(c.n_text, c.P, dtype=torch.float64), dx)
+    return out
+
+
+SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay", "clip", "bias1", "bias2", "ema_decay")
+
+
+def scalars(r):
+    return dict(zip(SCALARS, r.i["scalars"].tolist()))
+
+
+def status(raw):
+    """(norm, scale, skip, bad) of an UpdateStatus."""
+    raw = raw.numpy().astype(np.uint8).tobytes()
+    return (*np.frombuffer(raw[:16], np.float64), *np.frombuffer(raw[16:24], np.int32))
+
+
+def spans(r):
+    """[(slice, decays)] of the parameters."""
+    arguments = [r.arg[f"span{i}"] for i in range(len(r.arg))]
+    return [(slice(int(at), int(at + count)), bool(decay)) for at, count, decay in arguments]
+
+
+def op_grad_norm(c, r):
+    sums = [r.i["grads"][at].square().sum() for at, _ in spans(r)]
+    norm, scale, skip, bad = status(r.out["status"])
+    broken = [i for i, v in enumerate(sums) if not math.isfinite(v)]
+    lost = not all(math.isfinite(v) for v in r.i["metrics"][: len(METRICS)])
+    want_bad = broken[0] if broken else len(sums) if lost else -1
+    assert (skip != 0, bad) == (want_bad >= 0, want_bad), f"skip {skip}, bad {bad}, expected bad {want_bad}"
+    out = {"status": None, "partial": torch.stack(sums)}
+    if broken:
+        out["partial"] = None
+    else:
+        want, clip = math.sqrt(sum(sums)), scalars(r)["clip"]
+        assert abs(norm / want - 1) < 1e-6, f"norm {norm}, expected {want}"
+        assert lost or abs(scale / (min(1, clip / want) if clip else 1) - 1) < 1e-6, f"scale {scale}"
+    return out
+
+
+def op_adamw(c, r):
+    s, (_, scale, skip, _) = scalars(r), status(r.i["status"])
+    want = {name: r.before[name].clone() for name in ("weights", "m", "v")}
+    for at, decays in [] if skip else spans(r):
+        g, w = scale * r.i["grads"][at], want["weights"][at]
+        m = s["beta1"] * want["m"][at] + (1 - s["beta1"]) * g
+        v = s["beta2"] * want["v"][at] + (1 - s["beta2"]) * g.square()
+        step = m / s["bias1"] / ((v / s["bias2"]).sqrt() + s["eps"]) + s["weight_decay"] * decays * w
+        want["weights"][at], want["m"][at], want["v"][at] = w - s["lr"] * step, m, v
+    return want
+
+
+def op_ema(c, r):
+    s, skip = scalars(r), status(r.i["status"])[2]
+    ema = r.before["ema"]
+    return {"ema": ema if skip else ema + (1 - s["ema_decay"]) * (r.i["weights"] - ema)}

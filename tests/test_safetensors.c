@@ -1,0 +1,590 @@
+// safetensors and checkpoints: round trips, hostile and damaged files, saves that fail or are killed, pruning, the
+// lock.
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "base/hash.h"
+#include "base/philox.h"
+#include "model/checkpoint.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static char folder[64]; // of temporary files, emptied before every test
+
+static uint32_t rnd(uint64_t draw, uint32_t stream, uint32_t i) {
+  return philox4(5, draw, stream, i).v[0];
+}
+
+static void assert_contains(const char *text, const char *part) {
+  if (!strstr(text, part)) fail_msg("\"%s\" does not contain \"%s\"", text, part);
+}
+
+static char *in_folder(const char *name) {
+  return xasprintf("%s/%s", folder, name);
+}
+
+static void write_bytes(const char *path, const void *data, size_t n) {
+  FILE *f = fopen(path, "wb");
+  assert_non_null(f);
+  assert_int_equal(fwrite(data, 1, n, f), n);
+  assert_int_equal(fclose(f), 0);
+}
+
+static char *read_bytes(const char *path, size_t *n) {
+  Error err;
+  char *text = file_read(path, 1 << 28, n, &err);
+  if (!text) fail_msg("%s", err.text);
+  return text;
+}
+
+static int entries(const char *path) {
+  int n = 0;
+  char *pattern = xasprintf("ls -A %s | wc -l", path);
+  FILE *f = popen(pattern, "r");
+  assert_int_equal(fscanf(f, "%d", &n), 1);
+  pclose(f);
+  free(pattern);
+  return n;
+}
+
+// ---- safetensors ----
+
+enum { MAX_TENSORS = 12 };
+typedef struct Model {
+  int n;
+  SafeTensor t[MAX_TENSORS];
+  char name[MAX_TENSORS][48];
+} Model;
+
+// Tensors of every dtype with random shapes: scalars, empty ones and odd sizes among them.
+static Model model_random(uint64_t draw, int max_dim) {
+  Model m = {.n = 1 + (int)(rnd(draw, 0, 0) % MAX_TENSORS)};
+  for (int i = 0; i < m.n; i++) {
+    SafeTensor *t = &m.t[i];
+    uint32_t stream = 1 + (uint32_t)i;
+    t->dtype = (SafeDtype)(rnd(draw, stream, 0) % SAFE_DTYPES);
+    t->rank = (int)(rnd(draw, stream, 1) % 4);
+    for (int d = 0; d < t->rank; d++) t->shape[d] = rnd(draw, stream, 2 + (uint32_t)d) % (uint32_t)max_dim;
+    snprintf(m.name[i], sizeof m.name[i], "layer.%d.\"é\\%u", i, rnd(draw, stream, 8));
+    uint8_t *data = xmalloc(safe_bytes(t));
+    for (size_t b = 0; b < safe_bytes(t); b++) data[b] = (uint8_t)rnd(draw, stream, 16 + (uint32_t)b);
+    t->data = data;
+  }
+  return m;
+}
+
+static void model_name(Model *m) { // after the struct has its final place
+  for (int i = 0; i < m->n; i++) m->t[i].name = m->name[i];
+}
+
+static void model_free(Model *m) {
+  for (int i = 0; i < m->n; i++) free((void *)m->t[i].data);
+}
+
+static void assert_same(const SafeFile *f, const Model *m) {
+  assert_int_equal(f->n, m->n);
+  for (int i = 0; i < m->n; i++) {
+    const SafeTensor *want = &m->t[i], *got = safetensors_find(f, want->name);
+    assert_non_null(got);
+    assert_int_equal(got->dtype, want->dtype);
+    assert_int_equal(got->rank, want->rank);
+    for (int d = 0; d < got->rank; d++) assert_int_equal(got->shape[d], want->shape[d]);
+    assert_int_equal((uintptr_t)got->data % safe_dtype_bytes(got->dtype), 0);
+    if (safe_bytes(want)) assert_memory_equal(got->data, want->data, safe_bytes(want));
+  }
+}
+
+static void round_trip(void **state) {
+  (void)state;
+  char *path = in_folder("m.safetensors");
+  for (uint64_t draw = 0; draw < 100; draw++) {
+    Model m = model_random(draw, 9);
+    model_name(&m);
+    SafePair metadata[] = {{"format", "pt"}, {"key \"2\"", "line\nline"}};
+    Error err;
+    int pairs = (int)(draw % 3);
+    if (safetensors_write(path, m.t, m.n, metadata, pairs, draw % 2, &err)) fail_msg("%s", err.text);
+    SafeFile *f = safetensors_open(path, &err);
+    if (!f) fail_msg("%s", err.text);
+    assert_same(f, &m);
+    assert_int_equal(f->n_metadata, pairs);
+    for (int i = 0; i < pairs; i++) assert_string_equal(safetensors_metadata(f, metadata[i].key), metadata[i].value);
+    assert_null(safetensors_metadata(f, "none"));
+    assert_null(safetensors_find(f, "none"));
+    safetensors_close(f);
+    model_free(&m);
+  }
+  free(path);
+}
+
+static void get_demands_shape(void **state) {
+  (void)state;
+  char *path = in_folder("g.safetensors");
+  float data[6] = {1, 2, 3, 4, 5, 6};
+  SafeTensor t = {"w", SAFE_F32, 2, {2, 3}, data};
+  Error err;
+  assert_int_equal(safetensors_write(path, &t, 1, NULL, 0, false, &err), 0);
+  SafeFile *f = safetensors_open(path, &err);
+  assert_non_null(safetensors_get(f, "w", SAFE_F32, 2, (int64_t[]){2, 3}, &err));
+  assert_non_null(safetensors_get(f, "w", SAFE_F32, -1, NULL, &err));
+  assert_null(safetensors_get(f, "w", SAFE_F32, 2, (int64_t[]){3, 2}, &err));
+  assert_contains(err.text, "tensor w is F32 [2, 3], expected F32 [3, 2]");
+  assert_null(safetensors_get(f, "w", SAFE_BF16, -1, NULL, &err));
+  assert_contains(err.text, "expected BF16");
+  assert_null(safetensors_get(f, "w", SAFE_F32, 1, (int64_t[]){6}, &err));
+  assert_null(safetensors_get(f, "v", SAFE_F32, -1, NULL, &err));
+  assert_contains(err.text, "v is missing");
+  safetensors_close(f);
+  free(path);
+}
+
+// Opens header + `data_bytes` bytes of data, with *length as the header's length (NULL: the true one).
+static SafeFile *open_made(const char *header, size_t data_bytes, const uint64_t *length, Error *err) {
+  char *path = in_folder("h.safetensors");
+  size_t n = strlen(header);
+  uint64_t stated = length ? *length : n;
+  char *bytes = xcalloc(8 + n + data_bytes, 1);
+  memcpy(bytes, &stated, 8);
+  memcpy(bytes + 8, header, n);
+  write_bytes(path, bytes, 8 + n + data_bytes);
+  SafeFile *f = safetensors_open(path, err);
+  free(bytes);
+  free(path);
+  return f;
+}
+
+#define T(dtype, shape, begin, end) "{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
+
+static void hostile_headers(void **state) {
+  (void)state;
+  static const struct {
+    const char *header;
+    size_t data_bytes;
+    const char *expected; // NULL: valid
+  } cases[] = {
+      {"{}", 0, NULL},
+      {"{}   ", 0, NULL},
+      {"{\"a\":" T("F32", "[2]", "0", "8") "}", 8, NULL},
+      {"{\"a\":" T("F32", "[]", "0", "4") "}", 4, NULL},
+      {"{\"b\":" T("U8", "[3]", "4", "7") ",\"a\":" T("F32", "[1]", "0", "4") "}", 7, NULL},
+      {"{\"a\":" T("F32", "[0,5]", "0", "0") ",\"b\":" T("U8", "[2]", "0", "2") "}", 2, NULL},
+      {"{}", 1, "1 bytes at its end belong to no tensor"},
+      {"[]", 0, "not an object"},
+      {"", 0, "a value is expected"},
+      {"{\"a\":3}", 0, "dtype missing"},
+      {"{\"a\":{}}", 0, "dtype missing"},
+      {"{\"a\":" T("F16", "[2]", "0", "4") "}", 4, "dtype F16"},
+      {"{\"a\":" T("F32", "[2]", "0", "9") "}", 9, "9 bytes of data where its shape says 8"},
+      {"{\"a\":" T("F32", "[2]", "0", "8") "}", 7, "outside the 7 bytes"},
+      {"{\"a\":" T("F32", "[2]", "8", "0") "}", 8, "outside"},
+      {"{\"a\":" T("F32", "[2]", "-8", "0") "}", 8, "outside"},
+      {"{\"a\":" T("F32", "[2]", "0.5", "8.5") "}", 9, "outside"},
+      {"{\"a\":" T("F32", "[2]", "\"0\"", "8") "}", 8, "outside"},
+      {"{\"a\":" T("F32", "[2]", "0", "1e300") "}", 8, "outside"},
+      {"{\"a\":" T("F32", "2", "0", "8") "}", 8, "bad shape"},
+      {"{\"a\":" T("F32", "[-2]", "0", "8") "}", 8, "bad shape"},
+      {"{\"a\":" T("F32", "[1.5]", "0", "6") "}", 6, "bad shape"},
+      {"{\"a\":" T("F32", "[4294967296,4294967296]", "0", "0") "}", 0, "bad shape"},
+      {"{\"a\":" T("F64", "[2305843009213693952]", "0", "0") "}", 0, "bad shape"},
+      {"{\"a\":" T("F32", "[4294967296,1073741824]", "0", "0") "}", 0, "bad shape"},
+      {"{\"a\":" T("U8", "[1,1,1,1,1,1,1,1]", "0", "1") "}", 1, NULL},
+      {"{\"a\":" T("U8", "[1,1,1,1,1,1,1,1,1]", "0", "1") "}", 1, "bad shape"},
+      {"{\"a\":" T("U8", "[4]", "0", "4") ",\"b\":" T("U8", "[4]", "2", "6") "}", 6, "tensor b overlaps another"},
+      {"{\"a\":" T("U8", "[4]", "0", "4") ",\"b\":" T("U8", "[4]", "0", "4") "}", 4, "overlaps another"},
+      {"{\"a\":" T("U8", "[4]", "0", "4") ",\"b\":" T("U8", "[0]", "2", "2") "}", 4, "overlaps another"},
+      {"{\"a\":" T("U8", "[2]", "0", "2") ",\"b\":" T("U8", "[2]", "4", "6") "}", 6, "tensor b has a hole before it"},
+      {"{\"a\":" T("U8", "[2]", "0", "2") ",\"a\":" T("U8", "[2]", "2", "4") "}", 4, "key \"a\" again"},
+      {"{\"__metadata__\":{\"k\":\"v\"}}", 0, NULL},
+      {"{\"__metadata__\":{\"k\":1}}", 0, "__metadata__ k is not a string"},
+      {"{\"__metadata__\":[]}", 0, "__metadata__ is not an object"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    Error err = {0};
+    SafeFile *f = open_made(cases[i].header, cases[i].data_bytes, NULL, &err);
+    if (!f != !!cases[i].expected) fail_msg("%s: %s", cases[i].header, f ? "accepted" : err.text);
+    if (cases[i].expected) assert_contains(err.text, cases[i].expected);
+    safetensors_close(f);
+  }
+  static const uint64_t lengths[] = {3, 1 << 30, INT64_MAX, 1ull << 63, UINT64_MAX};
+  for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+    Error err;
+    assert_null(open_made("{}", 0, &lengths[i], &err));
+    assert_contains(err.text, "does not fit");
+  }
+  Error err;
+  char *path = in_folder("short");
+  write_bytes(path, "1234567", 7);
+  assert_null(safetensors_open(path, &err));
+  assert_contains(err.text, "not a safetensors file");
+  assert_null(safetensors_open(folder, &err));
+  assert_null(safetensors_open("/nonexistent", &err));
+  assert_contains(err.text, "/nonexistent");
+  free(path);
+}
+
+// Random flips and truncations: refused, or every byte that the tensors claim is there to be read.
+static void mutations(void **state) {
+  (void)state;
+  char *path = in_folder("m.safetensors"), *damaged = in_folder("d.safetensors");
+  Model m = model_random(42, 6);
+  model_name(&m);
+  SafePair metadata = {"k", "v"};
+  Error err;
+  assert_int_equal(safetensors_write(path, m.t, m.n, &metadata, 1, false, &err), 0);
+  size_t n;
+  char *bytes = read_bytes(path, &n);
+  uint64_t header;
+  memcpy(&header, bytes, 8);
+  int refused = 0;
+  uint64_t sum = 0;
+  for (uint64_t i = 0; i < 2000; i++) {
+    char *copy = xmalloc(n);
+    memcpy(copy, bytes, n);
+    size_t length = i % 5 == 0 ? rnd(i, 0, 0) % n : n;
+    for (uint32_t k = 0; i % 5 && k <= i % 3; k++) {
+      size_t at = rnd(i, 1, k) % (8 + header); // the header; data has no structure to damage
+      if (i % 2)
+        copy[at] ^= (char)(1 << rnd(i, 2, k) % 8);
+      else
+        copy[at] = "0123456789[]{},:\""[rnd(i, 2, k) % 17];
+    }
+    write_bytes(damaged, copy, length);
+    memset(&err, 0, sizeof err);
+    SafeFile *f = safetensors_open(damaged, &err);
+    if (!f) assert_true(err.text[0]);
+    for (int t = 0; f && t < f->n; t++) sum += hash64(f->tensor[t].data, safe_bytes(&f->tensor[t]), sum);
+    refused += !f;
+    safetensors_close(f);
+    free(copy);
+  }
+  assert_true(sum && refused > 1000 && refused < 2000);
+  free(bytes);
+  free(path);
+  free(damaged);
+  model_free(&m);
+}
+
+static void write_errors(void **state) {
+  (void)state;
+  uint8_t data[4] = {0};
+  SafeTensor t[2] = {{"a", SAFE_U8, 1, {4}, data}, {"a", SAFE_U8, 1, {4}, data}};
+  Error err;
+  char *path = in_folder("w.safetensors");
+  assert_int_equal(safetensors_write(path, t, 2, NULL, 0, false, &err), -1);
+  assert_contains(err.text, "two tensors are named a");
+  assert_int_equal(safetensors_write("/nonexistent/x", t, 1, NULL, 0, false, &err), -1);
+  assert_contains(err.text, "/nonexistent/x");
+  if (access("/dev/full", W_OK) == 0) {
+    assert_int_equal(safetensors_write("/dev/full", t, 1, NULL, 0, false, &err), -1);
+    assert_contains(err.text, strerror(ENOSPC));
+    assert_int_equal(access("/dev/full", W_OK), 0);
+  }
+  assert_int_equal(entries(folder), 0);
+  free(path);
+}
+
+static void hash_is_xxh64(void **state) {
+  (void)state;
+  assert_true(hash64("", 0, 0) == 0xEF46DB3751D8E999ull);
+  assert_true(hash64("abc", 3, 0) == 0x44BC2CF5AD770999ull);
+  // From xxHash's own sanity test: bytes of a multiplicative generator; the lengths reach every branch.
+  uint8_t bytes[222];
+  uint64_t gen = 2654435761u;
+  for (int i = 0; i < 222; i++, gen *= 11400714785074694797ull) bytes[i] = (uint8_t)(gen >> 56);
+  static const struct {
+    size_t n;
+    uint64_t seed, expected;
+  } cases[] = {{1, 0, 0xE934A84ADB052768ull},   {1, 2654435761u, 0x5014607643A9B4C3ull},
+               {14, 0, 0x8282DCC4994E35C8ull},  {14, 2654435761u, 0xC3BD6BF63DEB6DF0ull},
+               {222, 0, 0xB641AE8CB691C174ull}, {222, 2654435761u, 0x20CB8AB7AE10C14Aull}};
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+    assert_true(hash64(bytes, cases[i].n, cases[i].seed) == cases[i].expected);
+}
+
+// ---- checkpoints ----
+
+static const CheckpointKeep keep_all = {1000, 0};
+
+// Two files of random tensors and a state that depend on the step.
+static int save(const char *run, int64_t step, CheckpointKeep keep, Error *err) {
+  Model a = model_random((uint64_t)step, 9), b = model_random((uint64_t)step + 1000, 5);
+  model_name(&a);
+  model_name(&b);
+  CheckpointFile files[] = {{"model.safetensors", a.t, a.n}, {"optimizer-0x1.safetensors", b.t, b.n}};
+  char *text = xasprintf("{\"loader\": {\"draw\": \"%lld\"}, \"list\": [1, 2.5, \"]}\"]}", (long long)step * 3);
+  int rc = checkpoint_save(run, step, files, 2, text, keep, err);
+  free(text);
+  model_free(&a);
+  model_free(&b);
+  return rc;
+}
+
+static void assert_holds(const Checkpoint *c, int64_t step) {
+  assert_int_equal(c->step, step);
+  Model a = model_random((uint64_t)step, 9), b = model_random((uint64_t)step + 1000, 5);
+  model_name(&a);
+  model_name(&b);
+  assert_same(checkpoint_file(c, "model.safetensors"), &a);
+  assert_same(checkpoint_file(c, "optimizer-0x1.safetensors"), &b);
+  assert_null(checkpoint_file(c, "ema.safetensors"));
+  const cJSON *loader = cJSON_GetObjectItemCaseSensitive(c->state, "loader");
+  const cJSON *draw = cJSON_GetObjectItemCaseSensitive(loader, "draw");
+  assert_int_equal(atoll(draw->valuestring), step * 3);
+  model_free(&a);
+  model_free(&b);
+}
+
+static void assert_newest(int64_t step) {
+  Checkpoint *c;
+  Error err;
+  if (checkpoint_find(folder, &c, &err) != 1) fail_msg("%s", err.text);
+  assert_holds(c, step);
+  checkpoint_close(c);
+}
+
+static void assert_steps(const char *expected) {
+  char *command = xasprintf("ls -A %s | grep -v lock | sort -V | tr '\\n' ' '", folder), found[256] = "";
+  FILE *f = popen(command, "r");
+  if (!fgets(found, sizeof found, f)) found[0] = 0;
+  pclose(f);
+  free(command);
+  assert_string_equal(found, expected);
+}
+
+static void checkpoint_round_trip(void **state) {
+  (void)state;
+  Checkpoint *c;
+  Error err;
+  assert_int_equal(checkpoint_find("/nonexistent/run", &c, &err), 0);
+  assert_int_equal(checkpoint_find(folder, &c, &err), 0);
+  for (int64_t step = 0; step < 12; step += 3) {
+    if (save(folder, step, keep_all, &err)) fail_msg("%s", err.text);
+    assert_newest(step);
+  }
+  if (save(folder, 9, keep_all, &err)) fail_msg("%s", err.text); // over the one that is there
+  assert_newest(9);
+  assert_steps("ckpt-0 ckpt-3 ckpt-6 ckpt-9 ");
+  // One folder by name, also when it was moved elsewhere.
+  char *from = in_folder("ckpt-6"), *to = in_folder("best");
+  assert_int_equal(rename(from, to), 0);
+  c = checkpoint_open(to, &err);
+  assert_non_null(c);
+  assert_holds(c, 6);
+  checkpoint_close(c);
+  assert_null(checkpoint_open(from, &err));
+  free(from);
+  free(to);
+}
+
+static void pruning(void **state) {
+  (void)state;
+  Error err;
+  for (int64_t step = 10; step <= 70; step += 10)
+    assert_int_equal(save(folder, step, (CheckpointKeep){2, 30}, &err), 0);
+  assert_steps("ckpt-30 ckpt-60 ckpt-70 ");
+  // A run that went back keeps what it has just saved and leaves later steps alone.
+  assert_int_equal(save(folder, 40, (CheckpointKeep){1, 0}, &err), 0);
+  assert_steps("ckpt-40 ckpt-60 ckpt-70 ");
+  // A damaged one does not count as kept.
+  char *file = in_folder("ckpt-70/model.safetensors");
+  assert_int_equal(truncate(file, 20), 0);
+  assert_int_equal(save(folder, 80, (CheckpointKeep){2, 0}, &err), 0);
+  assert_steps("ckpt-60 ckpt-70 ckpt-80 ");
+  assert_int_equal(save(folder, 90, (CheckpointKeep){2, 0}, &err), 0);
+  assert_steps("ckpt-80 ckpt-90 ");
+  free(file);
+}
+
+// Every damage to any file of the newest checkpoint is found, and the one before is taken.
+static void damage_is_found(void **state) {
+  (void)state;
+  static const char *const names[] = {"state.json", "model.safetensors", "optimizer-0x1.safetensors"};
+  Error err;
+  assert_int_equal(save(folder, 1, keep_all, &err), 0);
+  assert_int_equal(save(folder, 2, keep_all, &err), 0);
+  char *dir = in_folder("ckpt-2");
+  for (int file = 0; file < 3; file++) {
+    char *path = xasprintf("%s/%s", dir, names[file]);
+    size_t n;
+    char *bytes = read_bytes(path, &n);
+    for (uint64_t i = 0; i < 150; i++) {
+      size_t at = rnd(i, 9, (uint32_t)file) % n;
+      char kept = bytes[at];
+      bytes[at] ^= (char)(1 << rnd(i, 10, 0) % 8);
+      write_bytes(path, bytes, i % 3 ? n : at); // a flip, or cut off
+      bytes[at] = kept;
+      memset(&err, 0, sizeof err);
+      Checkpoint *c = checkpoint_open(dir, &err);
+      if (c) fail_msg("byte %zu of %s: damage not seen", at, names[file]);
+      assert_contains(err.text, names[file]);
+    }
+    assert_int_equal(unlink(path), 0);
+    assert_null(checkpoint_open(dir, &err));
+    assert_newest(1);
+    write_bytes(path, bytes, n);
+    assert_newest(2);
+    free(bytes);
+    free(path);
+  }
+  // A checksum that is right does not make hostile content right.
+  char *path = xasprintf("%s/state.json", dir);
+  static const char *const bodies[] = {
+      "\"format\": 2, \"step\": 2, \"files\": {}, \"state\": {}}",
+      "\"format\": 1, \"step\": 2, \"files\": [], \"state\": {}}",
+      "\"format\": 1, \"step\": 2, \"files\": {}, \"state\": 1}",
+      "\"format\": 1",
+      "\"format\": 1, \"step\": 2, \"files\": {\"../ckpt-1/model.safetensors\": {\"bytes\": 1, \"xxh64\": \"\"}}, "
+      "\"state\": {}}",
+      "\"format\": 1, \"step\": 2, \"files\": {\"model.safetensors\": 1}, \"state\": {}}"};
+  for (size_t i = 0; i < sizeof bodies / sizeof bodies[0]; i++) {
+    char *text = xasprintf("{\"xxh64\": \"%016llx\",\n%s", (unsigned long long)hash64(bodies[i], strlen(bodies[i]), 0),
+                           bodies[i]);
+    write_bytes(path, text, strlen(text));
+    assert_null(checkpoint_open(dir, &err));
+    assert_contains(err.text, "state.json");
+    free(text);
+  }
+  char *first = in_folder("ckpt-1/state.json");
+  assert_int_equal(unlink(first), 0);
+  Checkpoint *c;
+  assert_int_equal(checkpoint_find(folder, &c, &err), -1);
+  assert_contains(err.text, "none of the 2 checkpoints");
+  free(first);
+  free(path);
+  free(dir);
+}
+
+// A save that runs out of room: an error, no temporary folder, the old checkpoint as it was.
+static void failed_save_loses_nothing(void **state) {
+  (void)state;
+  Error err;
+  assert_int_equal(save(folder, 1, keep_all, &err), 0);
+  SafeTensor t = {"a", SAFE_U8, 0, {0}, "x"};
+  CheckpointFile small = {"small.safetensors", &t, 1};
+  signal(SIGXFSZ, SIG_IGN);
+  struct rlimit old, limit;
+  assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+  // About 80 bytes for small.safetensors and 160 for state.json: room for neither, for the first, for both.
+  for (int i = 0; i < 3; i++) {
+    limit = (struct rlimit){(rlim_t[]){40, 120, 1000}[i], old.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    int second = checkpoint_save(folder, 2, &small, 1, "{}", (CheckpointKeep){1, 0}, &err);
+    char text[sizeof err.text];
+    memcpy(text, err.text, sizeof text);
+    int first = i == 2 ? 0 : checkpoint_save(folder, 1, &small, 1, "{}", (CheckpointKeep){1, 0}, &err);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
+    assert_int_equal(second, i == 2 ? 0 : -1);
+    assert_int_equal(first, i == 2 ? 0 : -1);
+    assert_steps(i == 2 ? "ckpt-2 " : "ckpt-1 ");
+    if (i == 2) break;
+    assert_contains(text, "checkpoint of step 2 not saved: cannot write");
+    assert_contains(text, i ? "state.json" : "small.safetensors");
+    assert_newest(1);
+  }
+  CheckpointFile files[] = {small, {"../b.safetensors", &t, 1}};
+  assert_int_equal(checkpoint_save(folder, 3, files, 2, "{}", keep_all, &err), -1);
+  assert_contains(err.text, "\"../b.safetensors\" is no name");
+  assert_int_equal(checkpoint_save(folder, 3, files, 1, "{\"a\":", keep_all, &err), -1);
+  assert_int_equal(checkpoint_save(folder, 3, files, 1, "3", keep_all, &err), -1);
+  assert_contains(err.text, "must be a JSON object");
+  assert_int_equal(checkpoint_save("/nonexistent/run", 3, files, 1, "{}", keep_all, &err), -1);
+  assert_steps("ckpt-2 ");
+}
+
+// Savers killed at random moments: the newest valid checkpoint is always one that was being saved, or the one before.
+static void killed_save_loses_nothing(void **state) {
+  (void)state;
+  Error err;
+  assert_int_equal(save(folder, 100, keep_all, &err), 0);
+  int64_t last = 100;
+  for (uint32_t round = 0; round < 25; round++) {
+    pid_t child = fork();
+    if (child == 0) {
+      for (int64_t step = last + 1;; step++) save(folder, step, (CheckpointKeep){2, 0}, &err);
+    }
+    assert_true(child > 0);
+    usleep(rnd(round, 11, 0) % 20000);
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    Checkpoint *c;
+    if (checkpoint_find(folder, &c, &err) != 1) fail_msg("%s", err.text);
+    assert_true(c->step >= last);
+    last = c->step;
+    assert_holds(c, last);
+    checkpoint_close(c);
+  }
+  assert_true(last > 100);
+  assert_int_equal(save(folder, last + 1, (CheckpointKeep){1, 0}, &err), 0);
+  assert_int_equal(entries(folder), 1); // nothing is left of those that were cut short
+}
+
+static void one_run_per_folder(void **state) {
+  (void)state;
+  Error err;
+  int fd = run_lock(folder, &err);
+  assert_true(fd >= 0);
+  char *expected = xasprintf("another run uses %s (process %ld)", folder, (long)getpid());
+  pid_t child = fork();
+  if (child == 0) _exit(run_lock(folder, &err) == -1 && strstr(err.text, expected) ? 0 : 1);
+  int status;
+  assert_int_equal(waitpid(child, &status, 0), child);
+  assert_int_equal(status, 0);
+  close(fd);
+  fd = run_lock(folder, &err);
+  assert_true(fd >= 0);
+  close(fd);
+  assert_int_equal(run_lock("/nonexistent/run", &err), -1);
+  free(expected);
+}
+
+static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
+  (void)st;
+  (void)kind;
+  return at->level ? remove(path) : 0;
+}
+
+static int empty_folder(void **state) {
+  (void)state;
+  return nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+static int make_folder(void **state) {
+  (void)state;
+  // In memory where there is such a place: hundreds of files are flushed here.
+  const char *parent = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+  snprintf(folder, sizeof folder, "%s/test_safetensors.XXXXXX", parent);
+  return mkdtemp(folder) ? 0 : -1;
+}
+
+static int remove_folder(void **state) {
+  return empty_folder(state) || rmdir(folder);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test_setup(round_trip, empty_folder),
+      cmocka_unit_test_setup(get_demands_shape, empty_folder),
+      cmocka_unit_test_setup(hostile_headers, empty_folder),
+      cmocka_unit_test_setup(mutations, empty_folder),
+      cmocka_unit_test_setup(write_errors, empty_folder),
+      cmocka_unit_test_setup(hash_is_xxh64, empty_folder),
+      cmocka_unit_test_setup(checkpoint_round_trip, empty_folder),
+      cmocka_unit_test_setup(pruning, empty_folder),
+      cmocka_unit_test_setup(damage_is_found, empty_folder),
+      cmocka_unit_test_setup(failed_save_loses_nothing, empty_folder),
+      cmocka_unit_test_setup(killed_save_loses_nothing, empty_folder),
+      cmocka_unit_test_setup(one_run_per_folder, empty_folder),
+  };
+  return cmocka_run_group_tests(tests, make_folder, remove_folder);
+}

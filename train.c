@@ -1,0 +1,84 @@
+// ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
+#include "model/config.h"
+#include "trainer/engine.h"
+#include "trainer/options.h"
+#include "trainer/trainer.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// Compute threads: as configured, or the cores shared out among the processes that mpirun started here.
+static void set_threads(const Config *c) {
+  const char *local = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+  long processes = local ? atol(local) : 1, cores = sysconf(_SC_NPROCESSORS_ONLN);
+  if (c->run.threads)
+    omp_set_num_threads(c->run.threads);
+  else if (!getenv("OMP_NUM_THREADS"))
+    omp_set_num_threads((int)max_i64(1, cores / max_i64(1, processes)));
+}
+
+// CONFIG is a file, or a run's folder with the config.json it was trained with.
+static int load_config(const Options *o, Config *c, char **run, Error *err) {
+  struct stat st;
+  int folder = o->config && stat(o->config, &st) == 0 && S_ISDIR(st.st_mode);
+  char *file = folder ? xasprintf("%s/config.json", o->config) : o->config ? xstrdup(o->config) : NULL;
+  int bad = config_load(c, file, o->sets, o->n_sets, err);
+  free(file);
+  if (!bad) *run = folder ? xstrdup(o->config) : config_run_folder(c);
+  return bad;
+}
+
+static int print_plan(const Config *c, Error *err) {
+  Engine e;
+  int bad = engine_record(&e, c, &backend_cpu, 1, err);
+  if (!bad) engine_print_plan(&e, stdout);
+  engine_free(&e);
+  return bad;
+}
+
+int main(int argc, char **argv) {
+  Options o;
+  Config c;
+  Error err;
+  char *run = NULL;
+  if (options_parse(&o, argc, argv, &err) != 0) fatal(&err);
+  if (o.help || (!o.config && !o.print_config)) {
+    fputs(options_help, stdout);
+    fputs("\n", stdout);
+    config_help(stdout);
+    options_free(&o);
+    return o.help ? 0 : 2;
+  }
+  if (load_config(&o, &c, &run, &err) != 0) fatal(&err);
+  int bad = 0;
+  if (c.run.device == DEVICE_CUDA) {
+    bad = error_set(&err, "use --device auto or cpu", "--device cuda: this build has no CUDA backend");
+  } else if (o.print_config) {
+    config_print(&c, stdout);
+  } else if (o.plan) {
+    bad = print_plan(&c, &err);
+  } else {
+    set_threads(&c);
+    Trainer *t = trainer_open(&c, &o, run, &err);
+    if (!t)
+      bad = -1;
+    else if (o.dump)
+      bad = trainer_dump(t, o.dump, &err);
+    else if (o.eval)
+      bad = trainer_evaluate(t, &err);
+    else if (o.sample)
+      bad = trainer_sample(t, o.sample, o.out, &err);
+    else if (o.describe)
+      bad = trainer_describe(t, o.describe, &err);
+    else
+      bad = trainer_train(t, &err);
+    trainer_close(t);
+  }
+  if (bad) fatal(&err);
+  free(run);
+  options_free(&o);
+  return 0;
+}

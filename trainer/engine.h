@@ -1,0 +1,56 @@
+// The engine: all programs of a run and the memory they run in. Records first (nothing allocated: --plan), then
+// allocates and binds. Knows nothing of data, files or schedules.
+#ifndef TESSERA_ENGINE_H
+#define TESSERA_ENGINE_H
+
+#include "model/transformer.h"
+
+#include <stdio.h>
+
+enum { ENGINE_FORWARD_PROGRAMS = 64 };
+
+// A forward-only program at a power of two of slots (or all of them).
+typedef struct ForwardProgram {
+  Mode mode;
+  int slots, segments;
+  ModelProgram m;
+} ForwardProgram;
+
+typedef struct Engine {
+  const Config *config;
+  Model model;
+  PolicyTable policy;
+  MemoryPolicy chosen;       // what "auto" came to
+  int slots, segments;       // capacities of a training pack
+  ModelProgram first, later; // later: only with several micro-batches a step
+  Program *update, *update_ema;
+  ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
+  int n_forward;
+  int64_t bytes[SPACE_COUNT];       // of every allocation
+  Bases train_bases, forward_bases; // forward-only programs read the EMA weights where there are some
+} Engine;
+
+// Records every program for the config: training when `train` is set, and the forward-only ones. Allocates no slab. The
+// config is borrowed. -1 with *err when no memory policy fits the budget or one is named wrongly.
+int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err);
+// Allocates the slabs and binds the programs. -1 with *err naming what did not fit.
+int engine_allocate(Engine *e, Error *err);
+void engine_free(Engine *e);
+
+// The smallest forward-only program with room for this many tokens and image segments; NULL when none has.
+const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int images);
+
+// Uploads a laid-out pack (batch_bind's block for the program's capacities) and replays.
+void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_seconds);
+// Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
+void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);
+
+// Forward-only programs read the training weights (0) or the EMA (1, where there is one).
+void engine_use_ema(Engine *e, int ema);
+
+// Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
+void *engine_slab(const Engine *e, Space space);
+
+// The memory table of --plan.
+void engine_print_plan(const Engine *e, FILE *f);
+#endif

@@ -1,0 +1,106 @@
+#include "trainer/options.h"
+
+#include "model/config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+const char options_help[] =
+    "usage: ./train CONFIG.json [flags]     CONFIG may be a run folder: its config and newest checkpoint\n"
+    "\n"
+    "  --resume              go on from the run's newest valid checkpoint, or start at step 0\n"
+    "  --from DIR            go on from this checkpoint\n"
+    "  --init DIR            start with this checkpoint's weights, everything else fresh (fine-tuning)\n"
+    "  --stop-at N           stop after step N and save; the schedule still runs to train.steps\n"
+    "  --eval                print the quality figures of a checkpoint; --out FOLDER: held-out captions drawn\n"
+    "  --sample CAPTION      draw a caption (-: one per line of standard input); --out FILE.png or FOLDER\n"
+    "  --describe IMAGE      caption an image file\n"
+    "  --plan                print the memory table and exit; needs neither data nor tokenizer\n"
+    "  --dump DIR            write one step (packs, noise, weights, losses, every gradient) as safetensors and exit\n"
+    "  --profile             print time and rate per kind of op when training ends\n"
+    "  --print-config        print the resolved config with where each value came from\n"
+    "  --set KEY=VALUE       set any key of the config, e.g. --set train.lr=1e-3\n"
+    "  --help                this text\n";
+
+static int add_set(Options *o, char *text) {
+  o->sets = xrealloc(o->sets, (size_t)(o->n_sets + 1) * sizeof *o->sets);
+  o->sets[o->n_sets++] = text;
+  return 0;
+}
+
+static int count_set(int n, const bool *flags) {
+  int sum = 0;
+  for (int i = 0; i < n; i++) sum += flags[i];
+  return sum;
+}
+
+int options_parse(Options *o, int argc, char **argv, Error *err) {
+  *o = (Options){0};
+  const struct {
+    const char *flag;
+    const char **text;
+    bool *on;
+  } table[] = {{"--resume", NULL, &o->resume},
+               {"--from", &o->from, NULL},
+               {"--init", &o->init, NULL},
+               {"--dump", &o->dump, NULL},
+               {"--sample", &o->sample, NULL},
+               {"--describe", &o->describe, NULL},
+               {"--out", &o->out, NULL},
+               {"--eval", NULL, &o->eval},
+               {"--plan", NULL, &o->plan},
+               {"--print-config", NULL, &o->print_config},
+               {"--profile", NULL, &o->profile},
+               {"--help", NULL, &o->help},
+               {"-h", NULL, &o->help}};
+  for (int i = 1; i < argc; i++) {
+    const char *arg = argv[i];
+    if (arg[0] != '-' || !arg[1]) {
+      if (o->config) return error_set(err, "one config per run", "a second config on the command line: %s", arg);
+      o->config = xstrdup(arg);
+      continue;
+    }
+    const char *value = i + 1 < argc ? argv[i + 1] : NULL;
+    const char *key = config_flag_key(arg);
+    size_t t = 0;
+    while (t < sizeof table / sizeof *table && strcmp(table[t].flag, arg) != 0) t++;
+    bool known = t < sizeof table / sizeof *table;
+    if (known && table[t].on) {
+      *table[t].on = true;
+      continue;
+    }
+    if (!known && !key && strcmp(arg, "--set") != 0 && strcmp(arg, "--stop-at") != 0)
+      return error_set(err, "./train --help lists all of them; --set KEY=VALUE reaches any key", "unknown flag %s",
+                       arg);
+    if (!value) return error_set(err, "./train --help shows what it takes", "%s needs a value", arg);
+    i++;
+    if (known) {
+      *table[t].text = value;
+    } else if (key) {
+      add_set(o, xasprintf("%s=%s", key, value));
+    } else if (strcmp(arg, "--set") == 0) {
+      add_set(o, xstrdup(value));
+    } else {
+      char *end;
+      o->stop_at = strtoll(value, &end, 10);
+      if (*end || o->stop_at < 1)
+        return error_set(err, "give the number of steps after which to stop", "--stop-at %s is not a positive number",
+                         value);
+    }
+  }
+  if (count_set(3, (bool[]){o->resume, o->from != NULL, o->init != NULL}) > 1)
+    return error_set(err, "--resume takes the newest, --from one given checkpoint, --init only its weights",
+                     "--resume, --from and --init exclude each other");
+  if (count_set(5, (bool[]){o->plan, o->dump != NULL, o->sample != NULL, o->describe != NULL, o->eval}) > 1)
+    return error_set(err, "run them one after the other",
+                     "--plan, --dump, --sample, --describe and --eval exclude each other");
+  if (o->out && !o->sample && !o->eval)
+    return error_set(err, "--sample \"a caption\" --out FILE.png", "--out goes with --sample or --eval");
+  return 0;
+}
+
+void options_free(Options *o) {
+  for (int i = 0; i < o->n_sets; i++) free((char *)o->sets[i]);
+  free(o->sets);
+  free(o->config);
+}

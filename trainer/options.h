@@ -1,0 +1,29 @@
+// The command line: everything that is not a key of the config.
+#ifndef TESSERA_OPTIONS_H
+#define TESSERA_OPTIONS_H
+
+#include "base/base.h"
+
+#include <stdbool.h>
+
+typedef struct Options {
+  char *config;      // a JSON file, or a run folder: its config and newest checkpoint
+  const char **sets; // "key.path=value", in order: --set and the flags that stand for keys
+  int n_sets;
+  bool resume;          // newest valid checkpoint of the run, or step 0
+  const char *from;     // resume from this checkpoint
+  const char *init;     // weights of this checkpoint, everything else fresh
+  int64_t stop_at;      // stop after this many steps and save; 0: train.steps
+  const char *dump;     // folder for one step's packs, weights, losses and gradients
+  const char *sample;   // caption to draw, "-": one per line of standard input
+  const char *describe; // image file to caption
+  const char *out;      // where the picture goes
+  bool eval, plan, print_config, profile, help;
+} Options;
+
+// Parses argv. -1 with *err on an unknown flag, a missing value, or flags that exclude each other.
+int options_parse(Options *o, int argc, char **argv, Error *err);
+void options_free(Options *o);
+// The flags of --help; the key table follows it.
+extern const char options_help[];
+#endif

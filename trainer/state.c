@@ -1,0 +1,144 @@
+#include "trainer/state.h"
+
+#include "base/json.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+// Tensors of a slab on the host, named PREFIX + parameter.
+typedef struct Slab {
+  char *host;
+  SafeTensor *tensor;
+  char (*name)[72];
+} Slab;
+
+static SafeDtype slab_dtype(const Engine *e) {
+  return e->model.backend->dtype_bytes[DT_REAL] == sizeof(double) ? SAFE_F64 : SAFE_F32;
+}
+
+static Slab slab_new(const Engine *e) {
+  const ParamTable *p = &e->model.params;
+  return (Slab){.host = xmalloc((size_t)p->total * e->model.backend->dtype_bytes[DT_REAL]),
+                .tensor = xcalloc((size_t)p->n, sizeof(SafeTensor)),
+                .name = xcalloc((size_t)p->n, sizeof(char[72]))};
+}
+
+static void slab_free(Slab *s) {
+  free(s->host);
+  free(s->tensor);
+  free(s->name);
+}
+
+static Slab slab_read(const Engine *e, Space space, const char *prefix) {
+  const ParamTable *p = &e->model.params;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  Slab s = slab_new(e);
+  e->model.backend->download(s.host, engine_slab(e, space), (size_t)p->total * element);
+  for (int i = 0; i < p->n; i++) {
+    const Param *w = &p->of[i];
+    snprintf(s.name[i], sizeof s.name[i], "%s%s", prefix, w->name);
+    s.tensor[i] = (SafeTensor){.name = s.name[i],
+                               .dtype = slab_dtype(e),
+                               .rank = w->rank,
+                               .shape = {w->shape[0], w->shape[1], w->shape[2]},
+                               .data = s.host + (size_t)w->offset * element};
+  }
+  return s;
+}
+
+// Every parameter's tensor must be there with its shape.
+static int slab_write(Engine *e, Space space, const char *prefix, const SafeFile *f, Error *err) {
+  const ParamTable *p = &e->model.params;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  Slab s = slab_new(e);
+  int bad = 0;
+  memset(s.host, 0, (size_t)p->total * element);
+  for (int i = 0; i < p->n && !bad; i++) {
+    const Param *w = &p->of[i];
+    char name[72];
+    snprintf(name, sizeof name, "%s%s", prefix, w->name);
+    const SafeTensor *t = safetensors_get(f, name, slab_dtype(e), w->rank, w->shape, err);
+    if (t)
+      memcpy(s.host + (size_t)w->offset * element, t->data, (size_t)w->count * element);
+    else
+      bad = 1;
+  }
+  if (!bad) e->model.backend->upload(engine_slab(e, space), s.host, (size_t)p->total * element);
+  slab_free(&s);
+  return bad ? -1 : 0;
+}
+
+int state_save(const Engine *e, const RunState *s, const char *run, Error *err) {
+  const Config *c = e->config;
+  int n = e->model.params.n;
+  Slab weights = slab_read(e, SPACE_WEIGHTS, ""), m = slab_read(e, SPACE_ADAM_M, "m."),
+       v = slab_read(e, SPACE_ADAM_V, "v."), ema = {0};
+  if (engine_slab(e, SPACE_EMA)) ema = slab_read(e, SPACE_EMA, "");
+  SafeTensor *moments = xcalloc((size_t)(2 * n), sizeof *moments);
+  memcpy(moments, m.tensor, (size_t)n * sizeof *moments);
+  memcpy(moments + n, v.tensor, (size_t)n * sizeof *moments);
+  CheckpointFile files[3] = {{"model.safetensors", weights.tensor, n}, {"optimizer-0x1.safetensors", moments, 2 * n}};
+  int n_files = 2;
+  if (ema.tensor) files[n_files++] = (CheckpointFile){"ema.safetensors", ema.tensor, n};
+  char *state = xasprintf("{\"step\": %" PRId64 ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64
+                          ", \"skipped_in_row\": %" PRId64 ", \"tokenizer\": \"%s\", \"loader\": %s}",
+                          s->step, s->optimizer.applied, s->optimizer.skipped, s->optimizer.skipped_in_row,
+                          s->tokenizer, s->loader);
+  CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
+  int bad = checkpoint_save(run, s->step, files, n_files, state, keep, err);
+  free(state);
+  free(moments);
+  slab_free(&weights);
+  slab_free(&m);
+  slab_free(&v);
+  slab_free(&ema);
+  return bad;
+}
+
+static int read_count(const Checkpoint *c, const char *name, int64_t *out, Error *err) {
+  const cJSON *item = cJSON_GetObjectItemCaseSensitive(c->state, name);
+  if (!cJSON_IsNumber(item) || item->valuedouble < 0)
+    return error_set(err, "take an older checkpoint with --from", "%s/state.json: \"%s\" is missing or not a count",
+                     c->dir, name);
+  *out = (int64_t)item->valuedouble;
+  return 0;
+}
+
+static const SafeFile *need_file(const Checkpoint *c, const char *name, Error *err) {
+  const SafeFile *f = checkpoint_file(c, name);
+  if (!f) error_set(err, "take another checkpoint with --from", "%s has no %s", c->dir, name);
+  return f;
+}
+
+static int load_counters(RunState *s, const Checkpoint *c, Error *err) {
+  if (read_count(c, "step", &s->step, err) != 0 || read_count(c, "applied", &s->optimizer.applied, err) != 0 ||
+      read_count(c, "skipped", &s->optimizer.skipped, err) != 0 ||
+      read_count(c, "skipped_in_row", &s->optimizer.skipped_in_row, err) != 0)
+    return -1;
+  const cJSON *tokenizer = cJSON_GetObjectItemCaseSensitive(c->state, "tokenizer");
+  if (!cJSON_IsString(tokenizer) || (s->tokenizer && strcmp(s->tokenizer, tokenizer->valuestring) != 0))
+    return error_set(err, "data.tokenizer must be the one the run began with",
+                     "%s was trained with another tokenizer than %s", c->dir, "the one in use");
+  char *text = cJSON_PrintUnformatted(cJSON_GetObjectItemCaseSensitive(c->state, "loader"));
+  if (!text) return error_set(err, NULL, "%s/state.json: \"loader\" is missing", c->dir);
+  free(s->loader);
+  s->loader = text;
+  return 0;
+}
+
+int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Error *err) {
+  const SafeFile *weights = need_file(c, "model.safetensors", err), *ema = checkpoint_file(c, "ema.safetensors");
+  if (!weights || slab_write(e, SPACE_WEIGHTS, "", weights, err) != 0) return -1;
+  if (engine_slab(e, SPACE_EMA)) {
+    // A run whose EMA was off so far begins its average at the weights.
+    if (slab_write(e, SPACE_EMA, "", ema ? ema : weights, err) != 0) return -1;
+    if (!ema) log_warn("%s has no EMA; it begins at the weights", c->dir);
+  }
+  if (weights_only) return 0;
+  const SafeFile *moments = need_file(c, "optimizer-0x1.safetensors", err);
+  if (!moments || slab_write(e, SPACE_ADAM_M, "m.", moments, err) != 0 ||
+      slab_write(e, SPACE_ADAM_V, "v.", moments, err) != 0)
+    return -1;
+  return load_counters(s, c, err);
+}

@@ -1,0 +1,431 @@
+#include "trainer/trainer_internal.h"
+
+#include "base/hash.h"
+#include "trainer/dump.h"
+#include "trainer/losses.h"
+#include "trainer/report.h"
+
+#include <inttypes.h>
+#include <libgen.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+// Set by the first SIGINT or SIGTERM: finish the step, save, leave. The second stops at once.
+static volatile sig_atomic_t stop_asked;
+
+static void ask_stop(int signal_number) {
+  if (stop_asked) _exit(128 + signal_number);
+  stop_asked = 1;
+}
+
+// ---- opening ----
+
+static int uses_checkpoint(const Options *o) {
+  return o->sample || o->describe || o->eval;
+}
+
+static int open_sources(Trainer *t, Error *err) {
+  const Config *c = t->config;
+  if (!c->data.sources)
+    return error_set(err,
+                     "add {\"type\": \"webdataset\", \"path\": \"...\"} to data.sources; README.md shows the formats",
+                     "data.sources is empty: there is nothing to train on");
+  for (int i = 0; i < c->data.sources; i++) {
+    t->source[i] = source_open(c->data.source[i].type, c->data.source[i].path, c->data.held_out_by, err);
+    if (!t->source[i]) return error_prefix(err, "data.sources[%d]", i);
+    t->weight[i] = c->data.source[i].weight;
+    t->sources++;
+  }
+  return 0;
+}
+
+// A BPE learnt from every text of the training samples.
+static Tokenizer *train_tokenizer(const Trainer *t, Error *err) {
+  const Config *c = t->config;
+  const char **text = NULL;
+  size_t *bytes = NULL;
+  int64_t n = 0, room = 0;
+  for (int s = 0; s < t->sources; s++) {
+    for (int64_t i = 0; i < source_count(t->source[s]); i++) {
+      const Sample *sample = source_sample(t->source[s], i);
+      if (sample_is_held_out(sample->group, c->data.held_out)) continue;
+      for (int k = 0; k < sample->segments; k++) {
+        if (sample->segment[k].kind != SEGMENT_TEXT) continue;
+        if (n == room) {
+          room = room ? 2 * room : 1024;
+          text = xrealloc(text, (size_t)room * sizeof *text);
+          bytes = xrealloc(bytes, (size_t)room * sizeof *bytes);
+        }
+        text[n] = sample->segment[k].text;
+        bytes[n++] = sample->segment[k].text_bytes;
+      }
+    }
+  }
+  Tokenizer *tokenizer = tokenizer_train(text, bytes, n, c->model.vocab, err);
+  free(text);
+  free(bytes);
+  return tokenizer;
+}
+
+// The tokenizer of the run that a checkpoint belongs to, where there is one: its file lies beside the checkpoint.
+static char *tokenizer_beside(const Trainer *t) {
+  const char *given = t->options->from ? t->options->from : t->options->init;
+  char *paths[2] = {xasprintf("%s/tokenizer.bpe", t->run), NULL}, *found = NULL;
+  if (given) {
+    char *copy = xstrdup(given);
+    paths[1] = xasprintf("%s/tokenizer.bpe", dirname(copy));
+    free(copy);
+  }
+  for (int i = 1; i >= 0; i--) {
+    if (paths[i] && !found && access(paths[i], R_OK) == 0)
+      found = paths[i];
+    else
+      free(paths[i]);
+  }
+  return found;
+}
+
+static int open_tokenizer(Trainer *t, Error *err) {
+  const Config *c = t->config;
+  const Options *o = t->options;
+  int continues = o->resume || o->from || o->init || uses_checkpoint(o);
+  char *path = continues ? tokenizer_beside(t) : NULL;
+  if (path)
+    t->tokenizer = tokenizer_load(path, c->model.vocab, err);
+  else if (strcmp(c->data.tokenizer, "bytes") == 0)
+    t->tokenizer = tokenizer_load(NULL, c->model.vocab, err);
+  else if (strcmp(c->data.tokenizer, "train") != 0)
+    t->tokenizer = tokenizer_load(c->data.tokenizer, c->model.vocab, err);
+  else if (t->sources)
+    t->tokenizer = train_tokenizer(t, err);
+  else
+    error_set(err, "train the run first", "%s has no tokenizer.bpe", t->run);
+  free(path);
+  if (!t->tokenizer) return -1;
+  // Its identity: a hash over what every id stands for.
+  uint64_t hash = 0;
+  for (int32_t id = 0; id < tokenizer_used(t->tokenizer); id++) {
+    size_t n;
+    char *bytes = tokenizer_decode(t->tokenizer, &id, 1, &n);
+    hash = hash64(bytes, n, hash);
+    free(bytes);
+  }
+  t->state.tokenizer = xasprintf("%016" PRIx64, hash);
+  return 0;
+}
+
+static int load_checkpoint(Trainer *t, Error *err) {
+  const Options *o = t->options;
+  const char *given = o->from ? o->from : o->init;
+  int weights_only = o->init || uses_checkpoint(o), found = 1;
+  Checkpoint *c = NULL;
+  if (given) {
+    c = checkpoint_open(given, err);
+    found = c ? 1 : -1;
+  } else if (o->resume || uses_checkpoint(o)) {
+    found = checkpoint_find(t->run, &c, err);
+  } else {
+    return 0;
+  }
+  if (found < 0) return -1;
+  if (!found && uses_checkpoint(o))
+    return error_set(err, "train it first, or name a checkpoint with --from", "%s has no checkpoint", t->run);
+  if (!found) {
+    log_info("%s has no checkpoint yet: starting at step 0", t->run);
+    return 0;
+  }
+  int bad = state_load(&t->engine, &t->state, c, weights_only, err);
+  if (!bad) log_info("loaded %s (step %lld)", c->dir, (long long)c->step);
+  checkpoint_close(c);
+  return bad;
+}
+
+Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error *err) {
+  Trainer *t = xcalloc(1, sizeof *t);
+  t->config = c;
+  t->options = o;
+  t->run = xstrdup(run);
+  int samples = o->sample || o->describe;
+  if ((!samples && open_sources(t, err) != 0) || open_tokenizer(t, err) != 0 ||
+      engine_record(&t->engine, c, &backend_cpu, !uses_checkpoint(o), err) != 0 ||
+      engine_allocate(&t->engine, err) != 0)
+    goto failed;
+  const ParamTable *p = &t->engine.model.params;
+  size_t element = t->engine.model.backend->dtype_bytes[DT_REAL], bytes = (size_t)p->total * element;
+  char *initial = xmalloc(bytes);
+  if (o->dump && !o->resume && !o->from && !o->init)
+    params_randomize(p, (uint64_t)c->run.seed, element, initial);
+  else
+    params_init(p, (uint64_t)c->run.seed, element, initial);
+  t->engine.model.backend->upload(engine_slab(&t->engine, SPACE_WEIGHTS), initial, bytes);
+  if (engine_slab(&t->engine, SPACE_EMA))
+    t->engine.model.backend->upload(engine_slab(&t->engine, SPACE_EMA), initial, bytes);
+  free(initial);
+  if (load_checkpoint(t, err) != 0) goto failed;
+  return t;
+failed:
+  trainer_close(t);
+  return NULL;
+}
+
+void trainer_close(Trainer *t) {
+  if (!t) return;
+  eval_items_free(t->held_out, t->n_held_out);
+  eval_items_free(t->training, t->n_training);
+  engine_free(&t->engine);
+  tokenizer_free(t->tokenizer);
+  for (int i = 0; i < t->sources; i++) source_close(t->source[i]);
+  free(t->state.loader);
+  free(t->state.tokenizer);
+  free(t->run);
+  free(t);
+}
+
+static Loader *open_loader(Trainer *t, Error *err) {
+  const Config *c = t->config;
+  const Engine *e = &t->engine;
+  LoaderConfig l = {.stream = {.source = t->source,
+                               .weight = t->weight,
+                               .sources = t->sources,
+                               .tokenizer = t->tokenizer,
+                               .shape = dims_batch_shape(&e->first.program->dims),
+                               .max_text = config_max_text(c),
+                               .max_document = config_max_document(c),
+                               .max_caption = c->data.max_caption,
+                               .fit = config_image_fit(c),
+                               .max_pixels = c->data.max_pixels,
+                               .held_out = c->data.held_out,
+                               .cfg_drop = c->data.cfg_drop,
+                               .caption_to_image = c->data.caption_to_image,
+                               .t_mean = c->flow.t_mean,
+                               .t_std = c->flow.t_std,
+                               .seed = (uint64_t)c->run.seed},
+                    .flip = c->data.flip,
+                    .ce_weight = c->train.ce_weight,
+                    .packs_per_step = c->train.micro_batches,
+                    .world = 1,
+                    .threads = c->data.threads,
+                    .cache_mb = c->data.cache_mb};
+  return loader_open(&l, t->state.loader, err);
+}
+
+// ---- one step ----
+
+// Allowed (query, key) pairs of a pack.
+static double count_pairs(const Batch *b) {
+  double pairs = 0;
+  for (int i = 0; i < b->dims->n_text + b->dims->n_image; i++) pairs += b->q_end[i] - b->q_start[i];
+  return pairs;
+}
+
+// The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s.
+static int run_micro_steps(Trainer *t, Loader *loader, double *op_seconds, StepReport *s, Error *err) {
+  const Config *c = t->config;
+  Engine *e = &t->engine;
+  double slots = 0;
+  for (int k = 0; k < c->train.micro_batches; k++) {
+    Pack *pack;
+    double waited = loader_next(loader, &pack, err);
+    if (waited < 0) return -1;
+    const BatchDims *d = pack->batch.dims;
+    s->data_wait += waited;
+    s->tokens += d->n_text + d->n_image;
+    s->flops += transformer_flops(c, d->n_text, d->n_image, count_pairs(&pack->batch));
+    slots += e->slots;
+    engine_run(e, k ? &e->later : &e->first, pack->block, k ? NULL : op_seconds);
+    loader_release(loader, pack);
+  }
+  s->fill = s->tokens / slots;
+  return 0;
+}
+
+static int update(Trainer *t, StepReport *s, Error *err) {
+  const Config *c = t->config;
+  Engine *e = &t->engine;
+  StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
+  UpdateStatus status;
+  e->model.backend->upload(engine_slab(e, SPACE_SCALARS), &scalars, sizeof scalars);
+  program_replay(optimizer_ema_due(c, t->state.step) ? e->update_ema : e->update, NULL);
+  e->model.backend->download(&status, engine_slab(e, SPACE_STATUS), sizeof status);
+  s->lr = scalars.lr;
+  s->grad_norm = status.norm;
+  s->skipped = status.skip;
+  if (status.skip)
+    snprintf(s->bad, sizeof s->bad, "%s",
+             status.bad >= e->model.params.n ? "the loss" : e->model.params.of[status.bad].name);
+  return optimizer_count(c, &t->state.optimizer, &status, err);
+}
+
+static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport *s, Error *err) {
+  double start = time_now();
+  *s = (StepReport){.step = t->state.step};
+  if (run_micro_steps(t, loader, op_seconds, s, err) != 0) return -1;
+  int given_up = update(t, s, err);
+  StepLosses l = losses_read(&t->engine);
+  s->loss = l.total;
+  s->flow = l.flow;
+  s->ce = l.ce;
+  s->ce_caption = l.ce_caption;
+  s->ce_text = l.ce_text;
+  s->balance = l.balance;
+  s->z = l.z;
+  s->load_max = l.load_max;
+  t->state.step++;
+  s->seconds = time_now() - start;
+  return given_up;
+}
+
+// ---- the run ----
+
+static int save(Trainer *t, Loader *loader, Error *err) {
+  free(t->state.loader);
+  t->state.loader = loader_state(loader);
+  return state_save(&t->engine, &t->state, t->run, err);
+}
+
+static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
+  const Engine *e = &t->engine;
+  const Dims *d = &e->first.program->dims;
+  size_t bytes = (size_t)metrics_size(d) * sizeof(double);
+  double *metrics = xmalloc(bytes);
+  Evaluation figures;
+  // The load of the last step; evaluation itself overwrites the metrics.
+  e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), bytes);
+  trainer_load_items(t);
+  int bad = trainer_measure(t, metrics + sizeof(Metrics) / sizeof(double), &figures, err);
+  free(metrics);
+  if (bad) return -1;
+  char *json = evaluation_json(&figures, t->state.step);
+  report_json(report, json);
+  free(json);
+  if (t->config->eval.samples > 0 && t->n_held_out + t->n_training > 0) {
+    char *path = xasprintf("%s/samples/step-%06lld.png", t->run, (long long)t->state.step);
+    bad = trainer_write_sheet(t, path, err);
+    if (!bad) log_info("drawings: %s", path);
+    free(path);
+  }
+  return bad || (last && trainer_read_captions(t, 8, err) != 0) ? -1 : 0;
+}
+
+static int prepare_folder(Trainer *t, Error *err) {
+  const Options *o = t->options;
+  char *samples = xasprintf("%s/samples", t->run), *config = xasprintf("%s/config.json", t->run);
+  char *tokenizer = xasprintf("%s/tokenizer.bpe", t->run), *text = config_to_json(t->config);
+  Checkpoint *existing = NULL;
+  int bad = folder_make(samples, err) != 0 || run_lock(t->run, err) < 0;
+  if (!bad && !o->resume && !o->from) {
+    Error unreadable;
+    if (checkpoint_find(t->run, &existing, &unreadable) != 0)
+      bad = error_set(err,
+                      "--resume goes on from the newest, --from CKPT from one of them, --run-dir trains elsewhere; or "
+                      "remove the folder",
+                      "%s already holds checkpoints of a run", t->run) != 0;
+    checkpoint_close(existing);
+  }
+  if (!bad) bad = tokenizer_save(t->tokenizer, tokenizer, err) != 0;
+  if (!bad) {
+    FILE *f = fopen(config, "wb");
+    bad = !f || fputs(text, f) < 0;
+    if (f && fclose(f) != 0) bad = 1;
+    if (bad) error_set(err, "check space and permissions", "cannot write %s", config);
+  }
+  free(samples);
+  free(config);
+  free(tokenizer);
+  free(text);
+  return bad ? -1 : 0;
+}
+
+static void print_profile(const Program *p, const double *seconds, double steps) {
+  double by_kind[OP_COUNT] = {0}, flops[OP_COUNT] = {0}, total = 0;
+  for (int i = 0; i < p->n_ops; i++) {
+    by_kind[p->ops[i].kind] += seconds[i] / steps;
+    flops[p->ops[i].kind] += p->ops[i].flops;
+    total += seconds[i] / steps;
+  }
+  log_info("%-20s %9s %6s %9s   (one micro-step; rates at capacity)", "op", "ms", "share", "GFLOP/s");
+  for (int shown = 0; shown < OP_COUNT; shown++) {
+    int most = 0;
+    for (int k = 1; k < OP_COUNT; k++)
+      if (by_kind[k] > by_kind[most]) most = k;
+    if (by_kind[most] <= 0) break;
+    log_info("%-20s %9.3f %5.1f%% %9.1f", op_info[most].name, by_kind[most] * 1e3, 100 * by_kind[most] / total,
+             flops[most] / by_kind[most] / 1e9);
+    by_kind[most] = 0;
+  }
+}
+
+// Steps until the end, with what is due on the way.
+static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seconds, Error *err) {
+  const Config *c = t->config;
+  int64_t end = t->options->stop_at ? min_i64(t->options->stop_at, c->train.steps) : c->train.steps;
+  while (t->state.step < end) {
+    StepReport s;
+    int bad = train_step(t, loader, op_seconds, &s, err);
+    if (bad && s.loss == 0 && s.tokens == 0) return -1;
+    report_step(report, &s);
+    if (bad) return -1;
+    int64_t done = t->state.step;
+    int last = done == c->train.steps, leaving = stop_asked || done == end;
+    if (last || (c->eval.every && done % c->eval.every == 0))
+      if (evaluate_step(t, report, last, err) != 0) return -1;
+    if (leaving || (c->checkpoint.every && done % c->checkpoint.every == 0))
+      if (save(t, loader, err) != 0) return error_prefix(err, "saving at step %lld", (long long)done);
+    if (stop_asked) {
+      log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)done);
+      return 0;
+    }
+  }
+  return 0;
+}
+
+int trainer_train(Trainer *t, Error *err) {
+  const Config *c = t->config;
+  if (prepare_folder(t, err) != 0) return -1;
+  if (t->state.step >= c->train.steps) {
+    log_info("%s is already trained to step %lld of %d", t->run, (long long)t->state.step, c->train.steps);
+    return 0;
+  }
+  Loader *loader = open_loader(t, err);
+  if (!loader) return -1;
+  Report *report = report_open(t->run, t->state.step, c->train.steps, err);
+  double *op_seconds = t->options->profile ? xcalloc((size_t)t->engine.first.program->n_ops, sizeof *op_seconds) : NULL;
+  struct sigaction action = {.sa_handler = ask_stop};
+  sigaction(SIGINT, &action, NULL);
+  sigaction(SIGTERM, &action, NULL);
+  int64_t from = t->state.step;
+  int bad = !report || run_steps(t, loader, report, op_seconds, err) != 0;
+  report_close(report);
+  if (!bad && op_seconds && t->state.step > from)
+    print_profile(t->engine.first.program, op_seconds, (double)(t->state.step - from));
+  LoaderStats stats = loader_stats(loader);
+  if (!bad)
+    log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
+             100.0 * (double)stats.slots_used / (double)max_i64(stats.slots, 1), (long long)stats.documents,
+             (long long)stats.silent, (long long)stats.stream.truncated);
+  loader_close(loader);
+  free(op_seconds);
+  return bad ? -1 : 0;
+}
+
+int trainer_dump(Trainer *t, const char *folder, Error *err) {
+  int n = t->config->train.micro_batches, bad = 0, have = 0;
+  Loader *loader = open_loader(t, err);
+  if (!loader) return -1;
+  Pack **packs = xcalloc((size_t)n, sizeof *packs);
+  const Batch **batches = xcalloc((size_t)n, sizeof *batches);
+  for (; have < n && !bad; have++) {
+    bad = loader_next(loader, &packs[have], err) < 0;
+    if (!bad) batches[have] = &packs[have]->batch;
+  }
+  if (!bad) bad = dump_step(&t->engine, batches, n, folder, err) != 0;
+  for (int i = 0; i < n; i++)
+    if (packs[i]) loader_release(loader, packs[i]);
+  free(packs);
+  free(batches);
+  loader_close(loader);
+  return bad ? -1 : 0;
+}

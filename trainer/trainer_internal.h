@@ -1,0 +1,35 @@
+// What trainer.c (training) and use.c (uses of a checkpoint) share.
+#ifndef TESSERA_TRAINER_INTERNAL_H
+#define TESSERA_TRAINER_INTERNAL_H
+
+#include "data/loader.h"
+#include "trainer/evaluate.h"
+#include "trainer/state.h"
+#include "trainer/trainer.h"
+
+struct Trainer {
+  const Config *config;
+  const Options *options;
+  char *run; // the run's folder
+  Engine engine;
+  RunState state;
+  Tokenizer *tokenizer;
+  Source *source[CONFIG_SOURCES];
+  double weight[CONFIG_SOURCES];
+  int sources;
+  EvalItem *held_out, *training; // what evaluations measure
+  int n_held_out, n_training;
+};
+
+// Loads the evaluation's items on first use.
+void trainer_load_items(Trainer *t);
+// Evaluation with training retrieval and expert loads (`load`: Metrics' load, NULL: not measured), printed.
+int trainer_measure(Trainer *t, const double *load, Evaluation *out, Error *err);
+// Draws `n` of the items' captions; images to free.
+int trainer_draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err);
+// A sheet of drawings beside the real images, for held-out and training captions.
+int trainer_write_sheet(Trainer *t, const char *path, Error *err);
+// Logs captions read off held-out images beside the true ones.
+int trainer_read_captions(Trainer *t, int n, Error *err);
+Image item_image(const Config *c, const EvalItem *item);
+#endif
