@@ -47,9 +47,9 @@ PHILOX_FN Philox4 philox4(uint64_t seed, uint64_t draw, uint32_t stream, uint32_
   return r;
 }
 
-// Uniform in (0, 1): the middle of one of 2^24 cells, exact in fp32.
+// Uniform in (0, 1): the middle of one of 2^23 cells, exact in fp32.
 PHILOX_FN float philox_uniform(uint32_t v) {
-  return ((float)(v >> 8) + 0.5f) * (1.0f / 16777216.0f);
+  return ((float)(v >> 9) + 0.5f) * (1.0f / 8388608.0f);
 }
 
 // Two independent normals from two words (Box and Muller 1958), in fp32.

@@ -263,7 +263,8 @@ static void record_experts(Recording *r, int l) {
   program_save(r->p, f->router_logits, SAVED_ROUTER);
   program_save(r->p, f->router_weights, SAVED_ROUTER);
   program_save(r->p, f->route, SAVED_ROUTER);
-  if (r->train) program_op(r->p, OP_ROUTER_LOSS, IN(f->router_logits, f->route), OUT(r->metrics), &router);
+  if (r->train || r->mode == MODE_EVAL)
+    program_op(r->p, OP_ROUTER_LOSS, IN(f->router_logits, f->route), OUT(r->metrics), &router);
   TensorId shared = record_shared(r, l);
   f->expert_pre = two_sided(r, DT_ACT, d->K, 2 * d->F[0], 2 * d->F[1], "expert pre-activation");
   TensorId a = two_sided(r, DT_ACT, d->K, d->F[0], d->F[1], "expert activation");
@@ -522,7 +523,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
              OUT(program_external(p, SPACE_BATCH, 0, DT_U8, pack_bytes, "pack")), &copy);
   int64_t n_metrics = metrics_size(&r->d);
   r->metrics = program_external(p, SPACE_METRICS, 0, DT_F64, n_metrics, "metrics");
-  if (mode == MODE_TRAIN_FIRST || mode == MODE_EVAL) {
+  if (mode == MODE_TRAIN_FIRST) { // evaluation sums over many replays
     OpArgs zero = {.span = {.count = n_metrics * (int64_t)sizeof(double)}};
     program_op(p, OP_ZERO, NULL, OUT(r->metrics), &zero);
   }

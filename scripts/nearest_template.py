@@ -152,7 +152,7 @@ def main():
     asked = [by_caption[fields["caption"]] for fields in wanted]
     share = {field: float(np.mean([a[field] == f[field] for a, f in zip(asked, found)])) for field in FIELDS}
     share_all = float(np.mean([all(a[field] == f[field] for field in FIELDS) for a, f in zip(asked, found)]))
-    print(f"{len(names)} drawings: " + ", ".join(f"{field} {share[field]:.3f}" for field in FIELDS) + f", all {share_all:.3f}")
+    print(f"{len(names)} drawings:", *(f"{field} {share[field]:.3f}," for field in FIELDS), f"all {share_all:.3f}")
     below = [f"{name} {share[name]:.3f} is below {least:g}" for name, least in args.at_least if share[name] < least]
     if below:
         sys.exit("nearest_template: " + "; ".join(below))

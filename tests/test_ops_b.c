@@ -486,12 +486,11 @@ static void check_route(const OpCase *c, const int *chosen, const double *counts
       if (r >= used_rows(c) || j >= d->K[modality_of(c, r)]) assert_int_equal(route.slot[r * kmax + j], -1);
 }
 
-// Bends a router so that the case is an edge: every row on one expert, all ties, or a large spread.
-static void bend_router(OpCase *c, int seed, real *h, real *wr) {
+// Makes every row of a modality prefer its expert 0: h becomes positive, and the router's first row too.
+static void send_to_first_expert(const OpCase *c, real *h, real *wr) {
   const Dims *d = &c->dims;
-  if (seed % 6 == 3) // every row prefers expert 0 (h is made positive)
-    for (int64_t i = 0; i < d->C; i++) wr[i] = (real)(1 + fabs((double)wr[i]));
-  for (int64_t i = 0; i < (int64_t)d->T * d->C && seed % 6 == 3; i++) h[i] = (real)fabs((double)h[i]);
+  for (int64_t i = 0; i < d->C; i++) wr[i] = (real)(1 + fabs((double)wr[i]));
+  for (int64_t i = 0; i < (int64_t)d->T * d->C; i++) h[i] = (real)fabs((double)h[i]);
 }
 
 static void test_router(void **state) {
@@ -506,7 +505,7 @@ static void test_router(void **state) {
     real *h = case_random(c, nx, 1), *wr[2];
     for (int m = 0; m < 2; m++) {
       wr[m] = case_random(c, d->E[m] * C, 0.5);
-      bend_router(c, seed, h, wr[m]);
+      if (seed % 6 == 3) send_to_first_expert(c, h, wr[m]);
     }
     size_t route_bytes = (size_t)route_bind(&(Route){0}, d, NULL) * sizeof(int32_t);
     real *logits = case_poison(c, nl), *weights = case_poison(c, nw);

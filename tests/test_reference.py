@@ -457,9 +457,9 @@ def verdict(folder, grads, losses):
 
 
 def test_parity_model_judges_dumps():
-    for seed in range(3):
+    for seed in range(2):
         rng = np.random.default_rng(500 + seed)
-        s = random_sizes(rng, E=(4, 3), k=(2, 1), tied=seed == 1, bottleneck=5 * (seed == 2), S=(3, 0), P=12)
+        s = random_sizes(rng, E=(4, 3), k=(2, 1), tied=seed == 1, bottleneck=5 * (seed == 0), S=(3, 0), P=12)
         with tempfile.TemporaryDirectory() as folder:
             grads, losses = make_dump(folder, rng, s)
             code, text = verdict(folder, grads, losses)

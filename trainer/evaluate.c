@@ -285,6 +285,10 @@ int evaluate(Engine *e, const Tokenizer *t, const EvalItem *items, int n, Evalua
   evaluation_clear(out, n);
   if (forward_check_tokenizer(e, t, err) != 0) return -1;
   if (n == 0) return 0;
+  Dims d = dims_from_config(e->config, 1, 1);
+  size_t metrics_bytes = (size_t)metrics_size(&d) * sizeof(double);
+  double *metrics = xcalloc(1, metrics_bytes);
+  e->model.backend->upload(engine_slab(e, SPACE_METRICS), metrics, metrics_bytes);
   EvalSet s = set_make(e, t, items, n);
   int *own = xmalloc((size_t)n * sizeof *own), *other = s.different > 1 ? xmalloc((size_t)n * sizeof *other) : NULL;
   for (int i = 0; i < n; i++) {
@@ -298,6 +302,10 @@ int evaluate(Engine *e, const Tokenizer *t, const EvalItem *items, int n, Evalua
     failed = set_run(&s, err);
     if (!failed) out->bits_per_byte[EVAL_SHUFFLED] = bits_per_byte(&s);
   }
+  // Every replay has added its assignments to what was zeroed above.
+  e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), metrics_bytes);
+  load_figures(metrics + sizeof(Metrics) / sizeof(double), &d, out->load);
+  free(metrics);
   free(own);
   free(other);
   set_free(&s);

@@ -44,7 +44,7 @@ typedef struct Evaluation {
   double bits_per_byte[EVAL_PAIRINGS]; // of caption and eos, per byte of caption, given the true, a shuffled image
   double retrieval;                    // held-out images whose own caption has a lower summed nll than 15 others
   double retrieval_training;           // the caller's to set; evaluate leaves NAN
-  LoadFigures load[MODALITIES];        // likewise; entropy NAN
+  LoadFigures load[MODALITIES];        // over everything that was measured; entropy NAN without any
 } Evaluation;
 
 // Measures items [n]. Captions are cut to data.max_caption tokens. -1 with *err set when one does not fit the engine.

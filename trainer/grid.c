@@ -79,7 +79,7 @@ static int line_length(const char *at, int width) {
 static void line_ellipsize(char *line, int width) {
   size_t n = min_i64((int64_t)strlen(line), LINE_CHARS - 3);
   for (;; n--) {
-    strcpy(line + n, "...");
+    memcpy(line + n, "...", 4);
     if (n == 0 || text_width(line) <= width) return;
   }
 }

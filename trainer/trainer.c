@@ -138,6 +138,7 @@ static int load_checkpoint(Trainer *t, Error *err) {
     return 0;
   }
   int bad = state_load(&t->engine, &t->state, c, weights_only, err);
+  if (uses_checkpoint(o)) t->state.step = c->step;
   if (!bad) log_info("loaded %s (step %lld)", c->dir, (long long)c->step);
   checkpoint_close(c);
   return bad;
@@ -287,16 +288,9 @@ static int save(Trainer *t, Loader *loader, Error *err) {
 }
 
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
-  const Engine *e = &t->engine;
-  const Dims *d = &e->first.program->dims;
-  size_t bytes = (size_t)metrics_size(d) * sizeof(double);
-  double *metrics = xmalloc(bytes);
   Evaluation figures;
-  // The load of the last step; evaluation itself overwrites the metrics.
-  e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), bytes);
   trainer_load_items(t);
-  int bad = trainer_measure(t, metrics + sizeof(Metrics) / sizeof(double), &figures, err);
-  free(metrics);
+  int bad = trainer_measure(t, &figures, err);
   if (bad) return -1;
   char *json = evaluation_json(&figures, t->state.step);
   report_json(report, json);

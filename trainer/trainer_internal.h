@@ -23,8 +23,8 @@ struct Trainer {
 
 // Loads the evaluation's items on first use.
 void trainer_load_items(Trainer *t);
-// Evaluation with training retrieval and expert loads (`load`: Metrics' load, NULL: not measured), printed.
-int trainer_measure(Trainer *t, const double *load, Evaluation *out, Error *err);
+// The quality figures with training retrieval, printed.
+int trainer_measure(Trainer *t, Evaluation *out, Error *err);
 // Draws `n` of the items' captions; images to free.
 int trainer_draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err);
 // A sheet of drawings beside the real images, for held-out and training captions.

@@ -23,15 +23,13 @@ void trainer_load_items(Trainer *t) {
   free(list);
 }
 
-int trainer_measure(Trainer *t, const double *load, Evaluation *out, Error *err) {
+int trainer_measure(Trainer *t, Evaluation *out, Error *err) {
   // Without held-out samples the figures are those of training ones.
   int held_out = t->n_held_out > 0;
   const EvalItem *items = held_out ? t->held_out : t->training;
   if (evaluate(&t->engine, t->tokenizer, items, held_out ? t->n_held_out : t->n_training, out, err) != 0) return -1;
   if (evaluate_retrieval(&t->engine, t->tokenizer, t->training, t->n_training, &out->retrieval_training, err) != 0)
     return -1;
-  Dims d = dims_from_config(t->config, 1, 1);
-  if (load) load_figures(load, &d, out->load);
   if (!held_out) log_info("no held-out samples (data.held_out): the figures are those of training samples");
   evaluation_print(out);
   return 0;
@@ -171,7 +169,7 @@ static int write_drawings(const char *out, const Image *images, const char *cons
 int trainer_evaluate(Trainer *t, Error *err) {
   Evaluation figures;
   trainer_load_items(t);
-  if (trainer_measure(t, NULL, &figures, err) != 0) return -1;
+  if (trainer_measure(t, &figures, err) != 0) return -1;
   char *json = evaluation_json(&figures, t->state.step);
   printf("%s\n", json);
   free(json);
