@@ -19,6 +19,9 @@ HAVE_PCRE2 := $(call probe,'#define PCRE2_CODE_UNIT_WIDTH 8' '#include <pcre2.h>
 HAVE_STB := $(call probe,'#include <stb/stb_image.h>' '#include <stb/stb_image_write.h>' 'int main(void) { return 0; }',-lm)
 HAVE_OPENMP := $(call probe,'#include <omp.h>' 'int main(void) { return omp_get_max_threads() < 1; }',-fopenmp)
 HAVE_CMOCKA := $(call probe,'#include <stdarg.h>' '#include <stddef.h>' '#include <setjmp.h>' '#include <stdint.h>' '#include <cmocka.h>' 'int main(void) { return 0; }',-lcmocka)
+# The CUDA backend is built where nvcc is and its libraries link; without it the binary runs on the CPU alone.
+CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
+HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell command -v nvcc >/dev/null 2>&1 && printf 'int main(void) { return 0; }' > /tmp/tessera-probe-$$$$.cu && nvcc -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.cu -lcublasLt >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$*))
 endif
 
 # ---- flags ----
@@ -33,6 +36,7 @@ OPT := -O1
 KERNEL_OPT := -O1 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math
 endif
 CFLAGS_ALL := $(BASE) $(WARN) $(SAN) $(CFLAGS)
+NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Xcompiler -Wall,-Wextra
 LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
 
 # ---- sources ----
@@ -40,6 +44,11 @@ ENGINE := $(wildcard base/*.c data/*.c model/*.c trainer/*.c kernels/*.c)
 KERNELS := $(wildcard kernels/cpu/*.c)
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 OBJ := $(ENGINE:%.c=$(BUILD)/%.o) $(KERNELS:%.c=$(BUILD)/%.o)
+ifdef HAVE_CUDA
+OBJ += $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
+CFLAGS_ALL += -DTESSERA_CUDA
+LIBS += -lcublasLt -lcudart -lstdc++
+endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
 REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE
@@ -59,7 +68,7 @@ train: $(BUILD)/train
 endif
 
 probes:
-	@printf 'openblas %s, cjson %s, pcre2 %s, stb %s, openmp %s, cmocka %s (tests only)\n' "$(or $(HAVE_OPENBLAS),NO)" "$(or $(HAVE_CJSON),NO)" "$(or $(HAVE_PCRE2),NO)" "$(or $(HAVE_STB),NO)" "$(or $(HAVE_OPENMP),NO)" "$(or $(HAVE_CMOCKA),NO)"
+	@printf 'openblas %s, cjson %s, pcre2 %s, stb %s, openmp %s, cuda %s, cmocka %s (tests only)\n' "$(or $(HAVE_OPENBLAS),NO)" "$(or $(HAVE_CJSON),NO)" "$(or $(HAVE_PCRE2),NO)" "$(or $(HAVE_STB),NO)" "$(or $(HAVE_OPENMP),NO)" "$(or $(HAVE_CUDA),no)" "$(or $(HAVE_CMOCKA),NO)"
 	@test -n "$(HAVE_OPENBLAS)" -a -n "$(HAVE_CJSON)" -a -n "$(HAVE_PCRE2)" -a -n "$(HAVE_STB)" -a -n "$(HAVE_OPENMP)" || { \
 	  echo "error: a library is missing (NO above); 'make deps' installs all of them"; exit 2; }
 
@@ -70,6 +79,9 @@ $(BUILD)/train: $(BUILD)/train.o $(OBJ) | probes
 $(BUILD)/kernels/cpu/%.o: kernels/cpu/%.c | probes
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) $(KERNEL_OPT) -c -o $@ $<
+$(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu | probes
+	@mkdir -p $(@D)
+	nvcc $(NVCC_FLAGS) -MMD -MP -c -o $@ $<
 $(BUILD)/f64/kernels/cpu/%.o: kernels/cpu/%.c | probes
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) $(KERNEL_OPT) $(REAL64) -c -o $@ $<

@@ -20,12 +20,50 @@ static void set_threads(const Config *c) {
     omp_set_num_threads((int)max_i64(1, cores / max_i64(1, processes)));
 }
 
+// Whether a micro-batch of `tokens` slots loads and fits; *c is the config with it.
+static int tokens_fit(const Options *o, const char *file, int64_t tokens, Config *c, Error *err) {
+  const char **sets = xmalloc((size_t)(o->n_sets + 1) * sizeof *sets);
+  char *last = xasprintf("data.micro_batch_tokens=%lld", (long long)tokens);
+  for (int i = 0; i < o->n_sets; i++) sets[i] = o->sets[i];
+  sets[o->n_sets] = last;
+  int bad = config_load(c, file, sets, o->n_sets + 1, err);
+  if (!bad) {
+    Engine e;
+    bad = engine_record(&e, c, &backend_cpu, 1, err);
+    engine_free(&e);
+  }
+  free(last);
+  free(sets);
+  return !bad;
+}
+
+// --tokens max: doubles from the configured T while it fits, then halves the gap down to TOKEN_STEP.
+static int find_tokens(const Options *o, const char *file, Config *c, Error *err) {
+  enum { TOKEN_STEP = 64 };
+  int64_t fits = c->data.micro_batch_tokens, fails;
+  Config tried;
+  if (!tokens_fit(o, file, fits, &tried, err)) return -1;
+  Error unused;
+  for (fails = 2 * fits; tokens_fit(o, file, fails, &tried, &unused); fails *= 2) fits = fails;
+  while (fails - fits > TOKEN_STEP) {
+    int64_t middle = (fits + fails) / 2 / TOKEN_STEP * TOKEN_STEP;
+    if (middle <= fits) break;
+    if (tokens_fit(o, file, middle, &tried, &unused))
+      fits = middle;
+    else
+      fails = middle;
+  }
+  log_info("--tokens max: %lld token slots a micro-batch", (long long)fits);
+  return tokens_fit(o, file, fits, c, err) ? 0 : -1;
+}
+
 // CONFIG is a file, or a run's folder with the config.json it was trained with.
 static int load_config(const Options *o, Config *c, char **run, Error *err) {
   struct stat st;
   int folder = o->config && stat(o->config, &st) == 0 && S_ISDIR(st.st_mode);
   char *file = folder ? xasprintf("%s/config.json", o->config) : o->config ? xstrdup(o->config) : NULL;
   int bad = config_load(c, file, o->sets, o->n_sets, err);
+  if (!bad && o->tokens_max) bad = find_tokens(o, file, c, err);
   free(file);
   if (!bad) *run = folder ? xstrdup(o->config) : config_run_folder(c);
   return bad;

@@ -37,6 +37,12 @@ static void need_bytes(ModelCase *c, Space space, int64_t bytes) {
   c->bases.of[space] = aligned_alloc(256, c->bytes[space]);
 }
 
+void model_case_fit_pack(ModelCase *c) {
+  int64_t pack = (int64_t)batch_bind(&(Batch){0}, dims_batch_shape(&c->ops.dims), NULL);
+  need_bytes(c, SPACE_STAGING, pack);
+  need_bytes(c, SPACE_BATCH, pack);
+}
+
 void model_case_init(ModelCase *c, uint64_t seed, int variant) {
   memset(c, 0, sizeof *c);
   config_for(c, variant);
@@ -51,9 +57,7 @@ void model_case_init(ModelCase *c, uint64_t seed, int variant) {
     memset(c->bases.of[slabs[i]], 0, (size_t)slab);
   }
   params_randomize(&c->model.params, seed, sizeof(real), c->bases.of[SPACE_WEIGHTS]);
-  int64_t pack = (int64_t)batch_bind(&(Batch){0}, dims_batch_shape(&c->ops.dims), NULL);
-  need_bytes(c, SPACE_STAGING, pack);
-  need_bytes(c, SPACE_BATCH, pack);
+  model_case_fit_pack(c);
   need_bytes(c, SPACE_METRICS, metrics_size(&c->ops.dims) * (int64_t)sizeof(double));
   need_bytes(c, SPACE_SCALARS, sizeof(StepScalars));
   need_bytes(c, SPACE_STATUS, sizeof(UpdateStatus));

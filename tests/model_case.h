@@ -14,7 +14,8 @@ typedef struct ModelCase {
 } ModelCase;
 
 // Sizes from `variant` (0: tied, no shared expert, projections shared; 1: everything per modality, shared experts,
-// bottleneck, GQA; 2-3: mixes; 4: every expert chosen by every row). All parameters random. A pack of every document kind.
+// bottleneck, GQA; 2-3: mixes; 4: every expert chosen by every row). All parameters random. A pack of every document
+// kind.
 void model_case_init(ModelCase *c, uint64_t seed, int variant);
 void model_case_free(ModelCase *c);
 
@@ -22,6 +23,8 @@ void model_case_free(ModelCase *c);
 ModelProgram model_case_record(ModelCase *c, Mode mode, const PolicyTable *policy, int separate);
 // Puts the pack into the staging space, fills arena, host slab and gradients with NaN bytes.
 void model_case_reset(ModelCase *c);
+// Makes room for the pack of c->ops.dims after its sizes were changed.
+void model_case_fit_pack(ModelCase *c);
 // The scalar the gradients belong to, from the metrics.
 double model_case_loss(const ModelCase *c);
 real *model_case_slab(const ModelCase *c, Space space);

@@ -8,6 +8,7 @@
 #include <cmocka.h>
 
 #include "base/base.h"
+#include "data/packer.h"
 #include "model/waits.h"
 #include "tests/model_case.h"
 
@@ -324,6 +325,86 @@ static void test_accumulation_is_the_sum(void **state) {
   model_case_free(&c);
 }
 
+// A random captioned document of one of four kinds.
+static void random_document(ModelCase *c, Document *d, uint64_t draw, uint8_t *pixels) {
+  OpCase *o = &c->ops;
+  int32_t ids[8];
+  int n = case_int(o, 1, 8), V = c->config.model.vocab;
+  for (int i = 0; i < n; i++) ids[i] = case_int(o, 0, 255);
+  ImageGrid grid = {2, 2};
+  for (int i = 0; i < 4 * c->ops.dims.P; i++) pixels[i] = (uint8_t)case_bits(o);
+  switch (draw % 4) {
+  case 0:
+    document_caption_to_image(d, draw, V, ids, n, grid, 0.4f);
+    break;
+  case 1:
+    document_image_to_caption(d, draw, V, ids, n, grid);
+    break;
+  case 2:
+    document_text(d, draw, V, ids, n, true);
+    break;
+  default:
+    document_caption_to_image(d, draw, V, NULL, 0, grid, 0.8f);
+  }
+  for (int i = 0; i < d->parts; i++) d->part[i].patch = d->part[i].kind == PART_IMAGE ? pixels : NULL;
+}
+
+// k micro-batches equal one big batch within rounding, router terms off (their means are per micro-batch): the same
+// documents in three packs, and in one of three times the slots.
+static void test_micro_batches_equal_one_batch(void **state) {
+  (void)state;
+  enum { PACKS = 3, EACH = 4, DOCS = PACKS * EACH };
+  ModelCase c;
+  model_case_init(&c, 950, 1);
+  c.config.router.balance = c.config.router.z = 0;
+  Document docs[DOCS] = {0};
+  const Document *list[DOCS];
+  uint8_t *pixels = xmalloc((size_t)(DOCS * 4 * c.ops.dims.P));
+  int64_t targets = 0, noised = 0;
+  for (int i = 0; i < DOCS; i++) {
+    random_document(&c, &docs[i], (uint64_t)i, pixels + i * 4 * c.ops.dims.P);
+    DocumentSize size = document_size(&docs[i], c.config.model.vocab);
+    targets += size.targets;
+    noised += size.noised;
+    list[i] = &docs[i];
+  }
+  int slots = c.ops.dims.T, segments = c.ops.dims.segments;
+  real *grads[2];
+  for (int big = 0; big < 2; big++) {
+    int packs = big ? 1 : PACKS, each = DOCS / packs;
+    c.ops.dims = dims_from_config(&c.config, big ? PACKS * slots : slots, big ? PACKS * segments : segments);
+    op_case_pack(&c.ops, PACK_EMPTY); // makes the block
+    model_case_fit_pack(&c);
+    ModelProgram first = model_case_record(&c, MODE_TRAIN_FIRST, NULL, 0);
+    ModelProgram later = model_case_record(&c, MODE_TRAIN_LATER, NULL, 0);
+    program_bind(first.program, &c.bases);
+    program_bind(later.program, &c.bases);
+    for (int k = 0; k < packs; k++) {
+      Error err;
+      BatchShape shape = dims_batch_shape(&c.ops.dims);
+      if (pack_layout(list + k * each, each, shape, &c.ops.batch, &err) != 0) fail_msg("%s", err.text);
+      pack_scale(&c.ops.batch, shape, 1, targets, noised, packs, 7);
+      memcpy(c.bases.of[SPACE_STAGING], c.ops.batch.dims, batch_bind(&(Batch){0}, shape, NULL));
+      program_replay(k ? later.program : first.program, NULL);
+    }
+    grads[big] = copy_grads(&c);
+    program_free(first.program);
+    program_free(later.program);
+  }
+  double limit = CASE_DOUBLE ? 1e-12 : 1e-5;
+  for (int i = 0; i < c.model.params.n; i++) {
+    const Param *p = &c.model.params.of[i];
+    double *want = case_double(&c.ops, grads[1] + p->offset, p->count);
+    double error = relative_error(grads[0] + p->offset, want, p->count);
+    if (!(error <= limit)) fail_msg("%s: micro-batches differ from one batch by %g", p->name, error);
+  }
+  for (int i = 0; i < DOCS; i++) document_free(&docs[i]);
+  free(pixels);
+  free(grads[0]);
+  free(grads[1]);
+  model_case_free(&c);
+}
+
 // Changing any token after an image changes no bit of what is predicted for it. Every expert is chosen by every row
 // here (variant 4): a changed choice would move other rows to other places of the experts' products, whose BLAS kernels
 // round differently by place.
@@ -397,11 +478,17 @@ static void test_step_allocates_nothing(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_every_gradient_is_reached), cmocka_unit_test(test_central_differences),
-      cmocka_unit_test(test_random_policies_same_bits), cmocka_unit_test(test_random_orders_same_bits),
-      cmocka_unit_test(test_arena_peak_is_exact),       cmocka_unit_test(test_separate_allocations_same_bits),
-      cmocka_unit_test(test_planted_faults_are_caught), cmocka_unit_test(test_thread_count_same_bits),
-      cmocka_unit_test(test_accumulation_is_the_sum),   cmocka_unit_test(test_images_do_not_see_what_follows),
+      cmocka_unit_test(test_every_gradient_is_reached),
+      cmocka_unit_test(test_central_differences),
+      cmocka_unit_test(test_random_policies_same_bits),
+      cmocka_unit_test(test_random_orders_same_bits),
+      cmocka_unit_test(test_arena_peak_is_exact),
+      cmocka_unit_test(test_separate_allocations_same_bits),
+      cmocka_unit_test(test_planted_faults_are_caught),
+      cmocka_unit_test(test_thread_count_same_bits),
+      cmocka_unit_test(test_accumulation_is_the_sum),
+      cmocka_unit_test(test_micro_batches_equal_one_batch),
+      cmocka_unit_test(test_images_do_not_see_what_follows),
       cmocka_unit_test(test_step_allocates_nothing),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

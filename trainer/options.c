@@ -17,6 +17,7 @@ const char options_help[] =
     "  --describe IMAGE      caption an image file\n"
     "  --plan                print the memory table and exit; needs neither data nor tokenizer\n"
     "  --dump DIR            write one step (packs, noise, weights, losses, every gradient) as safetensors and exit\n"
+    "  --tokens max          the largest micro-batch that fits memory.budget_gb under the memory policy\n"
     "  --profile             print time and rate per kind of op when training ends\n"
     "  --print-config        print the resolved config with where each value came from\n"
     "  --set KEY=VALUE       set any key of the config, e.g. --set train.lr=1e-3\n"
@@ -76,6 +77,8 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
     i++;
     if (known) {
       *table[t].text = value;
+    } else if (strcmp(arg, "--tokens") == 0 && strcmp(value, "max") == 0) {
+      o->tokens_max = true;
     } else if (key) {
       add_set(o, xasprintf("%s=%s", key, value));
     } else if (strcmp(arg, "--set") == 0) {

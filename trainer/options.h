@@ -18,6 +18,7 @@ typedef struct Options {
   const char *sample;   // caption to draw, "-": one per line of standard input
   const char *describe; // image file to caption
   const char *out;      // where the picture goes
+  bool tokens_max;      // --tokens max: the largest micro-batch that the memory policy fits
   bool eval, plan, print_config, profile, help;
 } Options;
 
