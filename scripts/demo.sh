@@ -20,8 +20,8 @@ esac
 newest=$(ls "$run"/samples/step-*.png | sort | tail -1)
 if [ "$1" = emoji ]; then
   # Captions that no picture has, made of words that were seen.
-  printf '%s\n' "red cat" "blue heart" "smiling dog" "green apple" "crying cat" "yellow car" "sleeping bear" \
-    "red moon" "angry star" "blue fish" "orange bird" "black dog" "pink flower" "flag: sun" "happy pig" "white flower" |
+  printf '%s\n' "red cat" "blue fish" "yellow car" "sleeping bear" "angry star" "smiling dog" "red moon" "orange bird" \
+    "pink flower" "blue apple" "purple fish" "red bird" "green car" "yellow apple" "blue rose" "blue dog" |
     ./train "$run" --sample - --out "$run/samples/made-up.png"
 fi
 echo
