@@ -57,6 +57,15 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   return tokens_fit(o, file, fits, c, err) ? 0 : -1;
 }
 
+// OpenMP threads that wait for each other spin for milliseconds by default: on cores shared with anything else a step
+// then takes ten times as long (measured in docs/LOG.md). The runtime reads its spin count before main, so it is set
+// and the program started again; whoever sets a policy keeps it.
+static void shorten_spinning(char **argv) {
+  if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+  setenv("GOMP_SPINCOUNT", "1000", 1);
+  execv("/proc/self/exe", argv); // returns only where /proc is missing: then it spins
+}
+
 // CONFIG is a file, or a run's folder with the config.json it was trained with.
 static int load_config(const Options *o, Config *c, char **run, Error *err) {
   struct stat st;
@@ -82,6 +91,7 @@ int main(int argc, char **argv) {
   Config c;
   Error err;
   char *run = NULL;
+  shorten_spinning(argv);
   if (options_parse(&o, argc, argv, &err) != 0) fatal(&err);
   if (o.help || (!o.config && !o.print_config)) {
     fputs(options_help, stdout);

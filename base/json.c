@@ -35,6 +35,12 @@ static size_t utf8_length(const unsigned char *s, size_t n) {
   return len;
 }
 
+bool json_is_utf8(const char *s) {
+  size_t n = strlen(s), at = 0, len;
+  while (at < n && (len = utf8_length((const unsigned char *)s + at, n - at))) at += len;
+  return at == n;
+}
+
 static int scan_error(Scan *s, size_t at, const char *hint, const char *what) {
   int line = 1, column = 1;
   for (size_t i = 0; i < at; i++) {

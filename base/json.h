@@ -5,6 +5,7 @@
 #include "base/base.h"
 
 #include <cjson/cJSON.h>
+#include <stdbool.h>
 #include <stdio.h>
 
 enum { JSON_MAX_DEPTH = 64 };
@@ -20,6 +21,9 @@ cJSON *json_parse_file(const char *path, size_t max_bytes, JsonComments comments
 
 // The line (from 1) a parsed value begins at.
 int json_line(const cJSON *item);
+
+// Whether a string is well-formed UTF-8.
+bool json_is_utf8(const char *s);
 
 // A string with its quotes, escaped; bytes that are not UTF-8 become U+FFFD, so the output is always valid.
 void json_write_string(FILE *f, const char *s);

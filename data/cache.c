@@ -11,8 +11,7 @@ typedef struct CacheEntry {
 
 struct ImageCache {
   pthread_mutex_t lock;
-  size_t room; // bytes left
-  int64_t bad;
+  size_t room;       // bytes left
   CacheEntry *entry; // [capacity], open addressing
   size_t count, capacity;
 };
@@ -77,14 +76,11 @@ void cache_put(ImageCache *cache, int source, int64_t image, const uint8_t *patc
   pthread_mutex_unlock(&cache->lock);
 }
 
-int64_t cache_put_bad(ImageCache *cache, int source, int64_t image) {
+bool cache_put_bad(ImageCache *cache, int source, int64_t image) {
   uint64_t key = cache_key(source, image);
   pthread_mutex_lock(&cache->lock);
-  int64_t bad = 0;
-  if (!cache_find(cache, key)->key) {
-    cache_insert(cache, key, NULL);
-    bad = ++cache->bad;
-  }
+  bool news = !cache_find(cache, key)->key;
+  if (news) cache_insert(cache, key, NULL);
   pthread_mutex_unlock(&cache->lock);
-  return bad;
+  return news;
 }

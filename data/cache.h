@@ -6,6 +6,8 @@
 
 #include "base/base.h"
 
+#include <stdbool.h>
+
 typedef struct ImageCache ImageCache;
 
 // Room for `bytes` of patches; 0 still remembers the images that cannot be decoded.
@@ -18,6 +20,6 @@ typedef enum CacheAnswer { CACHE_UNKNOWN, CACHE_FOUND, CACHE_BAD } CacheAnswer;
 CacheAnswer cache_get(ImageCache *cache, int source, int64_t image, const uint8_t **patches);
 // Copies an image's patches into the cache, unless it is there already or there is no room.
 void cache_put(ImageCache *cache, int source, int64_t image, const uint8_t *patches, size_t bytes);
-// Remembers that an image cannot be decoded; returns how many such images there are now, or 0 when it was known.
-int64_t cache_put_bad(ImageCache *cache, int source, int64_t image);
+// Remembers that an image cannot be decoded; false when it was known.
+bool cache_put_bad(ImageCache *cache, int source, int64_t image);
 #endif

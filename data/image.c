@@ -1,5 +1,7 @@
 #include "data/image.h"
 
+#include "data/intact.h"
+
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
@@ -79,6 +81,7 @@ int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out,
   if (n > INT_MAX) return error_set(err, FORMAT_HINT, "the image file has %zu bytes, more than 2 GiB", n);
   if (image_info(bytes, n, &width, &height, err) != 0) return -1;
   if (image_check_pixels(width, height, max_pixels, err) != 0) return -1;
+  if (image_check_intact(bytes, n, err) != 0) return -1;
   // Four channels always: a palette or a colour key can carry transparency that the header does not tell.
   uint8_t *rgba = stbi_load_from_memory(bytes, (int)n, &width, &height, &channels, 4);
   if (!rgba) return error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());

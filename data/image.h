@@ -39,7 +39,8 @@ int image_info(const uint8_t *bytes, size_t n, int *width, int *height, Error *e
 int image_check_pixels(int width, int height, int64_t max_pixels, Error *err);
 
 // Decodes a JPEG or PNG of any depth (grey, palette, 16 bit, alpha laid over white) into *out. The header is checked
-// against max_pixels before anything is decoded or allocated. -1 with *err set, *out zeroed, on anything else.
+// against max_pixels before anything is decoded or allocated, and the file must be whole (data/intact.h). -1 with *err
+// set, *out zeroed, on anything else.
 int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out, Error *err);
 
 // Frees the pixels and zeroes *image.

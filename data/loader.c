@@ -6,13 +6,15 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { BAD_IMAGES_NAMED = 20 };
+// Images that cannot be decoded: so many are named as they come, so many in the error that ends the run.
+enum { BAD_IMAGES_NAMED = 20, BAD_IMAGES_LISTED = 5 };
 
 // Losses' denominators of a step.
 typedef struct StepCounts {
@@ -54,6 +56,8 @@ struct Loader {
   Pack **spare;    // released ones
   int spares, spare_capacity;
   LoaderStats stats;
+  char *bad_name[BAD_IMAGES_LISTED]; // the first images that could not be decoded
+  int64_t bad;                       // how many there are
   bool stop, failed;
   Error error; // why it failed
 };
@@ -77,6 +81,49 @@ int sample_patches(const Source *source, const SampleSegment *segment, const Ima
   return rc;
 }
 
+// Ends the loader: its threads stop, and loader_next returns the first such error after the packs that are ready.
+static void loader_fail_locked(Loader *l, const Error *err) {
+  if (!l->failed) l->error = *err;
+  l->failed = true;
+  pthread_cond_broadcast(&l->ready);
+  pthread_cond_broadcast(&l->room);
+}
+
+static void loader_fail(Loader *l, const Error *err) {
+  pthread_mutex_lock(&l->lock);
+  loader_fail_locked(l, err);
+  pthread_mutex_unlock(&l->lock);
+}
+
+// Counts an image that cannot be decoded and names it; one more than max_bad ends the loader.
+static void loader_note_bad(Loader *l, char *name, const Error *why) {
+  int most = l->config.max_bad;
+  pthread_mutex_lock(&l->lock);
+  int64_t bad = ++l->bad;
+  if (bad <= BAD_IMAGES_NAMED)
+    log_warn("%s cannot be decoded and is passed over: %s%s", name, why->text,
+             bad == BAD_IMAGES_NAMED ? " (further ones are counted only)" : "");
+  if (bad <= BAD_IMAGES_LISTED)
+    l->bad_name[bad - 1] = name;
+  else
+    free(name);
+  if (most > 0 && bad == most + 1) {
+    char list[600] = "";
+    for (int64_t i = 0, at = 0; i < min_i64(bad, BAD_IMAGES_LISTED); i++) {
+      const char *shown = l->bad_name[i];
+      size_t n = strlen(shown), most_shown = 100; // of a long path the end says more
+      at += snprintf(list + at, sizeof list - (size_t)at, "%s%s", i ? ", " : "", n > most_shown ? ".." : "");
+      at += snprintf(list + at, sizeof list - (size_t)at, "%s", n > most_shown ? shown + n - most_shown : shown);
+    }
+    Error err;
+    error_set(&err, "mend them or take them out of the data, or raise data.max_bad (0: no limit)",
+              "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)bad, most, list,
+              bad > BAD_IMAGES_LISTED ? ", .." : "");
+    loader_fail_locked(l, &err);
+  }
+  pthread_mutex_unlock(&l->lock);
+}
+
 // The patches of an image: cached, or decoded into `space`. NULL when it cannot be decoded.
 static const uint8_t *loader_patches(Loader *l, const Draft *draft, const Part *part, uint8_t *space) {
   const StreamConfig *c = &l->config.stream;
@@ -88,13 +135,8 @@ static const uint8_t *loader_patches(Loader *l, const Draft *draft, const Part *
   if (answer == CACHE_BAD) return NULL;
   Error err;
   if (sample_patches(c->source[s], segment, &c->fit, c->max_pixels, space, &err)) {
-    int64_t bad = cache_put_bad(l->cache, s, segment->image);
-    if (bad && bad <= BAD_IMAGES_NAMED) {
-      char *name = source_image_name(c->source[s], segment->image);
-      log_warn("%s cannot be decoded and is passed over: %s%s", name, err.text,
-               bad == BAD_IMAGES_NAMED ? " (further ones are counted only)" : "");
-      free(name);
-    }
+    if (cache_put_bad(l->cache, s, segment->image))
+      loader_note_bad(l, source_image_name(c->source[s], segment->image), &err);
     return NULL;
   }
   cache_put(l->cache, s, segment->image, space, (size_t)part->tokens * (size_t)c->shape.patch);
@@ -218,15 +260,6 @@ static Pack *loader_wait_room(Loader *l) {
   return pack;
 }
 
-static void loader_fail(Loader *l, const Error *err) {
-  pthread_mutex_lock(&l->lock);
-  if (!l->failed) l->error = *err;
-  l->failed = true;
-  pthread_cond_broadcast(&l->ready);
-  pthread_cond_broadcast(&l->room);
-  pthread_mutex_unlock(&l->lock);
-}
-
 static void *loader_thread(void *argument) {
   Loader *l = argument;
   // Decoding yields to compute. Priorities are per thread on Linux; without the right to change it, it stays.
@@ -297,6 +330,7 @@ static int loader_check_config(const LoaderConfig *c, Error *err) {
   if (c->threads < 1 || c->threads > 1024)
     return error_set(err, "set data.threads to at least 1", "%d loader threads", c->threads);
   if (c->cache_mb < 0) return error_set(err, NULL, "an image cache of %d MB", c->cache_mb);
+  if (c->max_bad < 0) return error_set(err, "0 is no limit", "a limit of %d bad images", c->max_bad);
   return 0;
 }
 
@@ -361,6 +395,7 @@ void loader_close(Loader *l) {
   for (int i = 0; i < l->threads; i++) pthread_join(l->thread[i], NULL);
   for (int i = 0; i < l->depth; i++) pack_free(l->queue[i]);
   for (int i = 0; i < l->spares; i++) pack_free(l->spare[i]);
+  for (int i = 0; i < BAD_IMAGES_LISTED; i++) free(l->bad_name[i]);
   for (int i = 0; i < l->per_step; i++) {
     stream_recycle(l->stream, &l->plan.pack[i]);
     draft_list_free(&l->plan.pack[i]);

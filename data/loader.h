@@ -16,6 +16,7 @@ typedef struct LoaderConfig {
   int rank, world;    // r, N
   int threads;        // at least 1
   int cache_mb;       // resized pixels kept in memory
+  int max_bad;        // images that cannot be decoded before loader_next gives up; 0: no limit
 } LoaderConfig;
 
 // A micro-batch, ready for upload: `bytes` from `block` on are what batch_bind lays out. The scales of its dims count
@@ -45,7 +46,8 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err);
 void loader_close(Loader *loader);
 
 // Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
-// or -1 with *err set. One thread calls it.
+// or -1 with *err set: no sample fits into a pack, or more than max_bad images of this process could not be decoded
+// (*err names the first of them). One thread calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 

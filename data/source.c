@@ -1,56 +1,20 @@
-#include "data/source.h"
-
 #include "data/image.h"
 #include "data/paths.h"
-#include "data/tar.h"
+#include "data/source_internal.h"
 
-#include <cjson/cJSON.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 static const size_t MAX_LIST_BYTES = (size_t)1 << 36;    // a caption list or a text file
-static const int64_t MAX_CAPTION_BYTES = 1 << 24;        // a .txt or .json member of a shard
 static const int64_t MAX_IMAGE_BYTES = (int64_t)1 << 29; // an encoded image
 enum { POOL_BLOCK_BYTES = 1 << 20 };
 
-// Strings and segment lists live as long as the source, in blocks that are never moved.
-typedef struct PoolBlock {
-  struct PoolBlock *next;
-  size_t used, size;
-  _Alignas(16) char data[];
-} PoolBlock;
-
-typedef struct ImageRef {
-  const char *file;   // a plain image, or the shard it is in
-  const char *member; // its name in the shard; NULL for a plain image
-  int64_t offset, size;
-} ImageRef;
-
-struct Source {
-  const char *path, *held_out_by;
-  Sample *sample; // [count]
-  int64_t count, sample_capacity;
-  ImageRef *image; // [images]
-  int64_t images, image_capacity;
-  int64_t skipped;
-  PoolBlock *pool;
-};
-
-// A sample while it is put together.
-typedef struct Draft {
-  SampleKind kind;
-  const char *key;
-  SampleSegment *segment; // [segments]
-  int segments, capacity;
-} Draft;
-
-static void *pool_take(Source *s, size_t bytes) {
+void *pool_take(Source *s, size_t bytes) {
   bytes = (bytes + 15) & ~(size_t)15;
   if (!s->pool || s->pool->size - s->pool->used < bytes) {
     size_t size = bytes > POOL_BLOCK_BYTES ? bytes : POOL_BLOCK_BYTES;
@@ -63,18 +27,23 @@ static void *pool_take(Source *s, size_t bytes) {
   return p;
 }
 
-static char *pool_string(Source *s, const char *text, size_t n) {
+char *pool_string(Source *s, const char *text, size_t n) {
   char *copy = pool_take(s, n + 1);
   memcpy(copy, text, n);
   copy[n] = 0;
   return copy;
 }
 
-static void sample_skip(Source *s, const char *where, const Error *why) {
-  if (s->skipped++ == 0) log_warn("%s is left out: %s", where, why->text);
+void sample_skip(Source *s, const char *where, const Error *why) {
+  if (!s->first_skip) {
+    char *text = xasprintf("%s is left out: %s", where, why->text);
+    s->first_skip = pool_string(s, text, strlen(text));
+    free(text);
+  }
+  if (s->skipped++ == 0) log_warn("%s", s->first_skip);
 }
 
-static void draft_add(Draft *d, SampleSegment segment) {
+static void draft_add(SampleDraft *d, SampleSegment segment) {
   if (d->segments == d->capacity) {
     d->capacity = d->capacity ? 2 * d->capacity : 8;
     d->segment = xrealloc(d->segment, (size_t)d->capacity * sizeof(SampleSegment));
@@ -82,12 +51,11 @@ static void draft_add(Draft *d, SampleSegment segment) {
   d->segment[d->segments++] = segment;
 }
 
-static void draft_add_text(Source *s, Draft *d, const char *text, size_t n) {
+void draft_add_text(Source *s, SampleDraft *d, const char *text, size_t n) {
   draft_add(d, (SampleSegment){.kind = SEGMENT_TEXT, .text = pool_string(s, text, n), .text_bytes = n});
 }
 
-// Reads up to n bytes at `at`; their number, or -1 with *err set.
-static int64_t file_read_at(int fd, int64_t at, void *to, int64_t n, Error *err) {
+int64_t data_file_read(int fd, int64_t at, void *to, int64_t n, Error *err) {
   int64_t got = 0;
   while (got < n) {
     ssize_t k = pread(fd, (char *)to + got, (size_t)(n - got), (off_t)(at + got));
@@ -99,8 +67,7 @@ static int64_t file_read_at(int fd, int64_t at, void *to, int64_t n, Error *err)
   return got;
 }
 
-// Opens a regular file for reading; its descriptor, or -1 with *err set. Never blocks, whatever lies there.
-static int file_open(const char *path, int64_t *size, Error *err) {
+int data_file_open(const char *path, DataFile *file, Error *err) {
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) return error_set(err, "check the path", "cannot open %s: %s", path, strerror(errno));
   struct stat st;
@@ -108,7 +75,7 @@ static int file_open(const char *path, int64_t *size, Error *err) {
     close(fd);
     return error_set(err, "a regular file is expected", "%s is not a file", path);
   }
-  *size = st.st_size;
+  *file = (DataFile){path, st.st_size, (int64_t)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec};
   return fd;
 }
 
@@ -118,7 +85,7 @@ static int image_read_header(int fd, int64_t offset, int64_t size, int *width, i
   int64_t n = min_i64(size, 4096);
   for (;; n = min_i64(size, n * 16)) { // a JPEG may carry previews and colour profiles before its header
     uint8_t *bytes = xmalloc((size_t)n + 1);
-    int64_t got = file_read_at(fd, offset, bytes, n, err);
+    int64_t got = data_file_read(fd, offset, bytes, n, err);
     int rc = got < 0 ? -1 : image_info(bytes, (size_t)got, width, height, err);
     free(bytes);
     if (rc == 0) return image_check_pixels(*width, *height, IMAGE_MAX_PIXELS, err);
@@ -126,35 +93,44 @@ static int image_read_header(int fd, int64_t offset, int64_t size, int *width, i
   }
 }
 
-// Adds the image in [offset, offset+size) of `fd` to the index and to the draft.
-static int draft_add_image(Source *s, Draft *d, int fd, ImageRef ref, Error *err) {
-  int width, height;
-  if (image_read_header(fd, ref.offset, ref.size, &width, &height, err) != 0) return -1;
+ImageRef *source_image_slot(Source *s) {
   if (s->images == s->image_capacity) {
     s->image_capacity = max_i64(1024, 2 * s->image_capacity);
     s->image = xrealloc(s->image, (size_t)s->image_capacity * sizeof(ImageRef));
   }
-  s->image[s->images] = ref;
-  draft_add(d, (SampleSegment){.kind = SEGMENT_IMAGE, .image = s->images, .width = width, .height = height});
-  s->images++;
+  return &s->image[s->images];
+}
+
+Sample *source_sample_slot(Source *s) {
+  if (s->count == s->sample_capacity) {
+    s->sample_capacity = max_i64(1024, 2 * s->sample_capacity);
+    s->sample = xrealloc(s->sample, (size_t)s->sample_capacity * sizeof(Sample));
+  }
+  return &s->sample[s->count];
+}
+
+int draft_add_image(Source *s, SampleDraft *d, int fd, ImageRef ref, Error *err) {
+  int width, height;
+  if (image_read_header(fd, ref.offset, ref.size, &width, &height, err) != 0) return -1;
+  *source_image_slot(s) = ref;
+  draft_add(d, (SampleSegment){.kind = SEGMENT_IMAGE, .image = s->images++, .width = width, .height = height});
   return 0;
 }
 
 // The same for a file of its own: folder/name, or name when it is absolute.
-static int draft_add_image_file(Source *s, Draft *d, const char *folder, const char *name, Error *err) {
+static int draft_add_image_file(Source *s, SampleDraft *d, const char *folder, const char *name, Error *err) {
   char *joined = name[0] == '/' ? xstrdup(name) : xasprintf("%s/%s", folder, name);
-  const char *path = pool_string(s, joined, strlen(joined));
+  DataFile *file = pool_take(s, sizeof *file);
+  int fd = data_file_open(pool_string(s, joined, strlen(joined)), file, err);
+  int rc = fd < 0 ? -1 : draft_add_image(s, d, fd, (ImageRef){.file = file, .size = file->bytes}, err);
+  if (fd >= 0) close(fd);
+  if (fd >= 0 && rc != 0) error_prefix(err, "%s", joined);
   free(joined);
-  int64_t size;
-  int fd = file_open(path, &size, err);
-  if (fd < 0) return -1;
-  int rc = draft_add_image(s, d, fd, (ImageRef){.file = path, .size = size}, err);
-  close(fd);
-  return rc == 0 ? 0 : error_prefix(err, "%s", path);
+  return rc;
 }
 
 // The value the held-out split goes by; NULL when the sample has none. `fields` (may be NULL) is its JSON object.
-static const char *draft_group(Source *s, const Draft *d, const cJSON *fields) {
+static const char *draft_group(Source *s, const SampleDraft *d, const cJSON *fields) {
   if (strcmp(s->held_out_by, "key") == 0) return d->key;
   if (strcmp(s->held_out_by, "caption") == 0) {
     for (int i = 0; i < d->segments; i++)
@@ -171,30 +147,26 @@ static const char *draft_group(Source *s, const Draft *d, const cJSON *fields) {
   return group;
 }
 
-// Appends the finished draft to the index; -1 with *err set when it lacks the field the split goes by.
-static int sample_add(Source *s, const Draft *d, const cJSON *fields, Error *err) {
+int sample_add(Source *s, const SampleDraft *d, const cJSON *fields, Error *err) {
   const char *group = draft_group(s, d, fields);
   if (!group)
     return error_set(err, "data.held_out_by is \"key\", \"caption\" or a JSON field that every sample has",
                      "sample %s of %s has no \"%s\" to hold samples out by", d->key, s->path, s->held_out_by);
-  if (s->count == s->sample_capacity) {
-    s->sample_capacity = max_i64(1024, 2 * s->sample_capacity);
-    s->sample = xrealloc(s->sample, (size_t)s->sample_capacity * sizeof(Sample));
-  }
   SampleSegment *segment = pool_take(s, (size_t)d->segments * sizeof(SampleSegment));
   memcpy(segment, d->segment, (size_t)d->segments * sizeof(SampleSegment));
-  s->sample[s->count++] =
+  *source_sample_slot(s) =
       (Sample){.kind = d->kind, .segments = d->segments, .segment = segment, .key = d->key, .group = group};
+  s->count++;
   return 0;
 }
 
-static const char *trim(const char *text, size_t *n) {
+const char *text_trim(const char *text, size_t *n) {
   while (*n > 0 && isspace((unsigned char)text[*n - 1])) --*n;
   while (*n > 0 && isspace((unsigned char)text[0])) text++, --*n;
   return text;
 }
 
-static const char *json_string(const cJSON *object, const char *name) {
+const char *json_string(const cJSON *object, const char *name) {
   return cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
 }
 
@@ -225,8 +197,8 @@ static char *list_read(const char *path, size_t *n, Error *err) {
 static int folder_add(Source *s, const char *where, const char *name, const char *caption, size_t caption_bytes,
                       const cJSON *fields, Error *err) {
   Error why = {0};
-  Draft d = {.kind = SAMPLE_CAPTIONED, .key = pool_string(s, name, strlen(name))};
-  caption = trim(caption, &caption_bytes);
+  SampleDraft d = {.kind = SAMPLE_CAPTIONED, .key = pool_string(s, name, strlen(name))};
+  caption = text_trim(caption, &caption_bytes);
   if (caption_bytes > 0) draft_add_text(s, &d, caption, caption_bytes);
   int rc = 0;
   if (caption_bytes == 0) {
@@ -253,13 +225,13 @@ static int folder_add_line(Source *s, const char *where, bool json, char *line, 
     *tab = 0;
     return folder_add(s, where, line, tab + 1, (size_t)(line + n - tab - 1), NULL, err);
   }
-  cJSON *object = cJSON_ParseWithLength(line, n);
+  cJSON *object = json_parse(line, n, "JSON", JSON_PLAIN, &why);
   const char *file = json_string(object, "file"), *caption = json_string(object, "caption");
   int rc = 0;
   if (file && file[0] && caption) {
     rc = folder_add(s, where, file, caption, strlen(caption), object, err);
   } else {
-    error_set(&why, NULL, "the line is not {\"file\": \"..\", \"caption\": \"..\"}");
+    if (object) error_set(&why, NULL, "the line is not {\"file\": \"..\", \"caption\": \"..\"}");
     sample_skip(s, where, &why);
   }
   cJSON_Delete(object);
@@ -297,126 +269,10 @@ static int folder_index(Source *s, Error *err) {
   return rc;
 }
 
-// ---- WebDataset
-
-typedef struct ShardMember {
-  const char *key; // not terminated
-  size_t key_bytes;
-  const char *extension; // everything after the first dot of the base name
-  const TarMember *member;
-} ShardMember;
-
-static int shard_member_compare(const void *a, const void *b) {
-  const ShardMember *x = a, *y = b;
-  size_t n = x->key_bytes < y->key_bytes ? x->key_bytes : y->key_bytes;
-  int order = memcmp(x->key, y->key, n);
-  if (order) return order;
-  if (x->key_bytes != y->key_bytes) return x->key_bytes < y->key_bytes ? -1 : 1;
-  return x->member->offset < y->member->offset ? -1 : 1;
-}
-
-static char *member_read(int fd, const TarMember *m, size_t *n, Error *err) {
-  if (m->size > MAX_CAPTION_BYTES) {
-    error_set(err, NULL, "%s has %lld bytes", m->name, (long long)m->size);
-    return NULL;
-  }
-  char *text = xmalloc((size_t)m->size + 1);
-  int64_t got = file_read_at(fd, m->offset, text, m->size, err);
-  if (got != m->size) {
-    if (got >= 0) error_set(err, NULL, "%s ends early", m->name);
-    free(text);
-    return NULL;
-  }
-  text[got] = 0;
-  *n = (size_t)got;
-  return text;
-}
-
-// Adds the sample made of `n` members with one key; -1 only for errors that end the opening.
-static int shard_add(Source *s, int fd, const char *shard, const ShardMember *group, int64_t n, Error *err) {
-  const TarMember *image = NULL, *txt = NULL, *json = NULL;
-  for (int64_t i = 0; i < n; i++) {
-    const char *e = group[i].extension;
-    bool is_image = !strcasecmp(e, "jpg") || !strcasecmp(e, "jpeg") || !strcasecmp(e, "png");
-    if (is_image && !image) image = group[i].member;
-    if (!strcasecmp(e, "txt") && !txt) txt = group[i].member;
-    if (!strcasecmp(e, "json") && !json) json = group[i].member;
-  }
-  if (!image && !txt && !json) return 0; // other files may share the archive
-  Error why = {0};
-  Draft d = {.kind = SAMPLE_CAPTIONED, .key = pool_string(s, group->key, group->key_bytes)};
-  size_t json_bytes = 0, caption_bytes = 0;
-  char *json_text = json ? member_read(fd, json, &json_bytes, &why) : NULL;
-  cJSON *fields = json_text ? cJSON_ParseWithLength(json_text, json_bytes) : NULL;
-  char *txt_text = txt ? member_read(fd, txt, &caption_bytes, &why) : NULL;
-  const char *caption = txt_text ? txt_text : json_string(fields, "caption");
-  if (caption && !txt_text) caption_bytes = strlen(caption);
-  if (caption) caption = trim(caption, &caption_bytes);
-
-  bool usable = false;
-  if (!image)
-    error_set(&why, NULL, "it has no .jpg, .jpeg or .png");
-  else if (!caption || caption_bytes == 0)
-    error_set(&why, NULL, "it has no caption, neither in a .txt nor as \"caption\" in a .json");
-  else {
-    draft_add_text(s, &d, caption, caption_bytes);
-    ImageRef ref = {.file = shard, .offset = image->offset, .size = image->size};
-    ref.member = pool_string(s, image->name, strlen(image->name));
-    usable = draft_add_image(s, &d, fd, ref, &why) == 0;
-  }
-  int rc = 0;
-  if (usable) {
-    rc = sample_add(s, &d, fields, err);
-  } else {
-    char *where = xasprintf("sample %s of %s", d.key, shard);
-    sample_skip(s, where, &why);
-    free(where);
-  }
-  cJSON_Delete(fields);
-  free(json_text);
-  free(txt_text);
-  free(d.segment);
-  return rc;
-}
-
-static int shard_index(Source *s, const char *path, Error *err) {
-  int64_t size;
-  int fd = file_open(path, &size, err);
-  if (fd < 0) return -1;
-  const char *shard = pool_string(s, path, strlen(path));
-  TarIndex index;
-  if (tar_index(fd, path, &index, err) != 0) {
-    close(fd);
-    return -1;
-  }
-  ShardMember *member = xmalloc((size_t)index.count * sizeof(ShardMember) + 1);
-  int64_t n = 0;
-  for (int64_t i = 0; i < index.count; i++) {
-    const char *name = index.member[i].name, *slash = strrchr(name, '/');
-    const char *base = slash ? slash + 1 : name, *dot = strchr(base, '.');
-    if (!dot || dot == base) continue; // no extension, or a hidden file
-    member[n++] =
-        (ShardMember){.key = name, .key_bytes = (size_t)(dot - name), .extension = dot + 1, .member = &index.member[i]};
-  }
-  // The parts of a sample usually follow each other, but nothing forces a writer to keep them together.
-  if (n > 0) qsort(member, (size_t)n, sizeof(ShardMember), shard_member_compare);
-  int rc = 0;
-  for (int64_t i = 0, end; rc == 0 && i < n; i = end) {
-    for (end = i + 1; end < n && member[end].key_bytes == member[i].key_bytes &&
-                      memcmp(member[end].key, member[i].key, member[i].key_bytes) == 0;)
-      end++;
-    rc = shard_add(s, fd, shard, member + i, end - i, err);
-  }
-  free(member);
-  tar_index_free(&index);
-  close(fd);
-  return rc;
-}
-
 // ---- text
 
 // {"segments":[{"text":..},{"image":path}]}: 0, or -1 with *why set when it cannot be used.
-static int draft_add_segments(Source *s, Draft *d, const char *folder, const cJSON *list, Error *why) {
+static int draft_add_segments(Source *s, SampleDraft *d, const char *folder, const cJSON *list, Error *why) {
   const cJSON *item;
   cJSON_ArrayForEach(item, list) {
     const char *text = json_string(item, "text"), *image = json_string(item, "image");
@@ -429,16 +285,18 @@ static int draft_add_segments(Source *s, Draft *d, const char *folder, const cJS
 
 static int text_add_json(Source *s, const char *folder, const char *where, const char *line, size_t n, Error *err) {
   Error why = {0};
-  cJSON *object = cJSON_ParseWithLength(line, n);
+  cJSON *object = json_parse(line, n, "JSON", JSON_PLAIN, &why);
   const cJSON *list = cJSON_GetObjectItemCaseSensitive(object, "segments");
   const char *text = json_string(object, "text"), *key = json_string(object, "key");
   if (!key) key = where;
-  Draft d = {.kind = list ? SAMPLE_INTERLEAVED : SAMPLE_TEXT, .key = pool_string(s, key, strlen(key))};
+  SampleDraft d = {.kind = list ? SAMPLE_INTERLEAVED : SAMPLE_TEXT, .key = pool_string(s, key, strlen(key))};
   bool usable = true;
   if (cJSON_IsArray(list))
     usable = draft_add_segments(s, &d, folder, list, &why) == 0;
   else if (!list && text && text[0])
     draft_add_text(s, &d, text, strlen(text));
+  else if (!object)
+    usable = false;
   else
     usable = error_set(&why, NULL, "the line is neither {\"text\": \"..\"} nor {\"segments\": [..]}") == 0;
   int rc = 0;
@@ -474,7 +332,7 @@ static int text_index_paragraphs(Source *s, const char *name, char *text, size_t
     while (at < end) {
       char *newline = memchr(at, '\n', (size_t)(end - at)), *line_end = newline ? newline : end;
       size_t length = (size_t)(line_end - at);
-      trim(at, &length);
+      text_trim(at, &length);
       at = newline ? newline + 1 : end;
       number++;
       if (length == 0) break;
@@ -482,7 +340,7 @@ static int text_index_paragraphs(Source *s, const char *name, char *text, size_t
     }
     if (stop == start) continue;
     char *key = xasprintf("%s:%lld", name, (long long)first);
-    Draft d = {.kind = SAMPLE_TEXT, .key = pool_string(s, key, strlen(key))};
+    SampleDraft d = {.kind = SAMPLE_TEXT, .key = pool_string(s, key, strlen(key))};
     free(key);
     draft_add_text(s, &d, start, (size_t)(stop - start));
     int rc = sample_add(s, &d, NULL, err);
@@ -565,20 +423,25 @@ const Sample *source_sample(const Source *s, int64_t i) {
   return &s->sample[i];
 }
 
-int source_read_image(const Source *s, int64_t image, uint8_t **bytes, size_t *n, Error *err) {
-  const ImageRef *ref = &s->image[image];
+int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size_t *n, Error *err) {
+  const ImageRef *ref = &source->image[image];
   *bytes = NULL;
-  int64_t file_bytes;
-  int fd = file_open(ref->file, &file_bytes, err);
+  DataFile now;
+  int fd = data_file_open(ref->file->path, &now, err);
   if (fd < 0) return -1;
+  // Elsewhere in a shard lies another image, perhaps one that decodes just as well.
+  if (now.bytes != ref->file->bytes || now.modified != ref->file->modified) {
+    close(fd);
+    return error_set(err, "data must not change during a run", "%s has changed since it was indexed", now.path);
+  }
   uint8_t *data = xmalloc((size_t)ref->size + 1);
-  int64_t got = file_read_at(fd, ref->offset, data, ref->size, err);
+  int64_t got = data_file_read(fd, ref->offset, data, ref->size, err);
   close(fd);
   if (got != ref->size) {
     free(data);
-    if (got < 0) return error_prefix(err, "%s", ref->file);
+    if (got < 0) return error_prefix(err, "%s", now.path);
     return error_set(err, "data must not change during a run", "%s became shorter: %lld of %lld bytes are left",
-                     ref->file, (long long)got, (long long)ref->size);
+                     now.path, (long long)got, (long long)ref->size);
   }
   *bytes = data;
   *n = (size_t)got;
@@ -587,7 +450,7 @@ int source_read_image(const Source *s, int64_t image, uint8_t **bytes, size_t *n
 
 char *source_image_name(const Source *s, int64_t image) {
   const ImageRef *ref = &s->image[image];
-  return ref->member ? xasprintf("%s:%s", ref->file, ref->member) : xstrdup(ref->file);
+  return ref->member ? xasprintf("%s:%s", ref->file->path, ref->member) : xstrdup(ref->file->path);
 }
 
 bool sample_is_held_out(const char *value, double fraction) {

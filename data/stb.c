@@ -6,14 +6,17 @@
 
 // A few kilobytes of compressed zeros can unpack to gigabytes whatever the header says, so no single allocation of
 // stb's may exceed what the largest allowed image needs (16-bit RGBA, twice for the doubling of a growing buffer).
+// New memory is zeroed: a damaged JPEG can leave tables and coefficients unset that stb_image 2.27 then uses.
 static void *stb_allocate(void *p, size_t bytes) {
-  return bytes > (size_t)IMAGE_MAX_PIXELS * 16 ? NULL : realloc(p, bytes ? bytes : 1);
+  if (bytes > (size_t)IMAGE_MAX_PIXELS * 16) return NULL;
+  return p ? realloc(p, bytes ? bytes : 1) : calloc(1, bytes ? bytes : 1);
 }
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wall"
 #pragma GCC diagnostic ignored "-Wextra"
 #pragma GCC diagnostic ignored "-Wpragmas"
+#pragma GCC diagnostic ignored "-Wunknown-warning-option"
 #pragma GCC diagnostic ignored "-Wunused-function"
 #pragma GCC diagnostic ignored "-Wunused-but-set-variable"
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"

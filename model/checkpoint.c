@@ -14,11 +14,12 @@
 
 #define STATE_FILE "state.json"
 #define FOLDER_PREFIX "ckpt-"
+#define TENSOR_SUFFIX ".safetensors"
 #define TEMP_PREFIX ".tmp-ckpt-" // what a killed save leaves behind; the next save removes it
 // The first line of state.json, of fixed length; its checksum is over everything after it.
 #define STATE_LINE "{\"xxh64\": \"%016" PRIx64 "\",\n"
 
-enum { FORMAT = 1, STATE_MAX_BYTES = 256 << 20, STATE_LINE_BYTES = 30 };
+enum { TEXT_MAX_BYTES = 256 << 20, STATE_LINE_BYTES = 30 };
 
 // ---- folders ----
 
@@ -96,11 +97,16 @@ static bool is_plain_name(const char *name) {
   return name[0] && name[0] != '.' && !strchr(name, '/');
 }
 
+static bool holds_tensors(const char *name) {
+  size_t n = strlen(name), suffix = strlen(TENSOR_SUFFIX);
+  return n > suffix && strcmp(name + n - suffix, TENSOR_SUFFIX) == 0;
+}
+
 // state.json, its checksum and the types of its members checked.
 static cJSON *state_read(const char *dir, Error *err) {
   char *path = xasprintf("%s/" STATE_FILE, dir), line[STATE_LINE_BYTES + 1];
   size_t bytes;
-  char *text = file_read(path, STATE_MAX_BYTES, &bytes, err);
+  char *text = file_read(path, TEXT_MAX_BYTES, &bytes, err);
   cJSON *root = NULL;
   if (!text) goto done;
   if (bytes >= STATE_LINE_BYTES)
@@ -112,12 +118,12 @@ static cJSON *state_read(const char *dir, Error *err) {
   root = json_parse(text, bytes, path, JSON_PLAIN, err);
   if (!root) goto done;
   const cJSON *format = cJSON_GetObjectItemCaseSensitive(root, "format");
-  if (!cJSON_IsNumber(format) || format->valuedouble != FORMAT ||
+  if (!cJSON_IsNumber(format) || format->valuedouble != CHECKPOINT_FORMAT ||
       !cJSON_IsNumber(cJSON_GetObjectItemCaseSensitive(root, "step")) ||
       !cJSON_IsObject(cJSON_GetObjectItemCaseSensitive(root, "files")) ||
       !cJSON_IsObject(cJSON_GetObjectItemCaseSensitive(root, "state"))) {
     error_set(err, "was it written by another version?", "%.300s is not a checkpoint's state of format %d", path,
-              FORMAT);
+              CHECKPOINT_FORMAT);
     cJSON_Delete(root);
     root = NULL;
   }
@@ -137,29 +143,35 @@ static int entry_read(const cJSON *entry, double *bytes, const char **checksum) 
   return 0;
 }
 
-static void checksum_text(const SafeFile *f, char out[17], size_t *bytes) {
-  const void *data = safetensors_bytes(f, bytes);
-  snprintf(out, 17, "%016" PRIx64, hash64(data, *bytes, 0));
+// Size and checksum of a file as it lies on the disk; *file is left open when it holds tensors.
+static int file_checksum(const char *path, SafeFile **file, size_t *bytes, char checksum[17], Error *err) {
+  char *text = NULL;
+  *file = NULL;
+  if (holds_tensors(path))
+    *file = safetensors_open(path, err);
+  else
+    text = file_read(path, TEXT_MAX_BYTES, bytes, err);
+  if (!*file && !text) return -1;
+  const void *data = *file ? safetensors_bytes(*file, bytes) : text;
+  snprintf(checksum, 17, "%016" PRIx64, hash64(data, *bytes, 0));
+  free(text);
+  return 0;
 }
 
-static SafeFile *entry_open(const char *dir, const cJSON *entry, Error *err) {
+static int entry_open(const char *dir, const cJSON *entry, SafeFile **file, Error *err) {
   double bytes;
   const char *checksum;
-  if (entry_read(entry, &bytes, &checksum)) {
-    error_set(err, NULL, "%.300s/" STATE_FILE ": bad entry for file \"%.60s\"", dir, entry->string);
-    return NULL;
-  }
+  if (entry_read(entry, &bytes, &checksum))
+    return error_set(err, NULL, "%.300s/" STATE_FILE ": bad entry for file \"%.60s\"", dir, entry->string);
   char *path = xasprintf("%s/%s", dir, entry->string), found[17];
-  SafeFile *f = safetensors_open(path, err);
   size_t found_bytes;
-  if (f) checksum_text(f, found, &found_bytes);
-  if (f && ((double)found_bytes != bytes || strcmp(found, checksum) != 0)) {
-    error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
-    safetensors_close(f);
-    f = NULL;
+  int rc = file_checksum(path, file, &found_bytes, found, err);
+  if (rc == 0 && ((double)found_bytes != bytes || strcmp(found, checksum) != 0)) {
+    rc = error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
+    safetensors_close(*file);
   }
   free(path);
-  return f;
+  return rc;
 }
 
 Checkpoint *checkpoint_open(const char *dir, Error *err) {
@@ -175,8 +187,7 @@ Checkpoint *checkpoint_open(const char *dir, Error *err) {
   c->name = xcalloc(n, sizeof *c->name);
   c->file = xcalloc(n, sizeof *c->file);
   cJSON_ArrayForEach(entry, files) {
-    c->file[c->n_files] = entry_open(dir, entry, err);
-    if (!c->file[c->n_files]) {
+    if (entry_open(dir, entry, &c->file[c->n_files], err)) {
       checkpoint_close(c);
       return NULL;
     }
@@ -241,9 +252,9 @@ static bool looks_whole(const char *dir) {
 
 // ---- writing ----
 
-static int write_text(const char *path, const char *head, const char *text, Error *err) {
+static int write_text(const char *path, const char *head, const char *text, size_t bytes, Error *err) {
   FILE *f = fopen(path, "wb");
-  bool bad = !f || fputs(head, f) < 0 || fputs(text, f) < 0 || fflush(f) || fsync(fileno(f));
+  bool bad = !f || fputs(head, f) < 0 || fwrite(text, 1, bytes, f) != bytes || fflush(f) || fsync(fileno(f));
   int code = errno;
   if (f && fclose(f) && !bad) {
     bad = true;
@@ -252,25 +263,47 @@ static int write_text(const char *path, const char *head, const char *text, Erro
   return bad ? error_set(err, NULL, "cannot write %.300s: %s", path, strerror(code)) : 0;
 }
 
+// What safetensors files say of themselves: at most 1 + n_files pairs, their values malloc'd; their number.
+static int build_metadata(const CheckpointFile *files, int n_files, SafePair *pairs) {
+  int n = 0;
+  pairs[n++] = (SafePair){"format", xstrdup("pt")};
+  for (int i = 0; i < n_files; i++) {
+    if (holds_tensors(files[i].name)) continue;
+    const SafeTensor *t = files[i].tensors;
+    pairs[n++] = (SafePair){files[i].name, xasprintf("%.*s", (int)safe_bytes(t), (const char *)t->data)};
+  }
+  return n;
+}
+
+static int write_file(const char *path, const CheckpointFile *file, const SafePair *metadata, int n_metadata,
+                      Error *err) {
+  if (!holds_tensors(file->name)) return write_text(path, "", file->tensors->data, safe_bytes(file->tensors), err);
+  return safetensors_write(path, file->tensors, file->n, metadata, n_metadata, true, err);
+}
+
 // Writes the files into `dir` and the text of state.json, without its first line, to `out`.
 static int write_files(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
                        FILE *out, Error *err) {
-  fprintf(out, "\"format\": %d, \"step\": %" PRId64 ", \"files\": {", FORMAT, step);
-  for (int i = 0; i < n_files; i++) {
+  SafePair *metadata = xcalloc((size_t)n_files + 1, sizeof *metadata);
+  int n_metadata = build_metadata(files, n_files, metadata), rc = 0;
+  fprintf(out, "\"format\": %d, \"step\": %" PRId64 ", \"files\": {", CHECKPOINT_FORMAT, step);
+  for (int i = 0; i < n_files && rc == 0; i++) {
     char *path = xasprintf("%s/%s", dir, files[i].name), checksum[17];
-    int rc = safetensors_write(path, files[i].tensors, files[i].n, NULL, 0, true, err);
-    SafeFile *f = rc ? NULL : safetensors_open(path, err);
-    free(path);
-    if (!f) return -1;
+    SafeFile *f = NULL;
     size_t bytes;
-    checksum_text(f, checksum, &bytes);
+    rc = write_file(path, &files[i], metadata, n_metadata, err);
+    if (rc == 0) rc = file_checksum(path, &f, &bytes, checksum, err);
     safetensors_close(f);
+    free(path);
+    if (rc) break;
     fputs(i ? ",\n  " : "\n  ", out);
     json_write_string(out, files[i].name);
     fprintf(out, ": {\"bytes\": %zu, \"xxh64\": \"%s\"}", bytes, checksum);
   }
   fprintf(out, "},\n\"state\": %s}\n", state);
-  return 0;
+  for (int i = 0; i < n_metadata; i++) free((char *)metadata[i].value);
+  free(metadata);
+  return rc;
 }
 
 static int write_folder(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
@@ -285,7 +318,7 @@ static int write_folder(const char *dir, int64_t step, const CheckpointFile *fil
   if (rc == 0) {
     char *path = xasprintf("%s/" STATE_FILE, dir);
     snprintf(head, sizeof head, STATE_LINE, hash64(text, bytes, 0));
-    rc = write_text(path, head, text, err);
+    rc = write_text(path, head, text, bytes, err);
     free(path);
   }
   free(text);
@@ -335,9 +368,13 @@ static void prune(const char *run_dir, int64_t step, CheckpointKeep keep) {
 }
 
 static int check_arguments(const CheckpointFile *files, int n_files, const char *state, Error *err) {
-  for (int i = 0; i < n_files; i++)
-    if (!is_plain_name(files[i].name) || strcmp(files[i].name, STATE_FILE) == 0)
-      return error_set(err, NULL, "\"%.100s\" is no name for a file of a checkpoint", files[i].name);
+  for (int i = 0; i < n_files; i++) {
+    const CheckpointFile *f = &files[i];
+    if (!is_plain_name(f->name) || strcmp(f->name, STATE_FILE) == 0)
+      return error_set(err, NULL, "\"%.100s\" is no name for a file of a checkpoint", f->name);
+    if (!holds_tensors(f->name) && (f->n != 1 || f->tensors->dtype != SAFE_U8))
+      return error_set(err, NULL, "\"%.100s\" is the name of a text, which is one tensor of U8", f->name);
+  }
   cJSON *parsed = json_parse(state, strlen(state), "state", JSON_PLAIN, err);
   bool object = cJSON_IsObject(parsed), bad = !parsed;
   cJSON_Delete(parsed);

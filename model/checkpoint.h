@@ -9,7 +9,12 @@
 #include "base/json.h"
 #include "model/safetensors.h"
 
-// One file of a checkpoint to be: name as in "model.safetensors".
+enum { CHECKPOINT_FORMAT = 1 }; // grows when what is written changes its meaning
+
+// One file of a checkpoint to be. A name as in "model.safetensors" holds its tensors; under any other one, as in
+// "config.json", a text is written as it is: the U8 bytes of one tensor. Metadata of the safetensors files: "format" is
+// "pt", as PyTorch's own tools write it, and every text of the checkpoint stands there under its name, so that weights
+// that are copied elsewhere still say what they are.
 typedef struct CheckpointFile {
   const char *name;
   const SafeTensor *tensors; // [n]
@@ -34,14 +39,14 @@ typedef struct Checkpoint {
   const cJSON *state; // what checkpoint_save was given
   int n_files;
   char **name;     // [n_files]
-  SafeFile **file; // [n_files]
+  SafeFile **file; // [n_files] NULL: a text
   cJSON *root;     // owner of state
 } Checkpoint;
 
 // Opens one folder, comparing every checksum. NULL with *err set saying what is wrong with it.
 Checkpoint *checkpoint_open(const char *dir, Error *err);
 void checkpoint_close(Checkpoint *c);
-// A file of it by name; NULL when it has none of that name.
+// A file of tensors by name; NULL when it has none of that name.
 const SafeFile *checkpoint_file(const Checkpoint *c, const char *name);
 
 // Opens the newest valid checkpoint of a run; each newer one that is damaged is warned about. 1 and *out, 0 when the

@@ -223,11 +223,21 @@ static int config_check(Config *c, Error *err) {
   return resolve_batch(c, err);
 }
 
+// A file whose first byte is wrong already is hardly a config with a slip of the pen.
+static int not_json(const char *path, Error *err) {
+  char *start = xasprintf("%s:1:1: ", path);
+  if (strncmp(err->text, start, strlen(start)) == 0)
+    snprintf(err->hint, sizeof err->hint,
+             "this is no config: one is a JSON file, {\"model\": {...}, ...}; configs/ has examples");
+  free(start);
+  return -1;
+}
+
 int config_load(Config *c, const char *path, const char *const *sets, int n_sets, Error *err) {
   apply_defaults(c);
   if (path) {
     cJSON *root = json_parse_file(path, CONFIG_MAX_BYTES, JSON_WITH_COMMENTS, err);
-    if (!root) return -1;
+    if (!root) return not_json(path, err);
     Place place = {path, ""};
     int rc = config_apply(c, &place, root, err);
     cJSON_Delete(root);

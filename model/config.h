@@ -21,6 +21,8 @@ enum {
 
 typedef enum DeviceKind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } DeviceKind;
 typedef enum SamplerKind { SAMPLER_HEUN, SAMPLER_EULER } SamplerKind;
+// What a checkpoint that cannot be written does to the run.
+typedef enum SaveError { SAVE_ERROR_STOP, SAVE_ERROR_CONTINUE } SaveError;
 
 // One data source: type and path as source_open takes them; weight is its share of the draws, > 0.
 typedef struct SourceConfig {
@@ -81,6 +83,7 @@ typedef struct Config {
     int max_document;              // tokens of a text document, 0 = T
     int max_caption;               // tokens of a caption
     int cache_mb;                  // resized pixels kept in memory
+    int max_bad;                   // images that cannot be decoded before the run is given up, 0 = no limit
     int sources;                   // how many of source[]
     SourceConfig source[CONFIG_SOURCES];
     int threads; // decode threads
@@ -116,9 +119,10 @@ typedef struct Config {
     double temperature, top_p;      // of captions; temperature 0 = the most likely token
   } eval;
   struct {
-    int every;      // steps, 0 = only at the end
-    int keep_last;  // newest ones kept, at least 1
-    int keep_every; // those at multiples of this step are kept for good, 0 = none
+    int every;          // steps, 0 = only at the end
+    int keep_last;      // newest ones kept, at least 1
+    int keep_every;     // those at multiples of this step are kept for good, 0 = none
+    SaveError on_error; // of any but the run's last one, whose failure is always an error
   } checkpoint;
   struct {
     MemoryPolicy policy;

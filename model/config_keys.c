@@ -71,6 +71,8 @@ const Key config_keys[] = {
     {"data.max_caption", KEY_INT, AT(data.max_caption), "64", 1, 65536, NULL, NULL,
      "captions are cut to this many tokens"},
     {"data.cache_mb", KEY_INT, AT(data.cache_mb), "256", 0, 1048576, NULL, NULL, "resized images kept in memory"},
+    {"data.max_bad", KEY_INT, AT(data.max_bad), "100", 0, ANY, NULL, NULL,
+     "more images than this that cannot be decoded end the run; 0: no limit"},
     {"data.sources", KEY_SOURCES, AT(data.source), "[]", 0, 0, NULL, NULL,
      "[{\"type\": \"folder|webdataset|text\", \"path\": ..., \"weight\": 1}, ...]"},
     {"data.threads", KEY_INT, AT(data.threads), "2", 1, 256, NULL, NULL, "threads that read and decode images"},
@@ -103,7 +105,7 @@ const Key config_keys[] = {
 
     {"eval.every", KEY_INT, AT(eval.every), "250", 0, ANY, NULL, NULL, "steps between evaluations; 0: at the end only"},
     {"eval.samples", KEY_INT, AT(eval.samples), "16", 0, 1024, NULL, NULL, "images drawn at each"},
-    {"eval.documents", KEY_INT, AT(eval.documents), "64", 1, 1000000, NULL, NULL, "held-out documents measured"},
+    {"eval.documents", KEY_INT, AT(eval.documents), "64", 0, 1000000, NULL, NULL, "held-out documents measured"},
     {"eval.sampler", KEY_ENUM, AT(eval.sampler), "heun", 0, 0, "heun|euler", NULL, "integrator of the flow"},
     {"eval.sampler_steps", KEY_INT, AT(eval.sampler_steps), "25", 1, 10000, NULL, NULL, "its steps"},
     {"eval.guidance", KEY_FLOAT, AT(eval.guidance), "2", 0, 100, NULL, NULL, "classifier-free guidance; 1: none"},
@@ -115,6 +117,8 @@ const Key config_keys[] = {
     {"checkpoint.keep_last", KEY_INT, AT(checkpoint.keep_last), "2", 1, 1000000, NULL, NULL, "newest ones kept"},
     {"checkpoint.keep_every", KEY_INT, AT(checkpoint.keep_every), "0", 0, ANY, NULL, NULL,
      "those at multiples of this step stay for good; 0: none"},
+    {"checkpoint.on_error", KEY_ENUM, AT(checkpoint.on_error), "stop", 0, 0, "stop|continue", NULL,
+     "when one cannot be written: stop, or go on to the next with a warning"},
 
     {"memory.policy", KEY_ENUM, AT(memory.policy), "auto", 0, 0, "auto|keep|recompute|offload", "--memory",
      "what happens to activations that the backward pass needs"},
@@ -176,7 +180,7 @@ void key_allowed(const Key *key, char *out, size_t room) {
     if (key->words)
       snprintf(out, room, "one of %s", word);
     else
-      snprintf(out, room, "a string of %.0f to %zu bytes", key->min, key->bytes - 1);
+      snprintf(out, room, "a UTF-8 string of %.0f to %zu bytes", key->min, key->bytes - 1);
     return;
   case KEY_SOURCES:
     snprintf(out, room, "a list of at most %d sources", CONFIG_SOURCES);
@@ -208,7 +212,8 @@ static int string_set(const Key *key, char *field, const cJSON *item) {
   size_t n = cJSON_IsString(item) ? strlen(item->valuestring) : 0;
   if (!cJSON_IsString(item) || n >= key->bytes || n < (size_t)key->min) return -1;
   if (key->words && word_find(key->words, item->valuestring) < 0) return -1;
-  memset(field, 0, key->bytes); // so that equal configurations are equal bytes
+  if (!json_is_utf8(item->valuestring)) return -1; // the command line can say what no saved config.json could
+  memset(field, 0, key->bytes);                    // so that equal configurations are equal bytes
   memcpy(field, item->valuestring, n);
   return 0;
 }

@@ -13,8 +13,11 @@ const char options_help[] =
     "  --init DIR            start with this checkpoint's weights, everything else fresh (fine-tuning)\n"
     "  --stop-at N           stop after step N and save; the schedule still runs to train.steps\n"
     "  --eval                print the quality figures of a checkpoint; --out FOLDER: held-out captions drawn\n"
-    "  --sample CAPTION      draw a caption (-: one per line of standard input); --out FILE.png or FOLDER\n"
+    "  --sample CAPTION      draw a caption; -: captions from standard input, one a line, or as they are typed\n"
+    "    --count N           so many drawings of each caption, of seeds run.seed, run.seed + 1, ...\n"
+    "    --out FILE.png      where to; of several drawings a sheet. A FOLDER gets a PNG each and captions.tsv\n"
     "  --describe IMAGE      caption an image file\n"
+    "                        keys that steer both: eval.guidance, eval.sampler_steps, eval.temperature, eval.top_p\n"
     "  --plan                print the memory table and exit; needs neither data nor tokenizer\n"
     "  --dump DIR            write one step (packs, noise, weights, losses, every gradient) as safetensors and exit\n"
     "  --tokens max          the largest micro-batch that fits memory.budget_gb under the memory policy\n"
@@ -35,25 +38,35 @@ static int count_set(int n, const bool *flags) {
   return sum;
 }
 
+static int parse_number(const char *flag, const char *value, int64_t *out, Error *err) {
+  char *end;
+  *out = strtoll(value, &end, 10);
+  if (end > value && !*end && *out >= 1 && *out <= INT32_MAX) return 0;
+  return error_set(err, "./train --help shows what it counts", "%s %s is not a positive number", flag, value);
+}
+
 int options_parse(Options *o, int argc, char **argv, Error *err) {
-  *o = (Options){0};
+  *o = (Options){.count = 1};
   const struct {
     const char *flag;
     const char **text;
     bool *on;
-  } table[] = {{"--resume", NULL, &o->resume},
-               {"--from", &o->from, NULL},
-               {"--init", &o->init, NULL},
-               {"--dump", &o->dump, NULL},
-               {"--sample", &o->sample, NULL},
-               {"--describe", &o->describe, NULL},
-               {"--out", &o->out, NULL},
-               {"--eval", NULL, &o->eval},
-               {"--plan", NULL, &o->plan},
-               {"--print-config", NULL, &o->print_config},
-               {"--profile", NULL, &o->profile},
-               {"--help", NULL, &o->help},
-               {"-h", NULL, &o->help}};
+    int64_t *number;
+  } table[] = {{"--resume", NULL, &o->resume, NULL},
+               {"--from", &o->from, NULL, NULL},
+               {"--init", &o->init, NULL, NULL},
+               {"--stop-at", NULL, NULL, &o->stop_at},
+               {"--dump", &o->dump, NULL, NULL},
+               {"--sample", &o->sample, NULL, NULL},
+               {"--count", NULL, NULL, &o->count},
+               {"--describe", &o->describe, NULL, NULL},
+               {"--out", &o->out, NULL, NULL},
+               {"--eval", NULL, &o->eval, NULL},
+               {"--plan", NULL, &o->plan, NULL},
+               {"--print-config", NULL, &o->print_config, NULL},
+               {"--profile", NULL, &o->profile, NULL},
+               {"--help", NULL, &o->help, NULL},
+               {"-h", NULL, &o->help, NULL}};
   for (int i = 1; i < argc; i++) {
     const char *arg = argv[i];
     if (arg[0] != '-' || !arg[1]) {
@@ -70,25 +83,21 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
       *table[t].on = true;
       continue;
     }
-    if (!known && !key && strcmp(arg, "--set") != 0 && strcmp(arg, "--stop-at") != 0)
+    if (!known && !key && strcmp(arg, "--set") != 0)
       return error_set(err, "./train --help lists all of them; --set KEY=VALUE reaches any key", "unknown flag %s",
                        arg);
     if (!value) return error_set(err, "./train --help shows what it takes", "%s needs a value", arg);
     i++;
-    if (known) {
+    if (known && table[t].text) {
       *table[t].text = value;
+    } else if (known) {
+      if (parse_number(arg, value, table[t].number, err) != 0) return -1;
     } else if (strcmp(arg, "--tokens") == 0 && strcmp(value, "max") == 0) {
       o->tokens_max = true;
     } else if (key) {
       add_set(o, xasprintf("%s=%s", key, value));
-    } else if (strcmp(arg, "--set") == 0) {
-      add_set(o, xstrdup(value));
     } else {
-      char *end;
-      o->stop_at = strtoll(value, &end, 10);
-      if (*end || o->stop_at < 1)
-        return error_set(err, "give the number of steps after which to stop", "--stop-at %s is not a positive number",
-                         value);
+      add_set(o, xstrdup(value));
     }
   }
   if (count_set(3, (bool[]){o->resume, o->from != NULL, o->init != NULL}) > 1)
@@ -99,6 +108,8 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
                      "--plan, --dump, --sample, --describe and --eval exclude each other");
   if (o->out && !o->sample && !o->eval)
     return error_set(err, "--sample \"a caption\" --out FILE.png", "--out goes with --sample or --eval");
+  if (o->count > 1 && !o->sample)
+    return error_set(err, "--sample \"a caption\" --count 8", "--count goes with --sample");
   return 0;
 }
 

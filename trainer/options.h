@@ -16,6 +16,7 @@ typedef struct Options {
   int64_t stop_at;      // stop after this many steps and save; 0: train.steps
   const char *dump;     // folder for one step's packs, weights, losses and gradients
   const char *sample;   // caption to draw, "-": one per line of standard input
+  int64_t count;        // drawings per caption
   const char *describe; // image file to caption
   const char *out;      // where the picture goes
   bool tokens_max;      // --tokens max: the largest micro-batch that the memory policy fits

@@ -1,10 +1,11 @@
-// What a run says while it runs: one line a step, a progress bar with the time left on a terminal, and metrics.jsonl.
+// What a run says while it runs: one line a step, a progress bar with the time left on a terminal, and in the run
+// folder metrics.jsonl (docs/metrics.md) and a TensorBoard event file with the same figures, expert loads and drawings.
+//
+// TensorBoard's step is the number of steps done: step line n of metrics.jsonl is its step n + 1.
 #ifndef TESSERA_REPORT_H
 #define TESSERA_REPORT_H
 
-#include "base/base.h"
-
-#include <stdio.h>
+#include "trainer/evaluate.h"
 
 typedef struct StepReport {
   int64_t step;               // 0-based
@@ -26,11 +27,20 @@ typedef struct StepReport {
 
 typedef struct Report Report;
 
-// Opens metrics.jsonl in the run folder for appending; with `from_step` > 0 lines of later steps are dropped first, so
-// that a resumed run has no doubles. NULL with *err set.
+// Opens metrics.jsonl in the run folder for appending, without the lines of steps from `from_step` on that it may hold,
+// so that a resumed run has no doubles, and begins a new event file, which tells TensorBoard the same. An evaluation or
+// a load line at from_step itself stays: it was made when that many steps were done. NULL with *err set.
+//
+// Later failures to write are warnings: a run does not end for its figures.
 Report *report_open(const char *folder, int64_t from_step, int64_t steps, Error *err);
 void report_step(Report *r, const StepReport *s);
-// Appends one JSON object to metrics.jsonl; `json` is its text.
-void report_json(Report *r, const char *json);
+// After report_step: the step's expert loads, [L][E_0 + E_1] assignments as they follow Metrics. Summed over up to 50
+// steps, then written: per modality a line of figures and a histogram of load / fair share over all experts.
+void report_load(Report *r, const double *load, const Dims *d);
+// `step`: steps done.
+void report_evaluation(Report *r, const Evaluation *e, int64_t step);
+// A sheet of drawings, a PNG file. `step`: steps done. One that cannot be read is a warning.
+void report_drawings(Report *r, const char *path, int64_t step);
+// Writes the loads that are still unwritten. NULL is allowed.
 void report_close(Report *r);
 #endif

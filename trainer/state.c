@@ -1,10 +1,14 @@
 #include "trainer/state.h"
 
 #include "base/json.h"
+#include "trainer/export.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+
+// The hint where a checkpoint and the config are not of one model.
+#define OTHER_MODEL "it belongs to another model: use the config.json of its run, or another run folder"
 
 // Tensors of a slab on the host, named PREFIX + parameter.
 typedef struct Slab {
@@ -78,8 +82,12 @@ int state_save(const Engine *e, const RunState *s, const char *run, Error *err) 
   SafeTensor *moments = xcalloc((size_t)(2 * n), sizeof *moments);
   memcpy(moments, m.tensor, (size_t)n * sizeof *moments);
   memcpy(moments + n, v.tensor, (size_t)n * sizeof *moments);
-  CheckpointFile files[3] = {{"model.safetensors", weights.tensor, n}, {"optimizer-0x1.safetensors", moments, 2 * n}};
-  int n_files = 2;
+  char *config = export_config(c, slab_dtype(e) == SAFE_F64 ? "float64" : "float32");
+  SafeTensor text = {.name = "text", .dtype = SAFE_U8, .rank = 1, .shape = {(int64_t)strlen(config)}, .data = config};
+  CheckpointFile files[4] = {{"model.safetensors", weights.tensor, n},
+                             {"optimizer-0x1.safetensors", moments, 2 * n},
+                             {"config.json", &text, 1}};
+  int n_files = 3;
   if (ema.tensor) files[n_files++] = (CheckpointFile){"ema.safetensors", ema.tensor, n};
   char *state = xasprintf("{\"step\": %" PRId64 ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64
                           ", \"skipped_in_row\": %" PRId64 ", \"tokenizer\": \"%s\", \"loader\": %s}",
@@ -88,6 +96,7 @@ int state_save(const Engine *e, const RunState *s, const char *run, Error *err) 
   CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
   int bad = checkpoint_save(run, s->step, files, n_files, state, keep, err);
   free(state);
+  free(config);
   free(moments);
   slab_free(&weights);
   slab_free(&m);
@@ -105,9 +114,17 @@ static int read_count(const Checkpoint *c, const char *name, int64_t *out, Error
   return 0;
 }
 
-static const SafeFile *need_file(const Checkpoint *c, const char *name, Error *err) {
+// A file with exactly the tensors that a model of this config has, their shapes apart. A model with fewer layers would
+// otherwise take what it finds and leave the rest.
+static const SafeFile *need_file(const Checkpoint *c, const char *name, int tensors, Error *err) {
   const SafeFile *f = checkpoint_file(c, name);
-  if (!f) error_set(err, "take another checkpoint with --from", "%s has no %s", c->dir, name);
+  if (!f) {
+    error_set(err, "take another checkpoint with --from", "%s has no %s", c->dir, name);
+  } else if (f->n != tensors) {
+    error_set(err, OTHER_MODEL, "%.300s/%s has %d tensors, the model of this config has %d", c->dir, name, f->n,
+              tensors);
+    f = NULL;
+  }
   return f;
 }
 
@@ -127,18 +144,29 @@ static int load_counters(RunState *s, const Checkpoint *c, Error *err) {
   return 0;
 }
 
+static int load_slab(Engine *e, Space space, const char *prefix, const Checkpoint *c, const char *name, int tensors,
+                     Error *err) {
+  const SafeFile *f = need_file(c, name, tensors, err);
+  if (!f) return -1;
+  if (slab_write(e, space, prefix, f, err) == 0) return 0;
+  error_prefix(err, "%.200s/%s", c->dir, name);
+  snprintf(err->hint, sizeof err->hint, "%s", OTHER_MODEL);
+  return -1;
+}
+
 int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Error *err) {
-  const SafeFile *weights = need_file(c, "model.safetensors", err), *ema = checkpoint_file(c, "ema.safetensors");
-  if (!weights || slab_write(e, SPACE_WEIGHTS, "", weights, err) != 0) return -1;
+  static const char model[] = "model.safetensors", ema[] = "ema.safetensors", moments[] = "optimizer-0x1.safetensors";
+  int n = e->model.params.n;
+  if (load_slab(e, SPACE_WEIGHTS, "", c, model, n, err) != 0) return -1;
   if (engine_slab(e, SPACE_EMA)) {
     // A run whose EMA was off so far begins its average at the weights.
-    if (slab_write(e, SPACE_EMA, "", ema ? ema : weights, err) != 0) return -1;
-    if (!ema) log_warn("%s has no EMA; it begins at the weights", c->dir);
+    int has_ema = checkpoint_file(c, ema) != NULL;
+    if (load_slab(e, SPACE_EMA, "", c, has_ema ? ema : model, n, err) != 0) return -1;
+    if (!has_ema) log_warn("%s has no EMA; it begins at the weights", c->dir);
   }
   if (weights_only) return 0;
-  const SafeFile *moments = need_file(c, "optimizer-0x1.safetensors", err);
-  if (!moments || slab_write(e, SPACE_ADAM_M, "m.", moments, err) != 0 ||
-      slab_write(e, SPACE_ADAM_V, "v.", moments, err) != 0)
+  if (load_slab(e, SPACE_ADAM_M, "m.", c, moments, 2 * n, err) != 0 ||
+      load_slab(e, SPACE_ADAM_V, "v.", c, moments, 2 * n, err) != 0)
     return -1;
   return load_counters(s, c, err);
 }

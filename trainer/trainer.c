@@ -5,6 +5,8 @@
 #include "trainer/losses.h"
 #include "trainer/report.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <libgen.h>
 #include <math.h>
@@ -21,6 +23,14 @@ static void ask_stop(int signal_number) {
   stop_asked = 1;
 }
 
+static void catch_signals(void) {
+  // A signal that comes while a checkpoint is written must not make that fail.
+  struct sigaction stop = {.sa_handler = ask_stop, .sa_flags = SA_RESTART}, ignore = {.sa_handler = SIG_IGN};
+  sigaction(SIGINT, &stop, NULL);
+  sigaction(SIGTERM, &stop, NULL);
+  sigaction(SIGXFSZ, &ignore, NULL); // a file at its size limit is an error like a full disk
+}
+
 // ---- opening ----
 
 static int uses_checkpoint(const Options *o) {
@@ -35,7 +45,13 @@ static int open_sources(Trainer *t, Error *err) {
                      "data.sources is empty: there is nothing to train on");
   for (int i = 0; i < c->data.sources; i++) {
     t->source[i] = source_open(c->data.source[i].type, c->data.source[i].path, c->data.held_out_by, err);
-    if (!t->source[i]) return error_prefix(err, "data.sources[%d]", i);
+    if (!t->source[i]) {
+      if (access(c->data.source[i].path, F_OK) != 0 && !strpbrk(c->data.source[i].path, "*?["))
+        snprintf(err->hint, sizeof err->hint,
+                 "paths are relative to the folder ./train is called in; make demo (scripts/make_shapes.py) and make "
+                 "demo-emoji (scripts/make_emoji.py) make the demos' data");
+      return error_prefix(err, "data.sources[%d]", i);
+    }
     t->weight[i] = c->data.source[i].weight;
     t->sources++;
   }
@@ -125,6 +141,8 @@ static int load_checkpoint(Trainer *t, Error *err) {
   if (given) {
     c = checkpoint_open(given, err);
     found = c ? 1 : -1;
+    if (!c && !err->hint[0])
+      snprintf(err->hint, sizeof err->hint, "name another one; --resume takes the newest valid one of a run");
   } else if (o->resume || uses_checkpoint(o)) {
     found = checkpoint_find(t->run, &c, err);
   } else {
@@ -209,7 +227,8 @@ static Loader *open_loader(Trainer *t, Error *err) {
                     .packs_per_step = c->train.micro_batches,
                     .world = 1,
                     .threads = c->data.threads,
-                    .cache_mb = c->data.cache_mb};
+                    .cache_mb = c->data.cache_mb,
+                    .max_bad = c->data.max_bad};
   return loader_open(&l, t->state.loader, err);
 }
 
@@ -281,10 +300,29 @@ static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport
 
 // ---- the run ----
 
-static int save(Trainer *t, Loader *loader, Error *err) {
+// `last`: the run ends here, so that a failure loses work.
+static int save(Trainer *t, Loader *loader, int last, Error *err) {
   free(t->state.loader);
   t->state.loader = loader_state(loader);
-  return state_save(&t->engine, &t->state, t->run, err);
+  if (state_save(&t->engine, &t->state, t->run, err) == 0) return 0;
+  if (t->config->checkpoint.on_error == SAVE_ERROR_CONTINUE && !last) {
+    log_warn("%s; going on, as checkpoint.on_error says", err->text);
+    return 0;
+  }
+  snprintf(err->hint, sizeof err->hint,
+           "the checkpoints before it are as they were: make room, then --resume goes on from the newest%s",
+           last ? "" : "; with checkpoint.on_error=continue a run trains on");
+  return -1;
+}
+
+// Hands the expert loads of the step just replayed to the report.
+static void report_step_load(const Trainer *t, Report *report) {
+  Dims d = dims_from_config(t->config, 1, 1);
+  size_t bytes = (size_t)metrics_size(&d) * sizeof(double);
+  double *metrics = xmalloc(bytes); // Metrics, then load [L][E_0 + E_1]
+  t->engine.model.backend->download(metrics, engine_slab(&t->engine, SPACE_METRICS), bytes);
+  report_load(report, metrics + sizeof(Metrics) / sizeof(double), &d);
+  free(metrics);
 }
 
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
@@ -292,16 +330,49 @@ static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   trainer_load_items(t);
   int bad = trainer_measure(t, &figures, err);
   if (bad) return -1;
-  char *json = evaluation_json(&figures, t->state.step);
-  report_json(report, json);
-  free(json);
+  report_evaluation(report, &figures, t->state.step);
   if (t->config->eval.samples > 0 && t->n_held_out + t->n_training > 0) {
     char *path = xasprintf("%s/samples/step-%06lld.png", t->run, (long long)t->state.step);
-    bad = trainer_write_sheet(t, path, err);
-    if (!bad) log_info("drawings: %s", path);
+    if (trainer_write_sheet(t, path, err) == 0) {
+      log_info("drawings: %s", path);
+      report_drawings(report, path, t->state.step);
+    } else {
+      log_warn("no drawings: %s", err->text); // a picture is not worth a run
+    }
     free(path);
   }
-  return bad || (last && trainer_read_captions(t, 8, err) != 0) ? -1 : 0;
+  return last ? trainer_read_captions(t, 8, err) : 0;
+}
+
+// Puts a file that was written as PATH.new in the place of PATH: a run killed here still has its old one whole.
+static int replace_file(const char *next, const char *path, Error *err) {
+  int fd = open(next, O_RDONLY | O_CLOEXEC), bad = fd < 0 || fsync(fd) != 0 || rename(next, path) != 0, code = errno;
+  if (fd >= 0) close(fd);
+  if (bad) unlink(next);
+  return bad ? error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(code)) : 0;
+}
+
+static int save_tokenizer(const Trainer *t, const char *path, Error *err) {
+  char *next = xasprintf("%s.new", path);
+  int bad = tokenizer_save(t->tokenizer, next, err) != 0 || replace_file(next, path, err) != 0;
+  free(next);
+  return bad ? -1 : 0;
+}
+
+static int save_text(const char *path, const char *text, Error *err) {
+  char *next = xasprintf("%s.new", path);
+  FILE *f = fopen(next, "wb");
+  int bad = !f || fputs(text, f) < 0, code = errno;
+  if (f && fclose(f) != 0 && !bad) {
+    bad = 1;
+    code = errno;
+  }
+  if (bad)
+    error_set(err, "check space and permissions", "cannot write %s: %s", next, strerror(code));
+  else
+    bad = replace_file(next, path, err) != 0;
+  free(next);
+  return bad ? -1 : 0;
 }
 
 static int prepare_folder(Trainer *t, Error *err) {
@@ -319,13 +390,7 @@ static int prepare_folder(Trainer *t, Error *err) {
                       "%s already holds checkpoints of a run", t->run) != 0;
     checkpoint_close(existing);
   }
-  if (!bad) bad = tokenizer_save(t->tokenizer, tokenizer, err) != 0;
-  if (!bad) {
-    FILE *f = fopen(config, "wb");
-    bad = !f || fputs(text, f) < 0;
-    if (f && fclose(f) != 0) bad = 1;
-    if (bad) error_set(err, "check space and permissions", "cannot write %s", config);
-  }
+  if (!bad) bad = save_tokenizer(t, tokenizer, err) != 0 || save_text(config, text, err) != 0;
   free(samples);
   free(config);
   free(tokenizer);
@@ -361,14 +426,16 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seco
     int bad = train_step(t, loader, op_seconds, &s, err);
     if (bad && s.loss == 0 && s.tokens == 0) return -1;
     report_step(report, &s);
+    report_step_load(t, report);
     if (bad) return -1;
     int64_t done = t->state.step;
-    int last = done == c->train.steps, leaving = stop_asked || done == end;
-    if (last || (c->eval.every && done % c->eval.every == 0))
-      if (evaluate_step(t, report, last, err) != 0) return -1;
+    int last = done == c->train.steps, stopping = stop_asked, leaving = stopping || done == end;
+    // Saved before it is evaluated: an evaluation takes long enough to be killed in.
     if (leaving || (c->checkpoint.every && done % c->checkpoint.every == 0))
-      if (save(t, loader, err) != 0) return error_prefix(err, "saving at step %lld", (long long)done);
-    if (stop_asked) {
+      if (save(t, loader, leaving, err) != 0) return -1;
+    if (!stopping && (last || (c->eval.every && done % c->eval.every == 0)))
+      if (evaluate_step(t, report, last, err) != 0) return -1;
+    if (stopping) {
       log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)done);
       return 0;
     }
@@ -378,6 +445,7 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seco
 
 int trainer_train(Trainer *t, Error *err) {
   const Config *c = t->config;
+  catch_signals();
   if (prepare_folder(t, err) != 0) return -1;
   if (t->state.step >= c->train.steps) {
     log_info("%s is already trained to step %lld of %d", t->run, (long long)t->state.step, c->train.steps);
@@ -387,9 +455,6 @@ int trainer_train(Trainer *t, Error *err) {
   if (!loader) return -1;
   Report *report = report_open(t->run, t->state.step, c->train.steps, err);
   double *op_seconds = t->options->profile ? xcalloc((size_t)t->engine.first.program->n_ops, sizeof *op_seconds) : NULL;
-  struct sigaction action = {.sa_handler = ask_stop};
-  sigaction(SIGINT, &action, NULL);
-  sigaction(SIGTERM, &action, NULL);
   int64_t from = t->state.step;
   int bad = !report || run_steps(t, loader, report, op_seconds, err) != 0;
   report_close(report);

@@ -8,8 +8,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-enum { SHEET_SCALE = 2, CAPTION_LINE = 4096 };
+enum { SHEET_SCALE = 2, SHEET_COLUMNS = 8, MOST_DRAWINGS = 4096 };
 
 void trainer_load_items(Trainer *t) {
   const Config *c = t->config;
@@ -126,16 +127,28 @@ int trainer_read_captions(Trainer *t, int n, Error *err) {
   return bad;
 }
 
+// Pictures of captions: `count` of each, those of one caption one after the other.
+typedef struct Drawings {
+  Image *image;               // [n * count]
+  const char *const *caption; // [n]
+  int n, count;
+} Drawings;
+
+static void drawings_free(Drawings *d) {
+  for (int i = 0; i < d->n * d->count; i++) image_free(&d->image[i]);
+  free(d->image);
+}
+
 // One PNG a drawing and captions.tsv.
-static int write_folder(const char *folder, const Image *images, const char *const *captions, int n, Error *err) {
+static int write_folder(const char *folder, const Drawings *d, Error *err) {
   if (folder_make(folder, err) != 0) return -1;
   char *path = xasprintf("%s/captions.tsv", folder);
   FILE *f = fopen(path, "wb");
   int bad = !f;
-  for (int i = 0; i < n && !bad; i++) {
+  for (int i = 0; i < d->n * d->count && !bad; i++) {
     char *image = xasprintf("%s/%04d.png", folder, i);
-    bad = fprintf(f, "%04d.png\t%s\n", i, captions[i]) < 0;
-    if (!bad && image_write_png(image, &images[i], err) != 0) {
+    bad = fprintf(f, "%04d.png\t%s\n", i, d->caption[i / d->count]) < 0;
+    if (!bad && image_write_png(image, &d->image[i], err) != 0) {
       free(image);
       free(path);
       fclose(f);
@@ -149,21 +162,30 @@ static int write_folder(const char *folder, const Image *images, const char *con
   return bad ? -1 : 0;
 }
 
+// A caption under its drawing, or over all of them where it has several.
+static int write_sheet(const char *path, const Drawings *d, Error *err) {
+  int all = d->n * d->count, several = d->count > 1, columns = (int)min_i64(several ? d->count : d->n, SHEET_COLUMNS);
+  GridCell *cells = xcalloc((size_t)all, sizeof *cells);
+  GridSection *sections = xcalloc((size_t)d->n, sizeof *sections);
+  for (int i = 0; i < all; i++) cells[i] = (GridCell){.image = &d->image[i], .caption = several ? NULL : d->caption[i]};
+  for (int i = 0; i < d->n; i++)
+    sections[i] = (GridSection){.title = d->caption[i], .cells = cells + i * d->count, .n = d->count};
+  if (!several) sections[0] = (GridSection){.cells = cells, .n = all};
+  int bad = grid_write(path, sections, several ? d->n : 1, columns, SHEET_SCALE, err);
+  free(sections);
+  free(cells);
+  return bad;
+}
+
 static int has_suffix(const char *s, const char *suffix) {
   size_t n = strlen(s), k = strlen(suffix);
   return n >= k && strcmp(s + n - k, suffix) == 0;
 }
 
-// A file that ends in .png gets a sheet, anything else is a folder of PNGs.
-static int write_drawings(const char *out, const Image *images, const char *const *captions, int n, Error *err) {
-  if (!has_suffix(out, ".png")) return write_folder(out, images, captions, n, err);
-  if (n == 1) return image_write_png(out, &images[0], err);
-  GridCell *cells = xcalloc((size_t)n, sizeof *cells);
-  for (int i = 0; i < n; i++) cells[i] = (GridCell){.image = &images[i], .caption = captions[i]};
-  GridSection section = {.cells = cells, .n = n};
-  int bad = grid_write(out, &section, 1, (int)min_i64(n, 8), SHEET_SCALE, err);
-  free(cells);
-  return bad;
+// A file that ends in .png gets the drawing or a sheet, anything else is a folder of PNGs.
+static int write_drawings(const char *out, const Drawings *d, Error *err) {
+  if (!has_suffix(out, ".png")) return write_folder(out, d, err);
+  return d->n * d->count == 1 ? image_write_png(out, &d->image[0], err) : write_sheet(out, d, err);
 }
 
 int trainer_evaluate(Trainer *t, Error *err) {
@@ -176,57 +198,113 @@ int trainer_evaluate(Trainer *t, Error *err) {
   if (!t->options->out) return 0;
   // Drawings of held-out captions, for judging them by other means.
   int n = (int)min_i64(t->config->eval.samples, t->n_held_out);
-  Image *images = xcalloc((size_t)n + 1, sizeof *images);
-  const char **captions = xcalloc((size_t)n + 1, sizeof *captions);
-  int bad = trainer_draw_items(t, t->held_out, n, images, err);
+  if (!n) return error_set(err, "raise data.held_out or eval.samples", "--out: there are no held-out captions to draw");
+  const char **captions = xcalloc((size_t)n, sizeof *captions);
   for (int i = 0; i < n; i++) captions[i] = t->held_out[i].caption;
-  if (!bad) bad = write_drawings(t->options->out, images, captions, n, err);
-  for (int i = 0; i < n; i++) image_free(&images[i]);
-  free(images);
+  Drawings d = {.image = xcalloc((size_t)n, sizeof *d.image), .caption = captions, .n = n, .count = 1};
+  int bad = trainer_draw_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
+  drawings_free(&d);
   free(captions);
   return bad;
 }
 
+// ---- drawing captions ----
+
+// Draws captions [n] and writes what came out: drawing k of each is of seed + k, whatever else is drawn.
+static int draw_captions(Trainer *t, const char *const *captions, int n, uint64_t seed, const char *path, Error *err) {
+  const Config *c = t->config;
+  ImageGrid grid = {c->data.image_size / c->model.patch, c->data.image_size / c->model.patch};
+  SamplerOptions options = sampler_options(c);
+  int count = (int)t->options->count, bad = 0;
+  if (n > MOST_DRAWINGS / count)
+    return error_set(err, "draw fewer at a time", "%d drawings of each of %d captions are more than %d", count, n,
+                     MOST_DRAWINGS);
+  Drawings d = {.caption = captions, .n = n, .count = count};
+  d.image = xcalloc((size_t)(n * count), sizeof *d.image);
+  Image *drawn = xcalloc((size_t)n, sizeof *drawn);
+  for (int k = 0; k < count && !bad; k++) {
+    bad = sampler_draw(&t->engine, t->tokenizer, captions, n, grid, seed + (uint64_t)k, &options, drawn, err);
+    for (int i = 0; i < n && !bad; i++) d.image[i * count + k] = drawn[i];
+  }
+  if (!bad) bad = write_drawings(path, &d, err);
+  drawings_free(&d);
+  free(drawn);
+  return bad;
+}
+
+// The next line of standard input without its end, NULL after the last; one buffer for all of them.
+static const char *read_line(char **line, size_t *room) {
+  if (getline(line, room, stdin) < 0) return NULL;
+  (*line)[strcspn(*line, "\r\n")] = 0;
+  return *line;
+}
+
 // Captions from standard input, one a line; empty lines draw unconditionally.
 static int read_captions(char ***captions) {
-  char line[CAPTION_LINE];
+  char *line = NULL;
+  size_t room = 0;
   int n = 0;
   *captions = NULL;
-  while (fgets(line, sizeof line, stdin)) {
-    line[strcspn(line, "\r\n")] = 0;
+  while (read_line(&line, &room)) {
     *captions = xrealloc(*captions, (size_t)(n + 1) * sizeof **captions);
     (*captions)[n++] = xstrdup(line);
   }
+  free(line);
   return n;
 }
 
+// RUN/samples/drawn-N.png, the first free N from *number.
+static char *next_path(const char *run, int *number) {
+  for (;; (*number)++) {
+    char *path = xasprintf("%s/samples/drawn-%04d.png", run, *number);
+    if (access(path, F_OK) != 0) return path;
+    free(path);
+  }
+}
+
+// Draws each caption as it is typed. Seeds go on from run.seed, so that a caption typed again is drawn anew, and are
+// said, so that every picture can be had again.
+static int draw_typed(Trainer *t, const char *out, Error *err) {
+  uint64_t seed = (uint64_t)t->config->run.seed;
+  char *line = NULL;
+  size_t room = 0;
+  int bad = 0, number = 1;
+  fputs("Type captions to draw; an empty line ends.\n", stderr);
+  while (!bad) {
+    fputs("caption> ", stderr);
+    const char *caption = read_line(&line, &room);
+    if (!caption) fputs("\n", stderr);
+    if (!caption || !*caption) break;
+    char *path = out ? xstrdup(out) : next_path(t->run, &number);
+    bad = draw_captions(t, &caption, 1, seed, path, err);
+    if (!bad) log_info("drawn: %s (--seed %lld)", path, (long long)seed);
+    free(path);
+    seed += (uint64_t)t->options->count;
+  }
+  free(line);
+  return bad;
+}
+
 int trainer_sample(Trainer *t, const char *caption, const char *out, Error *err) {
-  const Config *c = t->config;
-  char **captions = NULL;
-  int n = 1;
-  if (strcmp(caption, "-") == 0) {
-    n = read_captions(&captions);
-  } else {
-    captions = xcalloc(1, sizeof *captions);
-    captions[0] = xstrdup(caption);
+  int from_input = strcmp(caption, "-") == 0, n = 1, bad = 0;
+  if (!out) {
+    char *samples = xasprintf("%s/samples", t->run);
+    bad = folder_make(samples, err);
+    free(samples);
+    if (bad) return -1;
   }
-  int bad = 0;
-  if (!n) bad = error_set(err, "one caption a line", "--sample -: standard input has no captions");
-  ImageGrid grid = {c->data.image_size / c->model.patch, c->data.image_size / c->model.patch};
-  SamplerOptions options = sampler_options(c);
-  Image *images = xcalloc((size_t)n + 1, sizeof *images);
-  if (!bad)
-    bad = sampler_draw(&t->engine, t->tokenizer, (const char *const *)captions, n, grid, (uint64_t)c->run.seed,
-                       &options, images, err);
+  if (from_input && isatty(STDIN_FILENO)) return draw_typed(t, out, err);
+  char **lines = NULL;
+  if (from_input) n = read_captions(&lines);
   char *path = out ? xstrdup(out) : xasprintf("%s/samples/drawn.png", t->run);
-  if (!bad) {
-    bad = write_drawings(path, images, (const char *const *)captions, n, err);
-    if (!bad) log_info("drawn: %s", path);
-    for (int i = 0; i < n; i++) image_free(&images[i]);
-  }
-  for (int i = 0; i < n; i++) free(captions[i]);
-  free(captions);
-  free(images);
+  const char *const *captions = from_input ? (const char *const *)lines : &caption;
+  if (!n)
+    bad = error_set(err, "one caption a line", "--sample -: standard input has no captions");
+  else
+    bad = draw_captions(t, captions, n, (uint64_t)t->config->run.seed, path, err);
+  if (!bad) log_info("drawn: %s", path);
+  for (int i = 0; i < n && lines; i++) free(lines[i]);
+  free(lines);
   free(path);
   return bad;
 }

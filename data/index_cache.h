@@ -1,0 +1,18 @@
+// The index of a tar shard, kept beside it as FOLDER/.NAME.index, so that a large shard is walked once and not at every
+// start. It holds for one size and time of the shard and one `held_out_by`; anything else, damage included, and the
+// shard is indexed again. Where the folder cannot be written there is no cache.
+#ifndef TESSERA_INDEX_CACHE_H
+#define TESSERA_INDEX_CACHE_H
+
+#include "data/source_internal.h"
+
+// Shards with fewer members are not worth a file.
+enum { INDEX_CACHE_MEMBERS = 1000 };
+
+// Appends the samples of `shard` to the source. False, the source as it was, when there is no valid cache.
+bool index_cache_read(Source *s, const DataFile *shard);
+
+// Keeps what indexing `shard` has added to the source since it held `samples` samples and had left out `skipped`.
+// Nothing is said when it cannot be written.
+void index_cache_write(const Source *s, const DataFile *shard, int64_t samples, int64_t skipped);
+#endif

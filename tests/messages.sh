@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# What a new user meets: each mistake is made for real, in a fresh copy of the tree, and must end with the right exit code
+# and a message that says what to do.
+#   tests/messages.sh BUILD           check
+#   tests/messages.sh BUILD OUT.md    and write the table with the real output (docs/messages.md)
+set -eu
+cd "$(dirname "$0")/.."
+root=$PWD
+train=$(realpath "$1/train")
+out=${2:+$(realpath "$2")}
+work=$(mktemp -d)
+trap 'chmod -R u+w "$work" && rm -rf "$work"' EXIT
+table=$work/table count=0
+
+# A clone that nothing was made in yet. Scripts are copied, since they look for the tree they lie in.
+clone=$work/clone
+mkdir "$clone"
+cp -r scripts configs "$clone"
+for entry in base data kernels model trainer tests Makefile train.c; do ln -s "$root/$entry" "$clone/$entry"; done
+cp "$train" "$clone/train"
+chmod 755 "$work"
+cd "$clone"
+
+# What is missing or old on this machine is played by programs that come first in PATH.
+play() { # NAME, its text on standard input
+  mkdir -p "$work/bin"
+  cat >"$work/bin/$1"
+  chmod +x "$work/bin/$1"
+}
+
+# Runs a command as typed by a user, by way of `as` when that is set; its output must match all of the patterns.
+as=
+case_of() { # SITUATION EXIT_CODE COMMAND PATTERN...
+  local situation=$1 code=$2 command=$3 rc=0 text
+  shift 3
+  $as bash -c "$command" >"$work/said" 2>&1 || rc=$?
+  # make's own lines and compilers' paths are not ours.
+  text=$(grep -v '^make' "$work/said" | sed "s|$clone/||g; s|$work|/tmp|g; s/(process [0-9]*)/(process 12345)/" || true)
+  for pattern in "$@"; do
+    if [ "$rc" -ne "$code" ] || ! grep -q -- "$pattern" <<<"$text"; then
+      printf '%s: expected exit code %s and "%s", got %s and\n%s\n' "$command" "$code" "$pattern" "$rc" "$text"
+      exit 1
+    fi
+  done
+  count=$((count + 1))
+  printf '| %s | <code>%s</code> | <code>%s</code> | %s |\n' \
+    "$situation" "$(escape <<<"$command")" "$(escape <<<"$text")" "$rc" >>"$table"
+}
+
+# Text for a cell of a Markdown table.
+escape() {
+  sed 's/&/\&amp;/g; s/</\&lt;/g; s/|/\\|/g; s/^  */\&emsp;/' | sed -z 's/\n$//; s/\n/<br>/g'
+}
+
+section() {
+  printf '\n## %s\n\n| what happened | command | what it says | exit code |\n|---|---|---|---|\n' "$1" >>"$table"
+}
+
+section 'Building'
+play gcc-no-cjson <<'END'
+#!/bin/sh
+case " $* " in *" -lcjson "*) exit 1 ;; esac
+exec gcc "$@"
+END
+as="env PATH=$work/bin:$PATH"
+case_of 'a library is missing' 2 'make CC=gcc-no-cjson' 'cjson NO' 'make deps'
+play gcc-4 <<'END'
+#!/bin/sh
+exec gcc -U__GNUC__ -D__GNUC__=4 "$@"
+END
+case_of 'the compiler is too old' 2 'make CC=gcc-4' 'gcc-4 .*too old' 'CC='
+case_of 'there is no compiler' 2 'make CC=no-such-gcc' 'no-such-gcc' 'make deps'
+as=
+
+section 'Data'
+case_of 'the demo without its data' 2 './train configs/demo.json' 'data.sources\[0\]' 'make demo'
+mkdir pictures
+case_of 'a folder without captions' 2 \
+  "./train configs/demo.json --set 'data.sources=[{\"type\": \"folder\", \"path\": \"pictures\"}]'" 'captions.tsv'
+case_of 'an unknown kind of data' 2 \
+  "./train configs/demo.json --set 'data.sources=[{\"type\": \"zip\", \"path\": \"a.zip\"}]'" 'folder|webdataset|text'
+# The emoji font neither installed nor to be fetched: no apt-get in PATH.
+mkdir "$work/few"
+for tool in env python3 bash; do ln -s "$(PATH=/usr/bin:$PATH command -v $tool)" "$work/few/$tool"; done
+if ! [ -f /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ] && /usr/bin/python3 -c 'import fontTools' 2>/dev/null; then
+  as="env PATH=$work/few"
+  case_of 'no emoji font, and no way to fetch it' 1 'scripts/make_emoji.py' 'fonts-noto-color-emoji' 'fix:'
+  as=
+fi
+
+section 'The config and the command line'
+case_of 'the config is not there' 2 './train my.json' 'cannot open my.json'
+: >empty.json
+case_of 'an empty file as config' 2 './train empty.json' 'empty.json:1:1' 'configs/'
+printf '\211PNG\r\n\032\n' >cat.png
+case_of 'a picture as config' 2 './train cat.png' 'cat.png:1:1' 'configs/'
+case_of 'a folder that is no run' 2 './train pictures' 'pictures/config.json'
+sed 's/"layers": 4,/"layers": 4/' configs/demo.json >comma.json
+case_of 'a comma is missing' 2 './train comma.json' 'comma.json:[0-9]*:[0-9]*' 'hint:'
+case_of 'an unknown flag' 2 './train configs/demo.json --epochs 10' 'unknown flag --epochs' '--help'
+case_of 'an unknown key' 2 './train configs/demo.json --set train.step=10' 'train.steps'
+case_of 'a value out of range' 2 './train configs/demo.json --set train.lr=-1' 'train.lr = -1' 'from 0 to 10'
+case_of 'a value of the wrong type' 2 './train configs/demo.json --set train.steps=many' 'train.steps = "many"'
+case_of 'sizes that do not go together' 2 './train configs/demo.json --set data.image_size=30' 'multiple of model.patch'
+case_of 'a GPU asked of a build without' 2 './train configs/demo.json --device cuda' 'CUDA'
+case_of 'less memory than the model needs' 2 './train configs/base.json --plan --set memory.budget_gb=8' 'budget'
+
+section 'Runs'
+[ -f "$root/.cache/shapes/shapes.tar" ] || "$root/scripts/make_shapes.py" "$root/.cache/shapes/shapes.tar" >"$work/log"
+mkdir -p .cache/shapes
+cp "$root/.cache/shapes/shapes.tar" .cache/shapes
+case_of 'a use before the training' 2 './train configs/demo.json --sample "a red circle"' 'train the run first'
+# A run of a model so small that two steps take no time.
+sed 's/"dim": 128, "layers": 4, "heads": 4/"dim": 16, "layers": 1, "heads": 2/; s/"every": 500, "keep/"every": 1, "keep/' \
+  configs/demo.json >tiny.json
+./train tiny.json --stop-at 2 2>"$work/log"
+case_of 'the run exists already' 2 './train tiny.json' 'already holds checkpoints' '--resume'
+case_of 'it goes on with another model' 2 './train tiny.json --resume --set model.dim=32' 'ckpt-2/model.safetensors' 'expected'
+printf '!' | dd of=runs/demo/ckpt-2/model.safetensors bs=1 seek=5000 conv=notrunc 2>"$work/log"
+case_of 'the newest checkpoint is damaged' 0 './train tiny.json --resume --stop-at 2 2>&1 | grep ckpt' \
+  'ckpt-2 is left out' 'loaded runs/demo/ckpt-1'
+exec 9>runs/demo/lock
+flock 9
+printf '%s\n' $$ >&9
+case_of 'the run is being trained' 2 './train tiny.json --resume' 'another run uses runs/demo'
+exec 9>&-
+mkdir readonly
+chmod 555 readonly
+# For root nothing is read-only.
+[ "$(id -u)" -ne 0 ] || as='setpriv --reuid=65534 --clear-groups'
+case_of 'the folder of the run cannot be written' 2 './train configs/demo.json --run-dir readonly/run' \
+  'cannot create folder readonly/run' '--run-dir'
+as=
+
+if [ "$out" ]; then
+  {
+    printf '# Messages\n\nWhat a new user meets, and what the programs say then: the real output, written by '
+    printf '`tests/messages.sh BUILD docs/messages.md`.\nEvery refusal comes before anything is created, with exit code 2.\n'
+    cat "$table"
+  } >"$out"
+fi
+echo "$count messages as they should be"
