@@ -57,7 +57,7 @@ F64_TESTS := test_ops_a test_ops_b test_ops_update test_model
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
 TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
 
-.PHONY: all demo demo-emoji test test-long check-asan bench tests deps format lint clean help probes
+.PHONY: all demo demo-emoji test test-long check-asan bench tests suite deps format lint clean help probes
 all: train
 
 ifndef SANITIZE
@@ -97,13 +97,19 @@ $(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
-.SECONDARY:
+# What only pattern rules ask for is kept too. The binaries are not in the list: make would not rebuild those when missing.
+.SECONDARY: $(OBJ64) $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) \
+  $(TEST_BINS:%=%.o) $(TOOLS:%=%.o)
+include tests/fuzz/Makefile.inc
 
 tests: train $(TEST_BINS) $(TOOLS)
 
+# A make of its own for what needs libraries that were installed only now.
+suite: tests
+	@tests/run.sh $(BUILD) $(if $(SANITIZE),--sanitized) $(TEST_BINS)
+
 test: deps-test
-	@$(MAKE) --no-print-directory tests
-	@tests/run.sh $(BUILD)
+	@$(MAKE) --no-print-directory suite
 
 test-long: deps-test
 	@$(MAKE) --no-print-directory tests
@@ -111,8 +117,7 @@ test-long: deps-test
 
 # Everything but training runs under ASan and UBSan.
 check-asan: deps-test
-	@$(MAKE) --no-print-directory SANITIZE=1 tests
-	@tests/run.sh build-sanitize --sanitized
+	@$(MAKE) --no-print-directory SANITIZE=1 suite
 
 bench: deps-test
 	@$(MAKE) --no-print-directory tests
@@ -139,8 +144,8 @@ lint: | probes
 	clang-format --dry-run -Werror $(FORMATTED)
 	clang-tidy --quiet $(filter %.c,$(filter-out data/stb.c tests/%,$(FORMATTED))) -- -std=gnu11 -D_GNU_SOURCE -I. -fopenmp
 clean:
-	rm -rf build build-sanitize train
+	rm -rf build build-sanitize build-fuzz train
 help:
 	@sed -n '1,6p' Makefile | sed 's/^# //'
 
--include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+-include $(shell find $(BUILD) $(FUZZ_BUILD) -name '*.d' 2>/dev/null)

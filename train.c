@@ -1,10 +1,12 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
 #include "model/config.h"
+#include "model/config_keys.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
 #include "trainer/trainer.h"
 
 #include <omp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -20,41 +22,61 @@ static void set_threads(const Config *c) {
     omp_set_num_threads((int)max_i64(1, cores / max_i64(1, processes)));
 }
 
-// Whether a micro-batch of `tokens` slots loads and fits; *c is the config with it.
+// 1 when a micro-batch of `tokens` slots fits, 0 when it does not, -1 when the config refuses that many; *c is the
+// config with it. *err is set unless it fits.
 static int tokens_fit(const Options *o, const char *file, int64_t tokens, Config *c, Error *err) {
   const char **sets = xmalloc((size_t)(o->n_sets + 1) * sizeof *sets);
   char *last = xasprintf("data.micro_batch_tokens=%lld", (long long)tokens);
   for (int i = 0; i < o->n_sets; i++) sets[i] = o->sets[i];
   sets[o->n_sets] = last;
-  int bad = config_load(c, file, sets, o->n_sets + 1, err);
+  int bad = config_load(c, file, sets, o->n_sets + 1, err), fits = 0;
   if (!bad) {
     Engine e;
     bad = engine_record(&e, c, &backend_cpu, 1, err);
+    fits = !bad && engine_check_budget(&e, err) == 0;
     engine_free(&e);
   }
   free(last);
   free(sets);
-  return !bad;
+  return bad ? -1 : fits;
 }
 
-// --tokens max: doubles from the configured T while it fits, then halves the gap down to TOKEN_STEP.
+// --tokens max: from the configured T doubles while it fits, or else halves until it does, then halves the gap down to
+// TOKEN_STEP.
 static int find_tokens(const Options *o, const char *file, Config *c, Error *err) {
   enum { TOKEN_STEP = 64 };
-  int64_t fits = c->data.micro_batch_tokens, fails;
+  int64_t low = c->data.micro_batch_tokens, high = low; // low: the most known to fit, or the config refuses so few
   Config tried;
-  if (!tokens_fit(o, file, fits, &tried, err)) return -1;
   Error unused;
-  for (fails = 2 * fits; tokens_fit(o, file, fails, &tried, &unused); fails *= 2) fits = fails;
-  while (fails - fits > TOKEN_STEP) {
-    int64_t middle = (fits + fails) / 2 / TOKEN_STEP * TOKEN_STEP;
-    if (middle <= fits) break;
-    if (tokens_fit(o, file, middle, &tried, &unused))
-      fits = middle;
-    else
-      fails = middle;
+  int fits = tokens_fit(o, file, low, &tried, err);
+  if (fits < 0) return -1;
+  if (fits) {
+    for (high = 2 * low; tokens_fit(o, file, high, &tried, &unused) == 1; high *= 2) low = high;
+  } else {
+    for (low = high / 2; low > 0 && (fits = tokens_fit(o, file, low, &tried, &unused)) == 0; low /= 2) {
+      *err = unused;
+      high = low;
+    }
+    fits = fits == 1;
   }
-  log_info("--tokens max: %lld token slots a micro-batch", (long long)fits);
-  return tokens_fit(o, file, fits, c, err) ? 0 : -1;
+  while (high - low > TOKEN_STEP) {
+    int64_t middle = (low + high) / 2 / TOKEN_STEP * TOKEN_STEP;
+    if (middle <= low) break;
+    int one = tokens_fit(o, file, middle, &tried, &unused);
+    if (one == 1 || (one < 0 && !fits)) {
+      low = middle;
+      fits = one == 1;
+    } else {
+      high = middle;
+      *err = unused;
+    }
+  }
+  if (!fits) {
+    snprintf(err->hint, sizeof err->hint, "raise memory.budget_gb; smaller images and captions need fewer slots");
+    return error_prefix(err, "--tokens max: nothing fits; with %lld slots", (long long)high);
+  }
+  log_info("--tokens max: %lld token slots a micro-batch", (long long)low);
+  return tokens_fit(o, file, low, c, err) == 1 ? 0 : -1;
 }
 
 // OpenMP threads that wait for each other spin for milliseconds by default: on cores shared with anything else a step
@@ -66,22 +88,45 @@ static void shorten_spinning(char **argv) {
   execv("/proc/self/exe", argv); // returns only where /proc is missing: then it spins
 }
 
+// Whether the command line names the run's folder. A saved config may name one too: where the run was then.
+static bool run_dir_given(const Config *c) {
+  for (int k = 0; k < config_key_count; k++)
+    if (strcmp(config_keys[k].path, "run.folder") == 0) return c->origin[k] == ORIGIN_FLAG && c->run.folder[0];
+  return false;
+}
+
+// A checkpoint has a config.json too, that of an exported model.
+static int refuse_checkpoint(const char *folder, Error *err) {
+  char *state = xasprintf("%s/state.json", folder);
+  int found = access(state, F_OK) == 0;
+  free(state);
+  if (!found) return 0;
+  return error_set(err, "give its run's folder; with --from the run uses this checkpoint rather than the newest",
+                   "%s is a checkpoint, not a run", folder);
+}
+
 // CONFIG is a file, or a run's folder with the config.json it was trained with.
 static int load_config(const Options *o, Config *c, char **run, Error *err) {
   struct stat st;
   int folder = o->config && stat(o->config, &st) == 0 && S_ISDIR(st.st_mode);
+  if (folder && refuse_checkpoint(o->config, err) != 0) return -1;
   char *file = folder ? xasprintf("%s/config.json", o->config) : o->config ? xstrdup(o->config) : NULL;
   int bad = config_load(c, file, o->sets, o->n_sets, err);
   if (!bad && o->tokens_max) bad = find_tokens(o, file, c, err);
   free(file);
-  if (!bad) *run = folder ? xstrdup(o->config) : config_run_folder(c);
+  if (!bad) *run = folder && !run_dir_given(c) ? xstrdup(o->config) : config_run_folder(c);
   return bad;
 }
 
+// The table also of what does not fit.
 static int print_plan(const Config *c, Error *err) {
   Engine e;
   int bad = engine_record(&e, c, &backend_cpu, 1, err);
-  if (!bad) engine_print_plan(&e, stdout);
+  if (!bad) {
+    engine_print_plan(&e, stdout);
+    fflush(stdout);
+    bad = engine_check_budget(&e, err);
+  }
   engine_free(&e);
   return bad;
 }
@@ -101,11 +146,11 @@ int main(int argc, char **argv) {
     return o.help ? 0 : 2;
   }
   if (load_config(&o, &c, &run, &err) != 0) fatal(&err);
-  int bad = 0;
-  if (c.run.device == DEVICE_CUDA) {
-    bad = error_set(&err, "use --device auto or cpu", "--device cuda: this build has no CUDA backend");
-  } else if (o.print_config) {
+  int bad = 0, code = 2;
+  if (o.print_config) {
     config_print(&c, stdout);
+  } else if (c.run.device == DEVICE_CUDA) {
+    bad = error_set(&err, "use --device auto or cpu", "--device cuda: this build has no CUDA backend");
   } else if (o.plan) {
     bad = print_plan(&c, &err);
   } else {
@@ -121,11 +166,11 @@ int main(int argc, char **argv) {
       bad = trainer_sample(t, o.sample, o.out, &err);
     else if (o.describe)
       bad = trainer_describe(t, o.describe, &err);
-    else
-      bad = trainer_train(t, &err);
+    else if ((bad = trainer_train(t, &err)) > 0)
+      code = 1;
     trainer_close(t);
   }
-  if (bad) fatal(&err);
+  if (bad) fatal_code(&err, code);
   free(run);
   options_free(&o);
   return 0;

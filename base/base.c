@@ -29,11 +29,15 @@ int error_prefix(Error *err, const char *fmt, ...) {
   return -1;
 }
 
-void fatal(const Error *err) {
+void fatal_code(const Error *err, int code) {
   if (before_log_line) before_log_line();
   fprintf(stderr, "error: %s\n", err->text);
   if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
-  exit(2);
+  exit(code);
+}
+
+void fatal(const Error *err) {
+  fatal_code(err, 2);
 }
 
 static void log_line(const char *prefix, const char *fmt, va_list ap) {

@@ -19,7 +19,9 @@ int error_prefix(Error *err, const char *fmt, ...) __attribute__((format(printf,
 
 // Prints the error with its hint and leaves with exit code 2: the way every start-up error ends.
 _Noreturn void fatal(const Error *err);
-// The same for an error inside a step or an inconsistency of the program itself; exit code 1.
+// The same with another exit code: 1 for an error inside a step.
+_Noreturn void fatal_code(const Error *err, int code);
+// An inconsistency of the program itself, or no memory left; exit code 1.
 _Noreturn void panic(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
 // One line to standard error, above the progress bar when one is drawn.

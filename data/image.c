@@ -1,6 +1,7 @@
 #include "data/image.h"
 
 #include "data/intact.h"
+#include "data/palette.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -75,24 +76,67 @@ int image_check_pixels(int width, int height, int64_t max_pixels, Error *err) {
                    height, (long long)max_pixels);
 }
 
+// One channel over white.
+static uint8_t over_white(unsigned value, unsigned alpha) {
+  return (uint8_t)((value * alpha + 255 * (255 - alpha) + 127) / 255);
+}
+
+// The pixels [height, width, 3] of a PNG with a palette; NULL with *err set. Frees `grey`.
+static uint8_t *decode_palette(uint8_t *grey, size_t n, const Palette *palette, Error *err) {
+  int width, height, channels;
+  uint8_t *index = stbi_load_from_memory(grey, (int)n, &width, &height, &channels, 1); // [height, width]
+  free(grey);
+  if (!index) {
+    error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
+    return NULL;
+  }
+  size_t pixels = (size_t)width * (size_t)height;
+  uint8_t *rgb = xmalloc(3 * pixels);
+  for (size_t i = 0; i < pixels; i++) {
+    int entry = index[i] / palette->scale;
+    if (entry >= palette->entries) {
+      error_set(err, FORMAT_HINT, "a pixel has colour %d of a palette of %d", entry, palette->entries);
+      free(index);
+      free(rgb);
+      return NULL;
+    }
+    const uint8_t *rgba = palette->rgba[entry];
+    for (size_t c = 0; c < 3; c++) rgb[3 * i + c] = over_white(rgba[c], rgba[3]);
+  }
+  free(index);
+  return rgb;
+}
+
+static uint8_t *decode_plain(const uint8_t *bytes, size_t n, Error *err) {
+  int width, height, channels;
+  // Four channels always: a colour key can carry transparency that the header does not tell.
+  uint8_t *rgba = stbi_load_from_memory(bytes, (int)n, &width, &height, &channels, 4);
+  if (!rgba) {
+    error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
+    return NULL;
+  }
+  size_t pixels = (size_t)width * (size_t)height;
+  for (size_t i = 0; i < pixels; i++) { // in place, [pixels, 4] -> [pixels, 3]: writes never pass reads
+    unsigned alpha = rgba[4 * i + 3];
+    for (size_t c = 0; c < 3; c++) rgba[3 * i + c] = over_white(rgba[4 * i + c], alpha);
+  }
+  return xrealloc(rgba, 3 * pixels);
+}
+
 int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out, Error *err) {
   *out = (Image){0};
-  int width, height, channels;
+  int width, height;
   if (n > INT_MAX) return error_set(err, FORMAT_HINT, "the image file has %zu bytes, more than 2 GiB", n);
   if (image_info(bytes, n, &width, &height, err) != 0) return -1;
   if (image_check_pixels(width, height, max_pixels, err) != 0) return -1;
   if (image_check_intact(bytes, n, err) != 0) return -1;
-  // Four channels always: a palette or a colour key can carry transparency that the header does not tell.
-  uint8_t *rgba = stbi_load_from_memory(bytes, (int)n, &width, &height, &channels, 4);
-  if (!rgba) return error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
-  size_t pixels = (size_t)width * (size_t)height;
-  for (size_t i = 0; i < pixels; i++) { // in place, [pixels, 4] -> [pixels, 3]: writes never pass reads
-    unsigned a = rgba[4 * i + 3];
-    for (size_t c = 0; c < 3; c++) rgba[3 * i + c] = (uint8_t)((rgba[4 * i + c] * a + 255 * (255 - a) + 127) / 255);
-  }
-  out->width = width;
-  out->height = height;
-  out->rgb = xrealloc(rgba, 3 * pixels);
+  Palette palette;
+  uint8_t *grey;
+  int has_palette = png_palette(bytes, n, &palette, &grey, err);
+  if (has_palette < 0) return -1;
+  uint8_t *rgb = has_palette ? decode_palette(grey, n, &palette, err) : decode_plain(bytes, n, err);
+  if (!rgb) return -1;
+  *out = (Image){.width = width, .height = height, .rgb = rgb};
   return 0;
 }
 

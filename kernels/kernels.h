@@ -271,7 +271,8 @@ typedef union OpArgs {
 //                 dlogits = ce_scale (softmax - onehot) in place, dh = dlogits Wout (0 elsewhere), dWout (+)= dlogits^T
 //                 h. dh and dwout both absent: loss only. Adds to metrics->nll, ->targets. work: [chunk, V] DT_REAL.
 //                 Overwrites dWout unless accumulating, also with no targets.
-// HEAD_LOGITS     logits [n_target of capacity rows, V] DT_REAL of the rows target_row.
+// HEAD_LOGITS     logits [n_target, V] DT_REAL of the rows target_row; n_target is at most the rows that the recording
+//                 gave `logits`.
 // FLOW_LOSS       noised image rows: err = xhat - x, w = 1/max(1-t, t_floor)^2; metrics->flow += sum w err^2; dxhat =
 //                 2 flow_scale w err (0 in other rows); seg_error [SEG] DT_REAL = mean err^2 over the segment's
 //                 elements (0 for clean and unused).

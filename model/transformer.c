@@ -313,7 +313,8 @@ static void record_text_head(Recording *r, Ends *e, ModelProgram *out) {
   const Dims *d = &r->d;
   int head = w->head < 0 ? w->embed : w->head;
   if (r->mode == MODE_WRITE) {
-    out->logits = program_tensor(r->p, DT_REAL, (int64_t)d->T * d->V, "logits");
+    // One row is asked for per document, and each has at least an image.
+    out->logits = program_tensor(r->p, DT_REAL, (int64_t)d->segments * d->V, "logits");
     program_op(r->p, OP_HEAD_LOGITS, IN(e->h, weight(r, head)), OUT(out->logits), NULL);
     return;
   }

@@ -19,7 +19,7 @@ typedef enum Mode {
   MODE_TRAIN_LATER, // likewise, gradients add to those of the micro-steps before
   MODE_EVAL,        // forward: nll and seg_error, noise from the evaluation stream
   MODE_DRAW,        // forward: xhat of image rows, z fed through SPACE_INPUT
-  MODE_WRITE        // forward: logits of the rows with a target
+  MODE_WRITE        // forward: logits of the rows with a target, which must be fewer than `segments`
 } Mode;
 
 // A recorded program and the tensors to read after its replay; NO_TENSOR where the mode has none.
@@ -29,7 +29,7 @@ typedef struct ModelProgram {
   TensorId xhat;      // [T, P] predicted clean patches, row order (all but write)
   TensorId nll;       // [T] DT_REAL negative log likelihoods, row order (train, eval)
   TensorId seg_error; // [SEG] DT_REAL mean squared error of x^ (train, eval)
-  TensorId logits;    // [T, V] DT_REAL, first n_target rows (write)
+  TensorId logits;    // [SEG, V] DT_REAL, first n_target rows (write)
 } ModelProgram;
 
 // Records, schedules and places the program for packs of `slots` tokens and `segments` modulation rows. `policy` is

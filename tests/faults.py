@@ -46,6 +46,8 @@ def check(truth, text):
 class Trainer:
     """One process of ./train and its log."""
 
+    all = []
+
     def __init__(self, run, *flags, tiny=True, within=(), limit=None, **keys):
         sets = dict(self.tiny) if tiny else {}
         sets.update((name.replace("__", "."), value) for name, value in keys.items())
@@ -62,6 +64,7 @@ class Trainer:
 
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=set_limit)
+        self.all.append(self)
 
     def log(self):
         return self.log_path.read_text(errors="replace")
@@ -96,17 +99,20 @@ class Trainer:
         self.go_on()
 
     def kill(self):
-        self.process.kill()
-        self.process.wait()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
-    def end(self, code, *texts, timeout=60):
-        """Waits for the end: the exit code and what the log must contain."""
+    def wait(self, timeout):
         try:
-            found = self.process.wait(timeout)
+            return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"{self.command}\nstill runs after {timeout} s:\n{self.log()[-2000:]}") from None
-        log = self.log()
+
+    def end(self, code, *texts, timeout=60):
+        """Waits for the end: the exit code and what the log must contain."""
+        found, log = self.wait(timeout), self.log()
         for text in texts:
             check(text in log, f"{self.command}\ndoes not say '{text}':\n{log[-2000:]}")
         check(found == code, f"{self.command}\nexit code {found}, expected {code}:\n{log[-2000:]}")
@@ -213,6 +219,7 @@ def test_kills(work, reference, rng, kills, whole):
         shutil.rmtree(run)
         newest = 0
         ended += 1
+        check(ended < 10 + 2 * kills, f"{ended} runs ended before a kill: is no save seen as .tmp-ckpt-?")
     Trainer(run, "--resume", "--stop-at", STEPS).end(0)
     same(run, STEPS, reference)
     check(losses(run) == losses(reference), f"{run}/metrics.jsonl: steps or losses differ from {reference}")
@@ -315,7 +322,7 @@ def test_full_disk(work, reference):
     within = ("unshare", "-rm", "sh", "-c", script, "sh")
     try:
         trainer = Trainer(disk, "--resume", "--stop-at", STEPS, within=within, checkpoint__keep_last=1)
-        code = trainer.process.wait(60)
+        code = trainer.wait(60)
     except FileNotFoundError:
         code = 77
     if code == 77 or (code == 1 and "unshare" in trainer.log()):
@@ -346,7 +353,7 @@ def test_signals(work, reference, rng):
         trainer = Trainer(run, "--resume", "--stop-at", 10 * STEPS, checkpoint__every=0)
         trainer.wait_log(f"step +{step + 2} ")
         trainer.signal(signal.SIGTERM, signal.SIGINT)
-        code = trainer.process.wait(5)
+        code = trainer.wait(10)
         check(code in (130, 143), f"two signals at once: exit code {code}, expected 130 or 143")
         verify(run, reference, step)
         Trainer(run, "--resume", "--stop-at", STEPS).end(0)
@@ -505,6 +512,9 @@ def main():
             except AssertionError as error:
                 print(f"{test.__name__}: FAILED: {error}")
                 return 1
+            finally:
+                for trainer in Trainer.all:
+                    trainer.kill()
             print(f"{test.__name__}: {said[-1]} ({time.monotonic() - began:.1f} s)", flush=True)
         print("; ".join(said))
     return 0

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # The learning test on drawn shapes: trains configs/shapes.json to STEPS and compares with the bounds.
-#   tests/learning.sh 300|1500|3500 [RUN_FOLDER]
+#   tests/learning.sh 300|1500|3500 [BUILD [RUN_FOLDER]]
+# BUILD is build unless given; the run stays only where it is given a folder.
 set -eu
 cd "$(dirname "$0")/.."
 steps=$1
-dir=${2:-$(mktemp -d)/run}
+build=${2:-build}
+python=${PYTHON:-/usr/bin/python3}
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+run=${3:-$dir/run}
 [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
-./train configs/shapes.json --run-dir "$dir" --steps "$steps" 2>"$dir.log" || { tail -5 "$dir.log"; exit 1; }
-/usr/bin/python3 - "$dir/metrics.jsonl" "$steps" <<'P'
+"$build/train" configs/shapes.json --run-dir "$run" --steps "$steps" 2>"$dir/log" || { tail -5 "$dir/log"; exit 1; }
+"$python" - "$run/metrics.jsonl" "$steps" <<'P'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 last = [r["eval"] for r in rows if "eval" in r][-1]

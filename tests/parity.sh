@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Comparison with PyTorch in float64: tests/parity.sh ops|model BUILD
+# Comparison with PyTorch in float64: tests/parity.sh ops|model [BUILD]
 set -eu
 cd "$(dirname "$0")/.."
+build=${2:-build}
 python=${PYTHON:-/usr/bin/python3}
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 case $1 in
   ops)
-    "$2/tests/dump_ops" "$dir/ops"
+    "$build/tests/dump_ops" "$dir/ops"
     "$python" tests/parity_ops.py "$dir/ops"
     ;;
   model)
-    # Small models put together in every way, then a real step of the demo through ./train.
-    "$2/tests/dump_model" "$dir/models"
+    # Small models put together in every way, then a real step of the demo.
+    "$build/tests/dump_model" "$dir/models"
     [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
-    ./train configs/demo.json --dump "$dir/demo" --run-dir "$dir/run" --set train.micro_batches=2
+    "$build/train" configs/demo.json --dump "$dir/demo" --run-dir "$dir/run" --set train.micro_batches=2
     "$python" tests/parity_model.py "$dir"/models/model_* "$dir/demo"
     ;;
 esac

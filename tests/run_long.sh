@@ -15,7 +15,7 @@ long=$build/long
 drawings() {
   local templates=.cache/shapes/templates.tar
   [ -f "$templates" ] || scripts/make_shapes.py --templates "$templates" || return 1
-  ./train "$long/shapes-3500" --eval --set eval.samples=64 --out "$long/drawings" || return 1
+  "$build/train" "$long/shapes-3500" --eval --set eval.samples=64 --out "$long/drawings" || return 1
   "$python" scripts/nearest_template.py "$long/drawings" "$templates" \
     --at-least color=.9 position=.9 background=.9
 }
@@ -26,7 +26,7 @@ emoji() {
     echo "there is no .cache/emoji/emoji.tar and scripts/make_emoji.py could not make it: $logs/emoji.log says why"
     return 77
   fi
-  ./train configs/emoji.json --run-dir "$long/emoji" || return 1
+  "$build/train" configs/emoji.json --run-dir "$long/emoji" || return 1
   "$python" - "$long/emoji/metrics.jsonl" <<'P'
 import json, sys
 last = [row["eval"] for row in map(json.loads, open(sys.argv[1])) if "eval" in row][-1]
@@ -37,8 +37,8 @@ P
 }
 
 rm -rf "$long" && mkdir -p "$long"
-check learning_1500 tests/learning.sh 1500 "$long/shapes-1500"
-check learning_3500 tests/learning.sh 3500 "$long/shapes-3500"
+check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
+check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
 check drawings drawings
 check emoji emoji
 count_print

@@ -173,6 +173,56 @@ static void test_colour_types(void **state) {
   free(png.at);
 }
 
+// Palettes of every depth, with and without transparency; a pixel beyond the palette is an error, not a colour.
+static void test_palettes(void **state) {
+  (void)state;
+  for (int trial = 0; trial < 300; trial++) {
+    int depth = 1 << trial % 4, width = rng_in(1, 20), height = rng_in(1, 9), entries = rng_in(1, 1 << depth);
+    int alphas = rng_in(0, entries), beyond = trial % 5 == 0 && entries < 1 << depth;
+    char colours[256 * 3], alpha[256];
+    for (int i = 0; i < 3 * entries; i++) colours[i] = (char)rng();
+    for (int i = 0; i < alphas; i++) alpha[i] = (char)rng();
+    size_t row_bytes = ((size_t)(width * depth) + 7) / 8;
+    uint8_t *rows = xcalloc((size_t)height, row_bytes), *rgb = xmalloc(3 * (size_t)(width * height));
+    for (int i = 0; i < width * height; i++) {
+      int entry = beyond && i == width * height / 2 ? entries : rng_in(0, entries - 1), x = i % width * depth;
+      rows[(size_t)(i / width) * row_bytes + (size_t)x / 8] |= (uint8_t)(entry << (8 - depth - x % 8));
+      int a = entry < alphas ? (uint8_t)alpha[entry] : 255;
+      for (int c = 0; c < 3 && entry < entries; c++)
+        rgb[3 * i + c] = (uint8_t)(((uint8_t)colours[3 * entry + c] * a + 255 * (255 - a) + 127) / 255);
+    }
+    Buffer png = png_make((uint32_t)width, (uint32_t)height, depth, 3, colours, 3 * (size_t)entries,
+                          alphas ? alpha : NULL, (size_t)alphas, rows, row_bytes, (uint32_t)height);
+    Error err;
+    Image image;
+    if (beyond) {
+      assert_int_equal(image_decode(png.at, png.n, IMAGE_MAX_PIXELS, &image, &err), -1);
+      assert_non_null(strstr(err.text, "palette"));
+      assert_null(image.rgb);
+    } else {
+      expect_pixels(&png, width, height, rgb);
+    }
+    free(png.at);
+    free(rows);
+    free(rgb);
+  }
+  // No palette, too many transparencies, a depth that palettes do not have.
+  const struct {
+    int depth;
+    size_t colours, alphas;
+  } bad[] = {{8, 0, 0}, {8, 2, 3}, {16, 2, 0}, {8, 257, 0}};
+  char many[257 * 3] = {0};
+  for (int i = 0; i < 4; i++) {
+    Error err;
+    Image image;
+    Buffer png = png_make(1, 1, bad[i].depth, 3, bad[i].colours ? many : NULL, 3 * bad[i].colours,
+                          bad[i].alphas ? many : NULL, bad[i].alphas, (const uint8_t[]){0, 0}, 2, 1);
+    assert_int_equal(image_decode(png.at, png.n, IMAGE_MAX_PIXELS, &image, &err), -1);
+    assert_null(image.rgb);
+    free(png.at);
+  }
+}
+
 static void test_jpeg(void **state) {
   (void)state;
   const Buffer files[2] = {{(uint8_t *)(uintptr_t)JPEG_BASELINE, sizeof(JPEG_BASELINE)},
@@ -380,15 +430,11 @@ static void test_patches(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_png_round_trip),
-      cmocka_unit_test(test_write_file),
-      cmocka_unit_test(test_colour_types),
-      cmocka_unit_test(test_jpeg),
-      cmocka_unit_test(test_long_huffman_table),
-      cmocka_unit_test(test_pixel_cap),
-      cmocka_unit_test(test_damage),
-      cmocka_unit_test(test_grid),
-      cmocka_unit_test(test_fit),
+      cmocka_unit_test(test_png_round_trip), cmocka_unit_test(test_write_file),
+      cmocka_unit_test(test_colour_types),   cmocka_unit_test(test_palettes),
+      cmocka_unit_test(test_jpeg),           cmocka_unit_test(test_long_huffman_table),
+      cmocka_unit_test(test_pixel_cap),      cmocka_unit_test(test_damage),
+      cmocka_unit_test(test_grid),           cmocka_unit_test(test_fit),
       cmocka_unit_test(test_patches),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -11,6 +11,7 @@ static int64_t pack_bytes(const Config *c, int slots, int segments) {
   return (int64_t)batch_bind(&(Batch){0}, dims_batch_shape(&d), NULL);
 }
 
+// memory.budget_gb is about the arena; memory.arena: false, which is for sanitizers, takes more.
 static int64_t budget_bytes(const Config *c) {
   if (c->memory.budget_gb > 0) return (int64_t)(c->memory.budget_gb * 1e9);
   // "auto" on the CPU: what the machine has, less a fifth for data, decoding and everybody else.
@@ -42,46 +43,63 @@ static void free_train_programs(Engine *e) {
   policy_table_free(&e->policy);
 }
 
-// Records the training programs under one policy; the bytes of the arena and the host slab they need.
-static int record_train(Engine *e, MemoryPolicy policy, int64_t *bytes, Error *err) {
+// Records the training programs under one policy.
+static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
   const Config *c = e->config;
   free_train_programs(e);
   e->chosen = policy;
   e->policy = policy_table_new(c->model.layers, policy);
   for (int i = 0; i < c->memory.per_tensors; i++) {
     const TensorPolicy *t = &c->memory.per_tensor[i];
-    if (policy_table_set(&e->policy, t->name, t->policy, err) != 0) return error_prefix(err, "memory.per_tensor");
+    if (policy_table_set(&e->policy, t->name, t->policy, err) != 0) return -1;
   }
   e->first = transformer_record(&e->model, MODE_TRAIN_FIRST, e->slots, e->segments, &e->policy);
-  *bytes = e->first.program->arena_bytes;
-  if (c->train.micro_batches > 1) {
+  if (c->train.micro_batches > 1)
     e->later = transformer_record(&e->model, MODE_TRAIN_LATER, e->slots, e->segments, &e->policy);
-    *bytes = max_i64(*bytes, e->later.program->arena_bytes);
-  }
   return 0;
 }
 
-static int64_t fixed_bytes(const Engine *e) {
+// Everything that is allocated. All programs share one arena and one host slab; on the CPU the slab is the same memory
+// as the rest.
+static int64_t total_bytes(const Engine *e) {
   int64_t sum = 0;
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (s != SPACE_ARENA && s != SPACE_HOST) sum += e->bytes[s];
+  for (int s = 0; s < SPACE_COUNT; s++) sum += e->bytes[s];
   return sum;
+}
+
+// Records the training programs under a policy and measures them on top of `rest`, the bytes of all other programs.
+static int try_policy(Engine *e, MemoryPolicy policy, const int64_t rest[SPACE_COUNT], Error *err) {
+  if (record_train(e, policy, err) != 0) return -1;
+  memcpy(e->bytes, rest, sizeof e->bytes);
+  measure(e, e->first.program);
+  if (e->later.program) measure(e, e->later.program);
+  return 0;
 }
 
 // "auto" takes the first policy that fits: everything kept, then per-layer checkpoints; on the CPU the host slab is the
 // same memory, so offloading never helps there.
 static int choose_policy(Engine *e, Error *err) {
-  const Config *c = e->config;
-  MemoryPolicy want = c->memory.policy;
-  int64_t room = budget_bytes(c) - fixed_bytes(e), need = 0;
-  if (record_train(e, want == MEMORY_AUTO ? MEMORY_KEEP : want, &need, err) != 0) return -1;
-  if (need > room && want == MEMORY_AUTO && record_train(e, MEMORY_RECOMPUTE, &need, err) != 0) return -1;
-  if (need <= room) return 0;
+  MemoryPolicy want = e->config->memory.policy;
+  int64_t rest[SPACE_COUNT];
+  memcpy(rest, e->bytes, sizeof rest);
+  if (want != MEMORY_AUTO) return try_policy(e, want, rest, err);
+  if (try_policy(e, MEMORY_KEEP, rest, err) != 0) return -1;
+  return total_bytes(e) <= budget_bytes(e->config) ? 0 : try_policy(e, MEMORY_RECOMPUTE, rest, err);
+}
+
+static const char *const memory_policy_name[] = {
+    [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
+
+int engine_check_budget(const Engine *e, Error *err) {
+  int64_t budget = budget_bytes(e->config), need = total_bytes(e);
+  int64_t activations = e->bytes[SPACE_ARENA] + e->bytes[SPACE_HOST];
+  if (need <= budget) return 0;
   return error_set(err, "lower data.micro_batch_tokens (--tokens) or raise memory.budget_gb; --plan shows the table",
-                   "the step needs %.2f GB (%.2f GB of state, %.2f GB of activations under memory.policy %s), more "
-                   "than the %.2f GB of memory.budget_gb",
-                   (double)(need + fixed_bytes(e)) / 1e9, (double)fixed_bytes(e) / 1e9, (double)need / 1e9,
-                   want == MEMORY_AUTO ? "auto" : "as given", (double)budget_bytes(c) / 1e9);
+                   "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s), %.3f GB more "
+                   "than the %.3f GB of memory.budget_gb%s",
+                   (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
+                   memory_policy_name[e->chosen], (double)(need - budget) / 1e9, (double)budget / 1e9,
+                   e->config->memory.budget_gb > 0 ? "" : " auto, four fifths of the machine's memory");
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
@@ -111,10 +129,7 @@ int engine_record(Engine *e, const Config *c, const Backend *backend, int train,
     e->update_ema = update_record(&e->model, 1);
     measure(e, e->update_ema);
   }
-  if (choose_policy(e, err) != 0) return -1;
-  measure(e, e->first.program);
-  if (e->later.program) measure(e, e->later.program);
-  return 0;
+  return choose_policy(e, err);
 }
 
 static const char *const space_label[SPACE_COUNT] = {[SPACE_ARENA] = "activations (arena)",
@@ -134,8 +149,10 @@ static const char *const space_label[SPACE_COUNT] = {[SPACE_ARENA] = "activation
 
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
+  if (engine_check_budget(e, err) != 0) return -1;
   for (int s = 0; s < SPACE_COUNT; s++) {
-    if (!e->bytes[s] || (s == SPACE_ARENA && !e->config->memory.arena)) continue;
+    int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
+    if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;
     e->train_bases.of[s] = b->alloc((size_t)e->bytes[s]);
     if (!e->train_bases.of[s])
       return error_set(
@@ -201,16 +218,14 @@ void *engine_slab(const Engine *e, Space space) {
 }
 
 void engine_print_plan(const Engine *e, FILE *f) {
-  static const char *const policies[] = {"auto", "keep", "recompute", "offload"};
-  int64_t total = 0;
   fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s\n",
           (double)e->model.params.parameters / 1e6, e->slots, e->segments, e->config->train.micro_batches,
-          policies[e->chosen]);
+          memory_policy_name[e->chosen]);
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bytes[s]) continue;
     fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", space_label[s], (long long)e->bytes[s], (double)e->bytes[s] / 1e6);
-    total += e->bytes[s];
   }
+  int64_t total = total_bytes(e);
   fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", "total", (long long)total, (double)total / 1e6);
   if (e->first.program) planner_print(e->first.program, f);
 }

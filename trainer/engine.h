@@ -20,7 +20,7 @@ typedef struct Engine {
   const Config *config;
   Model model;
   PolicyTable policy;
-  MemoryPolicy chosen;       // what "auto" came to
+  MemoryPolicy chosen;       // the policy, or what "auto" came to
   int slots, segments;       // capacities of a training pack
   ModelProgram first, later; // later: only with several micro-batches a step
   Program *update, *update_ema;
@@ -31,9 +31,12 @@ typedef struct Engine {
 } Engine;
 
 // Records every program for the config: training when `train` is set, and the forward-only ones. Allocates no slab. The
-// config is borrowed. -1 with *err when no memory policy fits the budget or one is named wrongly.
+// config is borrowed. memory.policy auto becomes the first policy within the budget, or recompute where none is. -1
+// with *err when memory.per_tensor names something wrongly.
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err);
-// Allocates the slabs and binds the programs. -1 with *err naming what did not fit.
+// -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
+int engine_check_budget(const Engine *e, Error *err);
+// Checks the budget, allocates the slabs and binds the programs. -1 with *err naming what did not fit.
 int engine_allocate(Engine *e, Error *err);
 void engine_free(Engine *e);
 

@@ -87,6 +87,9 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
       return error_set(err, "./train --help lists all of them; --set KEY=VALUE reaches any key", "unknown flag %s",
                        arg);
     if (!value) return error_set(err, "./train --help shows what it takes", "%s needs a value", arg);
+    if (value[0] == '-' && value[1] == '-') // a forgotten value, not a file of that name
+      return error_set(err, "./train --help shows what it takes; a path may begin with ./",
+                       "%s needs a value, and got %s", arg, value);
     i++;
     if (known && table[t].text) {
       *table[t].text = value;

@@ -1,5 +1,6 @@
 #include "trainer/state.h"
 
+#include "base/hash.h"
 #include "base/json.h"
 #include "trainer/export.h"
 
@@ -73,6 +74,17 @@ static int slab_write(Engine *e, Space space, const char *prefix, const SafeFile
   return bad ? -1 : 0;
 }
 
+// Identity of the settings that decide what the stream of documents holds.
+static void data_identity(const Config *c, char out[17]) {
+  char *text =
+      xasprintf("%d %d %d %d %d %.17g %.17g %.17g %s %d %d %d %d %d %.17g %.17g", c->data.micro_batch_tokens,
+                c->model.patch, c->data.image_size, (int)c->data.image_mode, c->data.max_image_tokens, c->data.cfg_drop,
+                c->data.caption_to_image, c->data.held_out, c->data.held_out_by, c->data.max_text, c->data.max_images,
+                c->data.max_document, c->data.max_caption, (int)c->data.flip, c->flow.t_mean, c->flow.t_std);
+  snprintf(out, 17, "%016" PRIx64, hash64(text, strlen(text), 0));
+  free(text);
+}
+
 int state_save(const Engine *e, const RunState *s, const char *run, Error *err) {
   const Config *c = e->config;
   int n = e->model.params.n;
@@ -89,10 +101,13 @@ int state_save(const Engine *e, const RunState *s, const char *run, Error *err) 
                              {"config.json", &text, 1}};
   int n_files = 3;
   if (ema.tensor) files[n_files++] = (CheckpointFile){"ema.safetensors", ema.tensor, n};
-  char *state = xasprintf("{\"step\": %" PRId64 ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64
-                          ", \"skipped_in_row\": %" PRId64 ", \"tokenizer\": \"%s\", \"loader\": %s}",
-                          s->step, s->optimizer.applied, s->optimizer.skipped, s->optimizer.skipped_in_row,
-                          s->tokenizer, s->loader);
+  char data[17];
+  data_identity(c, data);
+  char *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
+                          ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
+                          ", \"loader\": %s}",
+                          s->step, c->run.seed, data, s->tokenizer, s->optimizer.applied, s->optimizer.skipped,
+                          s->optimizer.skipped_in_row, s->loader);
   CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
   int bad = checkpoint_save(run, s->step, files, n_files, state, keep, err);
   free(state);
@@ -128,17 +143,37 @@ static const SafeFile *need_file(const Checkpoint *c, const char *name, int tens
   return f;
 }
 
-static int load_counters(RunState *s, const Checkpoint *c, Error *err) {
+static const char *read_string(const Checkpoint *c, const char *name) {
+  const cJSON *item = cJSON_GetObjectItemCaseSensitive(c->state, name);
+  return cJSON_IsString(item) ? item->valuestring : "";
+}
+
+// The weights speak the ids of one tokenizer. -1 with *err when it is not the one in use.
+static int check_tokenizer(const RunState *s, const Checkpoint *c, Error *err) {
+  if (!s->tokenizer || strcmp(s->tokenizer, read_string(c, "tokenizer")) == 0) return 0;
+  return error_set(err, "data.tokenizer must be the one its run began with: tokenizer.bpe in the run's folder",
+                   "%s was trained with another tokenizer than the one in use", c->dir);
+}
+
+static int load_counters(RunState *s, const Config *config, const Checkpoint *c, Error *err) {
+  char data[17], *seed = xasprintf("%" PRId64, config->run.seed);
+  int same_seed = strcmp(seed, read_string(c, "seed")) == 0;
+  free(seed);
+  if (!same_seed)
+    return error_set(err, "go on with that seed; --init starts anew from its weights with any",
+                     "%s was trained with run.seed %s, not %" PRId64, c->dir, read_string(c, "seed"), config->run.seed);
+  data_identity(config, data);
+  if (strcmp(data, read_string(c, "data")) != 0)
+    log_warn("the data or flow settings are not those that %s was trained with: the stream goes on with the new ones, "
+             "and not to the same bits",
+             c->dir);
   if (read_count(c, "step", &s->step, err) != 0 || read_count(c, "applied", &s->optimizer.applied, err) != 0 ||
       read_count(c, "skipped", &s->optimizer.skipped, err) != 0 ||
       read_count(c, "skipped_in_row", &s->optimizer.skipped_in_row, err) != 0)
     return -1;
-  const cJSON *tokenizer = cJSON_GetObjectItemCaseSensitive(c->state, "tokenizer");
-  if (!cJSON_IsString(tokenizer) || (s->tokenizer && strcmp(s->tokenizer, tokenizer->valuestring) != 0))
-    return error_set(err, "data.tokenizer must be the one the run began with",
-                     "%s was trained with another tokenizer than %s", c->dir, "the one in use");
   char *text = cJSON_PrintUnformatted(cJSON_GetObjectItemCaseSensitive(c->state, "loader"));
-  if (!text) return error_set(err, NULL, "%s/state.json: \"loader\" is missing", c->dir);
+  if (!text)
+    return error_set(err, "take an older checkpoint with --from", "%s/state.json: \"loader\" is missing", c->dir);
   free(s->loader);
   s->loader = text;
   return 0;
@@ -157,6 +192,7 @@ static int load_slab(Engine *e, Space space, const char *prefix, const Checkpoin
 int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Error *err) {
   static const char model[] = "model.safetensors", ema[] = "ema.safetensors", moments[] = "optimizer-0x1.safetensors";
   int n = e->model.params.n;
+  if (check_tokenizer(s, c, err) != 0) return -1;
   if (load_slab(e, SPACE_WEIGHTS, "", c, model, n, err) != 0) return -1;
   if (engine_slab(e, SPACE_EMA)) {
     // A run whose EMA was off so far begins its average at the weights.
@@ -168,5 +204,5 @@ int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Er
   if (load_slab(e, SPACE_ADAM_M, "m.", c, moments, 2 * n, err) != 0 ||
       load_slab(e, SPACE_ADAM_V, "v.", c, moments, 2 * n, err) != 0)
     return -1;
-  return load_counters(s, c, err);
+  return load_counters(s, e->config, c, err);
 }

@@ -10,7 +10,7 @@ typedef struct RunState {
   int64_t step; // steps done
   OptimizerState optimizer;
   char *loader;    // loader_state's JSON, malloc'd; NULL: the beginning
-  char *tokenizer; // identity of the tokenizer (hash of its file), malloc'd
+  char *tokenizer; // identity of the tokenizer (hash of what its ids stand for), malloc'd
 } RunState;
 
 // Saves everything a bit-exact resume needs to run/ckpt-STEP.

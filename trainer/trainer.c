@@ -4,9 +4,8 @@
 #include "trainer/dump.h"
 #include "trainer/losses.h"
 #include "trainer/report.h"
+#include "trainer/run_folder.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <libgen.h>
 #include <math.h>
@@ -104,10 +103,9 @@ static char *tokenizer_beside(const Trainer *t) {
   return found;
 }
 
-static int open_tokenizer(Trainer *t, Error *err) {
+// `continues`: a checkpoint is being used, whose tokenizer must stay.
+static int open_tokenizer(Trainer *t, int continues, Error *err) {
   const Config *c = t->config;
-  const Options *o = t->options;
-  int continues = o->resume || o->from || o->init || uses_checkpoint(o);
   char *path = continues ? tokenizer_beside(t) : NULL;
   if (path)
     t->tokenizer = tokenizer_load(path, c->model.vocab, err);
@@ -133,33 +131,39 @@ static int open_tokenizer(Trainer *t, Error *err) {
   return 0;
 }
 
-static int load_checkpoint(Trainer *t, Error *err) {
+// Opens the checkpoint that the options ask for; *c stays NULL where they ask for none or --resume finds none.
+static int open_checkpoint(const Trainer *t, Checkpoint **c, Error *err) {
   const Options *o = t->options;
   const char *given = o->from ? o->from : o->init;
-  int weights_only = o->init || uses_checkpoint(o), found = 1;
-  Checkpoint *c = NULL;
+  *c = NULL;
   if (given) {
-    c = checkpoint_open(given, err);
-    found = c ? 1 : -1;
-    if (!c && !err->hint[0])
+    *c = checkpoint_open(given, err);
+    if (!*c && !err->hint[0])
       snprintf(err->hint, sizeof err->hint, "name another one; --resume takes the newest valid one of a run");
-  } else if (o->resume || uses_checkpoint(o)) {
-    found = checkpoint_find(t->run, &c, err);
-  } else {
-    return 0;
+    return *c ? 0 : -1;
   }
+  if (!o->resume && !uses_checkpoint(o)) return 0;
+  int found = checkpoint_find(t->run, c, err);
   if (found < 0) return -1;
   if (!found && uses_checkpoint(o))
     return error_set(err, "train it first, or name a checkpoint with --from", "%s has no checkpoint", t->run);
-  if (!found) {
-    log_info("%s has no checkpoint yet: starting at step 0", t->run);
-    return 0;
-  }
-  int bad = state_load(&t->engine, &t->state, c, weights_only, err);
-  if (uses_checkpoint(o)) t->state.step = c->step;
-  if (!bad) log_info("loaded %s (step %lld)", c->dir, (long long)c->step);
-  checkpoint_close(c);
-  return bad;
+  if (!found) log_info("%s has no checkpoint yet: starting at step 0", t->run);
+  return 0;
+}
+
+// Fills the weights (and EMA) of a run that begins: initial values, or random ones for --dump.
+static void fill_weights(Trainer *t) {
+  const Config *c = t->config;
+  const Engine *e = &t->engine;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL], bytes = (size_t)e->model.params.total * element;
+  char *initial = xmalloc(bytes);
+  if (t->options->dump)
+    params_randomize(&e->model.params, (uint64_t)c->run.seed, element, initial);
+  else
+    params_init(&e->model.params, (uint64_t)c->run.seed, element, initial);
+  e->model.backend->upload(engine_slab(e, SPACE_WEIGHTS), initial, bytes);
+  if (engine_slab(e, SPACE_EMA)) e->model.backend->upload(engine_slab(e, SPACE_EMA), initial, bytes);
+  free(initial);
 }
 
 Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error *err) {
@@ -167,25 +171,26 @@ Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error 
   t->config = c;
   t->options = o;
   t->run = xstrdup(run);
-  int samples = o->sample || o->describe;
-  if ((!samples && open_sources(t, err) != 0) || open_tokenizer(t, err) != 0 ||
+  t->lock = -1;
+  int samples = o->sample || o->describe, bad;
+  Checkpoint *checkpoint;
+  if (open_checkpoint(t, &checkpoint, err) != 0 || (!samples && open_sources(t, err) != 0) ||
+      open_tokenizer(t, checkpoint != NULL, err) != 0 ||
       engine_record(&t->engine, c, &backend_cpu, !uses_checkpoint(o), err) != 0 ||
       engine_allocate(&t->engine, err) != 0)
     goto failed;
-  const ParamTable *p = &t->engine.model.params;
-  size_t element = t->engine.model.backend->dtype_bytes[DT_REAL], bytes = (size_t)p->total * element;
-  char *initial = xmalloc(bytes);
-  if (o->dump && !o->resume && !o->from && !o->init)
-    params_randomize(p, (uint64_t)c->run.seed, element, initial);
-  else
-    params_init(p, (uint64_t)c->run.seed, element, initial);
-  t->engine.model.backend->upload(engine_slab(&t->engine, SPACE_WEIGHTS), initial, bytes);
-  if (engine_slab(&t->engine, SPACE_EMA))
-    t->engine.model.backend->upload(engine_slab(&t->engine, SPACE_EMA), initial, bytes);
-  free(initial);
-  if (load_checkpoint(t, err) != 0) goto failed;
+  if (!checkpoint) {
+    fill_weights(t);
+    return t;
+  }
+  bad = state_load(&t->engine, &t->state, checkpoint, o->init || uses_checkpoint(o), err);
+  if (uses_checkpoint(o)) t->state.step = checkpoint->step;
+  if (!bad) log_info("loaded %s (step %lld)", checkpoint->dir, (long long)checkpoint->step);
+  if (bad) goto failed;
+  checkpoint_close(checkpoint);
   return t;
 failed:
+  checkpoint_close(checkpoint);
   trainer_close(t);
   return NULL;
 }
@@ -199,6 +204,7 @@ void trainer_close(Trainer *t) {
   for (int i = 0; i < t->sources; i++) source_close(t->source[i]);
   free(t->state.loader);
   free(t->state.tokenizer);
+  if (t->lock >= 0) close(t->lock);
   free(t->run);
   free(t);
 }
@@ -279,6 +285,7 @@ static int update(Trainer *t, StepReport *s, Error *err) {
   return optimizer_count(c, &t->state.optimizer, &status, err);
 }
 
+// One step. -1: it was not done; 1: it was done and was one too many to be skipped. *err is set in both cases.
 static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport *s, Error *err) {
   double start = time_now();
   *s = (StepReport){.step = t->state.step};
@@ -295,7 +302,7 @@ static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport
   s->load_max = l.load_max;
   t->state.step++;
   s->seconds = time_now() - start;
-  return given_up;
+  return given_up ? 1 : 0;
 }
 
 // ---- the run ----
@@ -344,60 +351,6 @@ static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   return last ? trainer_read_captions(t, 8, err) : 0;
 }
 
-// Puts a file that was written as PATH.new in the place of PATH: a run killed here still has its old one whole.
-static int replace_file(const char *next, const char *path, Error *err) {
-  int fd = open(next, O_RDONLY | O_CLOEXEC), bad = fd < 0 || fsync(fd) != 0 || rename(next, path) != 0, code = errno;
-  if (fd >= 0) close(fd);
-  if (bad) unlink(next);
-  return bad ? error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(code)) : 0;
-}
-
-static int save_tokenizer(const Trainer *t, const char *path, Error *err) {
-  char *next = xasprintf("%s.new", path);
-  int bad = tokenizer_save(t->tokenizer, next, err) != 0 || replace_file(next, path, err) != 0;
-  free(next);
-  return bad ? -1 : 0;
-}
-
-static int save_text(const char *path, const char *text, Error *err) {
-  char *next = xasprintf("%s.new", path);
-  FILE *f = fopen(next, "wb");
-  int bad = !f || fputs(text, f) < 0, code = errno;
-  if (f && fclose(f) != 0 && !bad) {
-    bad = 1;
-    code = errno;
-  }
-  if (bad)
-    error_set(err, "check space and permissions", "cannot write %s: %s", next, strerror(code));
-  else
-    bad = replace_file(next, path, err) != 0;
-  free(next);
-  return bad ? -1 : 0;
-}
-
-static int prepare_folder(Trainer *t, Error *err) {
-  const Options *o = t->options;
-  char *samples = xasprintf("%s/samples", t->run), *config = xasprintf("%s/config.json", t->run);
-  char *tokenizer = xasprintf("%s/tokenizer.bpe", t->run), *text = config_to_json(t->config);
-  Checkpoint *existing = NULL;
-  int bad = folder_make(samples, err) != 0 || run_lock(t->run, err) < 0;
-  if (!bad && !o->resume && !o->from) {
-    Error unreadable;
-    if (checkpoint_find(t->run, &existing, &unreadable) != 0)
-      bad = error_set(err,
-                      "--resume goes on from the newest, --from CKPT from one of them, --run-dir trains elsewhere; or "
-                      "remove the folder",
-                      "%s already holds checkpoints of a run", t->run) != 0;
-    checkpoint_close(existing);
-  }
-  if (!bad) bad = save_tokenizer(t, tokenizer, err) != 0 || save_text(config, text, err) != 0;
-  free(samples);
-  free(config);
-  free(tokenizer);
-  free(text);
-  return bad ? -1 : 0;
-}
-
 static void print_profile(const Program *p, const double *seconds, double steps) {
   double by_kind[OP_COUNT] = {0}, flops[OP_COUNT] = {0}, total = 0;
   for (int i = 0; i < p->n_ops; i++) {
@@ -424,14 +377,16 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seco
   while (t->state.step < end) {
     StepReport s;
     int bad = train_step(t, loader, op_seconds, &s, err);
-    if (bad && s.loss == 0 && s.tokens == 0) return -1;
+    if (bad < 0) return -1;
     report_step(report, &s);
     report_step_load(t, report);
     if (bad) return -1;
     int64_t done = t->state.step;
     int last = done == c->train.steps, stopping = stop_asked, leaving = stopping || done == end;
-    // Saved before it is evaluated: an evaluation takes long enough to be killed in.
-    if (leaving || (c->checkpoint.every && done % c->checkpoint.every == 0))
+    // Saved before it is evaluated: an evaluation takes long enough to be killed in. Not while steps are being skipped:
+    // good checkpoints would make way for the state that may be the cause.
+    int due = c->checkpoint.every && done % c->checkpoint.every == 0 && !t->state.optimizer.skipped_in_row;
+    if (leaving || due)
       if (save(t, loader, leaving, err) != 0) return -1;
     if (!stopping && (last || (c->eval.every && done % c->eval.every == 0)))
       if (evaluate_step(t, report, last, err) != 0) return -1;
@@ -445,29 +400,35 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seco
 
 int trainer_train(Trainer *t, Error *err) {
   const Config *c = t->config;
-  catch_signals();
-  if (prepare_folder(t, err) != 0) return -1;
-  if (t->state.step >= c->train.steps) {
-    log_info("%s is already trained to step %lld of %d", t->run, (long long)t->state.step, c->train.steps);
+  int64_t from = t->state.step;
+  int trained = from >= c->train.steps;
+  if (trained ? run_folder_evaluated(t->run, from) : t->options->stop_at && t->options->stop_at <= from) {
+    log_info("%s is already at step %lld of %d: nothing to do", t->run, (long long)from, c->train.steps);
     return 0;
   }
+  catch_signals();
+  t->lock = run_folder_prepare(t->run, c, t->options, t->tokenizer, from, err);
+  if (t->lock < 0) return -1;
   Loader *loader = open_loader(t, err);
-  if (!loader) return -1;
-  Report *report = report_open(t->run, t->state.step, c->train.steps, err);
+  Report *report = loader ? report_open(t->run, from, c->train.steps, err) : NULL;
+  if (!report) {
+    loader_close(loader);
+    return -1;
+  }
   double *op_seconds = t->options->profile ? xcalloc((size_t)t->engine.first.program->n_ops, sizeof *op_seconds) : NULL;
-  int64_t from = t->state.step;
-  int bad = !report || run_steps(t, loader, report, op_seconds, err) != 0;
+  // A trained run that was killed in its last evaluation still owes it.
+  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, report, op_seconds, err)) != 0;
   report_close(report);
   if (!bad && op_seconds && t->state.step > from)
     print_profile(t->engine.first.program, op_seconds, (double)(t->state.step - from));
   LoaderStats stats = loader_stats(loader);
-  if (!bad)
+  if (!bad && stats.packs)
     log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
              100.0 * (double)stats.slots_used / (double)max_i64(stats.slots, 1), (long long)stats.documents,
              (long long)stats.silent, (long long)stats.stream.truncated);
   loader_close(loader);
   free(op_seconds);
-  return bad ? -1 : 0;
+  return bad ? 1 : 0;
 }
 
 int trainer_dump(Trainer *t, const char *folder, Error *err) {

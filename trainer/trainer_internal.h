@@ -11,6 +11,7 @@ struct Trainer {
   const Config *config;
   const Options *options;
   char *run; // the run's folder
+  int lock;  // its descriptor while training, -1 otherwise
   Engine engine;
   RunState state;
   Tokenizer *tokenizer;
