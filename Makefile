@@ -64,6 +64,7 @@ ifndef SANITIZE
 train: $(BUILD)/train
 	@cp -f $< $@
 else
+.PHONY: train
 train: $(BUILD)/train
 endif
 
@@ -97,7 +98,8 @@ $(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
-# What only pattern rules ask for is kept too. The binaries are not in the list: make would not rebuild those when missing.
+# Objects that only pattern rules ask for are kept too. No program is in the list: make would not rebuild one that is
+# missing.
 .SECONDARY: $(OBJ64) $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) \
   $(TEST_BINS:%=%.o) $(TOOLS:%=%.o)
 include tests/fuzz/Makefile.inc

@@ -47,14 +47,14 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   enum { TOKEN_STEP = 64 };
   int64_t low = c->data.micro_batch_tokens, high = low; // low: the most known to fit, or the config refuses so few
   Config tried;
-  Error unused;
+  Error why;
   int fits = tokens_fit(o, file, low, &tried, err);
   if (fits < 0) return -1;
   if (fits) {
-    for (high = 2 * low; tokens_fit(o, file, high, &tried, &unused) == 1; high *= 2) low = high;
+    for (high = 2 * low; tokens_fit(o, file, high, &tried, &why) == 1; high *= 2) low = high;
   } else {
-    for (low = high / 2; low > 0 && (fits = tokens_fit(o, file, low, &tried, &unused)) == 0; low /= 2) {
-      *err = unused;
+    for (low = high / 2; low > 0 && (fits = tokens_fit(o, file, low, &tried, &why)) == 0; low /= 2) {
+      *err = why;
       high = low;
     }
     fits = fits == 1;
@@ -62,13 +62,13 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   while (high - low > TOKEN_STEP) {
     int64_t middle = (low + high) / 2 / TOKEN_STEP * TOKEN_STEP;
     if (middle <= low) break;
-    int one = tokens_fit(o, file, middle, &tried, &unused);
+    int one = tokens_fit(o, file, middle, &tried, &why);
     if (one == 1 || (one < 0 && !fits)) {
       low = middle;
       fits = one == 1;
     } else {
       high = middle;
-      *err = unused;
+      *err = why;
     }
   }
   if (!fits) {

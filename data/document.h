@@ -1,16 +1,17 @@
 // Documents: what the packer packs and the loader, the evaluation and the sampler build. A document is a list of parts;
 // a part is a run of text tokens or one image.
 //
+// clang-format off
 //   text               [bos] text [eos]
 //   caption to image   [bos] caption [boi] noised-image
 //   unconditional      [bos] [boi] noised-image
 //   image to caption   [bos] [boi] clean-image [eoi] caption [eos]
 //   interleaved        [bos] then each text as it is and each image as [boi] clean-image [eoi], and [eos]. Where one
-//   image
-//                      is drawn, it is noised and ends the document; with text after it, it appears twice, noised and
-//                      then clean ([boi] noised-image clean-image [eoi]), at the same rotary positions.
+//                      image is drawn, it is noised and ends the document; with text after it, it appears twice, noised
+//                      and then clean ([boi] noised-image clean-image [eoi]), at the same rotary positions.
+// clang-format on
 //
-// Special ids follow from the vocabulary's size V (data/tokenizer.h): bos V-4, eos V-3, boi V-2, eoi V-1.
+// Special ids follow from the vocabulary's size V (data/tokenizer.h): special_ids.
 #ifndef TESSERA_DOCUMENT_H
 #define TESSERA_DOCUMENT_H
 
@@ -18,6 +19,14 @@
 #include <stdint.h>
 
 #include "data/image.h"
+
+// Begin and end of a document, begin and end of an image.
+typedef struct SpecialIds {
+  int32_t bos, eos, boi, eoi;
+} SpecialIds;
+static inline SpecialIds special_ids(int vocab) {
+  return (SpecialIds){.bos = vocab - 4, .eos = vocab - 3, .boi = vocab - 2, .eoi = vocab - 1};
+}
 
 typedef enum PartKind { PART_TEXT, PART_IMAGE } PartKind;
 
@@ -83,7 +92,8 @@ DocumentSize document_size(const Document *d, int vocab);
 // The target of token i of the n tokens of a text part: the next one, or -1 at the end of the part, for boi, and where
 // the next is eoi.
 static inline int32_t document_target(const int32_t *token, int i, int n, int vocab) {
-  if (i + 1 >= n || token[i] == vocab - 2 || token[i + 1] == vocab - 1) return -1;
+  SpecialIds id = special_ids(vocab);
+  if (i + 1 >= n || token[i] == id.boi || token[i + 1] == id.eoi) return -1;
   return token[i + 1];
 }
 

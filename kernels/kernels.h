@@ -2,7 +2,8 @@
 //
 // kernels/cpu is the readable specification (type `real`: float, or double when built with -DTESSERA_REAL=double);
 // kernels/cuda is the fast one. An op is pure: it reads in[], writes every element of out[] it is said to write, and
-// nothing else. Outputs marked ACC are the exception: with args.accumulate they are added to, without it overwritten.
+// nothing else. Outputs marked '+' in the table are the exception. Gradients and ADD's dst are added to with
+// args.accumulate and overwritten without it; metrics are always added to; ADAMW and EMA update theirs in place.
 //
 // Shapes: T token slots, C dim, H query heads, G kv heads, D head_dim, P = 3p^2 patch elements, V vocab, Z cond_dim,
 // L layers, M = 6CL + 2C columns of the modulation table, SEG its rows (capacity); for each modality m: E_m experts of
@@ -11,8 +12,8 @@
 // Row extents. n_text, n_image, n_segments come from batch->dims. Filler rows [n_text + n_image, T) of every [T, .]
 // output are written as zeros. "Two-sided" buffers hold both modalities at different widths: with R_m rows a token and
 // width W_m, the text view is [T R_0, W_0] from the front of the buffer and the image view [T R_1, W_1] ending at its
-// end, of T * max(R_0 W_0, R_1 W_1) elements (kernels_two_sided_*). Row r's entries are rows r R_m .. (r+1) R_m - 1 of
-// its modality's view, so the used parts never meet. With equal widths and R = 1 it is an ordinary [T, W].
+// end, of T * max(R_0 W_0, R_1 W_1) elements (two_sided_size, two_sided_base). Row r's entries are rows r R_m .. (r+1)
+// R_m - 1 of its modality's view, so the used parts never meet. With equal widths and R = 1 it is an ordinary [T, W].
 #ifndef TESSERA_KERNELS_H
 #define TESSERA_KERNELS_H
 
@@ -98,7 +99,7 @@ typedef struct UpdateStatus {
   double norm;  // global gradient norm before clipping
   double scale; // what gradients are multiplied by
   int32_t skip; // a gradient (or the loss) was not finite
-  int32_t bad;  // index of the first parameter with a non-finite gradient; -1: none; n_params: the loss itself
+  int32_t bad;  // n_params: the loss itself is not finite; else the first parameter whose gradient is not; -1: none
 } UpdateStatus;
 
 // A parameter's place in the weight, gradient and optimiser slabs.
@@ -115,44 +116,47 @@ typedef enum Extent {
   EXT_SEGMENTS // rows [1, n_segments) of [SEG, .] tensors with w0
 } Extent;
 
-// `accumulate` comes first in every member that has it, so that it may be read through any of them.
+// `accumulate` comes first in every member that has it, so that it may be read through any of them
+// (args->span.accumulate is LINEAR_WGRAD's too). Which ops read a member stands beside it; ops that none names take no
+// arguments.
 typedef union OpArgs {
-  struct {
+  struct { // LINEAR_*; accumulate: LINEAR_WGRAD
     int accumulate;
     Extent extent;
     int in_dim[MODALITIES], out_dim[MODALITIES]; // [1] only with EXT_SPLIT; a width of 0 gives zeros
   } linear;
-  struct {
+  struct {                  // ADALN_*
     int gate, shift, scale; // first columns in the modulation table; gate is that of the branch just added
     int silu_image;         // image rows: h = silu(n); the final site
     int x_is_new;           // ADALN_BWD: x already is xnew (the branch only serves dgate and dbranch)
   } adaln;
-  struct {
+  struct { // ROUTER_LOSS, ROUTER_BWD; accumulate: ROUTER_BWD
     int accumulate;
     double balance, z; // router loss coefficients, already divided by the number of layers
     int layer;
   } router;
-  struct {
+  struct { // HEAD_CE; accumulate: dwout
     int accumulate;
     int chunk; // rows of logits at a time
   } head;
-  struct {
+  struct { // FLOW_LOSS
     double t_floor;
   } flow;
-  struct {
+  struct {           // NOISE
     uint32_t stream; // STREAM_NOISE or STREAM_EVAL
   } noise;
-  struct {
+  struct { // COPY, ZERO, ADD; accumulate alone: EMBED_BWD, COND_BWD, MOD_BWD, QKNORM_ROPE_BWD, EXPERT_*_WGRAD
     int accumulate;
     int64_t count; // elements, or bytes for COPY and ZERO
   } span;
-  struct {
+  struct {                  // GRAD_NORM, ADAMW, EMA
     const ParamSpan *spans; // [n]
     int n;
   } params;
 } OpArgs;
 
-// OP(name, inputs, outputs): operand names in order; '?' optional, '+' an ACC output. What each computes stands below.
+// OP(name, inputs, outputs): operand names in order; '?' optional, '+' an output that is also read. What each
+// computes stands below.
 #define OP_LIST(OP)                                                                                                    \
   OP(COPY, "src", "dst")                                                                                               \
   OP(ZERO, "", "dst")                                                                                                  \
@@ -197,93 +201,92 @@ typedef union OpArgs {
   OP(ADAMW, "grads status scalars", "weights+ m+ v+")                                                                  \
   OP(EMA, "weights status scalars", "ema+")
 
+// clang-format off
 // COPY            dst[0..count) = src, bytes; the only op of the d2h and h2d lanes.
 // ZERO            dst[0..count) = 0, bytes.
 // ADD             dst += src (accumulate) or dst = src, count elements of DT_REAL.
-// NOISE           z [T,P]: image rows x = v/127.5 - 1 (v: batch->patch); noised segments: z = t x + (1-t) eps, clean:
-//                 z = x; text and filler rows 0. eps of segment g, its token i, element e: normal number n = i P + e of
+// NOISE           z [T,P]: image rows x = v/127.5 - 1 (v: batch->patch); noised segments: z = t x + (1-t) eps, clean: z
+//                 = x; text and filler rows 0. eps of segment g, its token i, element e: normal number n = i P + e of
 //                 stream (args.stream | seg_ordinal << 8) of document seg_doc[g] (philox_normal4, block n/4).
-// LINEAR_FWD      y = x W^T (+ bias [out]). x [rows, in], W [out, in].
-//                 A weight of width 0 is absent (NULL).
+// LINEAR_FWD      y = x W^T (+ bias [out], one for both modalities). x [rows, in], W [out, in]. A weight of width 0 is
+//                 absent (NULL).
 // LINEAR_DGRAD    dx = dy W (+ add, shaped as dx). Outside the extent the product is 0: dx = add there, or 0; filler
-// rows 0. LINEAR_WGRAD    dW (+)= dy^T x; dbias (+)= column sums of dy over the extent. EMBED_FWD       x [T,C]: text
-// rows E[token] (E [V,C]), image rows image_rows (a [T,C] tensor), filler 0. EMBED_BWD       dE [V,C] (+)= by id: sum
-// over its text rows r, ascending, of dx[r] + dmean[g] / (cap_end[g] - cap_start[g])
-//                 with g = pool_segment[r] where that is not 0. Rows of E without a token: overwritten with 0 unless
-//                 accumulating. dmean [SEG,C].
+//                 rows 0.
+// LINEAR_WGRAD    dW (+)= dy^T x; dbias (+)= column sums of dy over the extent.
+// EMBED_FWD       x [T,C]: text rows E[token] (E [V,C]), image rows image_rows (a [T,C] tensor), filler 0.
+// EMBED_BWD       dE [V,C] (+)= by id: sum over its text rows r, ascending, of dx[r] + dmean[g] / (cap_end[g] -
+//                 cap_start[g]) with g = pool_segment[r] where that is not 0. Rows of E without a token: overwritten
+//                 with 0 unless accumulating. dx [T,C], dmean [SEG,C].
 // POOL_FWD        pooled [SEG,C]: u = mean over text rows [cap_start, cap_end) of E[token]; u / sqrt(mean(u^2) + 1e-6).
 //                 Empty caption, row 0 and rows past n_segments: 0.
-// POOL_BWD        dmean [SEG,C]: gradient with respect to u; 0 where the caption is empty.
+// POOL_BWD        dmean [SEG,C]: gradient with respect to u; 0 for an empty caption, in row 0 and in unused rows.
 // TIME_FEATURES   features [SEG,256]: cos(1000 t f_i), then sin, f_i = 10000^(-i/128), i < 128; row 0 and unused: 0.
-// SILU_*          [SEG,Z] elementwise over rows [1, n_segments), others 0. y = x sigmoid(x).
+// SILU_FWD        [SEG,Z] elementwise over rows [1, n_segments), others 0: y = x sigmoid(x).
+// SILU_BWD        the same rows: dx = dy silu'(x), others 0.
 // COND_FWD        c = time + pool + e_kind[seg_kind], a = silu(c); all [SEG,Z], e_kind [2,Z]; row 0 and unused: 0.
-// COND_BWD        dc = da silu'(c); de_kind [2,Z] (+)= sums of dc by kind. The gradient of time and of pool is dc.
-// MOD_FWD         mod [SEG,M]: row 0 = S[TEXT]; image rows = S[IMAGE] + U a; S [2,M], U [M,Z]. Unused rows 0.
+// COND_BWD        dc = da silu'(c), row 0 and unused: 0; de_kind [2,Z] (+)= sums of dc by kind. The gradient of time
+//                 and of pool is dc.
+// MOD_FWD         mod [SEG,M]: row 0 = S[TEXT]; image rows = S[IMAGE] + U a; S [2,M], U [M,Z], a [SEG,Z]. Unused: 0.
 // MOD_BWD         dS[TEXT] (+)= dmod row 0, dS[IMAGE] (+)= sum of the image rows. (dU and da are LINEAR ops,
-// EXT_SEGMENTS.) ADALN_FWD       x, branch [T,C], g = segment[row]: xnew = x + mod[g, gate..] * branch, rounded to its
-// storage type first;
-//                 without branch xnew = x and the output is absent. mean, rstd [T] over C (two-pass, eps 1e-6) of xnew;
-//                 n = (1 + mod[g, scale..]) (xnew - mean) rstd + mod[g, shift..]; h = n, or silu(n) on image rows with
-//                 silu_image.
-// ADALN_BWD       From dh and dxnew (gradient arriving at xnew by the residual path; absent: 0). xnew is rebuilt from x
-// and
-//                 branch. dx = dxnew + LayerNorm backward; dbranch = gate * dx; dmod [SEG,M]: of the used segments'
-//                 rows writes the columns shift.., scale.. (and gate.. with a branch), sums over the segment's rows
-//                 (row 0: all text rows); other columns and rows are left alone. dx, dbranch filler rows 0.
+//                 EXT_SEGMENTS.)
+// ADALN_FWD       x, branch [T,C], g = segment[row]: xnew = x + mod[g, gate..] * branch, rounded to its storage type
+//                 first; without branch xnew = x and the output is absent. mean, rstd [T] over C (two-pass, eps 1e-6)
+//                 of xnew; n = (1 + mod[g, scale..]) (xnew - mean) rstd + mod[g, shift..]; h = n, or silu(n) on image
+//                 rows with silu_image. Filler rows of all outputs 0.
+// ADALN_BWD       from dh and dxnew (gradient arriving at xnew by the residual path; absent: 0). xnew is rebuilt from x
+//                 and branch, or is x itself with x_is_new. dx = dxnew + LayerNorm backward; dbranch = gate * dx; dmod
+//                 [SEG,M]: of the used segments' rows writes the columns shift.., scale.. (and gate.. with a branch),
+//                 sums over the segment's rows (row 0: all text rows); other columns and rows are left alone. dx,
+//                 dbranch filler rows 0.
 // QKNORM_ROPE_FWD qkv [T,(H+2G)D] row order: q heads, k heads, v heads. q = rope(rmsnorm_D(q) wq[m]), k likewise with
-// wk,
-//                 v as it is; q [T,H,D], k, v [T,G,D] in sequence order; filler 0. wq, wk [2,D] by modality. Pair j =
-//                 elements (2j, 2j+1) turns by angle pos * 10000^(-2j/D), pos = row coordinate for even j, column for
-//                 odd.
-// QKNORM_ROPE_BWD the reverse; dqkv [T,(H+2G)D] row order.
-// ATTENTION_FWD   o[q] = softmax(q k^T / sqrt(D) over allowed keys) v. Allowed: doc_start[q] <= k < kv_end[q] and
-//                 q < q_end[k]. Query head h uses kv head h / (H/G). o [T,H D] in ROW order; lse [H,T] (natural log) in
+//                 wk, v as it is; rmsnorm: x / sqrt(mean(x^2) + 1e-6). q [T,H,D], k, v [T,G,D] in sequence order;
+//                 filler 0. wq, wk [2,D] by modality. Pair j = elements (2j, 2j+1) turns by angle pos * 10000^(-2j/D),
+//                 pos = row coordinate for even j, column for odd.
+// QKNORM_ROPE_BWD the reverse; dqkv [T,(H+2G)D] row order, filler 0; dwq, dwk [2,D] (+)=.
+// ATTENTION_FWD   o[q] = softmax(q k^T / sqrt(D) over allowed keys) v. Allowed: doc_start[q] <= k < kv_end[q] and q <
+//                 q_end[k]. Query head h uses kv head h / (H/G). o [T,H D] in ROW order; lse [H,T] (natural log) in
 //                 sequence order. Filler: o = 0, lse = +inf.
 // ATTENTION_BWD   do, o in row order; dq [T,H,D], dk, dv [T,G,D] in sequence order; filler 0.
-// ROUTER_FWD      logits (two-sided, R=1, widths E_m) = h Wr_m^T in DT_REAL; top-k of each row, ties to the lower
-// index, in
-//                 descending order; weights [T,Kmax] = softmax over the chosen logits (K_m = 1: the full-softmax
-//                 probability), 0 where unused; route (struct Route).
+// ROUTER_FWD      logits (two-sided, R = 1, widths E_m; filler rows 0) = h Wr_m^T in DT_REAL; top-k of each row, ties
+//                 to the lower index, in descending order; weights [T,Kmax] = softmax over the chosen logits (K_m = 1:
+//                 the full-softmax probability), 0 where unused; route (struct Route).
 // ROUTER_LOSS     per modality with rows: balance * E_m sum_e f_e P_e + z * mean(lse^2), times dims->router_scale,
-// added to
-//                 metrics->balance and ->z; f_e = count_e / (rows K_m), P_e = mean full-softmax probability. Adds
-//                 counts to load[layer]. Always adds (accumulate is implied).
-// ROUTER_BWD      dlogits from dweights through the softmax over the chosen, plus the gradient of the router losses (f
-//                 constant; balance, z and router_scale applied); dh = add + dlogits Wr; dWr (+)= dlogits^T h.
+//                 added to metrics->balance and ->z; f_e = count_e / (rows K_m), P_e = mean full-softmax probability.
+//                 Adds counts to load[layer].
+// ROUTER_BWD      dlogits from dweights through the softmax over the chosen, plus the router losses' gradient (f
+//                 constant; balance, z, router_scale applied); dh = add + dlogits Wr, filler 0; dWr (+)= dlogits^T h.
 // EXPERT_UP_FWD   for each slot s of group e with source row r: pre[s] = h[r] W1_e^T (two-sided, R = K, widths 2 F_m;
-// W1
-//                 [E,2F,C], rows 2f gate, 2f+1 up); a[s] = silu(gate) * up (widths F_m). Unused slots are left alone
+//                 W1 [E,2F,C], rows 2f gate, 2f+1 up); a[s] = silu(gate) * up (widths F_m). Unused slots are left alone
 //                 here and in every per-slot buffer: no op reads them.
 // EXPERT_DOWN_FWD y[s] = a[s] W2_e^T (two-sided, R = K, widths C); W2 [E,C,F].
 // EXPERT_COMBINE  out[r] = add[r] + sum_j weights[r,j] y[slot(r,j)], experts in ascending index; weights absent: 1.
-// Also the
-//                 backward's gather-sum.
-// EXPERT_DOWN_BWD dA[s] = dout[r] W2_e; a recomputed from pre; dweights[r,j] = <dA, a>; sa[s] = w a; dpre[s] = gradient
-// of
-//                 pre for w dA. dweights [T,Kmax] DT_REAL, 0 where unused.
+//                 Filler 0. Also the backward's gather-sum.
+// EXPERT_DOWN_BWD dA[s] = dout[r] W2_e; a recomputed from pre; with w = weights[r,j]: dweights[r,j] = <dA, a>; sa[s] =
+//                 w a; dpre[s] = gradient of pre for w dA. dweights [T,Kmax] DT_REAL, 0 where unused.
 // EXPERT_DOWN_WGRAD dW2_e (+)= sum over its slots of dout[r]^T sa[s]. A group with no rows stores zeros unless
-// accumulating. EXPERT_UP_DGRAD dslot[s] = dpre[s] W1_e (two-sided, R = K, widths C). EXPERT_UP_WGRAD dW1_e (+)= sum of
-// dpre[s]^T h[r]. SWIGLU_*        the shared expert's activation: pre two-sided (R = 1, widths 2 S_m), a widths S_m;
-// the backward also
-//                 rebuilds a. Filler rows 0.
+//                 accumulating, here and in EXPERT_UP_WGRAD.
+// EXPERT_UP_DGRAD dslot[s] = dpre[s] W1_e (two-sided, R = K, widths C).
+// EXPERT_UP_WGRAD dW1_e (+)= sum over its slots of dpre[s]^T h[r].
+// SWIGLU_FWD      the shared expert's activation: pre two-sided (R = 1, widths 2 S_m, columns as the experts'), a
+//                 widths S_m. Filler rows 0.
+// SWIGLU_BWD      dpre from da; also rebuilds a. Filler rows of both 0.
 // HEAD_CE         text rows with a target, in chunks of args.chunk rows: logits = h Wout^T, nll [T] DT_REAL (0
-// elsewhere),
-//                 dlogits = ce_scale (softmax - onehot) in place, dh = dlogits Wout (0 elsewhere), dWout (+)= dlogits^T
-//                 h. dh and dwout both absent: loss only. Adds to metrics->nll, ->targets. work: [chunk, V] DT_REAL.
-//                 Overwrites dWout unless accumulating, also with no targets.
+//                 elsewhere), dlogits = ce_scale (softmax - onehot) in place, dh = dlogits Wout (0 elsewhere), dWout
+//                 (+)= dlogits^T h. dh and dwout both absent: loss only. Adds to metrics->nll, ->targets. work: [chunk,
+//                 V] DT_REAL. Overwrites dWout unless accumulating, also with no targets.
 // HEAD_LOGITS     logits [n_target, V] DT_REAL of the rows target_row; n_target is at most the rows that the recording
 //                 gave `logits`.
-// FLOW_LOSS       noised image rows: err = xhat - x, w = 1/max(1-t, t_floor)^2; metrics->flow += sum w err^2; dxhat =
-//                 2 flow_scale w err (0 in other rows); seg_error [SEG] DT_REAL = mean err^2 over the segment's
-//                 elements (0 for clean and unused).
+// FLOW_LOSS       noised image rows: err = xhat - x, w = 1/max(1-t, t_floor)^2; adds sum w err^2 to metrics->flow and
+//                 the number of elements to ->flow_elems; dxhat = 2 flow_scale w err (0 in other rows); seg_error [SEG]
+//                 DT_REAL = mean err^2 over the segment's elements (0 for clean and unused).
 // GRAD_NORM       status from the gradients of all parameters (args.params) and the losses in metrics: norm = sqrt(sum
-// g^2),
-//                 scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says. partial
-//                 [n_params] F64: each parameter's sum of squares.
-// ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m, v; w -= lr (m^ / (sqrt(v^)
-// + eps)
-//                 + weight_decay w [decay]). Does nothing with status->skip.
+//                 g^2), scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says.
+//                 partial [n_params] F64: each parameter's sum of squares.
+// ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
+//                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
+//                 bias1, v^ = v / bias2. Does nothing with status->skip.
 // EMA             ema += (1 - ema_decay) (w - ema). Does nothing with status->skip.
+// clang-format on
 
 typedef enum OpKind {
 #define OP_ENUM(name, in, out) OP_##name,

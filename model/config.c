@@ -84,7 +84,8 @@ static int config_apply(Config *c, const Place *place, const cJSON *item, Error 
   place_text(place, item, where, sizeof where);
   if (!cJSON_IsObject(item) && root) return error_set(err, "see configs/", "%s: an object of keys is expected", where);
   if (!cJSON_IsObject(item))
-    return error_set(err, NULL, "%s: %s is a group of keys: an object is expected", where, place->path);
+    return error_set(err, "--help lists its keys", "%s: %s is a group of keys: an object is expected", where,
+                     place->path);
   const cJSON *member;
   cJSON_ArrayForEach(member, item) {
     char path[PATH_MAX_BYTES];
@@ -178,7 +179,8 @@ static int check_model(const Config *c, Error *err) {
     return error_set(err, "rotary embedding turns pairs", "model.head_dim = %d must be even", c->model.head_dim);
   for (int m = 0; m < MODALITIES; m++)
     if (c->model.moe[m].top_k > c->model.moe[m].experts)
-      return error_set(err, NULL, "model.%s.top_k = %d is more than the %d experts", m == TEXT ? "text" : "image",
+      return error_set(err, "a token goes to top_k different experts",
+                       "model.%s.top_k = %d is more than the %d experts", m == TEXT ? "text" : "image",
                        c->model.moe[m].top_k, c->model.moe[m].experts);
   return 0;
 }
@@ -186,8 +188,8 @@ static int check_model(const Config *c, Error *err) {
 static int check_data(const Config *c, Error *err) {
   int T = c->data.micro_batch_tokens;
   if (c->data.image_size % c->model.patch)
-    return error_set(err, NULL, "data.image_size = %d is not a multiple of model.patch = %d", c->data.image_size,
-                     c->model.patch);
+    return error_set(err, "an image is cut into whole patches",
+                     "data.image_size = %d is not a multiple of model.patch = %d", c->data.image_size, c->model.patch);
   if (c->data.max_image_tokens && c->data.image_mode != IMAGE_ASPECT)
     return error_set(err, "set data.image_mode to aspect, or leave it out",
                      "data.max_image_tokens = %d has no effect on square images", c->data.max_image_tokens);
@@ -223,12 +225,14 @@ static int config_check(Config *c, Error *err) {
   return resolve_batch(c, err);
 }
 
-// A file whose first byte is wrong already is hardly a config with a slip of the pen.
+// What to do about a file that is no JSON. One whose first byte is wrong already is hardly a slip of the pen.
 static int not_json(const char *path, Error *err) {
   char *start = xasprintf("%s:1:1: ", path);
   if (strncmp(err->text, start, strlen(start)) == 0)
     snprintf(err->hint, sizeof err->hint,
              "this is no config: one is a JSON file, {\"model\": {...}, ...}; configs/ has examples");
+  else if (!err->hint[0])
+    snprintf(err->hint, sizeof err->hint, "a config is JSON, with // and /* */ comments; configs/ has examples");
   free(start);
   return -1;
 }

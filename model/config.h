@@ -1,4 +1,4 @@
-// The configuration: one JSON file (comments allowed), every key in one table (config.c) with its type, default,
+// The configuration: one JSON file (comments allowed), every key in one table (config_keys.c) with its type, default,
 // range and help. Loading, --set, flags, --print-config, --help and the saved config.json are loops over that table.
 #ifndef TESSERA_CONFIG_H
 #define TESSERA_CONFIG_H
@@ -80,7 +80,7 @@ typedef struct Config {
     char held_out_by[CONFIG_TEXT]; // "key", "caption" or a field of the sample
     int max_text;                  // text rows of a pack, 0 = T
     int max_images;                // image segments of a pack, 0 = see config_max_images
-    int max_document;              // tokens of a text document, 0 = T
+    int max_document;              // tokens of a text document, 0 = max_text
     int max_caption;               // tokens of a caption
     int cache_mb;                  // resized pixels kept in memory
     int max_bad;                   // images that cannot be decoded before the run is given up, 0 = no limit
@@ -154,7 +154,7 @@ void config_help(FILE *f);
 char *config_run_folder(const Config *c);
 // Most tokens an image can have: (image_size/patch)^2, or data.max_image_tokens for aspect.
 int config_max_image_tokens(const Config *c);
-// data.max_text, data.max_document with 0 resolved to T.
+// data.max_text with 0 resolved to T, data.max_document with 0 resolved to that.
 int config_max_text(const Config *c);
 int config_max_document(const Config *c);
 // data.max_images with 0 resolved: square: T / (tokens of an image + 1), which no pack exceeds, since every image has

@@ -67,7 +67,7 @@ const Key config_keys[] = {
     {"data.max_images", KEY_INT, AT(data.max_images), "0", 0, 1048576, NULL, NULL,
      "images of a micro-batch; 0: what fits"},
     {"data.max_document", KEY_INT, AT(data.max_document), "0", 0, 4194304, NULL, NULL,
-     "longer texts are cut into documents of this many tokens; 0: T"},
+     "longer texts are cut into documents of this many tokens; 0: max_text"},
     {"data.max_caption", KEY_INT, AT(data.max_caption), "64", 1, 65536, NULL, NULL,
      "captions are cut to this many tokens"},
     {"data.cache_mb", KEY_INT, AT(data.cache_mb), "256", 0, 1048576, NULL, NULL, "resized images kept in memory"},
@@ -134,9 +134,10 @@ _Static_assert(sizeof config_keys / sizeof config_keys[0] <= CONFIG_KEYS, "CONFI
 
 #define SOURCE_AT(field) offsetof(SourceConfig, field), sizeof(((SourceConfig *)0)->field)
 static const Key source_keys[] = {
-    {"type", KEY_STRING, SOURCE_AT(type), NULL, 1, 0, "folder|webdataset|text", NULL, ""},
-    {"path", KEY_STRING, SOURCE_AT(path), NULL, 1, 0, NULL, NULL, ""},
-    {"weight", KEY_FLOAT, SOURCE_AT(weight), "1", 1e-9, 1e9, NULL, NULL, ""},
+    {"type", KEY_STRING, SOURCE_AT(type), NULL, 1, 0, "folder|webdataset|text", NULL, "README.md shows the formats"},
+    {"path", KEY_STRING, SOURCE_AT(path), NULL, 1, 0, NULL, NULL, "the file, folder or pattern to read"},
+    {"weight", KEY_FLOAT, SOURCE_AT(weight), "1", 1e-9, 1e9, NULL, NULL,
+     "share of the documents drawn from this source"},
 };
 enum { N_SOURCE_KEYS = sizeof source_keys / sizeof source_keys[0] };
 

@@ -27,11 +27,17 @@ refused 'no/such.json' no/such.json
 refused 'train.lr' configs/demo.json --set train.lr=-1
 refused 'train.steps' configs/demo.json --set train.stepz=1
 refused 'CUDA' configs/demo.json --device cuda
+"$train" configs/demo.json --device cuda --print-config | grep -q 'run.device .*flag .*cuda'
+for flag in --from --init --dump --out --run-dir; do
+  refused "$flag needs a value, and got --resume" configs/demo.json $flag --resume
+done
 refused 'data.sources' configs/base.json "${run[@]}"
 refused 'no/shapes.tar' configs/demo.json "${run[@]}" --set 'data.sources=[{"type":"webdataset","path":"no/shapes.tar"}]'
 refused 'no checkpoint' configs/demo.json "${run[@]}" --eval
 refused 'budget' configs/base.json --plan --set memory.budget_gb=1
+grep -q 'activations (arena)' "$dir/out" # the table all the same
 refused 'memory.per_tensor' configs/demo.json --plan --set 'memory.per_tensor={"x":"recompute"}'
+refused 'nothing fits' configs/demo.json --tokens max --plan --set memory.budget_gb=0.05
 [ ! -e "$dir/run" ] || { echo "a refused run left its folder"; exit 1; }
 
 for config in configs/*.json; do
@@ -40,6 +46,14 @@ for config in configs/*.json; do
   "$train" "$config" --print-config >"$dir/config"
   grep -q 'micro_batch_tokens' "$dir/config"
 done
+
+# The largest micro-batch is the same wherever the search begins, and 64 slots more do not fit.
+max_tokens() { "$train" configs/demo.json "$@" --tokens max --plan --set memory.budget_gb=0.1 2>&1 |
+  sed -n 's/^--tokens max: \([0-9]*\) .*/\1/p'; }
+most=$(max_tokens --tokens 256)
+[ "$most" -gt 256 ] && [ "$(max_tokens --tokens 8192)" = "$most" ]
+"$train" configs/demo.json --plan --set memory.budget_gb=0.1 --tokens "$most" >"$dir/plan"
+refused 'budget' configs/demo.json --plan --set memory.budget_gb=0.1 --tokens $((most + 64))
 "$train" --help | grep -q -- 'train.warmup_steps'
 
 # A short run, its lock and its refusal to be overwritten; then its uses.
@@ -56,6 +70,14 @@ printf 'a red square\na blue circle\n' | "$train" "$dir/run" --sample - --out "$
 [ -s "$dir/one.png" ] && [ -s "$dir/two.png" ]
 refused 'cannot' "$dir/run" --describe no/such.png
 refused 'train.steps' "$dir/run" --set train.steps=0
+refused 'ckpt-2 is a checkpoint' "$dir/run/ckpt-2" --sample "a small red circle"
+# A run folder's config in another folder: the flag counts, the folder that the saved config names does not.
+refused 'elsewhere has no checkpoint' "$dir/run" --run-dir "$dir/elsewhere" --eval
+"$train" "$dir/run" --run-dir "$dir/elsewhere" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
+[ -f "$dir/elsewhere/ckpt-3/state.json" ] && [ ! -e "$dir/run/ckpt-3" ]
+mv "$dir/elsewhere" "$dir/moved"
+"$train" "$dir/moved" --sample "a small red circle" 2>"$dir/log"
+[ -s "$dir/moved/samples/drawn.png" ] && [ ! -e "$dir/elsewhere" ]
 "$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" 2>"$dir/log"
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
 [ -f "$dir/run/ckpt-3/state.json" ]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a new user meets: each mistake is made for real, in a fresh copy of the tree, and must end with the right exit code
-# and a message that says what to do.
+# What a new user meets: each mistake is made for real, in a fresh copy of the tree, and must end with the right exit
+# code and a message that says what to do.
 #   tests/messages.sh BUILD           check
 #   tests/messages.sh BUILD OUT.md    and write the table with the real output (docs/messages.md)
 set -eu
@@ -35,7 +35,8 @@ case_of() { # SITUATION EXIT_CODE COMMAND PATTERN...
   shift 3
   $as bash -c "$command" >"$work/said" 2>&1 || rc=$?
   # make's own lines and compilers' paths are not ours.
-  text=$(grep -v '^make' "$work/said" | sed "s|$clone/||g; s|$work|/tmp|g; s/(process [0-9]*)/(process 12345)/" || true)
+  text=$(grep -v '^make[:[]' "$work/said" |
+    sed "s|$clone/||g; s|$work|/tmp|g; s/(process [0-9]*)/(process 12345)/" || true)
   for pattern in "$@"; do
     if [ "$rc" -ne "$code" ] || ! grep -q -- "$pattern" <<<"$text"; then
       printf '%s: expected exit code %s and "%s", got %s and\n%s\n' "$command" "$code" "$pattern" "$rc" "$text"
@@ -78,7 +79,8 @@ mkdir pictures
 case_of 'a folder without captions' 2 \
   "./train configs/demo.json --set 'data.sources=[{\"type\": \"folder\", \"path\": \"pictures\"}]'" 'captions.tsv'
 case_of 'an unknown kind of data' 2 \
-  "./train configs/demo.json --set 'data.sources=[{\"type\": \"zip\", \"path\": \"a.zip\"}]'" 'folder|webdataset|text'
+  "./train configs/demo.json --set 'data.sources=[{\"type\": \"zip\", \"path\": \"a.zip\"}]'" \
+  'folder|webdataset|text' 'hint:'
 # The emoji font neither installed nor to be fetched: no apt-get in PATH.
 mkdir "$work/few"
 for tool in env python3 bash; do ln -s "$(PATH=/usr/bin:$PATH command -v $tool)" "$work/few/$tool"; done
@@ -101,21 +103,23 @@ case_of 'an unknown flag' 2 './train configs/demo.json --epochs 10' 'unknown fla
 case_of 'an unknown key' 2 './train configs/demo.json --set train.step=10' 'train.steps'
 case_of 'a value out of range' 2 './train configs/demo.json --set train.lr=-1' 'train.lr = -1' 'from 0 to 10'
 case_of 'a value of the wrong type' 2 './train configs/demo.json --set train.steps=many' 'train.steps = "many"'
-case_of 'sizes that do not go together' 2 './train configs/demo.json --set data.image_size=30' 'multiple of model.patch'
+case_of 'sizes that do not go together' 2 './train configs/demo.json --set data.image_size=30' \
+  'multiple of model.patch' 'hint:'
 case_of 'a GPU asked of a build without' 2 './train configs/demo.json --device cuda' 'CUDA'
-case_of 'less memory than the model needs' 2 './train configs/base.json --plan --set memory.budget_gb=8' 'budget'
 
 section 'Runs'
 [ -f "$root/.cache/shapes/shapes.tar" ] || "$root/scripts/make_shapes.py" "$root/.cache/shapes/shapes.tar" >"$work/log"
 mkdir -p .cache/shapes
 cp "$root/.cache/shapes/shapes.tar" .cache/shapes
-case_of 'a use before the training' 2 './train configs/demo.json --sample "a red circle"' 'train the run first'
+case_of 'a use before the training' 2 './train configs/demo.json --sample "a red circle"' 'train it first'
+case_of 'less memory than the model needs' 2 './train configs/demo.json --set memory.budget_gb=0.01' 'budget_gb' '--tokens'
 # A run of a model so small that two steps take no time.
 sed 's/"dim": 128, "layers": 4, "heads": 4/"dim": 16, "layers": 1, "heads": 2/; s/"every": 500, "keep/"every": 1, "keep/' \
   configs/demo.json >tiny.json
 ./train tiny.json --stop-at 2 2>"$work/log"
 case_of 'the run exists already' 2 './train tiny.json' 'already holds checkpoints' '--resume'
-case_of 'it goes on with another model' 2 './train tiny.json --resume --set model.dim=32' 'ckpt-2/model.safetensors' 'expected'
+case_of 'it goes on with another model' 2 './train tiny.json --resume --set model.dim=32' \
+  'ckpt-2/model.safetensors' 'expected'
 printf '!' | dd of=runs/demo/ckpt-2/model.safetensors bs=1 seek=5000 conv=notrunc 2>"$work/log"
 case_of 'the newest checkpoint is damaged' 0 './train tiny.json --resume --stop-at 2 2>&1 | grep ckpt' \
   'ckpt-2 is left out' 'loaded runs/demo/ckpt-1'
@@ -134,9 +138,12 @@ as=
 
 if [ "$out" ]; then
   {
-    printf '# Messages\n\nWhat a new user meets, and what the programs say then: the real output, written by '
-    printf '`tests/messages.sh BUILD docs/messages.md`.\nEvery refusal comes before anything is created, with exit code 2.\n'
-    cat "$table"
+    cat - "$table" <<'END'
+# Messages
+
+What a new user meets, and what the programs say then: the real output, written by `tests/messages.sh BUILD docs/messages.md`.
+What `./train` refuses ends with exit code 2, and a config, flag or data set is refused before anything is created.
+END
   } >"$out"
 fi
 echo "$count messages as they should be"

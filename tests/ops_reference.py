@@ -639,7 +639,7 @@ def op_grad_norm(c, r):
     norm, scale, skip, bad = status(r.out["status"])
     broken = [i for i, v in enumerate(sums) if not math.isfinite(v)]
     lost = not all(math.isfinite(v) for v in r.i["metrics"][: len(METRICS)])
-    want_bad = broken[0] if broken else len(sums) if lost else -1
+    want_bad = len(sums) if lost else broken[0] if broken else -1
     assert (skip != 0, bad) == (want_bad >= 0, want_bad), f"skip {skip}, bad {bad}, expected bad {want_bad}"
     out = {"status": None, "partial": torch.stack(sums)}
     if broken:

@@ -21,7 +21,7 @@ tar xf .cache/shapes/shapes.tar -C "$dir/samples" -T "$dir/first"
 tar cf "$dir/small.tar" -C "$dir/samples" -T "$dir/first"
 
 flags=(configs/demo.json --tokens 256 --steps 2000 --set train.micro_batches=2 --set train.ema_every=2
-  --set eval.every=0 --set eval.documents=0 --set eval.samples=0 --set checkpoint.every=0
+  --set eval.every=0 --set eval.documents=0 --set eval.samples=0 --set checkpoint.every=0 --set checkpoint.keep_last=9
   --set "data.sources=[{\"type\": \"webdataset\", \"path\": \"$dir/small.tar\"}]")
 run() {
   "$train" "${flags[@]}" "$@" 2>>"$dir/log" || { tail -5 "$dir/log"; exit 1; }
@@ -80,8 +80,8 @@ for a, b in zip(whole, parts):
         sys.exit(f"metrics.jsonl: {a}\nin one, {b}\nin parts")
 if state("whole", last) != state("parts", last):
     sys.exit(f"state.json: {state('whole', last)}\nin one, {state('parts', last)}\nin parts")
-drawn = [state("parts", step)["loader"]["samples"][0] for step in (first, last)]
+drawn = [state("parts", step)["loader"]["drawn"][0] for step in (first, last)]
 if drawn[0] <= samples or drawn[1] - drawn[0] <= samples:
-    sys.exit(f"{drawn[0]}, then {drawn[1]} samples were drawn: no epochs of {samples} crossed before and after resuming")
+    sys.exit(f"{drawn} of {samples} samples were drawn: no epoch crossed in both parts")
 P
 echo "$last steps and $first (SIGTERM) + 5 + 5 gave the same bits, losses and place in the data"

@@ -149,7 +149,7 @@ static void test_grad_norm(void **state) {
     if (p >= 0) want[p] += (double)grads[i] * (double)grads[i];
   }
   for (int p = 0; p < PARAMS; p++) total += want[p];
-  Metrics metrics = {.nll = {1, 2}};
+  Metrics metrics = {.nll = {1, 2}}, fine = metrics;
   UpdateStatus status;
   const double clips[] = {0, 0.5 * sqrt(total), 2 * sqrt(total)}, scales[] = {1, 0.5, 1};
   for (int k = 0; k < 3; k++) {
@@ -162,13 +162,14 @@ static void test_grad_norm(void **state) {
     assert_true(fabs(status.scale - scales[k]) < 1e-12);
     assert_true(status.skip == 0 && status.bad == -1);
   }
-  // Something not finite: the loss; then a gradient, which is named first; then an earlier one.
+  // Something not finite: the loss, which is named whatever the gradients are; without it a gradient; then an earlier
+  // one.
   const double bad_values[] = {NAN, INFINITY, -INFINITY};
-  for (int k = 0; k < 3; k++) {
+  for (int k = 0; k < 5; k++) {
     StepScalars scalars = {.clip = 1};
     real *bad = case_copy(&c, grads, s.size);
-    double *loss[] = {&metrics.nll[k == 1], &metrics.flow, &metrics.z};
-    *loss[k] = bad_values[k];
+    double *loss[] = {&metrics.nll[0], &metrics.nll[1], &metrics.flow, &metrics.balance, &metrics.z};
+    *loss[k] = bad_values[k % 3];
     op_run(&c, OP_GRAD_NORM, s.args, OP_IN(bad, &metrics, &scalars), OP_OUT(&status, partial));
     assert_true(status.skip == 1 && status.bad == PARAMS);
     const int params[] = {7, 5, 1};
@@ -176,6 +177,8 @@ static void test_grad_norm(void **state) {
       const ParamSpan *span = &s.span[params[j]];
       bad[span->offset + span->count - 1] = (real)bad_values[(j + k) % 3];
       op_run(&c, OP_GRAD_NORM, s.args, OP_IN(bad, &metrics, &scalars), OP_OUT(&status, partial));
+      assert_true(status.skip == 1 && status.bad == PARAMS);
+      op_run(&c, OP_GRAD_NORM, s.args, OP_IN(bad, &fine, &scalars), OP_OUT(&status, partial));
       assert_true(status.skip == 1 && status.bad == params[j]);
     }
     metrics = (Metrics){0};

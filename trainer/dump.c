@@ -1,5 +1,6 @@
 #include "trainer/dump.h"
 
+#include "base/json.h"
 #include "model/safetensors.h"
 #include "trainer/losses.h"
 
@@ -106,6 +107,35 @@ static double gradient_norm(const Engine *e) {
   return sqrt(sum);
 }
 
+// null where there is no number: a cross-entropy without targets, a loss that is not finite.
+static char *losses_json(StepLosses l, double grad_norm, int n) {
+  const struct {
+    const char *key;
+    double value;
+  } figures[] = {{"ce_caption", l.ce_caption},
+                 {"ce_text", l.ce_text},
+                 {"ce", l.ce},
+                 {"flow", l.flow},
+                 {"balance", l.balance},
+                 {"z", l.z},
+                 {"total", l.total},
+                 {"grad_norm", grad_norm},
+                 {"targets", l.targets},
+                 {"noised_tokens", l.noised_tokens},
+                 {"micro_batches", n}};
+  char *text = NULL;
+  size_t bytes;
+  FILE *f = open_memstream(&text, &bytes);
+  if (!f) panic("out of memory: losses.json");
+  for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
+    fprintf(f, "%s\"%s\": ", i ? ", " : "{", figures[i].key);
+    json_write_number(f, figures[i].value);
+  }
+  fputs("}\n", f);
+  if (fclose(f) != 0) panic("out of memory: losses.json");
+  return text;
+}
+
 int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, Error *err) {
   if (folder_make(folder, err) != 0) return -1;
   char *config = config_to_json(e->config);
@@ -118,14 +148,9 @@ int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, E
     bad = write_pack(e, m, packs[k], folder, k, err) != 0;
   }
   if (bad) return -1;
-  StepLosses l = losses_read(e);
-  char text[1024];
-  snprintf(
-      text, sizeof text,
-      "{\"ce_caption\": %.9g, \"ce_text\": %.9g, \"ce\": %.9g, \"flow\": %.9g, \"balance\": %.9g, \"z\": %.9g,\n"
-      " \"total\": %.9g, \"grad_norm\": %.9g, \"targets\": %.0f, \"noised_tokens\": %.0f, \"micro_batches\": %d}\n",
-      isfinite(l.ce_caption) ? l.ce_caption : 0, isfinite(l.ce_text) ? l.ce_text : 0, l.ce, l.flow, l.balance, l.z,
-      l.total, gradient_norm(e), l.targets, l.noised_tokens, n);
-  if (write_text(folder, "losses.json", text, err) != 0) return -1;
+  char *losses = losses_json(losses_read(e), gradient_norm(e), n);
+  bad = write_text(folder, "losses.json", losses, err);
+  free(losses);
+  if (bad) return -1;
   return write_slab(e, folder, "grads.safetensors", SPACE_GRADS, err);
 }

@@ -322,30 +322,6 @@ int evaluate_retrieval(Engine *e, const Tokenizer *t, const EvalItem *items, int
   return failed ? -1 : 0;
 }
 
-void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]) {
-  for (int m = 0; m < MODALITIES; m++) {
-    int E = d->E[m], layers = 0;
-    LoadFigures f = {.experts = d->L * E, .entropy = 0, .max_over_mean = 0};
-    for (int l = 0; l < d->L; l++) {
-      const double *at = load + (int64_t)l * (d->E[0] + d->E[1]) + (m == TEXT ? 0 : d->E[TEXT]); // [E]
-      double sum = 0, most = 0, entropy = 0;
-      for (int i = 0; i < E; i++) sum += at[i];
-      for (int i = 0; i < E; i++) {
-        most = fmax(most, at[i]);
-        f.dead += at[i] == 0;
-        if (at[i] > 0) entropy -= at[i] / sum * log(at[i] / sum);
-      }
-      if (sum == 0) continue;
-      layers++;
-      f.entropy += E > 1 ? entropy / log(E) : 1;
-      f.max_over_mean = fmax(f.max_over_mean, most * E / sum);
-    }
-    f.entropy = layers ? f.entropy / layers : NAN;
-    if (!layers) f.max_over_mean = NAN;
-    out[m] = f;
-  }
-}
-
 // ---- reporting ----
 
 // A figure, or "-" where it was not measured.
@@ -357,8 +333,16 @@ static const char *figure(char text[16], double v) {
 
 void evaluation_print(const Evaluation *e) {
   char a[16], b[16], c[16], d[16];
-  log_info("eval of %d documents: flow %s  caption retrieval among %d: %s held out, %s training", e->documents,
-           figure(a, e->flow), EVAL_CHOICES, figure(b, e->retrieval), figure(c, e->retrieval_training));
+  if (!e->documents) {
+    log_info("no captioned images: nothing to measure");
+    return;
+  }
+  if (e->of_training)
+    log_info("eval of %d training samples: flow %s  caption retrieval among %d: %s", e->documents, figure(a, e->flow),
+             EVAL_CHOICES, figure(b, e->retrieval));
+  else
+    log_info("eval of %d held-out samples: flow %s  caption retrieval among %d: %s held out, %s training", e->documents,
+             figure(a, e->flow), EVAL_CHOICES, figure(b, e->retrieval), figure(c, e->retrieval_training));
   log_info("  caption bits/byte %s, with another image %s", figure(a, e->bits_per_byte[EVAL_TRUE]),
            figure(b, e->bits_per_byte[EVAL_SHUFFLED]));
   log_info("     t       flow  shuffled     x mse  shuffled");
@@ -391,7 +375,8 @@ char *evaluation_json(const Evaluation *e, int64_t step) {
   size_t bytes;
   FILE *f = open_memstream(&text, &bytes);
   if (!f) panic("out of memory: a line of metrics");
-  fprintf(f, "{\"step\":%lld,\"eval\":{\"documents\":%d", (long long)step, e->documents);
+  const char *of = !e->documents ? "null" : e->of_training ? "\"training\"" : "\"held_out\"";
+  fprintf(f, "{\"step\":%lld,\"eval\":{\"documents\":%d,\"of\":%s", (long long)step, e->documents, of);
   write_figure(f, "flow", e->flow);
   write_figure(f, "retrieval", e->retrieval);
   write_figure(f, "retrieval_training", e->retrieval_training);

@@ -6,6 +6,9 @@
 #include "data/stream.h"
 #include "data/tokenizer.h"
 #include "trainer/engine.h"
+#include "trainer/losses.h"
+
+#include <stdbool.h>
 
 enum { EVAL_TIMES = 5, EVAL_CHOICES = 16 };
 enum { EVAL_TRUE, EVAL_SHUFFLED, EVAL_PAIRINGS }; // the sample's own partner, or that of another with another caption
@@ -27,23 +30,17 @@ void eval_items_free(EvalItem *items, int n);
 // Captioned samples that are not held out, mixed over all sources, at most `most`; returns how many. *list is malloc'd.
 int64_t eval_list_training(const Config *c, Source *const *source, int sources, int most, HeldOut **list);
 
-// How evenly the assignments of a modality's tokens spread over its experts, over the layers that saw any.
-typedef struct LoadFigures {
-  double entropy;       // of the load over the experts / log(experts), mean over layers: 1 = even
-  double max_over_mean; // the fullest expert's load over the mean load, largest of all layers
-  int dead, experts;    // experts without a single assignment, of those in all layers
-} LoadFigures;
-
 // A figure that cannot be measured is NAN: flow without noised images, shuffled ones with fewer than 2 different
 // captions, retrieval with fewer than EVAL_CHOICES.
 typedef struct Evaluation {
   int documents;
-  double flow; // velocity error as the training loss has it, at the quantiles (i + 1/2) / n of the training times
+  bool of_training; // the documents are training samples; the caller's to set; evaluate leaves false
+  double flow;      // velocity error as the training loss has it, at the quantiles (i + 1/2) / n of the training times
   double flow_at[EVAL_TIMES][EVAL_PAIRINGS]; // the same at fixed times, with true and shuffled captions
   double x_mse[EVAL_TIMES][EVAL_PAIRINGS];   // mean (x^ - x)^2 per element
   double bits_per_byte[EVAL_PAIRINGS]; // of caption and eos, per byte of caption, given the true, a shuffled image
-  double retrieval;                    // held-out images whose own caption has a lower summed nll than 15 others
-  double retrieval_training;           // the caller's to set; evaluate leaves NAN
+  double retrieval;                    // images whose own caption has a lower summed nll than 15 others
+  double retrieval_training;           // the same of training images; the caller's to set; evaluate leaves NAN
   LoadFigures load[MODALITIES];        // over everything that was measured; entropy NAN without any
 } Evaluation;
 
@@ -52,10 +49,7 @@ int evaluate(Engine *e, const Tokenizer *t, const EvalItem *items, int n, Evalua
 // Caption retrieval alone: the share of the images whose own caption has a lower summed negative log likelihood
 // (caption and eos) than EVAL_CHOICES - 1 other captions of the items; ties miss.
 int evaluate_retrieval(Engine *e, const Tokenizer *t, const EvalItem *items, int n, double *out, Error *err);
-// Load figures from the load of Metrics, [L][E_0 + E_1] assignments.
-void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]);
-
-// A short table to the log.
+// A short table to the log, which says whose figures they are; without documents, that there is nothing to measure.
 void evaluation_print(const Evaluation *e);
 // One JSON object on one line, {"step":N,"eval":{..}}, null for what was not measured; malloc'd.
 char *evaluation_json(const Evaluation *e, int64_t step);

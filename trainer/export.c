@@ -1,6 +1,7 @@
 #include "trainer/export.h"
 
 #include "base/json.h"
+#include "data/document.h"
 #include "model/checkpoint.h"
 
 static void write_experts(FILE *f, const char *modality, const ExpertConfig *e) {
@@ -11,15 +12,15 @@ static void write_experts(FILE *f, const char *modality, const ExpertConfig *e) 
 }
 
 char *export_config(const Config *c, const char *dtype) {
-  int vocab = c->model.vocab;
+  SpecialIds id = special_ids(c->model.vocab);
   const struct {
     const char *name;
     int value;
-  } sizes[] = {{"vocab_size", vocab},
-               {"bos_token_id", vocab - 4},
-               {"eos_token_id", vocab - 3},
-               {"boi_token_id", vocab - 2},
-               {"eoi_token_id", vocab - 1},
+  } sizes[] = {{"vocab_size", c->model.vocab},
+               {"bos_token_id", id.bos},
+               {"eos_token_id", id.eos},
+               {"boi_token_id", id.boi},
+               {"eoi_token_id", id.eoi},
                {"hidden_size", c->model.dim},
                {"num_hidden_layers", c->model.layers},
                {"num_attention_heads", c->model.heads},

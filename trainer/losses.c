@@ -3,19 +3,38 @@
 #include <math.h>
 #include <stdlib.h>
 
-static double load_max(const double *load, const Dims *d) {
-  double worst = 0;
-  for (int l = 0; l < d->L; l++) {
-    for (int m = 0; m < MODALITIES; m++) {
-      double sum = 0, most = 0;
-      for (int i = 0; i < d->E[m]; i++, load++) {
-        sum += *load;
-        most = fmax(most, *load);
+int load_shares(const double *load, const Dims *d, int layer, int m, double *out) {
+  int E = d->E[m];
+  const double *at = load + (int64_t)layer * (d->E[TEXT] + d->E[IMAGE]) + (m == TEXT ? 0 : d->E[TEXT]); // [E]
+  double sum = 0;
+  for (int i = 0; i < E; i++) sum += at[i];
+  for (int i = 0; i < E && sum > 0; i++) out[i] = at[i] * E / sum;
+  return sum > 0 ? E : 0;
+}
+
+void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]) {
+  for (int m = 0; m < MODALITIES; m++) {
+    int E = d->E[m], layers = 0;
+    double share[E], entropy = 0, most = 0;
+    out[m] = (LoadFigures){.entropy = NAN, .max_over_mean = NAN, .experts = d->L * E};
+    for (int l = 0; l < d->L; l++) {
+      if (!load_shares(load, d, l, m, share)) {
+        out[m].dead += E;
+        continue;
       }
-      if (sum > 0) worst = fmax(worst, most * d->E[m] / sum);
+      double sum = 0;
+      for (int i = 0; i < E; i++) {
+        most = fmax(most, share[i]);
+        out[m].dead += share[i] == 0;
+        if (share[i] > 0) sum -= share[i] / E * log(share[i] / E);
+      }
+      entropy += E > 1 ? sum / log(E) : 1;
+      layers++;
     }
+    if (!layers) continue;
+    out[m].entropy = entropy / layers;
+    out[m].max_over_mean = most;
   }
-  return worst;
 }
 
 StepLosses losses_read(const Engine *e) {
@@ -26,6 +45,8 @@ StepLosses losses_read(const Engine *e) {
   e->model.backend->download(sums, engine_slab(e, SPACE_METRICS), bytes);
   const Metrics *m = (const Metrics *)sums;
   double targets = m->targets[0] + m->targets[1];
+  LoadFigures load[MODALITIES];
+  load_figures(sums + sizeof(Metrics) / sizeof(double), &d, load);
   StepLosses l = {.ce_caption = m->nll[TARGET_CAPTION] / m->targets[TARGET_CAPTION],
                   .ce_text = m->nll[TARGET_TEXT] / m->targets[TARGET_TEXT],
                   .ce = (m->nll[0] + m->nll[1]) / fmax(targets, 1),
@@ -34,7 +55,7 @@ StepLosses losses_read(const Engine *e) {
                   .z = m->z,
                   .targets = targets,
                   .noised_tokens = m->flow_elems / d.P,
-                  .load_max = load_max(sums + sizeof(Metrics) / sizeof(double), &d)};
+                  .load_max = fmax(fmax(load[TEXT].max_over_mean, load[IMAGE].max_over_mean), 0)}; // of NAN and x: x
   l.total = l.flow + c->train.ce_weight * l.ce + l.balance + l.z;
   free(sums);
   return l;

@@ -1,4 +1,4 @@
-// A step's losses from the metrics its programs summed.
+// A step's losses and its expert loads from the metrics its programs summed.
 #ifndef TESSERA_LOSSES_H
 #define TESSERA_LOSSES_H
 
@@ -9,9 +9,24 @@ typedef struct StepLosses {
   double ce, flow, balance, z;   // ce: mean over all targets; flow: mean over noised image elements
   double total;                  // flow + ce_weight ce + balance + z
   double targets, noised_tokens; // what the means were divided by
-  double load_max;               // largest expert load over its fair share, any layer and modality
+  double load_max;               // largest expert load over its fair share, any layer and modality; 0 without any
 } StepLosses;
 
 // Reads the metrics of the step just replayed.
 StepLosses losses_read(const Engine *e);
+
+// How evenly the assignments of a modality's tokens spread over its experts, over the layers that saw any; the two
+// figures are NAN where none did.
+typedef struct LoadFigures {
+  double entropy;       // of the load over the experts / log(experts), mean over layers: 1 = even
+  double max_over_mean; // the fullest expert's load over the mean load, largest of all layers
+  int dead, experts;    // experts without a single assignment, of those in all layers
+} LoadFigures;
+
+// The functions below take the load of Metrics: [L][E_0 + E_1] assignments counted per expert.
+
+// Load over fair share of the E_m experts of modality m in one layer, out [E_m]. Returns how many it wrote: none where
+// the layer saw no token of the modality.
+int load_shares(const double *load, const Dims *d, int layer, int m, double *out);
+void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]);
 #endif

@@ -164,18 +164,6 @@ void report_step(Report *r, const StepReport *s) {
 
 // ---- expert loads ----
 
-// Load over fair share of every expert of modality m that had rows to share, in out [L * E_m]; returns how many.
-static int64_t load_shares(const double *load, const Dims *d, int m, double *out) {
-  int64_t n = 0;
-  for (int l = 0; l < d->L; l++) {
-    const double *at = load + (int64_t)l * (d->E[TEXT] + d->E[IMAGE]) + (m == TEXT ? 0 : d->E[TEXT]); // [E_m]
-    double sum = 0;
-    for (int i = 0; i < d->E[m]; i++) sum += at[i];
-    for (int i = 0; i < d->E[m] && sum > 0; i++) out[n++] = at[i] * d->E[m] / sum;
-  }
-  return n;
-}
-
 static void figure_scalar(Report *r, const char *tag, double v) {
   if (isfinite(v)) events_scalar(r->events, tag, v);
 }
@@ -213,7 +201,9 @@ static void write_load(Report *r) {
     snprintf(tag, sizeof tag, "router/%s_", names[m]);
     figure_load(r, tag, f);
     snprintf(tag, sizeof tag, "router/%s_load", names[m]);
-    events_histogram(r->events, tag, shares, load_shares(r->load, d, m, shares));
+    int64_t filled = 0;
+    for (int l = 0; l < d->L; l++) filled += load_shares(r->load, d, l, m, shares + filled);
+    events_histogram(r->events, tag, shares, filled);
   }
   fputc('}', line.f);
   line_end(&line, r);

@@ -287,11 +287,12 @@ static int writing_begin(Writing *w, const Engine *e, const Image *image, int in
                      "image %d: %d x %d pixels are not a number of patches of %d", index + 1, image->width,
                      image->height, patch);
   ImageGrid grid = {image->height / patch, image->width / patch};
-  const int32_t opening[] = {vocab - 4, vocab - 2}, eoi = vocab - 1; // bos, boi
+  const SpecialIds id = special_ids(vocab);
+  const int32_t opening[] = {id.bos, id.boi};
   document_reset(&w->doc, 0);
   document_add_text(&w->doc, opening, 2);
   document_add_image(&w->doc, grid, SEGMENT_CLEAN, 1);
-  document_add_text(&w->doc, &eoi, 1);
+  document_add_text(&w->doc, &id.eoi, 1);
   w->doc.silent = true; // no targets: the rows to predict are set by hand
   DocumentSize size = document_size(&w->doc, vocab);
   PackRoom room = forward_room(e);

@@ -1,6 +1,7 @@
 // What a checkpoint is used for: quality figures, drawings, captions.
 #include "trainer/trainer_internal.h"
 
+#include "base/utf8.h"
 #include "trainer/grid.h"
 #include "trainer/sampler.h"
 
@@ -25,14 +26,16 @@ void trainer_load_items(Trainer *t) {
 }
 
 int trainer_measure(Trainer *t, Evaluation *out, Error *err) {
-  // Without held-out samples the figures are those of training ones.
-  int held_out = t->n_held_out > 0;
-  const EvalItem *items = held_out ? t->held_out : t->training;
-  if (evaluate(&t->engine, t->tokenizer, items, held_out ? t->n_held_out : t->n_training, out, err) != 0) return -1;
-  if (evaluate_retrieval(&t->engine, t->tokenizer, t->training, t->n_training, &out->retrieval_training, err) != 0)
+  // Where nothing is held out that could be measured, the figures are those of training samples.
+  int of_training = t->n_held_out == 0;
+  const EvalItem *items = of_training ? t->training : t->held_out;
+  if (evaluate(&t->engine, t->tokenizer, items, of_training ? t->n_training : t->n_held_out, out, err) != 0) return -1;
+  out->of_training = of_training;
+  if (of_training)
+    out->retrieval_training = out->retrieval;
+  else if (evaluate_retrieval(&t->engine, t->tokenizer, t->training, t->n_training, &out->retrieval_training, err) != 0)
     return -1;
-  if (!held_out) log_info("no held-out samples (data.held_out): the figures are those of training samples");
-  evaluation_print(out);
+  if (t->config->eval.documents) evaluation_print(out);
   return 0;
 }
 
@@ -104,6 +107,13 @@ int trainer_write_sheet(Trainer *t, const char *path, Error *err) {
   return bad ? -1 : 0;
 }
 
+static void log_captions(const char *said, const char *truth) {
+  char *left = utf8_printable(said), *right = utf8_printable(truth);
+  log_info("  %-48s %s", left, right);
+  free(left);
+  free(right);
+}
+
 int trainer_read_captions(Trainer *t, int n, Error *err) {
   const EvalItem *items = t->n_held_out ? t->held_out : t->training;
   n = (int)min_i64(n, t->n_held_out ? t->n_held_out : t->n_training);
@@ -118,7 +128,7 @@ int trainer_read_captions(Trainer *t, int n, Error *err) {
     log_info("captions read off %s images (left: what it says, right: the truth)",
              t->n_held_out ? "held-out" : "training");
   for (int i = 0; i < n; i++) {
-    if (!bad) log_info("  %-48s %s", captions[i], items[i].caption);
+    if (!bad) log_captions(captions[i], items[i].caption);
     image_free(&images[i]);
     free(captions[i]);
   }
@@ -139,15 +149,16 @@ static void drawings_free(Drawings *d) {
   free(d->image);
 }
 
-// One PNG a drawing and captions.tsv.
+// One PNG a drawing and captions.tsv, in which a caption is one line without tabs.
 static int write_folder(const char *folder, const Drawings *d, Error *err) {
   if (folder_make(folder, err) != 0) return -1;
   char *path = xasprintf("%s/captions.tsv", folder);
   FILE *f = fopen(path, "wb");
   int bad = !f;
   for (int i = 0; i < d->n * d->count && !bad; i++) {
-    char *image = xasprintf("%s/%04d.png", folder, i);
-    bad = fprintf(f, "%04d.png\t%s\n", i, d->caption[i / d->count]) < 0;
+    char *image = xasprintf("%s/%04d.png", folder, i), *caption = utf8_printable(d->caption[i / d->count]);
+    bad = fprintf(f, "%04d.png\t%s\n", i, caption) < 0;
+    free(caption);
     if (!bad && image_write_png(image, &d->image[i], err) != 0) {
       free(image);
       free(path);
@@ -198,7 +209,9 @@ int trainer_evaluate(Trainer *t, Error *err) {
   if (!t->options->out) return 0;
   // Drawings of held-out captions, for judging them by other means.
   int n = (int)min_i64(t->config->eval.samples, t->n_held_out);
-  if (!n) return error_set(err, "raise data.held_out or eval.samples", "--out: there are no held-out captions to draw");
+  if (!n)
+    return error_set(err, "raise data.held_out, eval.documents or eval.samples",
+                     "--out: there are no held-out captions to draw");
   const char **captions = xcalloc((size_t)n, sizeof *captions);
   for (int i = 0; i < n; i++) captions[i] = t->held_out[i].caption;
   Drawings d = {.image = xcalloc((size_t)n, sizeof *d.image), .caption = captions, .n = n, .count = 1};
@@ -325,7 +338,11 @@ int trainer_describe(Trainer *t, const char *path, Error *err) {
   WriterOptions options = writer_options(c);
   bad = sampler_describe(&t->engine, t->tokenizer, &fitted, 1, (uint64_t)c->run.seed, &options, &caption, err);
   image_free(&fitted);
-  if (!bad) printf("%s\n", caption);
+  if (bad) return -1;
+  // A terminal obeys control characters; what reads a pipe gets the model's own bytes.
+  char *shown = isatty(STDOUT_FILENO) ? utf8_printable(caption) : xstrdup(caption);
+  printf("%s\n", shown);
+  free(shown);
   free(caption);
-  return bad;
+  return 0;
 }

@@ -85,14 +85,15 @@ void cpu_GRAD_NORM(const KernelCall *c) {
   const StepScalars *scalars = c->in[2];
   UpdateStatus *status = c->out[0];
   double *partial = c->out[1]; // [n_params]
-  int n = c->args->params.n, bad = -1;
+  int n = c->args->params.n;
   square_sums(grads, c->args->params.spans, n, partial);
+  // The loss first: where it is not finite, all the gradients behind it are not either.
   double total = 0, loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z;
+  int bad = isfinite(loss) ? -1 : n;
   for (int p = 0; p < n; p++) {
     total += partial[p];
     if (bad < 0 && !isfinite(partial[p])) bad = p;
   }
-  if (bad < 0 && !isfinite(loss)) bad = n;
   double norm = sqrt(total);
   int clipped = scalars->clip > 0 && norm > scalars->clip;
   *status = (UpdateStatus){.norm = norm, .scale = clipped ? scalars->clip / norm : 1, .skip = bad >= 0, .bad = bad};
