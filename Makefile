@@ -13,6 +13,7 @@ BUILD := build$(if $(SANITIZE),-sanitize)
 probe = $(shell printf '%s\n' $(1) > /tmp/tessera-probe-$$$$.c && $(CC) -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c $(2) >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c)
 
 ifeq ($(filter deps clean format help,$(MAKECMDGOALS)),)
+HAVE_CC := $(call probe,'#if defined __GNUC__ && !defined __clang__ && __GNUC__ < 11' '#error too old' '#endif' 'int main(void) { return 0; }',-std=gnu11)
 HAVE_OPENBLAS := $(call probe,'#include <cblas.h>' 'int main(void) { return cblas_sasum(0, 0, 1) != 0; }',-lopenblas)
 HAVE_CJSON := $(call probe,'#include <cjson/cJSON.h>' 'int main(void) { return !cJSON_Version(); }',-lcjson)
 HAVE_PCRE2 := $(call probe,'#define PCRE2_CODE_UNIT_WIDTH 8' '#include <pcre2.h>' 'int main(void) { return pcre2_config(PCRE2_CONFIG_JIT, 0) < 0; }',-lpcre2-8)
@@ -69,6 +70,12 @@ train: $(BUILD)/train
 endif
 
 probes:
+	@test -n "$(HAVE_CC)" || { \
+	  if command -v $(firstword $(CC)) >/dev/null; then \
+	    echo "error: $(CC) is too old: it says it is gcc $$(echo __GNUC__ | $(CC) -E -P -), 11 or newer is needed; make CC=... takes another"; \
+	  else \
+	    echo "error: there is no compiler $(firstword $(CC)); 'make deps' installs gcc, make CC=... takes another"; \
+	  fi; exit 2; }
 	@printf 'openblas %s, cjson %s, pcre2 %s, stb %s, openmp %s, cuda %s, cmocka %s (tests only)\n' "$(or $(HAVE_OPENBLAS),NO)" "$(or $(HAVE_CJSON),NO)" "$(or $(HAVE_PCRE2),NO)" "$(or $(HAVE_STB),NO)" "$(or $(HAVE_OPENMP),NO)" "$(or $(HAVE_CUDA),no)" "$(or $(HAVE_CMOCKA),NO)"
 	@test -n "$(HAVE_OPENBLAS)" -a -n "$(HAVE_CJSON)" -a -n "$(HAVE_PCRE2)" -a -n "$(HAVE_STB)" -a -n "$(HAVE_OPENMP)" || { \
 	  echo "error: a library is missing (NO above); 'make deps' installs all of them"; exit 2; }

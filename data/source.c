@@ -426,7 +426,7 @@ const Sample *source_sample(const Source *s, int64_t i) {
 int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size_t *n, Error *err) {
   const ImageRef *ref = &source->image[image];
   *bytes = NULL;
-  DataFile now;
+  DataFile now = {0};
   int fd = data_file_open(ref->file->path, &now, err);
   if (fd < 0) return -1;
   // Elsewhere in a shard lies another image, perhaps one that decodes just as well.

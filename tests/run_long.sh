@@ -41,4 +41,5 @@ check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
 check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
 check drawings drawings
 check emoji emoji
+check faults_50 "$python" tests/faults.py --kills 50 --leaks --train "$build/train"
 count_print
