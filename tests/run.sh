@@ -43,6 +43,7 @@ if [ "$sanitized" ]; then
   check dump_model limited "$build/tests/dump_model" "$build/dumps/models"
   rm -rf "$build/dumps"
 else
+  check messages limited tests/messages.sh "$build"
   if "$python" -c 'import torch' 2>/dev/null; then
     check reference limited "$python" tests/test_reference.py
     check parity_ops limited tests/parity.sh ops "$build"
