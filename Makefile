@@ -6,7 +6,7 @@
 ifeq ($(origin CC),default)
 CC := gcc
 endif
-PYTHON ?= /usr/bin/python3
+export PYTHON ?= /usr/bin/python3
 BUILD := build$(if $(SANITIZE),-sanitize)
 
 # ---- probes: compile and link, never ask the package manager ----

@@ -1,4 +1,5 @@
-// The key table behind model/config.h: one row a key, and one value in and out of a Config. For config.c alone.
+// The key table behind model/config.h: one row a key, and one value in and out of a Config. For config.c, and for
+// train.c, which asks where run.folder came from.
 #ifndef TESSERA_CONFIG_KEYS_H
 #define TESSERA_CONFIG_KEYS_H
 

@@ -43,7 +43,9 @@ static void test_examples(void **state) {
   assert_printable("", "");
   assert_printable("a\tb\r\nc", "a b  c");
   assert_printable("\x1b[31mred\x7f", " [31mred ");
-  assert_printable("\xc2\x9b" "2J", " 2J"); // the one-character CSI
+  assert_printable("\xc2\x9b"
+                   "2J",
+                   " 2J");                                                          // the one-character CSI
   assert_printable("caf\xc3\xa9 \xe6\x97", "caf\xc3\xa9 \xEF\xBF\xBD\xEF\xBF\xBD"); // cut in the middle
   assert_printable("\xc0\xaf\xf5", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD");
 }
