@@ -57,7 +57,6 @@ else
   fi
   check resume limited tests/resume.sh "$build"
   check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
-  check messages limited tests/messages.sh "$build"
   check emoji_fill limited tests/emoji_fill.sh "$build"
   check infer limited tests/infer.sh "$build"
   check plot limited "$python" tests/test_plot.py
