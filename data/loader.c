@@ -59,6 +59,7 @@ struct Loader {
   char *bad_name[BAD_IMAGES_LISTED]; // the first images that could not be decoded
   int64_t bad;                       // how many there are
   bool stop, failed;
+  bool ended;  // loader_next has said so: what other threads still finish is not handed out any more
   Error error; // why it failed
 };
 
@@ -422,7 +423,7 @@ double loader_next(Loader *l, Pack **pack, Error *err) {
   Pack **slot = &l->queue[l->given % l->depth];
   while (!*slot && !l->failed) pthread_cond_wait(&l->ready, &l->lock);
   double waited = time_now() - start;
-  if (*slot) {
+  if (*slot && !l->ended) {
     *pack = *slot;
     *slot = NULL;
     l->given++;
@@ -436,6 +437,7 @@ double loader_next(Loader *l, Pack **pack, Error *err) {
     pthread_cond_signal(&l->room);
   } else {
     *err = l->error;
+    l->ended = true;
     waited = -1;
   }
   pthread_mutex_unlock(&l->lock);

@@ -114,8 +114,8 @@ static void operand_close(Program *p, TensorId t, void *arg) {
 }
 
 static void shadow_begin(Program *p) {
-  ProgramState *s = p->state;
   if (!SHADOW) return;
+  ProgramState *s = p->state;
   if (s->arena) SHADOW_CLOSE(s->arena, (size_t)p->arena_bytes);
   if (s->host) SHADOW_CLOSE(s->host, (size_t)p->host_bytes);
   for (TensorId t = 0; s->owned && t < p->n_tensors; t++)
@@ -124,8 +124,8 @@ static void shadow_begin(Program *p) {
 
 // The trainer owns this memory: it gets it back readable.
 static void shadow_end(Program *p) {
-  ProgramState *s = p->state;
   if (!SHADOW) return;
+  ProgramState *s = p->state;
   if (s->arena) SHADOW_OPEN(s->arena, (size_t)p->arena_bytes);
   if (s->host) SHADOW_OPEN(s->host, (size_t)p->host_bytes);
   for (TensorId t = 0; s->owned && t < p->n_tensors; t++)

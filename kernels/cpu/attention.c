@@ -186,7 +186,7 @@ static real softmax_row(const Heads *hd, const KeyTile *keys, int64_t query, rea
   real highest = *top, added = 0;
 #pragma omp simd reduction(max : highest)
   for (int32_t j = 0; j < width; j++) {
-    real x = (j < visible) & (at < keys->seen_until[j]) ? score[j] : -(real)INFINITY;
+    real x = ((j < visible) & (at < keys->seen_until[j])) ? score[j] : -(real)INFINITY;
     highest = x > highest ? x : highest;
     score[j] = x;
   }
@@ -299,7 +299,7 @@ static void score_gradient(const Heads *hd, const QueryTile *queries, QueryPack 
 #pragma omp simd
     for (int32_t j = 0; j < width; j++) {
       real e = real_exp(row[j] - lse);
-      real x = (j < visible) & (at < keys->seen_until[j]) ? e : 0;
+      real x = ((j < visible) & (at < keys->seen_until[j])) ? e : 0;
       row[j] = x;
       gradient[j] = x * (gradient[j] - delta);
     }
