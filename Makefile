@@ -1,13 +1,14 @@
 # Builds ./train and everything around it. Two commands do everything, dependencies included:
 #   make demo    draws a data set, trains on it for about three minutes, shows what the model learned
 #   make test    the whole test suite
-# Options: SANITIZE=1 (ASan + UBSan, its own build folder), CC=....
+# Options, each with a build folder of its own: SANITIZE=1 (ASan + UBSan), SANITIZE=thread (ThreadSanitizer),
+# COVERAGE=1 (gcov). And CC=....
 
 ifeq ($(origin CC),default)
 CC := gcc
 endif
 export PYTHON ?= /usr/bin/python3
-BUILD := build$(if $(SANITIZE),-sanitize)
+BUILD := build$(if $(filter thread,$(SANITIZE)),-thread,$(if $(SANITIZE),-sanitize))$(if $(COVERAGE),-coverage)
 
 # ---- probes: compile and link, never ask the package manager ----
 probe = $(shell printf '%s\n' $(1) > /tmp/tessera-probe-$$$$.c && $(CC) -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c $(2) >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c)
@@ -20,9 +21,10 @@ HAVE_PCRE2 := $(call probe,'#define PCRE2_CODE_UNIT_WIDTH 8' '#include <pcre2.h>
 HAVE_STB := $(call probe,'#include <stb/stb_image.h>' '#include <stb/stb_image_write.h>' 'int main(void) { return 0; }',-lm)
 HAVE_OPENMP := $(call probe,'#include <omp.h>' 'int main(void) { return omp_get_max_threads() < 1; }',-fopenmp)
 HAVE_CMOCKA := $(call probe,'#include <stdarg.h>' '#include <stddef.h>' '#include <setjmp.h>' '#include <stdint.h>' '#include <cmocka.h>' 'int main(void) { return 0; }',-lcmocka)
-# The CUDA backend is built where nvcc is and its libraries link; without it the binary runs on the CPU alone.
-CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell command -v nvcc >/dev/null 2>&1 && printf 'int main(void) { return 0; }' > /tmp/tessera-probe-$$$$.cu && nvcc -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.cu -lcublasLt >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$*))
+# The CUDA backend is built where nvcc is and its libraries link; without it, or with CUDA=0, the binary runs on the CPU
+# alone. Sanitizers and coverage look at host code.
+CUDA_SOURCES := $(if $(SANITIZE)$(COVERAGE)$(filter 0,$(CUDA)),,$(wildcard kernels/cuda/*.cu))
+HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell command -v nvcc >/dev/null 2>&1 && printf 'int main(void) { return 0; }' > /tmp/tessera-probe-$$$$.cu && nvcc -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.cu -lcudart_static >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$*))
 endif
 
 # ---- flags ----
@@ -31,13 +33,21 @@ BASE := -std=gnu11 -D_GNU_SOURCE -I. -MMD -MP -g -fopenmp
 OPT := -O2
 # NaN and infinity must be seen, so no -ffast-math.
 KERNEL_OPT := -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math
-ifdef SANITIZE
-SAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+INSTRUMENT := $(if $(COVERAGE),--coverage -fprofile-update=atomic)
+ifeq ($(SANITIZE),thread)
+INSTRUMENT += -fsanitize=thread -fno-omit-frame-pointer
+else ifdef SANITIZE
+INSTRUMENT += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+endif
+ifneq ($(SANITIZE)$(COVERAGE),)
 OPT := -O1
 KERNEL_OPT := -O1 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math
 endif
-CFLAGS_ALL := $(BASE) $(WARN) $(SAN) $(CFLAGS)
-NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Xcompiler -Wall,-Wextra
+CFLAGS_ALL := $(BASE) $(WARN) $(INSTRUMENT) $(CFLAGS)
+# Compute capabilities to build for: 90a is Hopper (H100, H200); make CUDA_ARCH="80 89 90a" adds others.
+CUDA_ARCH ?= 90a
+NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo $(foreach arch,$(CUDA_ARCH),-gencode=arch=compute_$(arch),code=sm_$(arch)) \
+  -Xcompiler -Wall,-Wextra
 LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
 
 # ---- sources ----
@@ -48,20 +58,26 @@ OBJ := $(ENGINE:%.c=$(BUILD)/%.o) $(KERNELS:%.c=$(BUILD)/%.o)
 ifdef HAVE_CUDA
 OBJ += $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
 CFLAGS_ALL += -DTESSERA_CUDA
-LIBS += -lcublasLt -lcudart -lstdc++
+LIBS += $(addprefix -L,$(wildcard $(dir $(realpath $(shell command -v nvcc)))../lib64)) -lcudart_static -lstdc++ -ldl -lrt
 endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
-REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE
-TEST_HELPERS := $(filter-out $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c),$(wildcard tests/*.c))
-F64_TESTS := test_ops_a test_ops_b test_ops_update test_model
+REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE -UTESSERA_CUDA
+TEST_HELPERS := $(filter-out $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c tests/cuda_*.c),$(wildcard tests/*.c))
+F64_TESTS := test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
 TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
+ifeq ($(SANITIZE),thread)
+# What starts threads of its own; OpenMP's runtime synchronizes out of ThreadSanitizer's sight. These tests need no
+# helper, and one of the helpers owns the allocator, which ThreadSanitizer does too.
+TEST_HELPERS :=
+TOOLS :=
+endif
 
-.PHONY: all demo demo-emoji test test-long check-asan bench tests suite deps format lint clean help probes
+.PHONY: all demo demo-emoji test test-long check-asan check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
 all: train
 
-ifndef SANITIZE
+ifeq ($(SANITIZE)$(COVERAGE),)
 train: $(BUILD)/train
 	@cp -f $< $@
 else
@@ -110,23 +126,41 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
 .SECONDARY: $(OBJ64) $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) \
   $(TEST_BINS:%=%.o) $(TOOLS:%=%.o)
 include tests/fuzz/Makefile.inc
+ifeq ($(SANITIZE),thread)
+TEST_BINS := $(patsubst %.c,$(BUILD)/%,$(shell grep -lE 'pthread\.h|data/(loader|cache)\.h' tests/test_*.c))
+endif
 
 tests: train $(TEST_BINS) $(TOOLS)
 
 # A make of its own for what needs libraries that were installed only now.
 suite: tests
-	@tests/run.sh $(BUILD) $(if $(SANITIZE),--sanitized) $(TEST_BINS)
+	@tests/run.sh $(BUILD) $(if $(filter thread,$(SANITIZE)),--threads,$(if $(SANITIZE),--sanitized)) $(TEST_BINS)
 
 test: deps-test
 	@$(MAKE) --no-print-directory suite
 
+# About two hours on two cores. FUZZ_SECONDS=5 shortens the fuzzing.
 test-long: deps-test
 	@$(MAKE) --no-print-directory tests
-	@tests/run_long.sh $(BUILD)
+	@$(MAKE) --no-print-directory SANITIZE=1 BUILD=$(BUILD)-sanitize \
+	  $(BUILD)-sanitize/tests/test_hostile $(BUILD)-sanitize/tests/test_fuzz
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_CC="$(FUZZ_CC)" tests/run_long.sh $(BUILD) $(BUILD)-sanitize $(FUZZ_TARGETS)
 
 # Everything but training runs under ASan and UBSan.
 check-asan: deps-test
 	@$(MAKE) --no-print-directory SANITIZE=1 suite
+
+# The loader and whatever else starts threads, under ThreadSanitizer.
+check-tsan: deps-test
+	@$(MAKE) --no-print-directory SANITIZE=thread suite
+
+# Which lines of the host code the suite runs. Fails below 85%.
+coverage: deps-test
+	@$(MAKE) --no-print-directory COVERAGE=1 suite-coverage
+suite-coverage: tests
+	@find $(BUILD) -name '*.gcda' -delete
+	@rc=0; tests/run.sh $(BUILD) $(TEST_BINS) || rc=1; \
+	  $(PYTHON) tests/coverage.py $(BUILD) --at-least 85 || rc=1; exit $$rc
 
 bench: deps-test
 	@$(MAKE) --no-print-directory tests
@@ -153,8 +187,8 @@ lint: | probes
 	clang-format --dry-run -Werror $(FORMATTED)
 	clang-tidy --quiet $(filter %.c,$(filter-out data/stb.c tests/%,$(FORMATTED))) -- -std=gnu11 -D_GNU_SOURCE -I. -fopenmp
 clean:
-	rm -rf build build-sanitize build-fuzz train
+	rm -rf build build-sanitize build-thread build-coverage build-fuzz train
 help:
-	@sed -n '1,6p' Makefile | sed 's/^# //'
+	@sed -n '1,5p' Makefile | sed 's/^# //'
 
 -include $(shell find $(BUILD) $(FUZZ_BUILD) -name '*.d' 2>/dev/null)

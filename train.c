@@ -1,6 +1,6 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
 #include "model/config.h"
-#include "model/config_keys.h"
+#include "model/config_history.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
 #include "trainer/trainer.h"
@@ -31,8 +31,9 @@ static int tokens_fit(const Options *o, const char *file, int64_t tokens, Config
   sets[o->n_sets] = last;
   int bad = config_load(c, file, sets, o->n_sets + 1, err), fits = 0;
   if (!bad) {
-    Engine e;
-    bad = engine_record(&e, c, &backend_cpu, 1, err);
+    Engine e = {0};
+    const Backend *b = engine_backend(c, err);
+    bad = !b || engine_record(&e, c, b, 1, err) != 0;
     fits = !bad && engine_check_budget(&e, err) == 0;
     engine_free(&e);
   }
@@ -105,13 +106,34 @@ static int refuse_checkpoint(const char *folder, Error *err) {
                    "%s is a checkpoint, not a run", folder);
 }
 
+// A folder that holds no config.
+static int refuse_folder(const char *folder, Error *err) {
+  return error_set(err,
+                   "CONFIG is a JSON file as in configs/, or the folder of a run, which ./train makes (runs/NAME) and "
+                   "where it keeps config.json, tokenizer.bpe and its checkpoints",
+                   "%s is a folder, but not that of a run: it has no config.json", folder);
+}
+
+// Says what a run's config of an older version could not say.
+static void name_new_keys(const Config *c, const char *file) {
+  char *keys = config_new_keys(c);
+  // Before its first mention the version was 1.
+  if (keys) log_info("%s was written by version %d; new since: %s", file, c->version ? c->version : 1, keys);
+  free(keys);
+}
+
 // CONFIG is a file, or a run's folder with the config.json it was trained with.
 static int load_config(const Options *o, Config *c, char **run, Error *err) {
   struct stat st;
   int folder = o->config && stat(o->config, &st) == 0 && S_ISDIR(st.st_mode);
   if (folder && refuse_checkpoint(o->config, err) != 0) return -1;
   char *file = folder ? xasprintf("%s/config.json", o->config) : o->config ? xstrdup(o->config) : NULL;
+  if (folder && access(file, F_OK) != 0) {
+    free(file);
+    return refuse_folder(o->config, err);
+  }
   int bad = config_load(c, file, o->sets, o->n_sets, err);
+  if (!bad && folder) name_new_keys(c, file);
   if (!bad && o->tokens_max) bad = find_tokens(o, file, c, err);
   free(file);
   if (!bad) *run = folder && !run_dir_given(c) ? xstrdup(o->config) : config_run_folder(c);
@@ -120,8 +142,9 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
 
 // The table also of what does not fit.
 static int print_plan(const Config *c, Error *err) {
-  Engine e;
-  int bad = engine_record(&e, c, &backend_cpu, 1, err);
+  Engine e = {0};
+  const Backend *b = engine_plan_backend(c, err);
+  int bad = !b || engine_record(&e, c, b, 1, err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
     fflush(stdout);
@@ -149,8 +172,6 @@ int main(int argc, char **argv) {
   int bad = 0, code = 2;
   if (o.print_config) {
     config_print(&c, stdout);
-  } else if (c.run.device == DEVICE_CUDA) {
-    bad = error_set(&err, "use --device auto or cpu", "--device cuda: this build has no CUDA backend");
   } else if (o.plan) {
     bad = print_plan(&c, &err);
   } else {

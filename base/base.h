@@ -18,11 +18,11 @@ int error_set(Error *err, const char *hint, const char *fmt, ...) __attribute__(
 int error_prefix(Error *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 // Prints the error with its hint and leaves with exit code 2: the way every start-up error ends.
-_Noreturn void fatal(const Error *err);
+__attribute__((noreturn)) void fatal(const Error *err);
 // The same with another exit code: 1 for an error inside a step.
-_Noreturn void fatal_code(const Error *err, int code);
+__attribute__((noreturn)) void fatal_code(const Error *err, int code);
 // An inconsistency of the program itself, or no memory left; exit code 1.
-_Noreturn void panic(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+__attribute__((noreturn)) void panic(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
 // One line to standard error, above the progress bar when one is drawn.
 void log_info(const char *fmt, ...) __attribute__((format(printf, 1, 2)));

@@ -65,43 +65,47 @@ Part *document_add_image(Document *d, ImageGrid grid, int seg_kind, float time) 
 }
 
 void document_text(Document *d, uint64_t draw, int vocab, const int32_t *ids, int n, bool eos) {
+  SpecialIds id = special_ids(vocab);
   document_reset(d, draw);
-  document_add_token(d, vocab - 4);
+  document_add_token(d, id.bos);
   document_add_text(d, ids, n);
-  if (eos) document_add_token(d, vocab - 3);
+  if (eos) document_add_token(d, id.eos);
 }
 
 void document_caption_to_image(Document *d, uint64_t draw, int vocab, const int32_t *ids, int n, ImageGrid grid,
                                float time) {
+  SpecialIds id = special_ids(vocab);
   document_reset(d, draw);
-  document_add_token(d, vocab - 4);
+  document_add_token(d, id.bos);
   document_add_text(d, ids, n);
-  document_add_token(d, vocab - 2);
+  document_add_token(d, id.boi);
   document_add_image(d, grid, SEGMENT_NOISED, time);
 }
 
 void document_image_to_caption(Document *d, uint64_t draw, int vocab, const int32_t *ids, int n, ImageGrid grid) {
+  SpecialIds id = special_ids(vocab);
   document_reset(d, draw);
-  document_add_token(d, vocab - 4);
-  document_add_token(d, vocab - 2);
+  document_add_token(d, id.bos);
+  document_add_token(d, id.boi);
   document_add_image(d, grid, SEGMENT_CLEAN, 1);
-  document_add_token(d, vocab - 1);
+  document_add_token(d, id.eoi);
   document_add_text(d, ids, n);
-  document_add_token(d, vocab - 3);
+  document_add_token(d, id.eos);
 }
 
 void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *piece, int n, bool noise, float time) {
+  SpecialIds id = special_ids(vocab);
   int drawn = -1;
   for (int i = 0; noise && i < n; i++)
     if (!piece[i].ids) drawn = i;
   document_reset(d, draw);
-  document_add_token(d, vocab - 4);
+  document_add_token(d, id.bos);
   for (int i = 0; i < n; i++) {
     if (piece[i].ids) {
       document_add_text(d, piece[i].ids, piece[i].n);
       continue;
     }
-    document_add_token(d, vocab - 2);
+    document_add_token(d, id.boi);
     if (i == drawn) {
       document_add_image(d, piece[i].grid, SEGMENT_NOISED, time)->tag = piece[i].tag;
       if (i == n - 1) return;
@@ -109,9 +113,9 @@ void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *pi
     Part *clean = document_add_image(d, piece[i].grid, SEGMENT_CLEAN, 1);
     clean->tag = piece[i].tag;
     clean->copy = i == drawn;
-    document_add_token(d, vocab - 1);
+    document_add_token(d, id.eoi);
   }
-  document_add_token(d, vocab - 3);
+  document_add_token(d, id.eos);
 }
 
 DocumentSize document_size(const Document *d, int vocab) {

@@ -56,11 +56,12 @@ struct Loader {
   Pack **spare;    // released ones
   int spares, spare_capacity;
   LoaderStats stats;
-  char *bad_name[BAD_IMAGES_LISTED]; // the first images that could not be decoded
-  int64_t bad;                       // how many there are
+  int64_t named; // images that could not be decoded, ahead of what was handed out
   bool stop, failed;
   bool ended;  // loader_next has said so: what other threads still finish is not handed out any more
   Error error; // why it failed
+
+  BadImages bad; // of the packs handed out; empty without a limit. Of the thread that calls loader_next
 };
 
 int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
@@ -96,51 +97,58 @@ static void loader_fail(Loader *l, const Error *err) {
   pthread_mutex_unlock(&l->lock);
 }
 
-// Counts an image that cannot be decoded and names it; one more than max_bad ends the loader.
-static void loader_note_bad(Loader *l, char *name, const Error *why) {
-  int most = l->config.max_bad;
+// Names an image that cannot be decoded, when it is met for the first time.
+static void loader_name_bad(Loader *l, ImageId id, const Error *why) {
   pthread_mutex_lock(&l->lock);
-  int64_t bad = ++l->bad;
-  if (bad <= BAD_IMAGES_NAMED)
-    log_warn("%s cannot be decoded and is passed over: %s%s", name, why->text,
-             bad == BAD_IMAGES_NAMED ? " (further ones are counted only)" : "");
-  if (bad <= BAD_IMAGES_LISTED)
-    l->bad_name[bad - 1] = name;
-  else
-    free(name);
-  if (most > 0 && bad == most + 1) {
-    char list[600] = "";
-    for (int64_t i = 0, at = 0; i < min_i64(bad, BAD_IMAGES_LISTED); i++) {
-      const char *shown = l->bad_name[i];
-      size_t n = strlen(shown), most_shown = 100; // of a long path the end says more
-      at += snprintf(list + at, sizeof list - (size_t)at, "%s%s", i ? ", " : "", n > most_shown ? ".." : "");
-      at += snprintf(list + at, sizeof list - (size_t)at, "%s", n > most_shown ? shown + n - most_shown : shown);
-    }
-    Error err;
-    error_set(&err, "mend them or take them out of the data, or raise data.max_bad (0: no limit)",
-              "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)bad, most, list,
-              bad > BAD_IMAGES_LISTED ? ", .." : "");
-    loader_fail_locked(l, &err);
-  }
+  int64_t named = ++l->named;
   pthread_mutex_unlock(&l->lock);
+  if (named > BAD_IMAGES_NAMED) return;
+  char *name = source_image_name(l->config.stream.source[id.source], id.image);
+  log_warn("%s cannot be decoded and is passed over: %s%s", name, why->text,
+           named == BAD_IMAGES_NAMED ? " (further ones are counted only)" : "");
+  free(name);
 }
 
-// The patches of an image: cached, or decoded into `space`. NULL when it cannot be decoded.
-static const uint8_t *loader_patches(Loader *l, const Draft *draft, const Part *part, uint8_t *space) {
+// -1 with *err that names the first of the bad images.
+static int loader_too_many_bad(const Loader *l, Error *err) {
+  char list[600] = "";
+  for (int64_t i = 0, at = 0; i < min_i64(l->bad.n, BAD_IMAGES_LISTED); i++) {
+    ImageId id = l->bad.of[i];
+    char *name = source_image_name(l->config.stream.source[id.source], id.image);
+    size_t n = strlen(name), most_shown = 100; // of a long path the end says more
+    at += snprintf(list + at, sizeof list - (size_t)at, "%s%s", i ? ", " : "", n > most_shown ? ".." : "");
+    at += snprintf(list + at, sizeof list - (size_t)at, "%s", n > most_shown ? name + n - most_shown : name);
+    free(name);
+  }
+  return error_set(err, "mend them or take them out of the data, or raise data.max_bad (0: no limit)",
+                   "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)l->bad.n,
+                   l->config.max_bad, list, l->bad.n > BAD_IMAGES_LISTED ? ", .." : "");
+}
+
+// Counts the images of a pack that is about to be handed out. Counted here rather than where they are decoded, so that
+// neither the state nor the pack that is one too many depends on how far the threads are ahead.
+static int loader_count_bad(Loader *l, const Pack *pack, Error *err) {
+  int most = l->config.max_bad;
+  for (int i = 0; i < pack->n_met && most > 0; i++)
+    if (bad_images_note(&l->bad, pack->met[i].id, pack->met[i].bad) && l->bad.n > most)
+      return loader_too_many_bad(l, err);
+  return 0;
+}
+
+// The patches of image `id`: cached, or decoded into `space`. NULL when it cannot be decoded.
+static const uint8_t *loader_patches(Loader *l, ImageId id, const SampleSegment *segment, const Part *part,
+                                     uint8_t *space) {
   const StreamConfig *c = &l->config.stream;
-  int s = draft->origin.source;
-  const SampleSegment *segment = &draft->sample->segment[part->tag];
   const uint8_t *cached = NULL;
-  CacheAnswer answer = cache_get(l->cache, s, segment->image, &cached);
+  CacheAnswer answer = cache_get(l->cache, id.source, id.image, &cached);
   if (answer == CACHE_FOUND) return cached;
   if (answer == CACHE_BAD) return NULL;
   Error err;
-  if (sample_patches(c->source[s], segment, &c->fit, c->max_pixels, space, &err)) {
-    if (cache_put_bad(l->cache, s, segment->image))
-      loader_note_bad(l, source_image_name(c->source[s], segment->image), &err);
+  if (sample_patches(c->source[id.source], segment, &c->fit, c->max_pixels, space, &err)) {
+    if (cache_put_bad(l->cache, id.source, id.image)) loader_name_bad(l, id, &err);
     return NULL;
   }
-  cache_put(l->cache, s, segment->image, space, (size_t)part->tokens * (size_t)c->shape.patch);
+  cache_put(l->cache, id.source, id.image, space, (size_t)part->tokens * (size_t)c->shape.patch);
   return space;
 }
 
@@ -156,8 +164,9 @@ static void patches_mirror(const uint8_t *from, int rows, int columns, int p, ui
     }
 }
 
-// Sets the patches of a document's images; *space moves past what was decoded or mirrored. On failure it is silent.
-static void loader_decode(Loader *l, Draft *draft, uint8_t **space) {
+// Sets the patches of a document's images, which pack->met lists; *space moves past what was decoded or mirrored. On
+// failure it is silent.
+static void loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack) {
   Document *d = &draft->document;
   size_t values = (size_t)l->config.stream.shape.patch;
   for (int i = 0; i < d->parts && !d->silent; i++) {
@@ -168,8 +177,11 @@ static void loader_decode(Loader *l, Draft *draft, uint8_t **space) {
       continue;
     }
     size_t bytes = (size_t)part->tokens * values;
-    part->patch = loader_patches(l, draft, part, *space);
+    const SampleSegment *segment = &draft->sample->segment[part->tag];
+    ImageId id = {draft->origin.source, segment->image};
+    part->patch = loader_patches(l, id, segment, part, *space);
     d->silent = part->patch == NULL;
+    pack->met[pack->n_met++] = (MetImage){id, d->silent};
     if (part->patch == *space) *space += bytes;
     uint32_t stream = STREAM_FLIP | (uint32_t)part->tag << 8;
     if (d->silent || !l->config.flip || !document_chance(l->config.stream.seed, d->draw, stream, 0.5)) continue;
@@ -222,11 +234,13 @@ static Pack *loader_new_pack(const Loader *l) {
   if (posix_memalign(&pack->block, 64, pack->bytes)) panic("out of memory for a pack of %zu bytes", pack->bytes);
   memset(pack->block, 0, pack->bytes); // the gaps between the arrays too
   batch_bind(&pack->batch, shape, pack->block);
+  pack->met = xcalloc((size_t)shape.segments, sizeof *pack->met); // an image has a segment
   return pack;
 }
 
 static void pack_free(Pack *pack) {
   if (!pack) return;
+  free(pack->met);
   free(pack->block);
   free(pack);
 }
@@ -236,9 +250,9 @@ static int loader_fill(Loader *l, const DraftList *list, StepCounts counts, int6
   const LoaderConfig *c = &l->config;
   pack->number = l->first + n / l->per_step * c->packs_per_step + n % l->per_step * c->world + c->rank;
   pack->documents = list->count;
-  pack->silent = 0;
+  pack->silent = pack->n_met = 0;
   for (int i = 0; i < list->count; i++) {
-    loader_decode(l, list->draft[i], &space);
+    loader_decode(l, list->draft[i], &space, pack);
     docs[i] = &list->draft[i]->document;
     pack->silent += docs[i]->silent;
   }
@@ -299,8 +313,12 @@ static int loader_restore(Loader *l, const char *text, Error *err) {
   const LoaderConfig *c = &l->config;
   LoaderState state;
   if (loader_state_parse(text, &state, err)) return -1;
+  l->bad = state.bad;
   bool same = state.sources == c->stream.sources;
   for (int i = 0; same && i < state.sources; i++) same = state.samples[i] == stream_samples(l->stream, i);
+  for (int64_t i = 0; same && i < l->bad.n; i++)
+    same = l->bad.of[i].source < state.sources &&
+           l->bad.of[i].image < source_images(c->stream.source[l->bad.of[i].source]);
   if (!same)
     return error_set(err, "continue with the sources and the held-out part the run was started with",
                      "the data is not what it was when the state was saved");
@@ -396,7 +414,6 @@ void loader_close(Loader *l) {
   for (int i = 0; i < l->threads; i++) pthread_join(l->thread[i], NULL);
   for (int i = 0; i < l->depth; i++) pack_free(l->queue[i]);
   for (int i = 0; i < l->spares; i++) pack_free(l->spare[i]);
-  for (int i = 0; i < BAD_IMAGES_LISTED; i++) free(l->bad_name[i]);
   for (int i = 0; i < l->per_step; i++) {
     stream_recycle(l->stream, &l->plan.pack[i]);
     draft_list_free(&l->plan.pack[i]);
@@ -405,6 +422,7 @@ void loader_close(Loader *l) {
   draft_list_free(&l->plan.other);
   stream_close(l->stream);
   cache_free(l->cache);
+  bad_images_free(&l->bad);
   pthread_mutex_destroy(&l->plan_lock);
   pthread_mutex_destroy(&l->lock);
   pthread_cond_destroy(&l->room);
@@ -423,6 +441,12 @@ double loader_next(Loader *l, Pack **pack, Error *err) {
   Pack **slot = &l->queue[l->given % l->depth];
   while (!*slot && !l->failed) pthread_cond_wait(&l->ready, &l->lock);
   double waited = time_now() - start;
+  Error too_many;
+  if (*slot && !l->ended && loader_count_bad(l, *slot, &too_many)) {
+    loader_fail_locked(l, &too_many);
+    l->error = too_many; // also where a thread has failed further ahead
+    l->ended = true;
+  }
   if (*slot && !l->ended) {
     *pack = *slot;
     *slot = NULL;
@@ -460,7 +484,8 @@ char *loader_state(Loader *l) {
   LoaderState state = {.pack = l->first + step * c->packs_per_step,
                        .given = (l->given - step * l->per_step) * c->world,
                        .packs_per_step = c->packs_per_step,
-                       .sources = c->stream.sources};
+                       .sources = c->stream.sources,
+                       .bad = l->bad};
   for (int i = 0; i < state.sources; i++) state.samples[i] = stream_samples(l->stream, i);
   pthread_mutex_lock(&l->plan_lock);
   state.stream = l->before[step % l->snapshots];

@@ -6,6 +6,7 @@
 #ifndef TESSERA_LOADER_H
 #define TESSERA_LOADER_H
 
+#include "data/bad_images.h"
 #include "data/stream.h"
 
 typedef struct LoaderConfig {
@@ -16,8 +17,14 @@ typedef struct LoaderConfig {
   int rank, world;    // r, N
   int threads;        // at least 1
   int cache_mb;       // resized pixels kept in memory
-  int max_bad;        // images that cannot be decoded before loader_next gives up; 0: no limit
+  int max_bad;        // images of the run that cannot be decoded before loader_next gives up; 0: no limit
 } LoaderConfig;
+
+// An image that a pack asked for.
+typedef struct MetImage {
+  ImageId id;
+  bool bad; // it could not be decoded
+} MetImage;
 
 // A micro-batch, ready for upload: `bytes` from `block` on are what batch_bind lays out. The scales of its dims count
 // the targets and noised tokens of all packs of its step.
@@ -27,7 +34,9 @@ typedef struct Pack {
   size_t bytes;
   int64_t number; // in the run
   int documents;
-  int silent; // of these, documents whose image could not be decoded: they keep their slots, without loss
+  int silent;    // of these, documents whose image could not be decoded: they keep their slots, without loss
+  MetImage *met; // [n_met]
+  int n_met;
 } Pack;
 
 typedef struct LoaderStats {
@@ -46,13 +55,15 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err);
 void loader_close(Loader *loader);
 
 // Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
-// or -1 with *err set: no sample fits into a pack, or more than max_bad images of this process could not be decoded
-// (*err names the first of them). One thread calls it.
+// or -1 with *err set: no sample fits into a pack, or the next pack is the one with which more than max_bad images of
+// this process could not be decoded (*err names the first of them). One thread calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 
 // The position after the last pack handed out, as a JSON object (malloc'd). In the middle of a step it counts as if all
-// processes were equally far. It is the same on every process and fits any number of processes and threads.
+// processes were equally far. It fits any number of processes and threads and is the same on every process, but for the
+// list of the images that this one could not decode: an image counts once in a run, and no more when it was mended
+// before the run went on.
 char *loader_state(Loader *loader);
 
 LoaderStats loader_stats(Loader *loader);

@@ -5,8 +5,9 @@
 #include <stdio.h>
 #include <string.h>
 
-// {"pack":..,"given":..,"packs_per_step":..,"draw":..,"samples":[..],"drawn":[..],"pending":ORIGIN,"window":[ORIGIN..]}
-// with ORIGIN = [source, piece, ordinal, draw]. All numbers stay below 2^53, which JSON readers keep exact.
+// {"pack":..,"given":..,"packs_per_step":..,"draw":..,"samples":[..],"drawn":[..],"pending":ORIGIN,"window":[ORIGIN..],
+// "bad":[[source, image]..]} with ORIGIN = [source, piece, ordinal, draw]. All numbers stay below 2^53, which JSON
+// readers keep exact.
 
 // Far above any run; restoring a state takes time in proportion to it.
 enum { MAX_PACKS_PER_STEP = 1 << 20 };
@@ -35,6 +36,9 @@ char *loader_state_print(const LoaderState *state) {
     if (i) fputc(',', f);
     print_origin(f, &stream->window[i]);
   }
+  fprintf(f, "],\"bad\":[");
+  for (int64_t i = 0; i < state->bad.n; i++)
+    fprintf(f, "%s[%d,%lld]", i ? "," : "", state->bad.of[i].source, (long long)state->bad.of[i].image);
   fprintf(f, "]}");
   if (fclose(f)) panic("out of memory for the data state");
   return text;
@@ -69,6 +73,16 @@ static Origin read_origin(const cJSON *item, bool *bad) {
                   .draw = (uint64_t)read_whole(cJSON_GetArrayItem(item, 3), 0, bad)};
 }
 
+static void read_bad_image(const cJSON *item, BadImages *list, bool *bad) {
+  bool wrong = !cJSON_IsArray(item) || cJSON_GetArraySize(item) != 2;
+  int64_t source = wrong ? 0 : read_whole(cJSON_GetArrayItem(item, 0), 0, &wrong);
+  int64_t image = wrong ? 0 : read_whole(cJSON_GetArrayItem(item, 1), 0, &wrong);
+  if (wrong || source >= STREAM_SOURCES)
+    *bad = true;
+  else
+    bad_images_restore(list, (ImageId){(int)source, image});
+}
+
 int loader_state_parse(const char *text, LoaderState *state, Error *err) {
   *state = (LoaderState){0};
   cJSON *root = json_parse(text, strlen(text), "data state", JSON_PLAIN, err);
@@ -82,10 +96,11 @@ int loader_state_parse(const char *text, LoaderState *state, Error *err) {
   const cJSON *samples = cJSON_GetObjectItemCaseSensitive(root, "samples");
   const cJSON *drawn = cJSON_GetObjectItemCaseSensitive(root, "drawn");
   const cJSON *window = cJSON_GetObjectItemCaseSensitive(root, "window");
+  const cJSON *bad_images = cJSON_GetObjectItemCaseSensitive(root, "bad");
   bad = bad || !cJSON_IsArray(samples) || !cJSON_IsArray(drawn) || !cJSON_IsArray(window) ||
         cJSON_GetArraySize(samples) > STREAM_SOURCES || cJSON_GetArraySize(drawn) != cJSON_GetArraySize(samples) ||
         cJSON_GetArraySize(window) > STREAM_WINDOW || state->given > state->packs_per_step ||
-        state->packs_per_step > MAX_PACKS_PER_STEP;
+        state->packs_per_step > MAX_PACKS_PER_STEP || (bad_images && !cJSON_IsArray(bad_images));
   if (!bad) {
     stream->pending = read_origin(cJSON_GetObjectItemCaseSensitive(root, "pending"), &bad);
     const cJSON *item;
@@ -93,8 +108,10 @@ int loader_state_parse(const char *text, LoaderState *state, Error *err) {
     int sources = 0;
     cJSON_ArrayForEach(item, drawn) stream->drawn[sources++] = (uint64_t)read_whole(item, 0, &bad);
     cJSON_ArrayForEach(item, window) stream->window[stream->count++] = read_origin(item, &bad);
+    cJSON_ArrayForEach(item, bad_images) read_bad_image(item, &state->bad, &bad);
   }
   cJSON_Delete(root);
   if (!bad) return 0;
+  bad_images_free(&state->bad);
   return error_set(err, "the checkpoint was changed, or written by another version", "the data state is not one");
 }

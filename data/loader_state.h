@@ -2,6 +2,7 @@
 #ifndef TESSERA_LOADER_STATE_H
 #define TESSERA_LOADER_STATE_H
 
+#include "data/bad_images.h"
 #include "data/stream.h"
 
 // The stream at the beginning of a step, and how far into that step the packs have been handed out.
@@ -12,9 +13,11 @@ typedef struct LoaderState {
   int sources;
   int64_t samples[STREAM_SOURCES]; // training samples by source, to know the data by
   StreamState stream;
+  BadImages bad; // of the packs handed out
 } LoaderState;
 
 char *loader_state_print(const LoaderState *state); // malloc'd
-// -1 with *err set on anything that loader_state_print does not write.
+// -1 with *err set on anything that loader_state_print does not write, state->bad empty; else that is the caller's to
+// free. A state without bad images, as older versions wrote it, has none.
 int loader_state_parse(const char *text, LoaderState *state, Error *err);
 #endif

@@ -101,9 +101,10 @@ static void pack_caption(const Document *d, int index, BatchShape shape, Batch *
   const Part *text = index ? &d->part[index - 1] : NULL;
   if (!text || text->kind != PART_TEXT) return;
   const int32_t *token = d->token + text->first; // [text->tokens]
+  SpecialIds id = special_ids(shape.vocab);
   int first = 0, end = text->tokens;
-  if (token[0] == shape.vocab - 4 || token[0] == shape.vocab - 1) first++;
-  if (end > first && token[end - 1] == shape.vocab - 2) end--;
+  if (token[0] == id.bos || token[0] == id.eoi) first++;
+  if (end > first && token[end - 1] == id.boi) end--;
   if (first == end) return;
   b->cap_start[at->segment] = at->text - text->tokens + first;
   b->cap_end[at->segment] = at->text - text->tokens + end;
@@ -293,6 +294,7 @@ static int check_mask(const Batch *b, int first, int end, Error *err) {
 
 // Rotary positions and targets of the document in slots [first, end).
 static int check_text(const Batch *b, BatchShape shape, int first, int end, Error *err) {
+  SpecialIds id = special_ids(shape.vocab);
   int place = 0, targets = 0, expected = 0, images = 0, noised = 0;
   bool visible = false;
   for (int q = first; q < end; q++) targets += b->target[b->row[q]] >= 0;
@@ -300,7 +302,7 @@ static int check_text(const Batch *b, BatchShape shape, int first, int end, Erro
     int r = b->row[q], g = b->segment[r];
     if (g == 0) {
       int32_t next = q + 1 < end ? b->token[b->row[q + 1]] : -1; // -1 for image rows as well
-      if (b->token[r] == shape.vocab - 2 || next == shape.vocab - 1) next = -1;
+      if (b->token[r] == id.boi || next == id.eoi) next = -1;
       expected += next >= 0;
       CHECK(b->target[r] == (targets ? next : -1), "row %d: target %d, not %d", r, b->target[r], next);
       int kind = b->target[r] >= 0 && visible ? TARGET_CAPTION : TARGET_TEXT;
@@ -349,7 +351,7 @@ static int check_captions(const Batch *b, BatchShape shape, int first, int end, 
     int count = 0;
     for (int k = open; k < q; k++) {
       int r = b->row[k];
-      bool pooled = b->seg_kind[g] == SEGMENT_NOISED && b->token[r] < shape.vocab - 4;
+      bool pooled = b->seg_kind[g] == SEGMENT_NOISED && b->token[r] < special_ids(shape.vocab).bos;
       bool listed = r >= b->cap_start[g] && r < b->cap_end[g];
       CHECK(pooled == listed && b->pool_segment[r] == (pooled ? g : 0), "row %d: pooled by segment %d, range [%d, %d)",
             r, b->pool_segment[r], b->cap_start[g], b->cap_end[g]);

@@ -448,6 +448,10 @@ int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size
   return 0;
 }
 
+int64_t source_images(const Source *s) {
+  return s->images;
+}
+
 char *source_image_name(const Source *s, int64_t image) {
   const ImageRef *ref = &s->image[image];
   return ref->member ? xasprintf("%s:%s", ref->file->path, ref->member) : xstrdup(ref->file->path);

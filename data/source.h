@@ -58,6 +58,7 @@ const Sample *source_sample(const Source *source, int64_t i);
 // Reads the encoded bytes of an image (SampleSegment.image). Thread-safe. *bytes is malloc'd, *n its size; 0, or -1
 // with *err set, *bytes NULL, when the file has gone or become shorter.
 int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size_t *n, Error *err);
+int64_t source_images(const Source *source); // they are numbered from 0
 // Where an image lies, for messages ("path" or "shard.tar:member"); malloc'd.
 char *source_image_name(const Source *source, int64_t image);
 

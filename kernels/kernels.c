@@ -1,7 +1,44 @@
 #include "kernels/kernels.h"
 
+#include <string.h>
+
 const OpInfo op_info[OP_COUNT] = {
 #define OP_ROW(name, in, out) {#name, in, out},
     OP_LIST(OP_ROW)
 #undef OP_ROW
 };
+
+static float bf16_to_float(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+uint16_t bf16_from_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x != x) return (uint16_t)(bits >> 16 | 0x40); // quiet: rounding could turn it into an infinity
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void floats_from(const void *elements, size_t element, int64_t n, float *out) {
+  const uint16_t *half = elements;
+  const double *wide = elements;
+  if (element == sizeof *out) {
+    memcpy(out, elements, (size_t)n * sizeof *out);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) out[i] = element == sizeof *half ? bf16_to_float(half[i]) : (float)wide[i];
+}
+
+void floats_to(const float *x, size_t element, int64_t n, void *elements) {
+  uint16_t *half = elements;
+  double *wide = elements;
+  if (element == sizeof *x)
+    memcpy(elements, x, (size_t)n * sizeof *x);
+  else if (element == sizeof *half)
+    for (int64_t i = 0; i < n; i++) half[i] = bf16_from_float(x[i]);
+  else
+    for (int64_t i = 0; i < n; i++) wide[i] = (double)x[i];
+}

@@ -17,6 +17,7 @@
 #ifndef TESSERA_KERNELS_H
 #define TESSERA_KERNELS_H
 
+#include "base/base.h"
 #include "kernels/batch.h"
 
 // DT_ACT: activations and weights as the backend stores them (CPU: real; CUDA: bf16). DT_REAL: fp32 (CPU: real).
@@ -34,7 +35,8 @@ static inline int dims_kmax(const Dims *d) {
   return d->K[TEXT] > d->K[IMAGE] ? d->K[TEXT] : d->K[IMAGE];
 }
 static inline BatchShape dims_batch_shape(const Dims *d) {
-  return (BatchShape){.slots = d->T, .segments = d->segments, .patch = d->P, .vocab = d->V};
+  BatchShape s = {d->T, d->segments, d->P, d->V};
+  return s;
 }
 
 // Elements of a two-sided buffer, and where modality m's view begins in it.
@@ -145,7 +147,7 @@ typedef union OpArgs {
   struct {           // NOISE
     uint32_t stream; // STREAM_NOISE or STREAM_EVAL
   } noise;
-  struct { // COPY, ZERO, ADD; accumulate alone: EMBED_BWD, COND_BWD, MOD_BWD, QKNORM_ROPE_BWD, EXPERT_*_WGRAD
+  struct { // COPY, ZERO, ADD, CAST; accumulate alone: EMBED_BWD, COND_BWD, MOD_BWD, QKNORM_ROPE_BWD, EXPERT_*_WGRAD
     int accumulate;
     int64_t count; // elements, or bytes for COPY and ZERO
   } span;
@@ -198,8 +200,9 @@ typedef union OpArgs {
   OP(HEAD_LOGITS, "h wout", "logits")                                                                                  \
   OP(FLOW_LOSS, "xhat", "dxhat? seg_error metrics+")                                                                   \
   OP(GRAD_NORM, "grads metrics scalars", "status partial")                                                             \
-  OP(ADAMW, "grads status scalars", "weights+ m+ v+")                                                                  \
-  OP(EMA, "weights status scalars", "ema+")
+  OP(ADAMW, "grads status scalars", "weights+ m+ v+ rest+?")                                                           \
+  OP(EMA, "weights status scalars rest?", "ema+")                                                                      \
+  OP(CAST, "src", "dst")
 
 // clang-format off
 // COPY            dst[0..count) = src, bytes; the only op of the d2h and h2d lanes.
@@ -284,8 +287,10 @@ typedef union OpArgs {
 //                 partial [n_params] F64: each parameter's sum of squares.
 // ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
 //                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
-//                 bias1, v^ = v / bias2. Does nothing with status->skip.
-// EMA             ema += (1 - ema_decay) (w - ema). Does nothing with status->skip.
+//                 bias1, v^ = v / bias2. w is the weight itself, or with rest [n] U16 the fp32 master that the two
+//                 stand for (master_join). Does nothing with status->skip.
+// EMA             ema += (1 - ema_decay) (w - ema), w as in ADAMW. Does nothing with status->skip.
+// CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.
 // clang-format on
 
 typedef enum OpKind {
@@ -304,17 +309,43 @@ typedef struct KernelCall {
   const Batch *batch; // the live pack; its pointers are device pointers of the backend
   const Dims *dims;
   const OpArgs *args;
+  void *stream;  // the lane's queue on the device (CUDA: cudaStream_t); NULL on the CPU
+  void *scratch; // Backend.scratch_bytes of memory that is this op's alone while it runs, of any content
 } KernelCall;
 
 typedef void (*KernelFn)(const KernelCall *call);
+
+// Queues of work, each in order. Nothing is ordered between them but by events.
+typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COUNT } Lane;
+
+// A device's queues. Events are numbered by the caller, from 0.
+typedef struct Queues {
+  void *(*stream)(Lane lane);           // what KernelCall.stream is for ops of the lane
+  void (*record)(Lane lane, int event); // the event: all that the lane was given so far has run
+  void (*wait)(Lane lane, int event);   // what the lane is given from here on runs after the event
+  double (*seconds)(int from, int to);  // between two events that have happened; waits for the second
+  void (*capture_begin)(void);          // from here to capture_end nothing runs: it goes into a graph
+  void *(*capture_end)(void);           // the graph
+  void (*graph_launch)(void *graph);    // on the compute lane
+  void (*graph_free)(void *graph);
+} Queues;
 
 typedef struct Backend {
   const char *name;
   size_t dtype_bytes[DT_COUNT];
   int gradient_per_micro; // each micro-step forms its gradient from zero and adds it (bit-equal to reducing processes)
+  int head_chunk;         // rows of logits at a time (HEAD_CE)
+  int master_rest;        // a weight's master is its DT_ACT value and a 16-bit rest (kernels/master.h); 0: DT_ACT is it
+  int width_multiple;     // what every width of a model must be a multiple of
   KernelFn fn[OP_COUNT];
+  size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
+  const Queues *queues;         // NULL: an op has run when its function returns (CPU)
+  int (*open)(Error *err);      // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  int64_t (*memory)(void);      // bytes that a run may plan with
   void *(*alloc)(size_t bytes); // zeroed device memory, aligned to 256; NULL when there is not enough
   void (*release)(void *p);
+  void *(*host_alloc)(size_t bytes); // zeroed memory of the host that copy lanes reach at full speed; NULL likewise
+  void (*host_release)(void *p);
   void (*upload)(void *device, const void *host, size_t bytes);   // in order with the ops of the compute lane
   void (*download)(void *host, const void *device, size_t bytes); // after all ops so far
 } Backend;
@@ -325,5 +356,12 @@ typedef struct OpInfo {
 } OpInfo;
 extern const OpInfo op_info[OP_COUNT];
 
+// Elements of a backend's DT_ACT or DT_REAL on the host, by their size (2: bf16, 4: float, 8: double), to float and
+// back; to bf16 rounded to nearest, ties to even.
+void floats_from(const void *elements, size_t element, int64_t n, float *out);
+void floats_to(const float *x, size_t element, int64_t n, void *elements);
+uint16_t bf16_from_float(float x);
+
 extern const Backend backend_cpu;
+extern const Backend backend_cuda; // where the build has it (TESSERA_CUDA)
 #endif

@@ -1,6 +1,6 @@
 #include "model/config.h"
 
-#include "model/config_keys.h"
+#include "model/config_history.h"
 
 #include <ctype.h>
 #include <stdlib.h>
@@ -72,6 +72,7 @@ static int unknown_key(const Place *place, const cJSON *item, Error *err) {
 
 // Stores `item` under place->path: a key's value, or an object that holds a group of keys.
 static int config_apply(Config *c, const Place *place, const cJSON *item, Error *err) {
+  if (former_refuse(config_former, place, item, err)) return -1;
   const Key *key = key_find(place->path);
   if (key) {
     if (key_set(c, key, place, item, err)) return -1;
@@ -243,7 +244,7 @@ int config_load(Config *c, const char *path, const char *const *sets, int n_sets
     cJSON *root = json_parse_file(path, CONFIG_MAX_BYTES, JSON_WITH_COMMENTS, err);
     if (!root) return not_json(path, err);
     Place place = {path, ""};
-    int rc = config_apply(c, &place, root, err);
+    int rc = config_version_take(root, path, &c->version, err) || config_apply(c, &place, root, err);
     cJSON_Delete(root);
     if (rc) return -1;
   }
@@ -282,7 +283,7 @@ char *config_to_json(const Config *c) {
   FILE *f = open_memstream(&text, &bytes);
   if (!f) panic("out of memory");
   const char *last = "";
-  fputc('{', f);
+  fprintf(f, "{\n  \"tessera\": %d,", CONFIG_VERSION);
   for (int k = 0; k < config_key_count; k++) {
     const char *path = config_keys[k].path;
     // What the groups of this key and of the one before have in common stays open.

@@ -48,6 +48,8 @@ typedef struct TensorPolicy {
 // Where a value came from: > 0 the line of the file, otherwise one of these.
 enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
 
+typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
+
 // Plain data: may be copied and compared; nothing to free. Names as in the file.
 typedef struct Config {
   struct {
@@ -131,19 +133,26 @@ typedef struct Config {
     TensorPolicy per_tensor[CONFIG_PER_TENSOR];
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
+  struct {
+    StreamKind streams;
+    bool graph;
+  } kernels;               // of the GPU
+  int version;             // "tessera" of the file, see model/config_history.h; 0 = it has none
   int origin[CONFIG_KEYS]; // by row of the key table
 } Config;
 
 // Loads `path` (NULL: defaults only), then applies `sets` in order, each "key.path=value" with the value as JSON or as
 // a bare word; checks everything, values that depend on one another included. 0, or -1 with *err naming the key path,
-// the value, what is allowed and the nearest known key, and *c undefined. Touches no file but `path`.
+// the value, what is allowed and the nearest known key, or what became of a key of an older version, and *c undefined.
+// Touches no file but `path`.
 int config_load(Config *c, const char *path, const char *const *sets, int n_sets, Error *err);
 
 // The key that a flag of the command line sets ("--steps" -> "train.steps"), NULL when it is not such a flag. Pass
 // "KEY=VALUE" to config_load.
 const char *config_flag_key(const char *flag);
 
-// The configuration as a JSON text with every key, which loads back to the same values. malloc'd.
+// The configuration as a JSON text with every key and the format's version, which loads back to the same values.
+// malloc'd.
 char *config_to_json(const Config *c);
 // --print-config: every key, its value, and its origin (default, line of the file, flag).
 void config_print(const Config *c, FILE *f);

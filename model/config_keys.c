@@ -128,6 +128,11 @@ const Key config_keys[] = {
      "exceptions, {\"qkv\": \"offload\", ...}; an unknown name is answered with the list"},
     {"memory.arena", KEY_BOOL, AT(memory.arena), "true", 0, 0, NULL, NULL,
      "false: an allocation per tensor, for sanitizers"},
+
+    {"kernels.streams", KEY_ENUM, AT(kernels.streams), "multi", 0, 0, "multi|single", "--streams",
+     "GPU: transfers in queues of their own, or in that of the kernels"},
+    {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",
+     "GPU: a step is launched as captured graphs, or op by op"},
 };
 const int config_key_count = sizeof config_keys / sizeof config_keys[0];
 _Static_assert(sizeof config_keys / sizeof config_keys[0] <= CONFIG_KEYS, "CONFIG_KEYS is too small");
@@ -172,7 +177,7 @@ void key_allowed(const Key *key, char *out, size_t room) {
     snprintf(out, room, "a number from %.7g to %.7g%s%s", key->min, key->max, or, word);
     return;
   case KEY_BOOL:
-    snprintf(out, room, "true or false");
+    snprintf(out, room, key->words ? "true or false, on or off" : "true or false");
     return;
   case KEY_ENUM:
     snprintf(out, room, "one of %s", word);
@@ -243,8 +248,10 @@ static int scalar_set(const Key *key, void *base, const Place *place, const cJSO
   int rc = -1;
   if (key->type == KEY_STRING) rc = string_set(key, field, item);
   if (key->type == KEY_INT || key->type == KEY_FLOAT) rc = number_set(key, field, item);
-  if (key->type == KEY_BOOL && cJSON_IsBool(item)) {
-    bool v = cJSON_IsTrue(item);
+  int named =
+      key->type == KEY_BOOL && key->words && cJSON_IsString(item) ? word_find(key->words, item->valuestring) : -1;
+  if (key->type == KEY_BOOL && (cJSON_IsBool(item) || named >= 0)) {
+    bool v = cJSON_IsTrue(item) || named == 1;
     memcpy(field, &v, sizeof v);
     rc = 0;
   }

@@ -1,5 +1,7 @@
-// The key table behind model/config.h: one row a key, and one value in and out of a Config. For config.c, and for
-// train.c, which asks where run.folder came from.
+// The key table behind model/config.h: one row a key, and one value in and out of a Config. For config.c,
+// config_history.c, and train.c, which asks where run.folder came from.
+//
+// Whoever changes the table so that a saved config can tell raises CONFIG_VERSION (model/config_history.h).
 #ifndef TESSERA_CONFIG_KEYS_H
 #define TESSERA_CONFIG_KEYS_H
 

@@ -106,6 +106,7 @@ static double op_flops(const Program *p, const Op *op) {
     return 3 * params_count(&op->args);
   case OP_COPY:
   case OP_ZERO:
+  case OP_CAST:
   case OP_EMBED_FWD:
   case OP_COUNT:
     break;

@@ -46,6 +46,7 @@ int op_uses_batch(OpKind kind) {
   case OP_GRAD_NORM:
   case OP_ADAMW:
   case OP_EMA:
+  case OP_CAST:
     return 0;
   default:
     return 1;
@@ -98,6 +99,7 @@ void program_free(Program *p) {
   ProgramState *s = p->state;
   program_unbind(p);
   free(s->address);
+  free(s->awaited);
   free(s->marks);
   free(s->recipes);
   free(s->revival);
@@ -364,6 +366,14 @@ void program_finish(Program *p) {
   schedule_lifetimes(p);
   schedule_place(p);
   waits_derive(p);
-  for (int i = 0; i < p->n_ops; i++) op_cost(p, &p->ops[i], &p->ops[i].flops, &p->ops[i].bytes);
+  p->state->awaited = xcalloc((size_t)p->n_ops + 1, 1);
+  for (int i = 0; i < p->n_ops; i++) {
+    Op *op = &p->ops[i];
+    op_cost(p, op, &op->flops, &op->bytes);
+    if (p->backend->scratch_bytes)
+      p->scratch_bytes = max_i64(p->scratch_bytes, (int64_t)p->backend->scratch_bytes(op->kind, &p->dims, &op->args));
+    p->state->uses_lane[op->lane] = 1;
+    for (int w = 0; w < op->n_waits; w++) p->state->awaited[op->waits[w].op] = 1;
+  }
   p->state->finished = 1;
 }

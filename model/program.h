@@ -16,8 +16,6 @@
 typedef int32_t TensorId;
 enum { NO_TENSOR = -1 };
 
-typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COUNT } Lane;
-
 // Where a tensor lives. ARENA and HOST (the slab offloaded tensors go to) are laid out by the program; the others are
 // allocations of the trainer, and a tensor there has a fixed byte offset.
 typedef enum Space {
@@ -34,7 +32,9 @@ typedef enum Space {
   SPACE_METRICS,
   SPACE_SCALARS,
   SPACE_STATUS,
-  SPACE_INPUT, // what sampling feeds in place of the noised patches
+  SPACE_INPUT,   // what sampling feeds in place of the noised patches
+  SPACE_REST,    // what the weights lack of their fp32 masters
+  SPACE_SCRATCH, // what an op of the compute lane may use while it runs
   SPACE_COUNT
 } Space;
 
@@ -109,6 +109,9 @@ struct Program {
   int n_ops;
   int64_t arena_bytes, host_bytes; // exact, after program_finish
   int64_t live_bytes;              // the largest sum of live tensors: a lower bound of arena_bytes
+  int64_t scratch_bytes;           // the most that one of its ops uses
+  int one_queue;                   // the copy lanes' ops go to the compute lane's queue, in recorded order
+  int use_graph;                   // replays launch a graph, captured at the first replay after program_bind
   ProgramState *state;             // recorder's own: memo of rebuilt tensors, layer marks, capacities
   Batch batch;                     // live pack, bound
 };
@@ -175,8 +178,9 @@ void program_bind(Program *p, const Bases *bases);
 void *program_address(const Program *p, TensorId t);
 
 // Runs the ops in recorded order; makes no allocation. op_seconds: seconds per op, [n_ops], are added to; NULL for
-// none. When built with AddressSanitizer, an op can touch its own operands and no other byte of the arena and the host
-// slab.
+// none. A backend with queues gets all ops at once, each lane's in its own queue with the waits between them, and may
+// still be at work when this returns; with op_seconds it is waited for, and no graph is used. When built with
+// AddressSanitizer, an op can touch its own operands and no other byte of the arena and the host slab.
 void program_replay(Program *p, double *op_seconds);
 
 // Replays in a random order that lanes and waits allow. Every range of the arena and the host slab holds NaN bytes

@@ -35,6 +35,9 @@ struct ProgramState {
   void **owned;   // [n_tensors] separate allocations, or NULL
   char *host;     // bound bases of the two spaces the program lays out, NULL where separate
   char *arena;
+  char *awaited; // [n_ops] ops of another lane wait for it
+  int uses_lane[LANE_COUNT];
+  void *graph; // captured replay, or NULL
 };
 
 // Frees the separate allocations of program_bind, if any.

@@ -23,25 +23,43 @@ static const char *const space_name[SPACE_COUNT] = {
     [SPACE_GRADS] = "gradients", [SPACE_ADAM_M] = "adam m",   [SPACE_MICRO_GRADS] = "micro-step gradients",
     [SPACE_ADAM_V] = "adam v",   [SPACE_EMA] = "ema",         [SPACE_STAGING] = "staging",
     [SPACE_BATCH] = "live pack", [SPACE_METRICS] = "metrics", [SPACE_SCALARS] = "scalars",
-    [SPACE_STATUS] = "status",   [SPACE_INPUT] = "input"};
+    [SPACE_STATUS] = "status",   [SPACE_INPUT] = "input",     [SPACE_REST] = "rest of the weights",
+    [SPACE_SCRATCH] = "scratch"};
 
 // Spaces the program lays out itself; elsewhere a tensor's bytes are the trainer's.
 static int is_laid_out(const Tensor *x) {
   return x->first >= 0 && (x->space == SPACE_ARENA || x->space == SPACE_HOST);
 }
 
+static void tensor_release(const Program *p, TensorId t) {
+  void *at = p->state->owned[t];
+  if (!at) return;
+  if (!p->backend->queues)
+    free(at);
+  else if (p->tensors[t].space == SPACE_HOST)
+    p->backend->host_release(at);
+  else
+    p->backend->release(at);
+}
+
 void program_unbind(Program *p) {
   ProgramState *s = p->state;
+  if (s->graph) p->backend->queues->graph_free(s->graph);
+  s->graph = NULL;
   if (s->owned)
-    for (TensorId t = 0; t < p->n_tensors; t++) free(s->owned[t]);
+    for (TensorId t = 0; t < p->n_tensors; t++) tensor_release(p, t);
   free(s->owned);
   s->owned = NULL;
 }
 
 static void *tensor_allocate(const Program *p, const Tensor *x) {
   void *at = NULL;
-  if (posix_memalign(&at, ARENA_ALIGN, (size_t)max_i64(x->bytes, 1)) != 0)
-    panic("program %s: out of memory: %lld bytes for %s", p->name, (long long)x->bytes, x->name);
+  size_t bytes = (size_t)max_i64(x->bytes, 1);
+  if (p->backend->queues)
+    at = x->space == SPACE_HOST ? p->backend->host_alloc(bytes) : p->backend->alloc(bytes);
+  else if (posix_memalign(&at, ARENA_ALIGN, bytes) != 0)
+    at = NULL;
+  if (!at) panic("program %s: out of memory: %lld bytes for %s", p->name, (long long)x->bytes, x->name);
   return at;
 }
 
@@ -64,9 +82,14 @@ static void tensors_bind(Program *p, const Bases *bases) {
   }
 }
 
+static Lane op_queue(const Program *p, const Op *op) {
+  return p->one_queue ? LANE_COMPUTE : op->lane;
+}
+
 void program_bind(Program *p, const Bases *bases) {
   ProgramState *s = p->state;
   if (!s->finished) panic("program %s: bound before program_finish", p->name);
+  if (p->scratch_bytes && !bases->of[SPACE_SCRATCH]) panic("program %s: there is no scratch memory", p->name);
   program_unbind(p);
   tensors_bind(p, bases);
   memset(&p->batch, 0, sizeof p->batch);
@@ -77,7 +100,11 @@ void program_bind(Program *p, const Bases *bases) {
       panic("program %s: backend %s has no %s", p->name, p->backend->name, op_info[op->kind].name);
     if (op_uses_batch(op->kind) && !bases->of[SPACE_BATCH])
       panic("program %s: op %d %s reads the live pack, which is not bound", p->name, i, op_info[op->kind].name);
-    op->call = (KernelCall){.batch = &p->batch, .dims = &p->dims, .args = &op->args};
+    op->call = (KernelCall){.batch = &p->batch,
+                            .dims = &p->dims,
+                            .args = &op->args,
+                            .scratch = op->lane == LANE_COMPUTE ? bases->of[SPACE_SCRATCH] : NULL};
+    if (p->backend->queues) op->call.stream = p->backend->queues->stream(op_queue(p, op));
     for (int k = 0; k < OP_MAX_IN; k++) op->call.in[k] = op->in[k] == NO_TENSOR ? NULL : s->address[op->in[k]];
     for (int k = 0; k < OP_MAX_OUT; k++) op->call.out[k] = op->out[k] == NO_TENSOR ? NULL : s->address[op->out[k]];
   }
@@ -144,8 +171,67 @@ static void replay_check(const Program *p) {
   if (!p->state->address) panic("program %s: replayed before program_bind", p->name);
 }
 
+// Events of a replay: one an op, then the beginning, then each lane's end; with times also two an op.
+static int event_begin(const Program *p) {
+  return p->n_ops;
+}
+static int event_end(const Program *p, Lane lane) {
+  return p->n_ops + 1 + (int)lane;
+}
+static int event_time(const Program *p, int op, int end) {
+  return p->n_ops + 1 + LANE_COUNT + 2 * op + end;
+}
+
+// Gives all ops to the queues. The other lanes begin after what the compute lane was given before, and it goes on after
+// them.
+static void queues_fill(Program *p, int timed) {
+  const Queues *q = p->backend->queues;
+  const ProgramState *s = p->state;
+  q->record(LANE_COMPUTE, event_begin(p));
+  for (int l = 0; l < LANE_COUNT && !p->one_queue; l++)
+    if (l != LANE_COMPUTE && s->uses_lane[l]) q->wait((Lane)l, event_begin(p));
+  for (int i = 0; i < p->n_ops; i++) {
+    const Op *op = &p->ops[i];
+    Lane lane = op_queue(p, op);
+    for (int w = 0; w < op->n_waits && !p->one_queue; w++) q->wait(lane, op->waits[w].op);
+    if (timed) q->record(lane, event_time(p, i, 0));
+    p->backend->fn[op->kind](&op->call);
+    if (timed) q->record(lane, event_time(p, i, 1));
+    if (s->awaited[i] && !p->one_queue) q->record(lane, i);
+  }
+  for (int l = 0; l < LANE_COUNT && !p->one_queue; l++) {
+    if (l == LANE_COMPUTE || !s->uses_lane[l]) continue;
+    q->record((Lane)l, event_end(p, (Lane)l));
+    q->wait(LANE_COMPUTE, event_end(p, (Lane)l));
+  }
+}
+
+static void replay_queued(Program *p, double *op_seconds) {
+  const Queues *q = p->backend->queues;
+  ProgramState *s = p->state;
+  if (op_seconds) {
+    queues_fill(p, 1);
+    for (int i = 0; i < p->n_ops; i++) op_seconds[i] += q->seconds(event_time(p, i, 0), event_time(p, i, 1));
+    return;
+  }
+  if (!p->use_graph) {
+    queues_fill(p, 0);
+    return;
+  }
+  if (!s->graph) {
+    q->capture_begin();
+    queues_fill(p, 0);
+    s->graph = q->capture_end();
+  }
+  q->graph_launch(s->graph);
+}
+
 void program_replay(Program *p, double *op_seconds) {
   replay_check(p);
+  if (p->backend->queues) {
+    replay_queued(p, op_seconds);
+    return;
+  }
   shadow_begin(p);
   double before = op_seconds ? time_now() : 0;
   for (int i = 0; i < p->n_ops; i++) {

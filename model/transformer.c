@@ -12,7 +12,7 @@
 #define IN(...) ((const TensorId[OP_MAX_IN]){__VA_ARGS__})
 #define OUT(...) ((const TensorId[OP_MAX_OUT]){__VA_ARGS__})
 
-enum { TIME_FEATURES = 256, HEAD_CHUNK = 256 };
+enum { TIME_FEATURES = 256 };
 enum { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 }; // column blocks of a layer in the modulation table
 
 typedef struct Forward {                         // what the backward pass of a layer asks for
@@ -318,8 +318,9 @@ static void record_text_head(Recording *r, Ends *e, ModelProgram *out) {
     program_op(r->p, OP_HEAD_LOGITS, IN(e->h, weight(r, head)), OUT(out->logits), NULL);
     return;
   }
-  OpArgs a = {.head = {.accumulate = r->accumulate, .chunk = HEAD_CHUNK}};
-  TensorId work = program_tensor(r->p, DT_REAL, (int64_t)HEAD_CHUNK * d->V, "logits chunk");
+  int chunk = (int)min_i64(r->model->backend->head_chunk, d->T);
+  OpArgs a = {.head = {.accumulate = r->accumulate, .chunk = chunk}};
+  TensorId work = program_tensor(r->p, DT_REAL, (int64_t)chunk * d->V, "logits chunk");
   out->nll = program_tensor(r->p, DT_REAL, d->T, "nll");
   e->dh = r->train ? rows_tensor(r, d->C, "dh") : NO_TENSOR;
   program_op(r->p, OP_HEAD_CE, IN(e->h, weight(r, head)),
@@ -571,9 +572,25 @@ Program *update_record(const Model *model, int ema) {
   TensorId partial = program_tensor(p, DT_F64, w->n, "squared norms");
   OpArgs a = {.params = {.spans = w->spans, .n = w->n}};
   program_op(p, OP_GRAD_NORM, IN(grads, metrics, scalars), OUT(status, partial), &a);
-  program_op(p, OP_ADAMW, IN(grads, status, scalars), OUT(weights, m, v), &a);
+  TensorId rest = NO_TENSOR;
+  if (model->backend->master_rest) rest = program_external(p, SPACE_REST, 0, DT_U8, 2 * n, "rest of the weights");
+  program_op(p, OP_ADAMW, IN(grads, status, scalars), OUT(weights, m, v, rest), &a);
   if (ema)
-    program_op(p, OP_EMA, IN(weights, status, scalars), OUT(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")), &a);
+    program_op(p, OP_EMA, IN(weights, status, scalars, rest), OUT(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")),
+               &a);
+  program_finish(p);
+  return p;
+}
+
+Program *ema_record(const Model *model, int enter) {
+  Dims d = dims_from_config(model->config, 1, 1);
+  Program *p = program_new(enter ? "ema in" : "ema out", &d, model->backend, NULL);
+  int64_t n = model->params.total, bytes = n * (int64_t)model->backend->dtype_bytes[DT_ACT];
+  TensorId weights = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, n, "weights");
+  TensorId aside = program_external(p, SPACE_GRADS, 0, DT_ACT, n, "weights laid aside");
+  OpArgs copy = {.span = {.count = bytes}}, cast = {.span = {.count = n}};
+  program_op(p, OP_COPY, IN(enter ? weights : aside), OUT(enter ? aside : weights), &copy);
+  if (enter) program_op(p, OP_CAST, IN(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")), OUT(weights), &cast);
   program_finish(p);
   return p;
 }

@@ -39,6 +39,10 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
 // The update: gradient norm and decision, AdamW, and with `ema` the moving average.
 Program *update_record(const Model *model, int ema);
 
+// Puts the EMA in the place of the weights, which lie aside in the gradients' slab until the program with `enter` 0
+// puts them back, bit for bit. Only between steps: a step's first micro-step overwrites the gradients.
+Program *ema_record(const Model *model, int enter);
+
 // Training FLOPs of a step as the field counts them for MFU: 6 x active parameters per token + 12 L H D per allowed
 // (query, key) pair; recomputation earns nothing.
 double transformer_flops(const Config *c, double text_tokens, double image_tokens, double pairs);

@@ -178,7 +178,9 @@ def eval_panel(evals, x_max):
     lines = [(name, color, grouped(series(evals, key))) for name, key, color in (
         ("flow", "flow", BLUE), ("bits/byte", "caption_bits_per_byte", ORANGE),
         ("bits/byte, other image", "caption_bits_per_byte_shuffled", GREEN))]
-    return Panel("Evaluation, held-out samples", note, lines, x_max, log=True, marks=True)
+    of = evals[-1][1].get("of") if evals else None  # where nothing is held out, training samples are measured
+    title = f"Evaluation, {'training' if of == 'training' else 'held-out'} samples"
+    return Panel(title, note, lines, x_max, log=True, marks=True)
 
 
 def load_panel(steps, evals, loads, x_max):

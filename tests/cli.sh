@@ -26,7 +26,7 @@ refused 'exclude each other' configs/demo.json --plan --eval
 refused 'no/such.json' no/such.json
 refused 'train.lr' configs/demo.json --set train.lr=-1
 refused 'train.steps' configs/demo.json --set train.stepz=1
-refused 'CUDA' configs/demo.json --device cuda
+CUDA_VISIBLE_DEVICES='' refused 'device cuda:' configs/demo.json --device cuda
 "$train" configs/demo.json --device cuda --print-config | grep -q 'run.device .*flag .*cuda'
 for flag in --from --init --dump --out --run-dir; do
   refused "$flag needs a value, and got --resume" configs/demo.json $flag --resume

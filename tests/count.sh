@@ -1,6 +1,7 @@
 # Counts tests; sourced by run.sh and run_long.sh, which set $logs, a folder.
 # shellcheck shell=bash disable=SC2154
 passed=0 failed=0 skipped=0
+figures=() # a line for each check, for a table at the end
 mkdir -p "$logs"
 
 # Adds up what cmocka printed; a program that ends badly without naming a failed test counts as one failure.
@@ -18,16 +19,17 @@ count_cmocka() { # NAME EXIT_CODE LOG
 
 # A check that is one test: passes with exit code 0, is skipped with 77. Shows the last line of what it said.
 check() { # NAME COMMAND...
-  local name=$1 log=$logs/$1.log rc=0 said
+  local name=$1 log=$logs/$1.log rc=0 said result
   shift
   began=$SECONDS
   "$@" >"$log" 2>&1 || rc=$?
   said=$(tail -1 "$log")
   case $rc in
-    0) passed=$((passed + 1)) && echo "$name: passed ($((SECONDS - began))s)${said:+: $said}" ;;
-    77) skipped=$((skipped + 1)) && echo "$name: SKIPPED: $said" ;;
-    *) failed=$((failed + 1)) && echo "$name: FAILED (exit $rc)" && tail -15 "$log" ;;
+    0) passed=$((passed + 1)) result=passed && echo "$name: passed ($((SECONDS - began))s)${said:+: $said}" ;;
+    77) skipped=$((skipped + 1)) result=SKIPPED && echo "$name: SKIPPED: $said" ;;
+    *) failed=$((failed + 1)) result=FAILED && echo "$name: FAILED (exit $rc)" && tail -15 "$log" ;;
   esac
+  figures+=("$(printf '%-18s %-8s %5ss  %s' "$name" "$result" $((SECONDS - began)) "$said")")
 }
 
 # The last line. False when anything failed.

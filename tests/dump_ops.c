@@ -200,6 +200,7 @@ static void call_copies(World *w) {
   int n = case_int(&w->c, 1, 300);
   Value src = random_value(w, n);
   call(w, OP_COPY, ARGS(.span = {.count = n * (int)sizeof(real)}), IN(src), OUT(poison_value(w, n)));
+  call(w, OP_CAST, ARGS(.span = {.count = n}), IN(src), OUT(poison_value(w, n)));
   call(w, OP_ZERO, ARGS(.span = {.count = n * (int)sizeof(real)}), IN(none), OUT(poison_value(w, n)));
   for (int accumulate = 0; accumulate < 2; accumulate++)
     call(w, OP_ADD, ARGS(.span = {.count = n, .accumulate = accumulate}), IN(src), OUT(sum_value(w, n, accumulate)));

@@ -5,9 +5,10 @@ goes on to the same bits as one that nothing happened to.
     tests/faults.py [--kills N] [--leaks] [--train ./train] [--seed N]
 
 kill -9 at N random moments, half of them in the middle of a save; damaged, missing, foreign checkpoints; a full disk
-and a file-size limit; SIGINT and SIGTERM, once and twice; two runs on one folder; the time to start and to wait for
-data. --leaks: also 2,000 steps with flat memory and no descriptor lost. Standard library alone; exit code 1 on the
-first thing that is not as it should be. The last line says what was counted.
+and a file-size limit; a run that diverges; SIGINT, SIGTERM and SIGHUP, once and twice, under nohup, and a log that
+nobody reads any more; two runs on one folder; images that cannot be decoded, counted over resumes; the time to start
+and to wait for data. --leaks: also 2,000 steps with flat memory and no descriptor lost. Standard library alone; exit
+code 1 on the first thing that is not as it should be. The last line says what was counted.
 """
 import argparse
 import filecmp
@@ -361,6 +362,81 @@ def test_signals(work, reference, rng):
     return "SIGINT and SIGTERM save, a second one stops at once"
 
 
+def test_hangup(work, reference):
+    """The terminal is closed: SIGHUP, from the kernel and from the shell, and then nobody reads what is said."""
+    run = work / "hangup"
+    trainer = Trainer(run, "--stop-at", STEPS, checkpoint__every=0)
+    trainer.wait_log("step +2 ")
+    trainer.signal(signal.SIGHUP)
+    trainer.process.send_signal(signal.SIGHUP)
+    log = trainer.end(0, "stopped by a signal after step")
+    step = int(re.search(r"stopped by a signal after step (\d+)", log)[1])
+    same(run, step, reference)
+
+    # Its log a pipe whose reader went too: the next line brings SIGPIPE, at least one step later.
+    trainer = Trainer(run, "--resume", "--stop-at", STEPS, checkpoint__every=0,
+                      within=("sh", "-c", '"$@" 2>&1 | head -n 2; sleep 0.1', "sh"))
+    trainer.end(0, "loaded")
+    until = time.monotonic() + 20
+    while checkpoints(run)[-1] == step and time.monotonic() < until:
+        time.sleep(0.01)
+    check(step < checkpoints(run)[-1] < STEPS, f"{run}: {checkpoints(run)} after a lost reader at step {step + 1}")
+    same(run, checkpoints(run)[-1], reference)
+
+    # nohup: the run goes on.
+    trainer = Trainer(run, "--resume", "--stop-at", STEPS, checkpoint__every=0, within=("nohup",))
+    trainer.wait_log("step +")
+    trainer.signal(signal.SIGHUP)
+    trainer.end(0)
+    same(run, STEPS, reference)
+    return "SIGHUP saves, a second one changes nothing, nohup trains on; a lost reader of the log saves too"
+
+
+def test_divergence(work, reference):
+    """Weights that grow a hundredfold a step until nothing is finite: given up, what was saved before stays usable."""
+    run = copy_run(reference, work / "diverged", 5)
+    log = Trainer(run, "--resume", "--stop-at", 10 * STEPS, train__lr=10, train__weight_decay=10, train__warmup_steps=0,
+                  train__max_skipped=3, checkpoint__keep_last=1000).end(
+        1, "SKIPPED: not finite", "error: ", "3 steps in a row", "hint:")
+    rows = [row for row in metrics(run) if "lr" in row]
+    check([("skipped" in row) for row in rows[-4:]] == [False, True, True, True], f"{run}: {rows[-4:]}\n{log[-2000:]}")
+    bad = rows[-3]["step"]  # counted from 0: so many were done before it
+    check(checkpoints(run) == list(range(5, bad + 1)), f"{run}: {checkpoints(run)}, skipped from step {bad + 1} on")
+    same(run, 5, reference)
+    for step in checkpoints(run):  # all of them whole: --from takes no other
+        Trainer(run, "--from", run / f"ckpt-{step}", "--dump", work / "dumped").end(0, f"ckpt-{step}")
+    Trainer(run, "--from", run / "ckpt-5", "--stop-at", 7).end(0)
+    same(run, 7, reference)
+    return f"a run that diverges is given up after 3 skipped steps, {bad - 4} checkpoints whole"
+
+
+def test_bad_images(work, samples):
+    """Images that cannot be decoded count once in a run, over resumes too, and the state says the same as in one go."""
+    folder, run, broken = work / "pictures", work / "bad-images", 8
+    folder.mkdir()
+    samples = samples[:40]
+    (folder / "captions.tsv").write_text("".join(f"{i}.png\t{caption}\n" for i, (caption, _) in enumerate(samples)))
+    for i, (_, png) in enumerate(samples):  # a whole header, half a picture
+        (folder / f"{i}.png").write_bytes(png[: len(png) // 2] if i < broken else png)
+    keys = {"data__sources": [{"type": "folder", "path": str(folder)}], "data__held_out": 0, "data__threads": 1,
+            "checkpoint__every": 1}
+
+    def counted(step):
+        return len(json.loads((run / f"ckpt-{step}/state.json").read_text())["state"]["loader"]["bad"])
+
+    Trainer(run, "--stop-at", 6, data__max_bad=broken, **keys).end(0, "cannot be decoded")
+    check(counted(6) == broken, f"{run}: {counted(6)} bad images after 6 steps, not {broken}")
+    for step in (7, 8):  # met again by each process
+        Trainer(run, "--resume", "--stop-at", step, data__max_bad=broken, **keys).end(0)
+        check(counted(step) == broken, f"{run}: {counted(step)} bad images after step {step}, not {broken}")
+    straight = work / "bad-images-straight"
+    Trainer(straight, "--stop-at", 8, data__max_bad=broken, **keys).end(0)
+    same(run, 8, straight)
+    check((run / "ckpt-8/state.json").read_bytes() == (straight / "ckpt-8/state.json").read_bytes(),
+          f"{run}/ckpt-8/state.json is not that of a run in one go")
+    return "bad images count once, over resumes too"
+
+
 def test_lock(work, reference):
     run = work / "locked"
     first = Trainer(run, "--stop-at", STEPS)
@@ -499,8 +575,9 @@ def main():
         Trainer(other, "--stop-at", 1, model__dim=48, model__head_dim=8).end(0)
         tests = [
             (test_kills, reference, rng, options.kills, whole), (test_damage, reference, other, rng),
-            (test_size_limit, reference), (test_full_disk, reference), (test_signals, reference, rng),
-            (test_lock, reference), (test_start,), (test_data_wait, samples),
+            (test_size_limit, reference), (test_full_disk, reference), (test_divergence, reference),
+            (test_signals, reference, rng), (test_hangup, reference), (test_lock, reference),
+            (test_bad_images, samples), (test_start,), (test_data_wait, samples),
         ]
         if options.leaks:
             tests.append((test_leaks,))

@@ -96,16 +96,18 @@ case_of 'the config is not there' 2 './train my.json' 'cannot open my.json'
 case_of 'an empty file as config' 2 './train empty.json' 'empty.json:1:1' 'configs/'
 printf '\211PNG\r\n\032\n' >cat.png
 case_of 'a picture as config' 2 './train cat.png' 'cat.png:1:1' 'configs/'
-case_of 'a folder that is no run' 2 './train pictures' 'pictures/config.json'
+case_of 'a folder that is no run' 2 './train pictures' 'pictures is a folder' 'no config.json' 'runs/NAME'
 sed 's/"layers": 4,/"layers": 4/' configs/demo.json >comma.json
 case_of 'a comma is missing' 2 './train comma.json' 'comma.json:[0-9]*:[0-9]*' 'hint:'
+echo '{"tessera": 1000, "train": {"sleep": 3}}' >newer.json
+case_of 'a config of a newer version' 2 './train newer.json' 'newer.json:1: tessera = 1000' 'newer version' 'hint:'
 case_of 'an unknown flag' 2 './train configs/demo.json --epochs 10' 'unknown flag --epochs' '--help'
 case_of 'an unknown key' 2 './train configs/demo.json --set train.step=10' 'train.steps'
 case_of 'a value out of range' 2 './train configs/demo.json --set train.lr=-1' 'train.lr = -1' 'from 0 to 10'
 case_of 'a value of the wrong type' 2 './train configs/demo.json --set train.steps=many' 'train.steps = "many"'
 case_of 'sizes that do not go together' 2 './train configs/demo.json --set data.image_size=30' \
   'multiple of model.patch' 'hint:'
-case_of 'a GPU asked of a build without' 2 './train configs/demo.json --device cuda' 'CUDA'
+case_of 'a GPU asked for where none is' 2 'CUDA_VISIBLE_DEVICES= ./train configs/demo.json --device cuda' '--device cuda:'
 
 section 'Runs'
 [ -f "$root/.cache/shapes/shapes.tar" ] || "$root/scripts/make_shapes.py" "$root/.cache/shapes/shapes.tar" >"$work/log"
@@ -118,6 +120,10 @@ sed 's/"dim": 128, "layers": 4, "heads": 4/"dim": 16, "layers": 1, "heads": 2/; 
   configs/demo.json >tiny.json
 ./train tiny.json --stop-at 2 2>"$work/log"
 case_of 'the run exists already' 2 './train tiny.json' 'already holds checkpoints' '--resume'
+# Its config.json as a version wrote it that had no data.max_bad.
+sed -i '/"tessera"/d; /"max_bad"/d' runs/demo/config.json
+case_of 'an older run goes on' 0 './train runs/demo --resume --stop-at 2 2>&1 | grep version' \
+  'config.json was written by version 1; new since: data.max_bad=100'
 case_of 'it goes on with another model' 2 './train tiny.json --resume --set model.dim=32' \
   'ckpt-2/model.safetensors' 'expected'
 printf '!' | dd of=runs/demo/ckpt-2/model.safetensors bs=1 seek=5000 conv=notrunc 2>"$work/log"

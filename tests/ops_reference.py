@@ -134,6 +134,10 @@ def op_copy(c, r):
     return {"dst": r.i["src"]}
 
 
+def op_cast(c, r):
+    return {"dst": r.i["src"]}
+
+
 def op_zero(c, r):
     return {"dst": torch.zeros_like(r.out["dst"])}
 

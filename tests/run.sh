@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Runs the test suite of a build folder and counts: tests/run.sh BUILD [--sanitized] TEST_PROGRAM...
+# Runs the test suite of a build folder and counts: tests/run.sh BUILD [--sanitized|--threads] TEST_PROGRAM...
 # The programs are those that the Makefile just built: a folder may hold others, of tests that are gone. --sanitized:
-# only what is not training. The last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed.
+# only what is not training. --threads: the programs, and a short run that loads and decodes in three threads, all built
+# with ThreadSanitizer. The last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 build=$1
 shift
-sanitized=
-if [ "${1:-}" = --sanitized ]; then sanitized=1 && shift; fi
+part=all
+case ${1:-} in --sanitized | --threads) part=${1#--} && shift ;; esac
 python=${PYTHON:-/usr/bin/python3}
 logs=$build/logs
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} # as ./train sets for itself
@@ -18,7 +19,7 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} # as ./train sets for itself
 child=
 trap '[ -z "$child" ] || kill "$child"; exit 130' INT TERM
 limited() { # COMMAND...
-  local seconds=300 rc=0
+  local seconds=600 rc=0
   timeout --kill-after=10 $seconds "$@" &
   child=$!
   wait "$child" || rc=$?
@@ -27,6 +28,24 @@ limited() { # COMMAND...
   return $rc
 }
 
+# A training run in which every thread is the engine's own: neither OpenMP nor OpenBLAS has any.
+threads() {
+  local run status
+  run=$(mktemp -d)
+  [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar || return 1
+  OPENBLAS_NUM_THREADS=1 limited "$build/train" configs/demo.json --run-dir "$run/run" --tokens 256 --steps 10 \
+    --set run.threads=1 --set data.threads=3 --set eval.samples=0 --set eval.documents=0 2>"$run/log"
+  status=$?
+  tail -200 "$run/log"
+  rm -rf "$run"
+  return $status
+}
+
+if [ "$part" = threads ]; then
+  for binary in "$@" "$build/train"; do # a build that is not instrumented would pass whatever it does
+    grep -q __tsan_func_entry "$binary" || { failed=$((failed + 1)) && echo "$binary: FAILED: not built with ThreadSanitizer"; }
+  done
+fi
 if [ $# -eq 0 ]; then failed=1 && echo "no test programs: 'make test' names them"; fi
 for binary in "$@"; do
   name=$(basename "$binary")
@@ -36,31 +55,39 @@ for binary in "$@"; do
   count_cmocka "$name" "$rc" "$log"
 done
 
-check cli limited tests/cli.sh "$build"
-if [ "$sanitized" ]; then
-  # What the comparisons with PyTorch are made from; they themselves need no sanitizer.
-  check dump_ops limited "$build/tests/dump_ops" "$build/dumps/ops"
-  check dump_model limited "$build/tests/dump_model" "$build/dumps/models"
-  rm -rf "$build/dumps"
-else
-  check messages limited tests/messages.sh "$build"
-  if "$python" -c 'import torch' 2>/dev/null; then
-    check reference limited "$python" tests/test_reference.py
-    check parity_ops limited tests/parity.sh ops "$build"
-    check parity_model limited tests/parity.sh model "$build"
-  elif [ "${TESSERA_REQUIRE_TORCH:-}" ]; then
-    failed=$((failed + 1))
-    echo "parity: FAILED: python3-torch is required here and absent"
-  else
-    skipped=$((skipped + 3))
-    echo "parity: SKIPPED: $python has no torch (python3-torch)"
-  fi
-  check resume limited tests/resume.sh "$build"
-  check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
-  check emoji_fill limited tests/emoji_fill.sh "$build"
-  check infer limited tests/infer.sh "$build"
-  check plot limited "$python" tests/test_plot.py
-  check learning limited tests/learning.sh 300 "$build"
-fi
+case $part in
+  threads)
+    check threads threads
+    ;;
+  sanitized)
+    check cli limited tests/cli.sh "$build"
+    # What the comparisons with PyTorch are made from; they themselves need no sanitizer.
+    check dump_ops limited "$build/tests/dump_ops" "$build/dumps/ops"
+    check dump_model limited "$build/tests/dump_model" "$build/dumps/models"
+    rm -rf "$build/dumps"
+    ;;
+  all)
+    check cli limited tests/cli.sh "$build"
+    check messages limited tests/messages.sh "$build"
+    if "$python" -c 'import torch' 2>/dev/null; then
+      check reference limited "$python" tests/test_reference.py
+      check parity_ops limited tests/parity.sh ops "$build"
+      check parity_model limited tests/parity.sh model "$build"
+    elif [ "${TESSERA_REQUIRE_TORCH:-}" ]; then
+      failed=$((failed + 1))
+      echo "parity: FAILED: python3-torch is required here and absent"
+    else
+      skipped=$((skipped + 3))
+      echo "parity: SKIPPED: $python has no torch (python3-torch)"
+    fi
+    check resume limited tests/resume.sh "$build"
+    check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
+    check run_folder limited "$python" tests/run_folder.py "$build/train"
+    check emoji_fill limited tests/emoji_fill.sh "$build"
+    check infer limited tests/infer.sh "$build"
+    check plot limited "$python" tests/test_plot.py
+    check learning limited tests/learning.sh 300 "$build"
+    ;;
+esac
 
 count_print

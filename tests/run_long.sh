@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# The long learning runs, about half an hour on two cores: tests/run_long.sh BUILD
-# Runs stay in BUILD/long, drawings among them; a second call starts over. The last line is "N passed, N failed[, N
-# skipped]". Exit code 1 when anything failed.
+# Everything that takes long, about two hours on two cores: tests/run_long.sh BUILD BUILD_SANITIZED FUZZ_TARGET...
+# One after the other, as they use all cores: long learning runs, drawings, real images, 50 kills, 2,000 steps with
+# flat memory, mutations of every input format under ASan and UBSan. Then the fuzz targets, as many at a time as there
+# are cores. From the environment: FUZZ_SECONDS of each target and FUZZ_CC, a clang with libFuzzer.
+# Runs stay in BUILD/long, drawings among them; a second call starts over. All figures are in one table at the end. The
+# last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-build=$1
+build=$1 sanitized=$2
+shift 2
+targets=("$@")
 python=${PYTHON:-/usr/bin/python3}
 logs=$build/logs
 long=$build/long
+mutations=50000 # of each image
+rounds=50      # of 16 mutations of each file of the fuzz corpora
+fuzz_seconds=${FUZZ_SECONDS:-600}
+fuzz_cc=${FUZZ_CC:-clang}
 # shellcheck source=tests/count.sh
 . tests/count.sh
 
@@ -36,10 +45,58 @@ sys.exit(last["retrieval_training"] < 0.9)
 P
 }
 
+# A test program that mutates and counts: "N mutations of ..." a line. Says how many all in all, and of what.
+mutated() { # PROGRAM ARGUMENT
+  "$@" || return 1
+  awk '/^[0-9]+ mutations of / { n += $1; sub(/ mutations/, ""); what = what "; " $0 }
+       END { printf "%d mutations: %s\n", n, substr(what, 3); exit n == 0 }' "$logs/$name.log"
+}
+
+# All targets, as many at a time as there are cores; what each found is in its own log.
+fuzz() {
+  make --no-print-directory -k -j"$(nproc)" fuzz FUZZ_SECONDS="$fuzz_seconds" FUZZ_CC="$fuzz_cc"
+}
+
+# What `fuzz` said of one target. Without its line the target failed or was not built.
+fuzzed() { # TARGET
+  if grep "^$1: [0-9]* executions" "$logs/fuzz.log"; then return 0; fi
+  tail -30 "build-fuzz/$1.log"
+  return 1
+}
+
+can_fuzz() {
+  local program status
+  program=$(mktemp)
+  echo 'int LLVMFuzzerTestOneInput(const char *data, long n) { return data && n < 0; }' |
+    "$fuzz_cc" -x c -fsanitize=fuzzer,address,undefined -o "$program" - 2>"$logs/fuzz.log"
+  status=$?
+  rm -f "$program"
+  return $status
+}
+
 rm -rf "$long" && mkdir -p "$long"
 check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
 check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
 check drawings drawings
 check emoji emoji
 check faults_50 "$python" tests/faults.py --kills 50 --leaks --train "$build/train"
+check mutations_images mutated "$sanitized/tests/test_hostile" $mutations
+check mutations_corpora mutated "$sanitized/tests/test_fuzz" $rounds
+if can_fuzz; then
+  echo "fuzzing ${#targets[@]} targets, $fuzz_seconds s each"
+  rm -f "$logs"/fuzz.log
+  fuzz >"$logs/fuzz.log" 2>&1
+  for target in "${targets[@]}"; do check "fuzz_$target" fuzzed "$target"; done
+else
+  cannot_fuzz() { echo "no libFuzzer with $fuzz_cc; make test-long FUZZ_CC=... takes another" && return 77; }
+  for target in "${targets[@]}"; do check "fuzz_$target" cannot_fuzz; done
+fi
+
+echo
+printf '%s\n' "${figures[@]}"
+awk '/^fuzz_/ && / executions/ { for (i = 2; i <= NF; i++) if ($i ~ /^executions/) executions += $(i - 1) }
+     / mutations:/ { for (i = 2; i <= NF; i++) if ($i == "mutations:") mutations += $(i - 1) }
+     / kills survived/ { for (i = 2; i <= NF; i++) if ($i == "kills") kills += $(i - 1) }
+     END { printf "all in all: %d kills survived, %d mutations, %d fuzz executions\n", kills, mutations, executions }' \
+  <<<"$(printf '%s\n' "${figures[@]}")"
 count_print

@@ -1,5 +1,5 @@
-// The configuration: every key of the table (wrong type, out of range, misspelt, round trip), the JSON layer below it,
-// the values that depend on one another, and the files in configs/.
+// The configuration: every key of the table (wrong type, out of range, misspelt, round trip), the values that depend on
+// one another, configs of other versions, and the files in configs/.
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -9,10 +9,9 @@
 #include "base/json.h"
 #include "base/philox.h"
 #include "model/config.h"
-#include "model/config_keys.h"
+#include "model/config_history.h"
 
 #include <glob.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -53,124 +52,6 @@ static char *nested(const char *path, const char *value) {
     end = begin > path ? begin - 1 : path;
   }
   return text;
-}
-
-// ---- JSON ----
-
-static void json_errors(void **state) {
-  (void)state;
-  static const struct {
-    const char *text, *expected;
-  } cases[] = {
-      {"", "t:1:1: a value is expected, found the end of the text"},
-      {"{\n  \"a\": 1,\n}", "t:3:1: a key in double quotes is expected, found '}'"},
-      {"{\"a\" 1}", "t:1:6: ':' is expected after a key, found '1'"},
-      {"[1 2]", "t:1:4: ',' or ']' is expected, found '2'"},
-      {"{\"a\": 1", "t:1:8: ',' or '}' is expected, found the end of the text"},
-      {"{} x", "t:1:4: the end of the text is expected, found 'x'"},
-      {"{}{}", "t:1:3: the end of the text is expected"},
-      {"{\"a\": 1, \"b\": 2,\n \"a\": 3}", "t:2: key \"a\" again, first in line 1"},
-      {"[{\"x\": [{\"k\": 1, \"k\": 1}]}]", "key \"k\" again"},
-      {"\"abc", "t:1:1: this string never ends"},
-      {"\"a\nb\"", "this string never ends"},
-      {"\"a\tb\"", "t:1:3: control character"},
-      {"\"\\x\"", "t:1:2: unknown escape"},
-      {"\"\\u12g4\"", "four hexadecimal digits"},
-      {"\"\\u0000\"", "\\u0000 is not allowed"},
-      {"\"\\ud800\"", "not valid JSON"},
-      {"\"\xff\"", "t:1:2: this is not UTF-8"},
-      {"\"\xed\xa0\x80\"", "not UTF-8"},
-      {"\"\xc0\xaf\"", "not UTF-8"},
-      {"\xc3\xa9", "a value is expected, found byte 0xC3"},
-      {"\"\xc3\xa9\" 1", "t:1:5: the end of the text"}, // a column is a character
-      {"01", "t:1:1: this is not a number"},
-      {"1.", "not a number"},
-      {"-", "not a number"},
-      {"1e", "not a number"},
-      {"[1e999]", "too large"},
-      {"NaN", "a value is expected, found 'N'"},
-      {"truth", "a value is expected"},
-      {"/* open", "t:1:1: this comment never ends"},
-      {"/", "a value is expected, found '/'"},
-      {"1111111111111111111111111111111111111111111111111111111111111", "longer than 60"},
-  };
-  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-    Error err = {0};
-    cJSON *root = json_parse(cases[i].text, strlen(cases[i].text), "t", JSON_WITH_COMMENTS, &err);
-    if (root) fail_msg("accepted: %s", cases[i].text);
-    assert_contains(err.text, cases[i].expected);
-  }
-  Error err;
-  assert_null(json_parse("// c\n1", 6, "t", JSON_PLAIN, &err));
-  assert_contains(err.text, "comments are not allowed");
-  assert_null(json_parse("1\0", 2, "t", JSON_PLAIN, &err));
-  assert_contains(err.text, "byte 0x00");
-}
-
-static void json_comments_and_lines(void **state) {
-  (void)state;
-  const char *text =
-      "\xEF\xBB\xBF// first\n{ /* two\nlines */ \"a\": [1, // x\n  \"//no /* comment\"],\n\"b\":{\"c\":null}}\n//end";
-  Error err;
-  cJSON *root = json_parse(text, strlen(text), "t", JSON_WITH_COMMENTS, &err);
-  if (!root) fail_msg("%s", err.text);
-  cJSON *a = cJSON_GetObjectItemCaseSensitive(root, "a"), *b = cJSON_GetObjectItemCaseSensitive(root, "b");
-  assert_int_equal(json_line(root), 2);
-  assert_int_equal(json_line(a), 3);
-  assert_int_equal(json_line(cJSON_GetArrayItem(a, 1)), 4);
-  assert_string_equal(cJSON_GetArrayItem(a, 1)->valuestring, "//no /* comment");
-  assert_int_equal(json_line(cJSON_GetObjectItemCaseSensitive(b, "c")), 5);
-  cJSON_Delete(root);
-}
-
-static void json_hostile(void **state) {
-  (void)state;
-  size_t n = 1 << 20;
-  char *text = xmalloc(n);
-  Error err;
-  for (int kind = 0; kind < 3; kind++) {
-    for (size_t i = 0; i < n; i++) text[i] = kind == 0 ? '[' : kind == 1 ? "{\"a\":"[i % 5] : ' ';
-    assert_null(json_parse(text, n, "t", JSON_PLAIN, &err));
-    assert_contains(err.text, kind < 2 ? "more than 64 levels" : "a value is expected");
-  }
-  // 60 levels are fine, and so are 100,000 keys in one object.
-  memset(text, '[', 60);
-  memset(text + 60, ']', 60);
-  cJSON *root = json_parse(text, 120, "t", JSON_PLAIN, &err);
-  assert_non_null(root);
-  cJSON_Delete(root);
-  size_t at = 0;
-  for (int i = 0; i < 80000; i++) at += (size_t)snprintf(text + at, n - at, "%s\"%d\":1", i ? "," : "{", i);
-  text[at++] = '}';
-  root = json_parse(text, at, "t", JSON_PLAIN, &err);
-  assert_int_equal(cJSON_GetArraySize(root), 80000);
-  cJSON_Delete(root);
-  free(text);
-}
-
-static void json_writing(void **state) {
-  (void)state;
-  for (int round = 0; round < 300; round++) {
-    // Random bytes come back as valid JSON; valid UTF-8 comes back unchanged.
-    char bytes[32] = {0}, *text;
-    size_t n;
-    for (int i = 0; i < 20; i++) bytes[i] = (char)(1 + philox4(7, round, 0, i).v[0] % (round % 2 ? 127 : 255));
-    double number = ldexp((double)philox4(7, round, 1, 0).v[0] - 2e9, (int)(philox4(7, round, 1, 1).v[0] % 200) - 100);
-    FILE *f = open_memstream(&text, &n);
-    fputc('[', f);
-    json_write_string(f, bytes);
-    fputc(',', f);
-    json_write_number(f, number);
-    fputc(']', f);
-    fclose(f);
-    Error err;
-    cJSON *root = json_parse(text, n, "t", JSON_PLAIN, &err);
-    if (!root) fail_msg("%s", err.text);
-    if (round % 2) assert_string_equal(cJSON_GetArrayItem(root, 0)->valuestring, bytes);
-    assert_true(cJSON_GetArrayItem(root, 1)->valuedouble == number);
-    cJSON_Delete(root);
-    free(text);
-  }
 }
 
 // ---- the table ----
@@ -325,7 +206,9 @@ static const char *const other_values[] = {
     "memory.policy=offload",
     "memory.budget_gb=79.5",
     "memory.per_tensor={\"qkv\":\"keep\",\"x\":\"offload\"}",
-    "memory.arena=false"};
+    "memory.arena=false",
+    "kernels.streams=single",
+    "kernels.graph=false"};
 
 static char *value_text(const Config *c, const Key *key) {
   char *text;
@@ -363,12 +246,15 @@ static void every_key_round_trips(void **state) {
   if (load_text(&again, text, &err)) fail_msg("%s", err.text);
   for (int k = 0; k < config_key_count; k++) assert_true(again.origin[k] > 1);
   memcpy(again.origin, c.origin, sizeof c.origin);
+  assert_int_equal(again.version, CONFIG_VERSION);
+  again.version = c.version;
   assert_memory_equal(&again, &c, sizeof c);
   free(text);
 
   text = config_to_json(&defaults);
   if (load_text(&again, text, &err)) fail_msg("%s", err.text);
   memcpy(again.origin, defaults.origin, sizeof c.origin);
+  again.version = defaults.version;
   assert_memory_equal(&again, &defaults, sizeof c);
   free(text);
 }
@@ -402,6 +288,124 @@ static void origins_and_order(void **state) {
   free(out);
   assert_string_equal(config_flag_key("--run-dir"), "run.folder");
   assert_null(config_flag_key("--resume"));
+}
+
+// ---- other versions ----
+
+// Every row must be of use to whoever meets it: a key is gone, a value is refused, and what to write instead is known.
+static void former_keys_are_gone(void **state) {
+  (void)state;
+  for (const FormerKey *f = config_former; f->path; f++) {
+    Config c;
+    Error err;
+    char *word = xasprintf("\"%s\"", f->value ? f->value : "1"), *text = nested(f->path, word), *now = NULL;
+    assert_int_equal(load_text(&c, text, &err), -1);
+    now = xasprintf("is of an older version: since version %d %s", f->since, f->now);
+    assert_contains(err.text, f->path);
+    assert_contains(err.text, now);
+    assert_string_equal(err.hint, f->instead);
+    assert_in_range(f->since, 2, CONFIG_VERSION);
+    for (int k = 0; k < config_key_count && !f->value; k++) {
+      size_t n = strlen(f->path);
+      const char *path = config_keys[k].path;
+      if (strncmp(path, f->path, n) == 0 && (path[n] == 0 || path[n] == '.')) fail_msg("%s is a key", path);
+    }
+    free(word);
+    free(text);
+    free(now);
+  }
+}
+
+static void former_keys_say_what_changed(void **state) {
+  (void)state;
+  static const FormerKey table[] = {
+      {"train.learning_rate", NULL, 3, "it is train.lr", "write train.lr"},
+      {"eval.sampler", "midpoint", 4, "there is none", "write heun, which is as exact"},
+      {"optimizer", NULL, 2, "its keys are in train", "write train.beta1 and so on"},
+      {0},
+  };
+  static const struct {
+    const char *path, *value, *expected; // NULL: not in the table
+    int hint;
+  } cases[] = {
+      {"train.learning_rate", "1",
+       "c.json:1: train.learning_rate is of an older version: since version 3 it is train.lr", 0},
+      {"eval.sampler", "\"midpoint\"",
+       "c.json:1: eval.sampler = midpoint is of an older version: since version 4 there is none", 1},
+      {"optimizer", "{}", "c.json:1: optimizer is of an older version: since version 2 its keys are in train", 2},
+      {"optimizer.beta1", "0.9", "optimizer.beta1 is of an older version", 2},
+      {"eval.sampler", "\"heun\"", NULL, 0},
+      {"eval.sampler", "7", NULL, 0},
+      {"train.learning_rates", "1", NULL, 0},
+      {"optimizers", "{}", NULL, 0},
+      {"train", "{}", NULL, 0},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    Error err;
+    Place place = {"c.json", cases[i].path};
+    cJSON *item = json_parse(cases[i].value, strlen(cases[i].value), "t", JSON_PLAIN, &err);
+    assert_int_equal(former_refuse(table, &place, item, &err), cases[i].expected ? -1 : 0);
+    if (cases[i].expected) assert_contains(err.text, cases[i].expected);
+    if (cases[i].expected) assert_string_equal(err.hint, table[cases[i].hint].instead);
+    cJSON_Delete(item);
+  }
+}
+
+static void versions(void **state) {
+  (void)state;
+  static const struct {
+    const char *text, *expected; // NULL: valid
+    int version;
+  } cases[] = {
+      {"{}", NULL, 0},
+      {"{\"train\": {\"steps\": 3}, \"tessera\": 1}", NULL, 1},
+      {"{\"tessera\": 2}", NULL, 2},
+      {"{\"tessera\": 0}", "config.json:1: tessera must be an integer from 1 to 2", 0},
+      {"{\"tessera\": 1.5}", "tessera must be an integer from 1 to 2", 0},
+      {"{\"tessera\": \"2\"}", "tessera must be an integer from 1 to 2", 0},
+      {"{\"tessera\": null}", "tessera must be an integer from 1 to 2", 0},
+      // Said before the keys that only the newer version knows.
+      {"{\"train\": {\"stepz\": 3},\n\"tessera\": 3}",
+       "config.json:2: tessera = 3: this config is of a newer version than this program, which knows 1 to 2", 0},
+      {"{\"model\": {\"tessera\": 2}}", "unknown key model.tessera", 0},
+  };
+  assert_int_equal(CONFIG_VERSION, 2); // the cases above name it
+  Config c;
+  Error err;
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    err = (Error){0};
+    int rc = load_text(&c, cases[i].text, &err);
+    if (rc != (cases[i].expected ? -1 : 0)) fail_msg("%s: %d %s", cases[i].text, rc, err.text);
+    if (cases[i].expected) assert_contains(err.text, cases[i].expected);
+    if (!cases[i].expected) assert_int_equal(c.version, cases[i].version);
+  }
+  assert_int_equal(load_set(&c, "tessera=2", &err), -1);
+  assert_contains(err.text, "unknown key tessera");
+}
+
+// A run's config of an older version: what it has is kept, what it lacks is named with its default.
+static void older_config_lacks_keys(void **state) {
+  (void)state;
+  Config c;
+  Error err;
+  assert_int_equal(config_load(&c, NULL, NULL, 0, &err), 0);
+  char *text = config_to_json(&c);
+  if (load_text(&c, text, &err)) fail_msg("%s", err.text);
+  assert_null(config_new_keys(&c)); // of this version
+  static const char *const gone[] = {"\"tessera\": 2,", "\"max_bad\": 100,", ",\n    \"on_error\": \"stop\""};
+  for (int i = 0; i < 3; i++) { // blanked out, as if they had never been
+    char *at = strstr(text, gone[i]);
+    assert_non_null(at);
+    memset(at, ' ', strlen(gone[i]));
+  }
+  const char *set = "data.max_bad=7";
+  for (int given = 0; given < 2; given++) {
+    if (config_load(&c, write_temp(text, strlen(text)), &set, given, &err)) fail_msg("%s", err.text);
+    char *keys = config_new_keys(&c);
+    assert_string_equal(keys, given ? "checkpoint.on_error=\"stop\"" : "data.max_bad=100 checkpoint.on_error=\"stop\"");
+    free(keys);
+  }
+  free(text);
 }
 
 static void structure_errors(void **state) {
@@ -596,14 +600,14 @@ static int remove_folder(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(json_errors),
-      cmocka_unit_test(json_comments_and_lines),
-      cmocka_unit_test(json_hostile),
-      cmocka_unit_test(json_writing),
       cmocka_unit_test(every_key_refuses_wrong_values),
       cmocka_unit_test(every_key_is_found_when_misspelt),
       cmocka_unit_test(every_key_round_trips),
       cmocka_unit_test(origins_and_order),
+      cmocka_unit_test(former_keys_are_gone),
+      cmocka_unit_test(former_keys_say_what_changed),
+      cmocka_unit_test(versions),
+      cmocka_unit_test(older_config_lacks_keys),
       cmocka_unit_test(structure_errors),
       cmocka_unit_test(dependent_values),
       cmocka_unit_test(batch_says_micro_batches),

@@ -20,11 +20,11 @@ def step_line(step, **figures):
     return json.dumps({k: v for k, v in row.items() if v is not None})
 
 
-def figures_line(step, kind):
+def figures_line(step, kind, of=None):
     experts = {"dead": 1, "all": 8, "entropy": 0.9, "max_over_mean": 1.2}
     figures = {"text_experts": experts, "image_experts": dict(experts, entropy=None, max_over_mean=None)}
     if kind == "eval":
-        figures.update(flow=0.1, retrieval=0.5, caption_bits_per_byte=0.2, caption_bits_per_byte_shuffled=None)
+        figures.update(of=of, flow=0.1, retrieval=0.5, caption_bits_per_byte=0.2, caption_bits_per_byte_shuffled=None)
     return json.dumps({"step": step, kind: figures})
 
 
@@ -36,6 +36,8 @@ RUNS = {
     "huge": [step_line(s, loss=10.0 ** (s % 40 - 20), tokens_per_second=1e12 + s) for s in range(500)],
     "long": [line for s in range(20000) for line in [step_line(s)] + [figures_line(s + 1, "load")] * (s % 50 == 49)],
     "evaluated": [line for s in range(90) for line in [step_line(s)] + [figures_line(s + 1, "eval")] * (s % 30 == 29)],
+    "of training": [step_line(0), step_line(1), figures_line(2, "eval", of="training")],
+    "of held-out": [step_line(0), step_line(1), figures_line(2, "eval", of="held_out")],
     "skipped & <odd>": [step_line(0), step_line(1, loss=None, skipped="block.0.wqkv"), step_line(2)],
     "damaged": [step_line(0), "", "not json", "[1, 2]", '{"step": 1, "lo', "{}", '{"step": "x"}', step_line(1)],
 }
@@ -56,6 +58,7 @@ def check(name, svg):
             assert math.isfinite(x + y) and 0 <= x0 + x <= width and 0 <= y0 + y <= height, f"({x}, {y}) is outside"
     titles = [e.text for e in root.iter(f"{SVG}text")]
     assert name in titles, titles[:3]
+    assert f"Evaluation, {'training' if name == 'of training' else 'held-out'} samples" in titles, titles
     curves = [e for e in root.iter(f"{SVG}path") if e.get("fill") == "none"]
     return len(curves)
 

@@ -37,7 +37,7 @@ static int write_slab(const Engine *e, const char *folder, const char *name, Spa
   size_t element = b->dtype_bytes[DT_REAL];
   char *host = xmalloc((size_t)p->total * element);
   SafeTensor *t = xcalloc((size_t)p->n, sizeof *t);
-  b->download(host, engine_slab(e, space), (size_t)p->total * element);
+  engine_slab_read(e, space, host);
   for (int i = 0; i < p->n; i++) {
     const Param *w = &p->of[i];
     t[i] = (SafeTensor){.name = w->name,
@@ -98,7 +98,7 @@ static double gradient_norm(const Engine *e) {
   int64_t n = e->model.params.total;
   char *g = xmalloc((size_t)n * b->dtype_bytes[DT_REAL]);
   double sum = 0;
-  b->download(g, engine_slab(e, SPACE_GRADS), (size_t)n * b->dtype_bytes[DT_REAL]);
+  engine_slab_read(e, SPACE_GRADS, g);
   for (int64_t i = 0; i < n; i++) {
     double v = b->dtype_bytes[DT_REAL] == sizeof(double) ? ((double *)(void *)g)[i] : (double)((float *)(void *)g)[i];
     sum += v * v;
@@ -148,7 +148,10 @@ int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, E
     bad = write_pack(e, m, packs[k], folder, k, err) != 0;
   }
   if (bad) return -1;
-  char *losses = losses_json(losses_read(e), gradient_norm(e), n);
+  Dims d = dims_from_config(e->config, 1, 1);
+  double *metrics = xmalloc((size_t)metrics_size(&d) * sizeof *metrics);
+  char *losses = losses_json(losses_read(e, metrics), gradient_norm(e), n);
+  free(metrics);
   bad = write_text(folder, "losses.json", losses, err);
   free(losses);
   if (bad) return -1;

@@ -1,8 +1,9 @@
 #include "trainer/engine.h"
 
+#include "kernels/master.h"
+
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { SMALLEST_FORWARD = 64 };
 
@@ -12,15 +13,15 @@ static int64_t pack_bytes(const Config *c, int slots, int segments) {
 }
 
 // memory.budget_gb is about the arena; memory.arena: false, which is for sanitizers, takes more.
-static int64_t budget_bytes(const Config *c) {
-  if (c->memory.budget_gb > 0) return (int64_t)(c->memory.budget_gb * 1e9);
-  // "auto" on the CPU: what the machine has, less a fifth for data, decoding and everybody else.
-  return (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE) / 5 * 4;
+static int64_t budget_bytes(const Engine *e) {
+  double gb = e->config->memory.budget_gb;
+  return gb > 0 ? (int64_t)(gb * 1e9) : e->model.backend->memory();
 }
 
 static void measure(Engine *e, const Program *p) {
   e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], p->arena_bytes);
   e->bytes[SPACE_HOST] = max_i64(e->bytes[SPACE_HOST], p->host_bytes);
+  e->bytes[SPACE_SCRATCH] = max_i64(e->bytes[SPACE_SCRATCH], p->scratch_bytes);
 }
 
 static void record_forward(Engine *e, Mode mode) {
@@ -59,11 +60,12 @@ static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
   return 0;
 }
 
-// Everything that is allocated. All programs share one arena and one host slab; on the CPU the slab is the same memory
-// as the rest.
+// What counts against the budget. All programs share one arena and one host slab; on the CPU the slab is the same
+// memory as the rest, beside a device it is not.
 static int64_t total_bytes(const Engine *e) {
   int64_t sum = 0;
-  for (int s = 0; s < SPACE_COUNT; s++) sum += e->bytes[s];
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (s != SPACE_HOST || !e->model.backend->queues) sum += e->bytes[s];
   return sum;
 }
 
@@ -84,14 +86,14 @@ static int choose_policy(Engine *e, Error *err) {
   memcpy(rest, e->bytes, sizeof rest);
   if (want != MEMORY_AUTO) return try_policy(e, want, rest, err);
   if (try_policy(e, MEMORY_KEEP, rest, err) != 0) return -1;
-  return total_bytes(e) <= budget_bytes(e->config) ? 0 : try_policy(e, MEMORY_RECOMPUTE, rest, err);
+  return total_bytes(e) <= budget_bytes(e) ? 0 : try_policy(e, MEMORY_RECOMPUTE, rest, err);
 }
 
 static const char *const memory_policy_name[] = {
     [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
 
 int engine_check_budget(const Engine *e, Error *err) {
-  int64_t budget = budget_bytes(e->config), need = total_bytes(e);
+  int64_t budget = budget_bytes(e), need = total_bytes(e);
   int64_t activations = e->bytes[SPACE_ARENA] + e->bytes[SPACE_HOST];
   if (need <= budget) return 0;
   return error_set(err, "lower data.micro_batch_tokens (--tokens) or raise memory.budget_gb; --plan shows the table",
@@ -100,6 +102,58 @@ int engine_check_budget(const Engine *e, Error *err) {
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
                    memory_policy_name[e->chosen], (double)(need - budget) / 1e9, (double)budget / 1e9,
                    e->config->memory.budget_gb > 0 ? "" : " auto, four fifths of the machine's memory");
+}
+
+#ifdef TESSERA_CUDA
+// What the kernels of a device ask of a model's widths.
+static int check_widths(const Config *c, const Backend *b, Error *err) {
+  const struct {
+    const char *key;
+    int width;
+  } widths[] = {{"model.dim", c->model.dim},
+                {"model.cond_dim", c->model.cond_dim},
+                {"model.vocab", c->model.vocab},
+                {"3 model.patch^2", 3 * c->model.patch * c->model.patch},
+                {"model.patch_bottleneck", c->model.patch_bottleneck},
+                {"model.text.expert_dim", c->model.moe[TEXT].expert_dim},
+                {"model.image.expert_dim", c->model.moe[IMAGE].expert_dim},
+                {"model.text.shared_dim", c->model.moe[TEXT].shared_dim},
+                {"model.image.shared_dim", c->model.moe[IMAGE].shared_dim}};
+  int D = c->model.head_dim;
+  if (b->width_multiple == 1) return 0;
+  for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+    if (widths[i].width % b->width_multiple)
+      return error_set(err, "change it, or train with --device cpu", "%s is %d: the %s backend needs a multiple of %d",
+                       widths[i].key, widths[i].width, b->name, b->width_multiple);
+  if (D != 32 && D != 64 && D != 128)
+    return error_set(err, "change it, or train with --device cpu",
+                     "model.head_dim is %d: the %s backend needs 32, 64 or 128", D, b->name);
+  return 0;
+}
+#endif
+
+static const Backend *device_backend(const Config *c, int plan, Error *err) {
+  if (c->run.device == DEVICE_CPU) return &backend_cpu;
+#ifdef TESSERA_CUDA
+  const Backend *b = &backend_cuda;
+  // A plan with "auto" is one for the machine it is made on.
+  int there = plan && c->run.device == DEVICE_CUDA ? 0 : b->open(err);
+  if (there == 0 && check_widths(c, b, err) == 0) return b;
+  if (there != -1 && c->run.device != DEVICE_CUDA) log_info("on the CPU, since %s", err->text);
+#else
+  (void)plan;
+  error_set(err, "build it where nvcc (the CUDA toolkit) is installed, or use --device cpu",
+            "--device cuda: this build has no CUDA backend");
+#endif
+  return c->run.device == DEVICE_CUDA ? NULL : &backend_cpu;
+}
+
+const Backend *engine_backend(const Config *c, Error *err) {
+  return device_backend(c, 0, err);
+}
+
+const Backend *engine_plan_backend(const Config *c, Error *err) {
+  return device_backend(c, 1, err);
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
@@ -117,8 +171,14 @@ int engine_record(Engine *e, const Config *c, const Backend *backend, int train,
   record_forward(e, MODE_DRAW);
   record_forward(e, MODE_WRITE);
   e->bytes[SPACE_BATCH] = e->bytes[SPACE_STAGING];
+  if (c->train.ema > 0) {
+    e->bytes[SPACE_GRADS] = n * act; // where the weights lie while the EMA is in their place
+    e->ema_in = ema_record(&e->model, 1);
+    e->ema_out = ema_record(&e->model, 0);
+  }
   if (!train) return 0;
 
+  if (backend->master_rest) e->bytes[SPACE_REST] = 2 * n;
   e->bytes[SPACE_GRADS] = e->bytes[SPACE_ADAM_M] = e->bytes[SPACE_ADAM_V] = n * real_bytes;
   if (c->train.micro_batches > 1 && backend->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
   e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
@@ -145,7 +205,27 @@ static const char *const space_label[SPACE_COUNT] = {[SPACE_ARENA] = "activation
                                                      [SPACE_METRICS] = "metrics",
                                                      [SPACE_SCALARS] = "step scalars",
                                                      [SPACE_STATUS] = "update status",
-                                                     [SPACE_INPUT] = "sampler input"};
+                                                     [SPACE_INPUT] = "sampler input",
+                                                     [SPACE_REST] = "rest of the weights",
+                                                     [SPACE_SCRATCH] = "scratch"};
+
+static void *space_allocate(const Backend *b, Space space, int64_t bytes) {
+  return space == SPACE_HOST ? b->host_alloc((size_t)bytes) : b->alloc((size_t)bytes);
+}
+
+static void space_release(const Backend *b, Space space, void *at) {
+  if (space == SPACE_HOST)
+    b->host_release(at);
+  else
+    b->release(at);
+}
+
+static void bind(Engine *e, Program *p) {
+  if (!p) return;
+  p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
+  p->use_graph = e->config->kernels.graph;
+  program_bind(p, &e->bases);
+}
 
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
@@ -153,34 +233,38 @@ int engine_allocate(Engine *e, Error *err) {
   for (int s = 0; s < SPACE_COUNT; s++) {
     int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
     if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;
-    e->train_bases.of[s] = b->alloc((size_t)e->bytes[s]);
-    if (!e->train_bases.of[s])
-      return error_set(
-          err, "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; --plan shows the table",
-          "out of memory: %s needs %.3f GB", space_label[s], (double)e->bytes[s] / 1e9);
+    e->bases.of[s] = space_allocate(b, (Space)s, e->bytes[s]);
+    if (e->bases.of[s]) continue;
+    engine_print_plan(e, stderr);
+    return error_set(err,
+                     "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
+                     "out of memory: %s needs %.3f GB", space_label[s], (double)e->bytes[s] / 1e9);
   }
-  e->train_bases.separate = !e->config->memory.arena;
-  e->forward_bases = e->train_bases;
-  if (e->first.program) program_bind(e->first.program, &e->train_bases);
-  if (e->later.program) program_bind(e->later.program, &e->train_bases);
-  if (e->update) program_bind(e->update, &e->train_bases);
-  if (e->update_ema) program_bind(e->update_ema, &e->train_bases);
-  engine_use_ema(e, e->config->train.ema > 0);
+  e->bases.separate = !e->config->memory.arena;
+  bind(e, e->first.program);
+  bind(e, e->later.program);
+  bind(e, e->update);
+  bind(e, e->update_ema);
+  bind(e, e->ema_in);
+  bind(e, e->ema_out);
+  for (int i = 0; i < e->n_forward; i++) bind(e, e->forward[i].m.program);
   return 0;
 }
 
 void engine_use_ema(Engine *e, int ema) {
-  e->forward_bases.of[SPACE_WEIGHTS] = e->train_bases.of[ema && e->bytes[SPACE_EMA] ? SPACE_EMA : SPACE_WEIGHTS];
-  for (int i = 0; i < e->n_forward; i++) program_bind(e->forward[i].m.program, &e->forward_bases);
+  if (e->ema_in && ema != e->uses_ema) program_replay(ema ? e->ema_in : e->ema_out, NULL);
+  e->uses_ema = ema;
 }
 
 void engine_free(Engine *e) {
   free_train_programs(e);
   program_free(e->update);
   program_free(e->update_ema);
+  program_free(e->ema_in);
+  program_free(e->ema_out);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (e->train_bases.of[s]) e->model.backend->release(e->train_bases.of[s]);
+    if (e->bases.of[s]) space_release(e->model.backend, (Space)s, e->bases.of[s]);
   params_free(&e->model.params);
   *e = (Engine){0};
 }
@@ -195,7 +279,7 @@ const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int
 
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_seconds) {
   BatchShape shape = dims_batch_shape(&m->program->dims);
-  e->model.backend->upload(e->train_bases.of[SPACE_STAGING], pack, batch_bind(&(Batch){0}, shape, NULL));
+  e->model.backend->upload(e->bases.of[SPACE_STAGING], pack, batch_bind(&(Batch){0}, shape, NULL));
   program_replay(m->program, op_seconds);
 }
 
@@ -203,18 +287,46 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   const Tensor *tensor = &m->program->tensors[t];
   const Backend *b = e->model.backend;
   size_t element = b->dtype_bytes[tensor->dtype];
-  if (element == sizeof(float)) {
-    b->download(out, program_address(m->program, t), (size_t)count * sizeof(float));
-    return;
-  }
-  double *wide = xmalloc((size_t)count * sizeof *wide); // the double build, used by tests
-  b->download(wide, program_address(m->program, t), (size_t)count * sizeof *wide);
-  for (int64_t i = 0; i < count; i++) out[i] = (float)wide[i];
+  void *wide = xmalloc((size_t)count * element);
+  b->download(wide, program_address(m->program, t), (size_t)count * element);
+  floats_from(wide, element, count, out);
   free(wide);
 }
 
+void engine_slab_read(const Engine *e, Space space, void *out) {
+  const Backend *b = e->model.backend;
+  int64_t n = e->model.params.total;
+  if (space != SPACE_WEIGHTS || !b->master_rest) {
+    b->download(out, e->bases.of[space], (size_t)n * b->dtype_bytes[DT_REAL]);
+    return;
+  }
+  uint16_t *weight = xmalloc((size_t)n * sizeof *weight), *rest = xcalloc((size_t)n, sizeof *rest);
+  float *master = out;
+  b->download(weight, e->bases.of[SPACE_WEIGHTS], (size_t)n * sizeof *weight);
+  if (e->bases.of[SPACE_REST]) b->download(rest, e->bases.of[SPACE_REST], (size_t)n * sizeof *rest);
+  for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], rest[i]);
+  free(weight);
+  free(rest);
+}
+
+void engine_slab_write(Engine *e, Space space, const void *from) {
+  const Backend *b = e->model.backend;
+  int64_t n = e->model.params.total;
+  if (space != SPACE_WEIGHTS || !b->master_rest) {
+    b->upload(e->bases.of[space], from, (size_t)n * b->dtype_bytes[DT_REAL]);
+    return;
+  }
+  uint16_t *weight = xmalloc((size_t)n * sizeof *weight), *rest = xmalloc((size_t)n * sizeof *rest);
+  const float *master = from;
+  for (int64_t i = 0; i < n; i++) master_split(master[i], &weight[i], &rest[i]);
+  b->upload(e->bases.of[SPACE_WEIGHTS], weight, (size_t)n * sizeof *weight);
+  if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], rest, (size_t)n * sizeof *rest);
+  free(weight);
+  free(rest);
+}
+
 void *engine_slab(const Engine *e, Space space) {
-  return e->train_bases.of[space];
+  return e->bases.of[space];
 }
 
 void engine_print_plan(const Engine *e, FILE *f) {

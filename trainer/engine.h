@@ -24,11 +24,19 @@ typedef struct Engine {
   int slots, segments;       // capacities of a training pack
   ModelProgram first, later; // later: only with several micro-batches a step
   Program *update, *update_ema;
+  Program *ema_in, *ema_out; // with an EMA: puts it in the weights' place, and the weights back
+  int uses_ema;
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
-  int64_t bytes[SPACE_COUNT];       // of every allocation
-  Bases train_bases, forward_bases; // forward-only programs read the EMA weights where there are some
+  int64_t bytes[SPACE_COUNT]; // of every allocation
+  Bases bases;
 } Engine;
+
+// The backend for run.device; "auto": the GPU where the build has the CUDA backend and the machine has one whose
+// backend can run this model, else the CPU. NULL with *err where the one asked for cannot be used.
+const Backend *engine_backend(const Config *c, Error *err);
+// The same for a plan, which needs no device.
+const Backend *engine_plan_backend(const Config *c, Error *err);
 
 // Records every program for the config: training when `train` is set, and the forward-only ones. Allocates no slab. The
 // config is borrowed. memory.policy auto becomes the first policy within the budget, or recompute where none is. -1
@@ -48,8 +56,14 @@ void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_s
 // Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);
 
-// Forward-only programs read the training weights (0) or the EMA (1, where there is one).
+// Puts the EMA, where there is one, in the place of the weights (1) or the weights back (0). Between steps only, and
+// nothing is trained or saved meanwhile.
 void engine_use_ema(Engine *e, int ema);
+
+// A slab with an element a parameter (weights, EMA, moments, gradients) to and from the host, as DT_REAL; the weights
+// as their masters.
+void engine_slab_read(const Engine *e, Space space, void *out);
+void engine_slab_write(Engine *e, Space space, const void *from);
 
 // Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
 void *engine_slab(const Engine *e, Space space);

@@ -1,7 +1,6 @@
 #include "trainer/losses.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 int load_shares(const double *load, const Dims *d, int layer, int m, double *out) {
   int E = d->E[m];
@@ -37,16 +36,15 @@ void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]
   }
 }
 
-StepLosses losses_read(const Engine *e) {
+StepLosses losses_read(const Engine *e, double *metrics) {
   const Config *c = e->config;
   Dims d = dims_from_config(c, 1, 1);
   size_t bytes = (size_t)metrics_size(&d) * sizeof(double);
-  double *sums = xmalloc(bytes);
-  e->model.backend->download(sums, engine_slab(e, SPACE_METRICS), bytes);
-  const Metrics *m = (const Metrics *)sums;
+  e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), bytes);
+  const Metrics *m = (const Metrics *)metrics;
   double targets = m->targets[0] + m->targets[1];
   LoadFigures load[MODALITIES];
-  load_figures(sums + sizeof(Metrics) / sizeof(double), &d, load);
+  load_figures(metrics_load(metrics), &d, load);
   StepLosses l = {.ce_caption = m->nll[TARGET_CAPTION] / m->targets[TARGET_CAPTION],
                   .ce_text = m->nll[TARGET_TEXT] / m->targets[TARGET_TEXT],
                   .ce = (m->nll[0] + m->nll[1]) / fmax(targets, 1),
@@ -57,6 +55,5 @@ StepLosses losses_read(const Engine *e) {
                   .noised_tokens = m->flow_elems / d.P,
                   .load_max = fmax(fmax(load[TEXT].max_over_mean, load[IMAGE].max_over_mean), 0)}; // of NAN and x: x
   l.total = l.flow + c->train.ce_weight * l.ce + l.balance + l.z;
-  free(sums);
   return l;
 }

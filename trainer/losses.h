@@ -12,8 +12,12 @@ typedef struct StepLosses {
   double load_max;               // largest expert load over its fair share, any layer and modality; 0 without any
 } StepLosses;
 
-// Reads the metrics of the step just replayed.
-StepLosses losses_read(const Engine *e);
+// Reads the metrics of the step just replayed into `metrics` [metrics_size doubles]: Metrics, then the load.
+StepLosses losses_read(const Engine *e, double *metrics);
+// The load in them, as the functions below take it.
+static inline const double *metrics_load(const double *metrics) {
+  return metrics + sizeof(Metrics) / sizeof(double);
+}
 
 // How evenly the assignments of a modality's tokens spread over its experts, over the layers that saw any; the two
 // figures are NAN where none did.

@@ -120,10 +120,7 @@ static void group_upload(const DrawGroup *g, const Engine *e, const ForwardPack 
   for (int i = 0; i < p->docs; i++) {
     const float *from = z + (first + i) % g->images * g->elements;
     char *to = g->rows + (size_t)(i * g->elements) * size;
-    if (size == sizeof(float))
-      memcpy(to, from, (size_t)g->elements * size);
-    else
-      for (int64_t k = 0; k < g->elements; k++) ((double *)(void *)to)[k] = (double)from[k];
+    floats_to(from, size, g->elements, to);
   }
   char *input = engine_slab(e, SPACE_INPUT);
   b->upload(input + (size_t)p->batch.dims->n_text * P * size, g->rows, (size_t)(p->docs * g->elements) * size);

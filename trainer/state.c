@@ -39,7 +39,7 @@ static Slab slab_read(const Engine *e, Space space, const char *prefix) {
   const ParamTable *p = &e->model.params;
   size_t element = e->model.backend->dtype_bytes[DT_REAL];
   Slab s = slab_new(e);
-  e->model.backend->download(s.host, engine_slab(e, space), (size_t)p->total * element);
+  engine_slab_read(e, space, s.host);
   for (int i = 0; i < p->n; i++) {
     const Param *w = &p->of[i];
     snprintf(s.name[i], sizeof s.name[i], "%s%s", prefix, w->name);
@@ -69,7 +69,7 @@ static int slab_write(Engine *e, Space space, const char *prefix, const SafeFile
     else
       bad = 1;
   }
-  if (!bad) e->model.backend->upload(engine_slab(e, space), s.host, (size_t)p->total * element);
+  if (!bad) engine_slab_write(e, space, s.host);
   slab_free(&s);
   return bad ? -1 : 0;
 }

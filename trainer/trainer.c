@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-// Set by the first SIGINT or SIGTERM: finish the step, save, leave. The second stops at once.
+// Set by the first signal to end: finish the step, save, leave. After it SIGINT and SIGTERM stop at once.
 static volatile sig_atomic_t stop_asked;
 
 static void ask_stop(int signal_number) {
@@ -22,11 +22,27 @@ static void ask_stop(int signal_number) {
   stop_asked = 1;
 }
 
+// The terminal or the reader of the log is gone. Both may say so several times (the kernel and the shell each send
+// SIGHUP, every lost line brings SIGPIPE), which asks for no more haste than once.
+static void note_hangup(int signal_number) {
+  (void)signal_number;
+  stop_asked = 1;
+}
+
+static void catch_hangup(int signal_number) {
+  struct sigaction hangup = {.sa_handler = note_hangup, .sa_flags = SA_RESTART}, before;
+  // One that is ignored stays so: nohup lets a run outlive its terminal.
+  if (sigaction(signal_number, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+    sigaction(signal_number, &hangup, NULL);
+}
+
 static void catch_signals(void) {
   // A signal that comes while a checkpoint is written must not make that fail.
   struct sigaction stop = {.sa_handler = ask_stop, .sa_flags = SA_RESTART}, ignore = {.sa_handler = SIG_IGN};
   sigaction(SIGINT, &stop, NULL);
   sigaction(SIGTERM, &stop, NULL);
+  catch_hangup(SIGHUP);
+  catch_hangup(SIGPIPE);
   sigaction(SIGXFSZ, &ignore, NULL); // a file at its size limit is an error like a full disk
 }
 
@@ -154,15 +170,15 @@ static int open_checkpoint(const Trainer *t, Checkpoint **c, Error *err) {
 // Fills the weights (and EMA) of a run that begins: initial values, or random ones for --dump.
 static void fill_weights(Trainer *t) {
   const Config *c = t->config;
-  const Engine *e = &t->engine;
-  size_t element = e->model.backend->dtype_bytes[DT_REAL], bytes = (size_t)e->model.params.total * element;
-  char *initial = xmalloc(bytes);
+  Engine *e = &t->engine;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  char *initial = xmalloc((size_t)e->model.params.total * element);
   if (t->options->dump)
     params_randomize(&e->model.params, (uint64_t)c->run.seed, element, initial);
   else
     params_init(&e->model.params, (uint64_t)c->run.seed, element, initial);
-  e->model.backend->upload(engine_slab(e, SPACE_WEIGHTS), initial, bytes);
-  if (engine_slab(e, SPACE_EMA)) e->model.backend->upload(engine_slab(e, SPACE_EMA), initial, bytes);
+  engine_slab_write(e, SPACE_WEIGHTS, initial);
+  if (engine_slab(e, SPACE_EMA)) engine_slab_write(e, SPACE_EMA, initial);
   free(initial);
 }
 
@@ -173,18 +189,23 @@ Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error 
   t->run = xstrdup(run);
   t->lock = -1;
   int samples = o->sample || o->describe, bad;
-  Checkpoint *checkpoint;
-  if (open_checkpoint(t, &checkpoint, err) != 0 || (!samples && open_sources(t, err) != 0) ||
-      open_tokenizer(t, checkpoint != NULL, err) != 0 ||
-      engine_record(&t->engine, c, &backend_cpu, !uses_checkpoint(o), err) != 0 ||
-      engine_allocate(&t->engine, err) != 0)
+  Checkpoint *checkpoint = NULL;
+  const Backend *backend;
+  Dims d = dims_from_config(c, 1, 1);
+  t->metrics = xmalloc((size_t)metrics_size(&d) * sizeof *t->metrics);
+  if (!(backend = engine_backend(c, err)) || open_checkpoint(t, &checkpoint, err) != 0 ||
+      (!samples && open_sources(t, err) != 0) || open_tokenizer(t, checkpoint != NULL, err) != 0 ||
+      engine_record(&t->engine, c, backend, !uses_checkpoint(o), err) != 0 || engine_allocate(&t->engine, err) != 0)
     goto failed;
   if (!checkpoint) {
     fill_weights(t);
     return t;
   }
   bad = state_load(&t->engine, &t->state, checkpoint, o->init || uses_checkpoint(o), err);
-  if (uses_checkpoint(o)) t->state.step = checkpoint->step;
+  if (uses_checkpoint(o)) {
+    t->state.step = checkpoint->step;
+    engine_use_ema(&t->engine, 1);
+  }
   if (!bad) log_info("loaded %s (step %lld)", checkpoint->dir, (long long)checkpoint->step);
   if (bad) goto failed;
   checkpoint_close(checkpoint);
@@ -202,6 +223,7 @@ void trainer_close(Trainer *t) {
   engine_free(&t->engine);
   tokenizer_free(t->tokenizer);
   for (int i = 0; i < t->sources; i++) source_close(t->source[i]);
+  free(t->metrics);
   free(t->state.loader);
   free(t->state.tokenizer);
   if (t->lock >= 0) close(t->lock);
@@ -291,7 +313,7 @@ static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport
   *s = (StepReport){.step = t->state.step};
   if (run_micro_steps(t, loader, op_seconds, s, err) != 0) return -1;
   int given_up = update(t, s, err);
-  StepLosses l = losses_read(&t->engine);
+  StepLosses l = losses_read(&t->engine, t->metrics);
   s->loss = l.total;
   s->flow = l.flow;
   s->ce = l.ce;
@@ -325,18 +347,13 @@ static int save(Trainer *t, Loader *loader, int last, Error *err) {
 // Hands the expert loads of the step just replayed to the report.
 static void report_step_load(const Trainer *t, Report *report) {
   Dims d = dims_from_config(t->config, 1, 1);
-  size_t bytes = (size_t)metrics_size(&d) * sizeof(double);
-  double *metrics = xmalloc(bytes); // Metrics, then load [L][E_0 + E_1]
-  t->engine.model.backend->download(metrics, engine_slab(&t->engine, SPACE_METRICS), bytes);
-  report_load(report, metrics + sizeof(Metrics) / sizeof(double), &d);
-  free(metrics);
+  report_load(report, metrics_load(t->metrics), &d);
 }
 
-static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
+static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
   Evaluation figures;
   trainer_load_items(t);
-  int bad = trainer_measure(t, &figures, err);
-  if (bad) return -1;
+  if (trainer_measure(t, &figures, err) != 0) return -1;
   report_evaluation(report, &figures, t->state.step);
   if (t->config->eval.samples > 0 && t->n_held_out + t->n_training > 0) {
     char *path = xasprintf("%s/samples/step-%06lld.png", t->run, (long long)t->state.step);
@@ -368,6 +385,14 @@ static void print_profile(const Program *p, const double *seconds, double steps)
              flops[most] / by_kind[most] / 1e9);
     by_kind[most] = 0;
   }
+}
+
+// The quality figures and drawings of the EMA, where there is one.
+static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
+  engine_use_ema(&t->engine, 1);
+  int bad = evaluate_weights(t, report, last, err);
+  engine_use_ema(&t->engine, 0);
+  return bad;
 }
 
 // Steps until the end, with what is due on the way.

@@ -14,6 +14,7 @@ struct Trainer {
   int lock;  // its descriptor while training, -1 otherwise
   Engine engine;
   RunState state;
+  double *metrics; // [metrics_size] of the step just done, see losses_read
   Tokenizer *tokenizer;
   Source *source[CONFIG_SOURCES];
   double weight[CONFIG_SOURCES];

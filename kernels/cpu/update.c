@@ -148,3 +148,12 @@ void cpu_EMA(const KernelCall *c) {
     }
   }
 }
+
+void cpu_CAST(const KernelCall *c) {
+  const real *src = c->in[0];
+  real *dst = c->out[0];
+  int64_t count = c->args->span.count;
+#pragma omp parallel for schedule(static) if (count > BLOCK)
+  for (int64_t at = 0; at < count; at += BLOCK)
+    memcpy(dst + at, src + at, (size_t)block_length(count, at, BLOCK) * sizeof *dst);
+}

@@ -1,5 +1,5 @@
 // The fuzz targets without libFuzzer: every file of tests/fuzz/corpus, cut short, and with bytes changed. Run from the
-// root of the repository.
+// root of the repository: test_fuzz [ROUNDS], each of 16 mutations of each file.
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -35,10 +35,13 @@ static void feed(Target *target, const char *bytes, size_t n) {
   free(copy);
 }
 
-static void feed_damaged(Target *target, uint64_t seed, const char *bytes, size_t n) {
-  for (uint32_t i = 0; i < CUTS && n > 0; i++) feed(target, bytes, philox4(seed, i, STREAM_REPLAY, 0).v[0] % n);
+// Returns the mutations fed.
+static int feed_damaged(Target *target, uint64_t seed, int rounds, const char *bytes, size_t n) {
+  if (n == 0) return 0;
+  for (uint32_t i = 0; i < (uint32_t)(CUTS * rounds); i++)
+    feed(target, bytes, philox4(seed, i, STREAM_REPLAY, 0).v[0] % n);
   char *changed = xmalloc(n);
-  for (uint32_t i = 0; i < CHANGES && n > 0; i++) {
+  for (uint32_t i = 0; i < (uint32_t)(CHANGES * rounds); i++) {
     memcpy(changed, bytes, n);
     for (uint32_t k = 0; k <= i % 4; k++) {
       Philox4 r = philox4(seed, i, STREAM_REPLAY, 1 + k);
@@ -47,33 +50,33 @@ static void feed_damaged(Target *target, uint64_t seed, const char *bytes, size_
     feed(target, changed, n);
   }
   free(changed);
+  return (CUTS + CHANGES) * rounds;
 }
 
-static void replay(Target *target, const char *name) {
+static void replay(Target *target, const char *name, int rounds) {
   char folder[64];
   snprintf(folder, sizeof folder, "tests/fuzz/corpus/%s", name);
   PathList files;
   Error err;
   if (path_list_expand(folder, "", "", &files, &err) != 0) fail_msg("%s", err.text);
-  int n_files = 0;
+  int n_files = 0, mutations = 0;
   for (int i = 0; i < files.count; i++) {
     size_t n;
     char *bytes = file_read(files.path[i], MAX_INPUT, &n, &err);
     if (!bytes) continue; // "." and ".."
     feed(target, bytes, n);
-    feed_damaged(target, (uint64_t)i, bytes, n);
+    mutations += feed_damaged(target, (uint64_t)i, rounds, bytes, n);
     free(bytes);
     n_files++;
   }
   path_list_free(&files);
-  print_message("%s: %d files\n", name, n_files);
+  print_message("%d mutations of %d files for %s\n", mutations, n_files, name);
   assert_true(n_files >= 3);
 }
 
 #define REPLAY(name)                                                                                                   \
   static void replay_##name(void **state) {                                                                            \
-    (void)state;                                                                                                       \
-    replay(fuzz_##name, #name);                                                                                        \
+    replay(fuzz_##name, #name, *(const int *)*state);                                                                  \
   }
 REPLAY(config)
 REPLAY(tar)
@@ -83,11 +86,14 @@ REPLAY(tokenizer)
 REPLAY(captions)
 REPLAY(image)
 
-int main(void) {
+int main(int argc, char **argv) {
+  int rounds = argc > 1 ? atoi(argv[1]) : 1;
+  if (rounds < 1) panic("at least one round, not %s", argv[1]);
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(replay_config),   cmocka_unit_test(replay_tar),         cmocka_unit_test(replay_index),
-      cmocka_unit_test(replay_image),    cmocka_unit_test(replay_safetensors), cmocka_unit_test(replay_tokenizer),
-      cmocka_unit_test(replay_captions),
+      cmocka_unit_test_prestate(replay_config, &rounds),    cmocka_unit_test_prestate(replay_tar, &rounds),
+      cmocka_unit_test_prestate(replay_index, &rounds),     cmocka_unit_test_prestate(replay_safetensors, &rounds),
+      cmocka_unit_test_prestate(replay_tokenizer, &rounds), cmocka_unit_test_prestate(replay_captions, &rounds),
+      cmocka_unit_test_prestate(replay_image, &rounds),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

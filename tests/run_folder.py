@@ -1,0 +1,120 @@
+#!/usr/bin/python3
+"""What a run folder holds after going on and going back, and what a run shows on a terminal.
+
+    tests/run_folder.py TRAIN
+
+Exit code 1 on the first thing that is not as it should be.
+"""
+import json, os, pty, re, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["--tokens", "256", "--steps", "6"] + [
+    part
+    for key, value in {
+        "checkpoint.every": 2,
+        "checkpoint.keep_last": 9,
+        "eval.every": 3,
+        "eval.documents": 8,
+        "eval.samples": 0,
+    }.items()
+    for part in ("--set", f"{key}={value}")
+]
+
+
+def check(holds, what):
+    if not holds:
+        raise AssertionError(what)
+
+
+class Runs:
+    def __init__(self, train, folder):
+        self.train, self.folder = str(Path(train).resolve()), folder
+
+    def command(self, run, *flags):
+        return [self.train, "configs/demo.json", "--run-dir", str(self.folder / run), *FLAGS, *map(str, flags)]
+
+    def make(self, run, *flags):
+        done = subprocess.run(self.command(run, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        check(done.returncode == 0, f"{flags}: exit code {done.returncode}\n{done.stderr}")
+        return done.stderr
+
+    def rows(self, run):
+        return [json.loads(line) for line in open(self.folder / run / "metrics.jsonl")]
+
+    def checkpoints(self, run, prefix="ckpt-"):
+        return sorted(int(path.name[len(prefix) :]) for path in (self.folder / run).glob(prefix + "[0-9]*"))
+
+
+def test_missed_evaluation(runs):
+    """Killed between the last save and its evaluation: --resume makes up for it, once."""
+    runs.make("whole")
+    evaluated = [row["step"] for row in runs.rows("whole") if "eval" in row]
+    check(evaluated == [3, 6], f"evaluations at {evaluated}, not 3 and 6")
+    metrics = runs.folder / "whole/metrics.jsonl"
+    figures = [row for row in runs.rows("whole") if "eval" in row][-1]["eval"]
+    lines = [line for line in metrics.read_text().splitlines(True) if '"step":6,"eval"' not in line]
+    metrics.write_text("".join(lines))
+    check("already at step 6" not in runs.make("whole", "--resume"), "the last evaluation is not made up for")
+    rows = [row for row in runs.rows("whole") if "eval" in row]
+    check([row["step"] for row in rows] == evaluated, f"evaluations at {[row['step'] for row in rows]}")
+    check(rows[-1]["eval"]["flow"] == figures["flow"], f"{rows[-1]} is not {figures}")
+    check("already at step 6" in runs.make("whole", "--resume"), "there was something to do")
+
+
+def test_going_back(runs):
+    """Later checkpoints are set aside, later lines of metrics.jsonl are gone, and the second time gives the same."""
+    steps = [row for row in runs.rows("whole") if "loss" in row]
+    said = runs.make("whole", "--from", runs.folder / "whole/ckpt-2", "--stop-at", 4)
+    check(said.count("set aside as") == 2, f"two checkpoints are given up:\n{said}")
+    check(runs.checkpoints("whole") == [2, 4], f"checkpoints {runs.checkpoints('whole')}, not 2 and 4")
+    aside = runs.checkpoints("whole", "set-aside-ckpt-")
+    check(aside == [4, 6], f"set aside: {aside}, not 4 and 6")
+    again = [row for row in runs.rows("whole") if "loss" in row]
+    check([row["step"] for row in again] == [0, 1, 2, 3], f"steps {[row['step'] for row in again]}")
+    check([row["loss"] for row in again] == [row["loss"] for row in steps[:4]], "other losses the second time")
+
+
+def test_terminal(runs):
+    """A progress bar that every line erases, and the table of --profile."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        command = runs.command("terminal", "--profile")
+        os.execv(command[0], command)
+    shown = b""
+    try:
+        while chunk := os.read(fd, 4096):
+            shown += chunk
+    except OSError:
+        pass  # the other end is closed
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    text = shown.decode()
+    check(status == 0, f"exit code {status}\n{text}")
+    check(re.search(r"\r\x1b\[K\[#{30}\] 6/6  0:00 left", text), f"no full bar:\n{text}")
+    glued = re.findall(r"\d:\d\d left(?!\r)[^\r]+", text)
+    check(not glued, f"lines that do not erase the bar: {glued}")
+    shares = [float(share) for share in re.findall(r" +[\d.]+ +([\d.]+)% +[\d.]+\r", text)]
+    check(len(shares) > 10 and abs(sum(shares) - 100) < 0.1 * len(shares), f"the profile's shares: {shares}")
+    check(shares == sorted(shares, reverse=True), f"not by share: {shares}")
+
+
+def main():
+    folder = Path(tempfile.mkdtemp())
+    try:
+        if not (ROOT / ".cache/shapes/shapes.tar").exists():
+            subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
+        runs = Runs(sys.argv[1], folder)
+        for test in (test_missed_evaluation, test_going_back, test_terminal):
+            test(runs)
+    except AssertionError as error:
+        print(f"{test.__name__}: FAILED: {error}")
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("going on, going back and the terminal: as they should be")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
