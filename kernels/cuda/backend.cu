@@ -1,0 +1,255 @@
+// The CUDA backend: its table of kernels, memory, queues and graphs of one GPU.
+#include "kernels/cuda/cuda.h"
+
+extern "C" {
+#include "base/base.h"
+}
+
+#include <vector>
+
+// The one GPU of this process. Set by cuda_open.
+static struct {
+  cudaStream_t stream[LANE_COUNT];
+  std::vector<cudaEvent_t> event; // made when first named
+  int sm_count;
+} gpu;
+
+void cuda_check(cudaError_t status, const char *what, const char *file, int line) {
+  if (status != cudaSuccess)
+    panic("%s:%d: %s: %s (%s)", file, line, what, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+int cuda_sm_count(void) {
+  return gpu.sm_count;
+}
+
+// ---- the device ----
+
+static int cuda_open(Error *err) {
+  if (gpu.sm_count) return 0;
+  static const char use_cpu[] = "--device cpu trains on the processor";
+  int driver = 0, runtime = 0, devices = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+    return error_set(err, use_cpu, "--device cuda: there is no NVIDIA driver on this machine");
+  if (driver / 1000 < runtime / 1000) {
+    error_set(err, "update the driver, or build with the CUDA toolkit that belongs to it",
+              "--device cuda: the NVIDIA driver is for CUDA %d.%d, this build needs CUDA %d.%d", driver / 1000,
+              driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    return -2;
+  }
+  cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status != cudaSuccess || devices == 0)
+    return error_set(err, use_cpu, "--device cuda: no GPU is visible: %s",
+                     status == cudaSuccess ? "the driver lists none" : cudaGetErrorString(status));
+  cudaDeviceProp prop;
+  cudaFuncAttributes loaded;
+  CUDA_CHECK(cudaSetDevice(0));
+  CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
+  extern __global__ void build_probe(void);
+  if (cudaFuncGetAttributes(&loaded, (const void *)build_probe) != cudaSuccess) {
+    error_set(err, "make CUDA_ARCH=... builds for others; --device cpu trains on the processor",
+              "--device cuda: this build has no code for %s (compute capability %d.%d)", prop.name, prop.major,
+              prop.minor);
+    return -2;
+  }
+  for (int l = 0; l < LANE_COUNT; l++) CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream[l], cudaStreamNonBlocking));
+  gpu.sm_count = prop.multiProcessorCount;
+  log_info("%s, %d multiprocessors, %.1f GB", prop.name, prop.multiProcessorCount, (double)prop.totalGlobalMem / 1e9);
+  return 0;
+}
+
+__global__ void build_probe(void) {
+}
+
+// What is free now, less room for the driver's own needs (graphs, module code).
+static int64_t cuda_memory(void) {
+  size_t free_bytes, total;
+  CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+  return (int64_t)free_bytes - ((int64_t)512 << 20);
+}
+
+static void *cuda_alloc(size_t bytes) {
+  void *p = NULL;
+  if (cudaMalloc(&p, bytes) != cudaSuccess) {
+    cudaGetLastError(); // the caller says what did not fit
+    return NULL;
+  }
+  CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream[LANE_COMPUTE]));
+  return p;
+}
+
+static void cuda_release(void *p) {
+  CUDA_CHECK(cudaFree(p));
+}
+
+static void *cuda_host_alloc(size_t bytes) {
+  void *p = NULL;
+  if (cudaMallocHost(&p, bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return NULL;
+  }
+  memset(p, 0, bytes);
+  return p;
+}
+
+static void cuda_host_release(void *p) {
+  CUDA_CHECK(cudaFreeHost(p));
+}
+
+static void cuda_upload(void *device, const void *host, size_t bytes) {
+  CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream[LANE_COMPUTE]));
+  // Pageable memory has been read when the call returns; pinned memory has not.
+  CUDA_CHECK(cudaStreamSynchronize(gpu.stream[LANE_COMPUTE]));
+}
+
+static void cuda_download(void *host, const void *device, size_t bytes) {
+  CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream[LANE_COMPUTE]));
+  CUDA_CHECK(cudaStreamSynchronize(gpu.stream[LANE_COMPUTE]));
+}
+
+// ---- queues ----
+
+static cudaEvent_t event_at(int number) {
+  while ((int)gpu.event.size() <= number) {
+    cudaEvent_t e;
+    CUDA_CHECK(cudaEventCreate(&e));
+    gpu.event.push_back(e);
+  }
+  return gpu.event[number];
+}
+
+static void *queue_stream(Lane lane) {
+  return gpu.stream[lane];
+}
+
+static void queue_record(Lane lane, int event) {
+  CUDA_CHECK(cudaEventRecord(event_at(event), gpu.stream[lane]));
+}
+
+static void queue_wait(Lane lane, int event) {
+  CUDA_CHECK(cudaStreamWaitEvent(gpu.stream[lane], event_at(event), 0));
+}
+
+static double queue_seconds(int from, int to) {
+  float ms = 0;
+  CUDA_CHECK(cudaEventSynchronize(event_at(to)));
+  CUDA_CHECK(cudaEventElapsedTime(&ms, event_at(from), event_at(to)));
+  return (double)ms / 1e3;
+}
+
+static void queue_capture_begin(void) {
+  CUDA_CHECK(cudaStreamBeginCapture(gpu.stream[LANE_COMPUTE], cudaStreamCaptureModeThreadLocal));
+}
+
+static void *queue_capture_end(void) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CUDA_CHECK(cudaStreamEndCapture(gpu.stream[LANE_COMPUTE], &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  return exec;
+}
+
+static void queue_graph_launch(void *graph) {
+  CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)graph, gpu.stream[LANE_COMPUTE]));
+}
+
+static void queue_graph_free(void *graph) {
+  CUDA_CHECK(cudaStreamSynchronize(gpu.stream[LANE_COMPUTE]));
+  CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)graph));
+}
+
+// ---- scratch ----
+
+typedef size_t (*ScratchFn)(OpKind kind, const Dims *dims, const OpArgs *args);
+
+static ScratchFn scratch_family(OpKind kind) {
+  switch (kind) {
+  case OP_LINEAR_FWD:
+  case OP_LINEAR_DGRAD:
+  case OP_LINEAR_WGRAD:
+    return linear_scratch;
+  case OP_EXPERT_UP_FWD:
+  case OP_EXPERT_DOWN_FWD:
+  case OP_EXPERT_COMBINE:
+  case OP_EXPERT_DOWN_BWD:
+  case OP_EXPERT_DOWN_WGRAD:
+  case OP_EXPERT_UP_DGRAD:
+  case OP_EXPERT_UP_WGRAD:
+    return expert_scratch;
+  case OP_HEAD_CE:
+  case OP_HEAD_LOGITS:
+    return head_scratch;
+  case OP_ADALN_FWD:
+  case OP_ADALN_BWD:
+    return adaln_scratch;
+  case OP_QKNORM_ROPE_FWD:
+  case OP_QKNORM_ROPE_BWD:
+    return rope_scratch;
+  case OP_ATTENTION_FWD:
+  case OP_ATTENTION_BWD:
+    return attention_scratch;
+  case OP_ROUTER_FWD:
+  case OP_ROUTER_LOSS:
+  case OP_ROUTER_BWD:
+    return router_scratch;
+  case OP_COND_FWD:
+  case OP_COND_BWD:
+  case OP_MOD_FWD:
+  case OP_MOD_BWD:
+    return cond_scratch;
+  case OP_EMBED_FWD:
+  case OP_EMBED_BWD:
+  case OP_POOL_FWD:
+  case OP_POOL_BWD:
+    return embed_scratch;
+  case OP_NOISE:
+  case OP_FLOW_LOSS:
+    return flow_scratch;
+  case OP_GRAD_NORM:
+  case OP_ADAMW:
+  case OP_EMA:
+    return update_scratch;
+  default:
+    return NULL;
+  }
+}
+
+static size_t cuda_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  ScratchFn family = scratch_family(kind);
+  return family ? family(kind, dims, args) : 0;
+}
+
+// ---- the table ----
+
+static Backend backend_make(void) {
+  static const Queues queues = {queue_stream,        queue_record,      queue_wait,         queue_seconds,
+                                queue_capture_begin, queue_capture_end, queue_graph_launch, queue_graph_free};
+  Backend b = {};
+  b.name = "cuda";
+  b.dtype_bytes[DT_ACT] = 2;
+  b.dtype_bytes[DT_REAL] = 4;
+  b.dtype_bytes[DT_I32] = 4;
+  b.dtype_bytes[DT_U8] = 1;
+  b.dtype_bytes[DT_F64] = 8;
+  b.head_chunk = 2048;
+  b.master_rest = 1;
+  b.width_multiple = 8;
+#define OP_ROW(name, in, out) b.fn[OP_##name] = cuda_##name;
+  OP_LIST(OP_ROW)
+#undef OP_ROW
+  b.scratch_bytes = cuda_scratch;
+  b.queues = &queues;
+  b.open = cuda_open;
+  b.memory = cuda_memory;
+  b.alloc = cuda_alloc;
+  b.release = cuda_release;
+  b.host_alloc = cuda_host_alloc;
+  b.host_release = cuda_host_release;
+  b.upload = cuda_upload;
+  b.download = cuda_download;
+  return b;
+}
+
+extern "C" const Backend backend_cuda = backend_make();

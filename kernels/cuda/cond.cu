@@ -1,0 +1,250 @@
+// The condition of an image segment and the modulation table: ops over [SEG, .] tensors, row 0 being text.
+#include "kernels/cuda/gemm.h"
+
+enum { THREADS = 256, FREQUENCIES = 128 };
+
+// Calls f(segment, column) for eight columns at a time of a [SEG, width] tensor, all threads of the grid taking part.
+template <typename F> static __device__ inline void for_eights(int segments, int width, F f) {
+  int64_t eights = width / 8, step = (int64_t)gridDim.x * THREADS;
+  for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < segments * eights; i += step)
+    f((int)(i / eights), (int)(i % eights) * 8);
+}
+
+static int grid_for(int64_t items) {
+  int64_t blocks = ceil_div64(items, THREADS), most = (int64_t)cuda_sm_count() * 8;
+  return (int)(blocks < most ? blocks : most);
+}
+
+static __device__ inline float silu(float x) {
+  return x * sigmoid(x);
+}
+
+static __device__ inline float silu_slope(float x) {
+  float s = sigmoid(x);
+  return s * (1 + x * (1 - s));
+}
+
+static __device__ inline void store_zeros(bf16 *p) {
+  *(uint4 *)p = make_uint4(0, 0, 0, 0);
+}
+
+// ---- features of the flow time ----
+
+// Thread i of a block: frequency i of segment blockIdx.x. The angle reaches 1000, where fp32 would be off by 3e-5; it
+// is formed and brought into [-pi, pi] in fp64, and the rest needs no more than fp32.
+static __global__ void __launch_bounds__(FREQUENCIES)
+    time_features_kernel(const BatchDims *n, const float *seg_time, bf16 *features) {
+  int g = blockIdx.x, i = threadIdx.x;
+  float cosine = 0, sine = 0;
+  if (g >= 1 && g < n->n_segments) {
+    const double ln_10000 = 9.210340371976184, turn = 6.283185307179586;
+    double angle = 1000 * (double)seg_time[g] * exp(-ln_10000 * i / FREQUENCIES);
+    double turns = angle / turn;
+    sincospif(2 * (float)(turns - rint(turns)), &sine, &cosine);
+  }
+  features[(int64_t)g * 2 * FREQUENCIES + i] = __float2bfloat16_rn(cosine);
+  features[(int64_t)g * 2 * FREQUENCIES + FREQUENCIES + i] = __float2bfloat16_rn(sine);
+}
+
+extern "C" void cuda_TIME_FEATURES(const KernelCall *c) {
+  CUDA_LAUNCH(time_features_kernel, c->dims->segments, FREQUENCIES, 0, call_stream(c), c->batch->dims,
+              c->batch->seg_time, (bf16 *)c->out[0]);
+}
+
+// ---- activations and the condition, [SEG, Z] ----
+
+static __global__ void __launch_bounds__(THREADS)
+    silu_fwd_kernel(const BatchDims *n, int segments, int Z, const bf16 *x, bf16 *y) {
+  for_eights(segments, Z, [&](int g, int column) {
+    int64_t at = (int64_t)g * Z + column;
+    if (g < 1 || g >= n->n_segments) return store_zeros(y + at);
+    float v[8];
+    load8(x + at, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = silu(v[i]);
+    store8(y + at, v);
+  });
+}
+
+extern "C" void cuda_SILU_FWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(silu_fwd_kernel, grid_for((int64_t)d->segments * d->Z / 8), THREADS, 0, call_stream(c), c->batch->dims,
+              d->segments, d->Z, (const bf16 *)c->in[0], (bf16 *)c->out[0]);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    silu_bwd_kernel(const BatchDims *n, int segments, int Z, const bf16 *dy, const bf16 *x, bf16 *dx) {
+  for_eights(segments, Z, [&](int g, int column) {
+    int64_t at = (int64_t)g * Z + column;
+    if (g < 1 || g >= n->n_segments) return store_zeros(dx + at);
+    float d[8], v[8];
+    load8(dy + at, d);
+    load8(x + at, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) d[i] *= silu_slope(v[i]);
+    store8(dx + at, d);
+  });
+}
+
+extern "C" void cuda_SILU_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(silu_bwd_kernel, grid_for((int64_t)d->segments * d->Z / 8), THREADS, 0, call_stream(c), c->batch->dims,
+              d->segments, d->Z, (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    cond_fwd_kernel(const BatchDims *n, const int32_t *seg_kind, int segments, int Z, const bf16 *time,
+                    const bf16 *pool, const bf16 *e_kind, bf16 *sum, bf16 *a) {
+  for_eights(segments, Z, [&](int g, int column) {
+    int64_t at = (int64_t)g * Z + column;
+    if (g < 1 || g >= n->n_segments) {
+      store_zeros(sum + at);
+      store_zeros(a + at);
+      return;
+    }
+    float v[8], p[8], k[8];
+    load8(time + at, v);
+    load8(pool + at, p);
+    load8(e_kind + (int64_t)seg_kind[g] * Z + column, k);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += p[i] + k[i];
+    store8(sum + at, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = silu(v[i]);
+    store8(a + at, v);
+  });
+}
+
+extern "C" void cuda_COND_FWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(cond_fwd_kernel, grid_for((int64_t)d->segments * d->Z / 8), THREADS, 0, call_stream(c), c->batch->dims,
+              c->batch->seg_kind, d->segments, d->Z, (const bf16 *)c->in[0], (const bf16 *)c->in[1],
+              (const bf16 *)c->in[2], (bf16 *)c->out[0], (bf16 *)c->out[1]);
+}
+
+// ---- sums over segments ----
+
+enum { COND_EIGHTS = 2, MOD_EIGHTS = 32 }; // eights of columns in a block; its threads share the rows of each eight
+
+// out[column] (+)= the sums of all threads that have the eight of `column`, in the order of the threads. The block has
+// columns 0 .. `columns` - 1 of `out`, 8 EIGHTS of them at most. `shared`: shares_floats<EIGHTS>().
+template <int EIGHTS> static __host__ __device__ constexpr int shares_stride() {
+  return EIGHTS * 8 + 4; // + 4: neighbouring threads' sums in other banks
+}
+template <int EIGHTS> static __host__ __device__ constexpr int shares_floats() {
+  return THREADS / EIGHTS * shares_stride<EIGHTS>();
+}
+template <int EIGHTS>
+static __device__ inline void add_shares(const float sum[8], float *shared, int columns, int accumulate, float *out) {
+  __syncthreads();
+  float4 *to = (float4 *)(shared + threadIdx.x / EIGHTS * shares_stride<EIGHTS>() + threadIdx.x % EIGHTS * 8);
+  to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  __syncthreads();
+  int column = threadIdx.x;
+  if (column >= EIGHTS * 8 || column >= columns) return;
+  float total = accumulate ? out[column] : 0;
+  for (int i = 0; i < THREADS / EIGHTS; i++) total += shared[i * shares_stride<EIGHTS>() + column];
+  out[column] = total;
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    cond_bwd_kernel(const BatchDims *n, const int32_t *seg_kind, int segments, int Z, int accumulate, const bf16 *da,
+                    const bf16 *sum, bf16 *dc, float *de_kind) {
+  __shared__ __align__(16) float shared[shares_floats<COND_EIGHTS>()];
+  int column0 = blockIdx.x * COND_EIGHTS * 8, column = column0 + threadIdx.x % COND_EIGHTS * 8;
+  float kinds[2][8] = {}; // sums of dc by seg_kind
+  for (int g = threadIdx.x / COND_EIGHTS; g < segments && column < Z; g += THREADS / COND_EIGHTS) {
+    int64_t at = (int64_t)g * Z + column;
+    if (g < 1 || g >= n->n_segments) {
+      store_zeros(dc + at);
+      continue;
+    }
+    float d[8], v[8];
+    load8(da + at, d);
+    load8(sum + at, v);
+    int clean = seg_kind[g] == SEGMENT_CLEAN;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      d[i] *= silu_slope(v[i]);
+      kinds[SEGMENT_NOISED][i] += clean ? 0 : d[i];
+      kinds[SEGMENT_CLEAN][i] += clean ? d[i] : 0;
+    }
+    store8(dc + at, d);
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++)
+    add_shares<COND_EIGHTS>(kinds[k], shared, Z - column0, accumulate, de_kind + k * Z + column0);
+}
+
+extern "C" void cuda_COND_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(cond_bwd_kernel, ceil_div(d->Z, COND_EIGHTS * 8), THREADS, 0, call_stream(c), c->batch->dims,
+              c->batch->seg_kind, d->segments, d->Z, c->args->span.accumulate, (const bf16 *)c->in[0],
+              (const bf16 *)c->in[1], (bf16 *)c->out[0], (float *)c->out[1]);
+}
+
+// ---- the modulation table, [SEG, M] ----
+
+// What the product U a does not write: row 0 = S[TEXT], unused rows 0.
+static __global__ void __launch_bounds__(THREADS)
+    mod_rest_kernel(const BatchDims *n, int segments, int M, const bf16 *S, bf16 *mod) {
+  int unused = segments - n->n_segments; // rows; they follow row 0 here
+  for_eights(1 + unused, M, [&](int row, int column) {
+    if (row == 0)
+      *(uint4 *)(mod + column) = *(const uint4 *)(S + (int64_t)TEXT * M + column);
+    else
+      store_zeros(mod + (int64_t)(n->n_segments + row - 1) * M + column);
+  });
+}
+
+extern "C" void cuda_MOD_FWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const bf16 *S = (const bf16 *)c->in[2]; // [2, M]
+  Gemm product = {};                      // rows [1, n_segments): a U^T + S[IMAGE]
+  GemmSide *side = &product.side[0];
+  side->groups = 1;
+  side->extent.count = &c->batch->dims->n_segments;
+  side->extent.begin_fixed = 1;
+  side->extent.count_fixed = -1;
+  side->rows = d->segments;
+  side->a = (const bf16 *)c->in[0]; // [SEG, Z]
+  side->b = (const bf16 *)c->in[1]; // U [M, Z]
+  side->c = c->out[0];              // [SEG, M]
+  side->N = d->M;
+  side->K = d->Z;
+  side->bias = S + (int64_t)IMAGE * d->M;
+  gemm_rows(&product, call_stream(c));
+  CUDA_LAUNCH(mod_rest_kernel, grid_for((int64_t)d->segments * d->M / 8), THREADS, 0, call_stream(c), c->batch->dims,
+              d->segments, d->M, S, (bf16 *)c->out[0]);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    mod_bwd_kernel(const BatchDims *n, int M, int accumulate, const bf16 *dmod, float *dS) {
+  __shared__ __align__(16) float shared[shares_floats<MOD_EIGHTS>()];
+  int column0 = blockIdx.x * MOD_EIGHTS * 8, column = column0 + threadIdx.x % MOD_EIGHTS * 8;
+  int share = threadIdx.x / MOD_EIGHTS, used = n->n_segments;
+  float text[8] = {}, image[8] = {}, x[8];
+  if (share == 0 && column < M) load8(dmod + column, text);
+  if (column < M) {
+#pragma unroll 4
+    for (int g = 1 + share; g < used; g += THREADS / MOD_EIGHTS) {
+      load8(dmod + (int64_t)g * M + column, x);
+#pragma unroll
+      for (int i = 0; i < 8; i++) image[i] += x[i];
+    }
+  }
+  add_shares<MOD_EIGHTS>(text, shared, M - column0, accumulate, dS + TEXT * (int64_t)M + column0);
+  add_shares<MOD_EIGHTS>(image, shared, M - column0, accumulate, dS + IMAGE * (int64_t)M + column0);
+}
+
+extern "C" void cuda_MOD_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(mod_bwd_kernel, ceil_div(d->M, MOD_EIGHTS * 8), THREADS, 0, call_stream(c), c->batch->dims, d->M,
+              c->args->span.accumulate, (const bf16 *)c->in[0], (float *)c->out[0]);
+}
+
+size_t cond_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  (void)kind, (void)dims, (void)args;
+  return 0;
+}

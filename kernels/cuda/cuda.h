@@ -1,0 +1,122 @@
+// What the CUDA kernels share: types, launches that are checked, reductions, 16-byte accesses.
+//
+// Activations and weights are bf16, everything else fp32; arithmetic is fp32. Widths (C, F, S, Z, P, V, H D, G D) are
+// multiples of 8, so that every row begins on 16 bytes; head_dim is 32, 64 or 128; at most 256 experts a modality, 8 of
+// them per token. engine_record refuses other models on this backend. Nothing here uses float atomics: the same inputs
+// give the same bits.
+#ifndef TESSERA_CUDA_H
+#define TESSERA_CUDA_H
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+extern "C" {
+#include "kernels/kernels.h"
+}
+
+typedef __nv_bfloat16 bf16;
+
+// Ends the process, naming the call, when it failed: nothing after it could be trusted.
+void cuda_check(cudaError_t status, const char *what, const char *file, int line);
+#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+// kernel<<<grid, block, shared, stream>>>(...), with the launch checked. `kernel` may need parentheses if it has commas.
+#define CUDA_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
+  do {                                                                                                                 \
+    kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__);                                                      \
+    cuda_check(cudaGetLastError(), #kernel, __FILE__, __LINE__);                                                       \
+  } while (0)
+
+// A kernel that wants more than 48 KiB of dynamic shared memory says so before each launch (cheap, legal in a capture).
+#define CUDA_ALLOW_SHARED(kernel, bytes)                                                                               \
+  CUDA_CHECK(cudaFuncSetAttribute((const void *)(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)))
+
+static inline cudaStream_t call_stream(const KernelCall *c) {
+  return (cudaStream_t)c->stream;
+}
+
+// Multiprocessors of the current device; asked once (backend.cu).
+int cuda_sm_count(void);
+
+static __host__ __device__ inline int64_t ceil_div64(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+static __host__ __device__ inline int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+// ---- 8 bf16 in 16 bytes ----
+
+static __device__ inline void unpack8(uint4 v, float x[8]) {
+  const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __uint_as_float(w[i] << 16);
+    x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+}
+static __device__ inline uint32_t pack2(float lo, float hi) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<uint32_t *>(&v);
+}
+static __device__ inline uint4 pack8(const float x[8]) {
+  return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
+}
+// p must be aligned to 16 bytes.
+static __device__ inline void load8(const bf16 *p, float x[8]) {
+  unpack8(*reinterpret_cast<const uint4 *>(p), x);
+}
+static __device__ inline void store8(bf16 *p, const float x[8]) {
+  *reinterpret_cast<uint4 *>(p) = pack8(x);
+}
+
+// ---- reductions; every lane (thread) gets the result ----
+
+static __device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+  return v;
+}
+static __device__ inline float warp_max(float v) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
+  return v;
+}
+static __device__ inline double warp_sum_double(double v) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+  return v;
+}
+// Over a block of whole warps, at most 32 of them. `shared` holds 32 floats and may be used again after a
+// __syncthreads().
+static __device__ inline float block_sum(float v, float *shared) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+  v = warp_sum(v);
+  if (lane == 0) shared[warp] = v;
+  __syncthreads();
+  v = lane < warps ? shared[lane] : 0;
+  return warp_sum(v);
+}
+
+static __device__ inline float sigmoid(float x) {
+  return 1.0f / (1.0f + __expf(-x));
+}
+
+// The kernels; operands and formulas: kernels.h.
+#define OP_DECLARE(name, in, out) extern "C" void cuda_##name(const KernelCall *call);
+OP_LIST(OP_DECLARE)
+#undef OP_DECLARE
+
+// Scratch that an op of each family needs (Backend.scratch_bytes): bytes, 0 for ops that need none.
+size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // LINEAR_*
+size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // EXPERT_*
+size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // HEAD_*
+size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args);     // ADALN_*
+size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // QKNORM_ROPE_*
+size_t attention_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_*
+size_t router_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // ROUTER_*
+size_t cond_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // TIME_FEATURES, SILU_*, COND_*, MOD_*
+size_t embed_scratch(OpKind kind, const Dims *dims, const OpArgs *args);     // EMBED_*, POOL_*
+size_t flow_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // NOISE, FLOW_LOSS
+size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // GRAD_NORM, ADAMW, EMA
+#endif

@@ -1,0 +1,205 @@
+// Ops at the entrance of the model: token embeddings, and captions pooled from them.
+#include "kernels/cuda/cuda.h"
+
+enum {
+  THREADS = 256,
+  WARPS = THREADS / 32,
+  POOL_THREADS = 512, // eight columns each, so that one row of C <= 4096 is one access of the block
+  BWD_IDS = 32,       // rows of dE in a block
+  BWD_COLUMNS = 256,  // and columns: eight a lane
+  LONG_RUN = 32       // an id of more rows is summed by the whole block
+};
+
+static __device__ inline void add8(float sum[8], const float x[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum[i] += x[i];
+}
+
+// ---- EMBED_FWD ----
+
+// A warp a row.
+static __global__ void __launch_bounds__(THREADS)
+    embed_fwd_kernel(const BatchDims *n, const int32_t *token, int T, int C, const bf16 *E, const bf16 *image_rows,
+                     bf16 *x) {
+  int lane = threadIdx.x % 32, text = n->n_text, used = text + n->n_image;
+  for (int64_t r = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32; r < T; r += (int64_t)gridDim.x * WARPS) {
+    const bf16 *from = r < text ? E + (int64_t)token[r] * C : r < used ? image_rows + r * C : NULL;
+#pragma unroll 4
+    for (int i = lane; i < C / 8; i += 32)
+      *(uint4 *)(x + r * C + i * 8) = from ? *(const uint4 *)(from + i * 8) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+extern "C" void cuda_EMBED_FWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(embed_fwd_kernel, ceil_div(d->T, WARPS), THREADS, 0, call_stream(c), c->batch->dims, c->batch->token,
+              d->T, d->C, (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
+}
+
+// ---- EMBED_BWD ----
+
+// First of the ascending id[0 .. n) that is >= v, by a whole warp: 32 probes a step.
+static __device__ inline int lower_bound_warp(const int32_t *id, int n, int v) {
+  int low = 0, high = n; // id[low - 1] < v <= id[high]
+  while (low < high) {
+    int step = ceil_div(high - low, 32), at = low + (threadIdx.x % 32) * step;
+    int below = __popc(__ballot_sync(0xffffffffu, at < high && id[at] < v)); // the first `below` probes
+    if (below == 0) return low;
+    if (low + below * step < high) high = low + below * step;
+    low += (below - 1) * step + 1;
+  }
+  return low;
+}
+
+// sum [8 columns] of the rows id_row[k] for k = first, first + step, .. < end.
+static __device__ inline void sum_rows(const Batch &b, int first, int end, int step, int C, int column, const bf16 *dx,
+                                       const bf16 *dmean, float sum[8]) {
+#pragma unroll 4
+  for (int k = first; k < end; k += step) {
+    int r = b.id_row[k], g = b.pool_segment[r];
+    float x[8], mean[8];
+    load8(dx + (int64_t)r * C + column, x);
+    add8(sum, x);
+    if (g == 0) continue;
+    load8(dmean + (int64_t)g * C + column, mean);
+    float share = 1 / (float)(b.cap_end[g] - b.cap_start[g]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum[i] += share * mean[i];
+  }
+}
+
+static __device__ inline void store_sum(float *to, const float sum[8], int accumulate) {
+  float4 *at = (float4 *)to;
+  float4 a = make_float4(sum[0], sum[1], sum[2], sum[3]), b = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  if (accumulate) {
+    float4 c = at[0], d = at[1];
+    a = make_float4(a.x + c.x, a.y + c.y, a.z + c.z, a.w + c.w);
+    b = make_float4(b.x + d.x, b.y + d.y, b.z + d.z, b.w + d.w);
+  }
+  at[0] = a;
+  at[1] = b;
+}
+
+// Block (x, y): BWD_COLUMNS columns of rows BWD_IDS y .. of dE. A warp takes every eighth of those rows; ids of many
+// rows (the special tokens stand in every document) come last, each summed by all warps, warp w taking its rows w,
+// w + 8, ..
+static __global__ void __launch_bounds__(THREADS)
+    embed_bwd_kernel(const __grid_constant__ Batch b, int V, int C, int accumulate, const bf16 *dx, const bf16 *dmean,
+                     float *dE) {
+  __shared__ int place[BWD_IDS]; // in the by-id list, or -1
+  __shared__ __align__(16) float partial[WARPS][BWD_COLUMNS];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, v0 = blockIdx.y * BWD_IDS;
+  int column = blockIdx.x * BWD_COLUMNS + lane * 8, n_ids = b.dims->n_ids;
+  if (warp == 0) {
+    place[lane] = -1;
+    __syncwarp();
+    int j = lower_bound_warp(b.id, n_ids, v0) + lane;
+    if (j < n_ids && b.id[j] < v0 + BWD_IDS) place[b.id[j] - v0] = j;
+  }
+  __syncthreads();
+  for (int i = warp; i < BWD_IDS && v0 + i < V; i += WARPS) {
+    int j = place[i];
+    if (column >= C || (j < 0 && accumulate)) continue;
+    int first = j < 0 ? 0 : b.id_start[j], end = j < 0 ? 0 : b.id_start[j + 1];
+    if (end - first > LONG_RUN) continue;
+    float sum[8] = {};
+    sum_rows(b, first, end, 1, C, column, dx, dmean, sum);
+    store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
+  }
+  for (int i = 0; i < BWD_IDS; i++) {
+    int j = place[i];
+    if (j < 0 || b.id_start[j + 1] - b.id_start[j] <= LONG_RUN) continue;
+    float sum[8] = {};
+    if (column < C) sum_rows(b, b.id_start[j] + warp, b.id_start[j + 1], WARPS, C, column, dx, dmean, sum);
+    __syncthreads(); // the id before has been read from `partial`
+    store_sum(&partial[warp][lane * 8], sum, 0);
+    __syncthreads();
+    if (warp || column >= C) continue;
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) add8(sum, &partial[w][lane * 8]);
+    store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
+  }
+}
+
+extern "C" void cuda_EMBED_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  CUDA_LAUNCH(embed_bwd_kernel, dim3(ceil_div(d->C, BWD_COLUMNS), ceil_div(d->V, BWD_IDS)), THREADS, 0, call_stream(c),
+              *c->batch, d->V, d->C, c->args->span.accumulate, (const bf16 *)c->in[0], (const bf16 *)c->in[1],
+              (float *)c->out[0]);
+}
+
+// ---- POOL_FWD, POOL_BWD ----
+
+// u [C] = mean embedding of segment g's caption: thread v < C / 8 gets columns 8v .. 8v + 7. Returns 1 / sqrt(mean(u^2)
+// + 1e-6), or 0 without a caption, in every thread. Threads that a row does not need take other rows of the caption.
+static __device__ inline float pool_caption(const Batch &b, const bf16 *E, int C, int g, float u[8]) {
+  __shared__ __align__(16) float partial[POOL_THREADS][8];
+  __shared__ float shared[32];
+  int first = b.cap_start[g], end = b.cap_end[g], eights = C / 8;
+#pragma unroll
+  for (int i = 0; i < 8; i++) u[i] = 0;
+  if (g == 0 || g >= b.dims->n_segments || first >= end) return 0;
+  int shares = POOL_THREADS / eights, share = threadIdx.x / eights, eight = threadIdx.x % eights;
+  if (share < shares) {
+#pragma unroll 4
+    for (int r = first + share; r < end; r += shares) {
+      float x[8];
+      load8(E + (int64_t)b.token[r] * C + eight * 8, x);
+      add8(u, x);
+    }
+    store_sum(partial[threadIdx.x], u, 0);
+  }
+  __syncthreads();
+  float squares = 0, part = 1 / (float)(end - first);
+  if (threadIdx.x < eights) {
+    for (int i = 1; i < shares; i++) add8(u, partial[i * eights + threadIdx.x]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      u[i] *= part;
+      squares += u[i] * u[i];
+    }
+  }
+  return 1 / sqrtf(block_sum(squares, shared) / (float)C + 1e-6f);
+}
+
+static __global__ void __launch_bounds__(POOL_THREADS)
+    pool_fwd_kernel(const __grid_constant__ Batch b, int C, const bf16 *E, bf16 *pooled) {
+  float u[8], scale = pool_caption(b, E, C, blockIdx.x, u);
+  if (threadIdx.x >= C / 8) return;
+#pragma unroll
+  for (int i = 0; i < 8; i++) u[i] *= scale;
+  store8(pooled + (int64_t)blockIdx.x * C + threadIdx.x * 8, u);
+}
+
+// With y = s u: du = s (dy - u s^2 mean(dy u)).
+static __global__ void __launch_bounds__(POOL_THREADS)
+    pool_bwd_kernel(const __grid_constant__ Batch b, int C, const bf16 *dpooled, const bf16 *E, bf16 *dmean) {
+  __shared__ float shared[32];
+  float u[8], dy[8] = {}, dot = 0, s = pool_caption(b, E, C, blockIdx.x, u);
+  bool mine = threadIdx.x < C / 8;
+  int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
+  if (mine && s != 0) {
+    load8(dpooled + at, dy);
+#pragma unroll
+    for (int i = 0; i < 8; i++) dot += dy[i] * u[i];
+  }
+  float along = s * s * block_sum(dot, shared) / (float)C;
+#pragma unroll
+  for (int i = 0; i < 8; i++) u[i] = s * (dy[i] - u[i] * along);
+  if (mine) store8(dmean + at, u);
+}
+
+extern "C" void cuda_POOL_FWD(const KernelCall *c) {
+  CUDA_LAUNCH(pool_fwd_kernel, c->dims->segments, POOL_THREADS, 0, call_stream(c), *c->batch, c->dims->C,
+              (const bf16 *)c->in[0], (bf16 *)c->out[0]);
+}
+
+extern "C" void cuda_POOL_BWD(const KernelCall *c) {
+  CUDA_LAUNCH(pool_bwd_kernel, c->dims->segments, POOL_THREADS, 0, call_stream(c), *c->batch, c->dims->C,
+              (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
+}
+
+size_t embed_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  (void)kind, (void)dims, (void)args;
+  return 0;
+}

@@ -1,0 +1,279 @@
+// Experts of both modalities, over assignments sorted by expert: products through gemm.h, whose groups are the experts,
+// which also take the activation forward and backward; and the sum over a token's experts.
+#include "kernels/cuda/gemm.h"
+
+#include <limits.h>
+
+enum { THREADS = 256, WARPS = THREADS / 32, MOST_EXPERTS = 8 }; // MOST_EXPERTS of one token
+
+static Route route_of(const KernelCall *c, int in) {
+  Route r;
+  route_bind(&r, c->dims, (int32_t *)(uintptr_t)c->in[in]);
+  return r;
+}
+
+// First element of modality m's view of a per-assignment buffer, scale * width[m] elements a slot.
+static int64_t slots_at(const Dims *d, const int width[MODALITIES], int scale, int m) {
+  const int scaled[MODALITIES] = {scale * width[TEXT], scale * width[IMAGE]};
+  return two_sided_base(d->T, d->K, scaled, m);
+}
+
+// ---- products ----
+
+// A gemm.h side whose groups are modality m's experts and whose rows are its slots; operands are the caller's.
+static GemmSide experts_side(const Dims *d, const Route *route, int m) {
+  const int first = m == TEXT ? 0 : d->E[TEXT];
+  GemmSide s = {};
+  s.groups = d->E[m];
+  s.extent = {route->begin + first, route->count + first, 0, 0};
+  s.rows = d->T * d->K[m];
+  return s;
+}
+
+extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const Route route = route_of(c, 1);
+  Gemm g = {};
+  g.index_divisor = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide s = experts_side(d, &route, m);
+    s.a = (const bf16 *)c->in[0]; // h [T, C]
+    s.a_index = route.source[m];
+    s.b = (const bf16 *)c->in[2 + m];                    // W1 [E, 2F, C]
+    s.c = (bf16 *)c->out[0] + slots_at(d, d->F, 2, m);   // pre [slots, 2F]
+    s.act = (bf16 *)c->out[1] + slots_at(d, d->F, 1, m); // a [slots, F]
+    s.N = 2 * d->F[m];
+    s.K = d->C;
+    g.side[m] = s;
+  }
+  gemm_rows(&g, call_stream(c));
+}
+
+extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const int C[MODALITIES] = {d->C, d->C};
+  const Route route = route_of(c, 1);
+  Gemm g = {};
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide s = experts_side(d, &route, m);
+    s.a = (const bf16 *)c->in[0] + slots_at(d, d->F, 1, m); // a [slots, F]
+    s.b = (const bf16 *)c->in[2 + m];                       // W2 [E, C, F]
+    s.c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // y [slots, C]
+    s.N = d->C;
+    s.K = d->F[m];
+    g.side[m] = s;
+  }
+  gemm_rows(&g, call_stream(c));
+}
+
+extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const int C[MODALITIES] = {d->C, d->C};
+  const Route route = route_of(c, 1);
+  Gemm g = {};
+  g.b_transposed = 1;
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide s = experts_side(d, &route, m);
+    s.a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
+    s.b = (const bf16 *)c->in[2 + m];                       // W1 [E, 2F, C]
+    s.c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // dslot [slots, C]
+    s.N = d->C;
+    s.K = 2 * d->F[m];
+    g.side[m] = s;
+  }
+  gemm_rows(&g, call_stream(c));
+}
+
+extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const Route route = route_of(c, 2);
+  Gemm g = {};
+  g.accumulate = c->args->span.accumulate;
+  g.index_divisor = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide s = experts_side(d, &route, m);
+    s.a = (const bf16 *)c->in[0]; // dout [T, C]
+    s.a_index = route.source[m];
+    s.b = (const bf16 *)c->in[1] + slots_at(d, d->F, 1, m); // sa [slots, F]
+    s.c = c->out[m];                                        // dW2 [E, C, F]
+    s.M = d->C;
+    s.N = d->F[m];
+    g.side[m] = s;
+  }
+  gemm_weights(&g, call_stream(c));
+}
+
+extern "C" void cuda_EXPERT_UP_WGRAD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const Route route = route_of(c, 2);
+  Gemm g = {};
+  g.accumulate = c->args->span.accumulate;
+  g.index_divisor = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide s = experts_side(d, &route, m);
+    s.a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
+    s.b = (const bf16 *)c->in[1];                           // h [T, C]
+    s.b_index = route.source[m];
+    s.c = c->out[m]; // dW1 [E, 2F, C]
+    s.M = 2 * d->F[m];
+    s.N = d->C;
+    g.side[m] = s;
+  }
+  gemm_weights(&g, call_stream(c));
+}
+
+// ---- combine ----
+
+typedef struct Combine {
+  const bf16 *y[MODALITIES]; // [slots, C] views
+  const int32_t *slot;       // [T, Kmax]
+  const float *weights;      // [T, Kmax] or NULL
+  const bf16 *add;           // [T, C] or NULL
+  bf16 *out;                 // [T, C]
+  int T, C, kmax, K[MODALITIES];
+} Combine;
+
+// A warp takes a row. Slots ascend with the expert, so that the order of the experts is the order of the slots: lane j
+// holds assignment j and counts the smaller ones. N is Kmax, rounded up to a power of two: the loads of all experts are
+// in flight together.
+template <int N> static __global__ void __launch_bounds__(THREADS) combine_rows(Combine p, const BatchDims *dims) {
+  const int n_text = dims->n_text, used = n_text + dims->n_image;
+  const int lane = threadIdx.x % 32;
+  for (int64_t r = blockIdx.x * WARPS + threadIdx.x / 32; r < p.T; r += gridDim.x * WARPS) {
+    const int k = r >= used ? 0 : r < n_text ? p.K[TEXT] : p.K[IMAGE];
+    const int mine = lane < k ? p.slot[r * p.kmax + lane] : INT_MAX;
+    const float weight = lane < k && p.weights ? p.weights[r * p.kmax + lane] : 1;
+    int rank = 0;
+#pragma unroll
+    for (int j = 0; j < N; j++) rank += __shfl_sync(0xffffffffu, mine, j) < mine;
+    const bf16 *from[N];
+    float w[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const int source = __ffs(__ballot_sync(0xffffffffu, rank == n && lane < k)) - 1; // -1, any lane, where n >= k
+      const int slot = __shfl_sync(0xffffffffu, mine, source & 31);
+      w[n] = __shfl_sync(0xffffffffu, weight, source & 31);
+      from[n] = (r < n_text ? p.y[TEXT] : p.y[IMAGE]) + (n < k ? (int64_t)slot * p.C : 0);
+    }
+    for (int column = lane * 8; column < p.C; column += 256) {
+      float sum[8] = {0}, x[8];
+      uint4 piece[N];
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        piece[n] = n < k ? *reinterpret_cast<const uint4 *>(from[n] + column) : make_uint4(0, 0, 0, 0);
+      if (p.add && k) load8(p.add + r * p.C + column, sum);
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        unpack8(piece[n], x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] = n < k ? fmaf(w[n], x[i], sum[i]) : sum[i];
+      }
+      store8(p.out + r * p.C + column, sum);
+    }
+  }
+}
+
+extern "C" void cuda_EXPERT_COMBINE(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const int C[MODALITIES] = {d->C, d->C};
+  Combine p = {};
+  p.slot = route_of(c, 1).slot;
+  p.weights = (const float *)c->in[2];
+  p.add = (const bf16 *)c->in[3];
+  p.out = (bf16 *)c->out[0];
+  p.T = d->T;
+  p.C = d->C;
+  p.kmax = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    p.y[m] = (const bf16 *)c->in[0] + slots_at(d, C, 1, m);
+    p.K[m] = d->K[m];
+  }
+  const int wanted = ceil_div(d->T, WARPS), most = 8 * cuda_sm_count(), grid = wanted < most ? wanted : most;
+  const BatchDims *dims = c->batch->dims;
+  if (p.kmax == 1)
+    CUDA_LAUNCH(combine_rows<1>, grid, THREADS, 0, call_stream(c), p, dims);
+  else if (p.kmax == 2)
+    CUDA_LAUNCH(combine_rows<2>, grid, THREADS, 0, call_stream(c), p, dims);
+  else if (p.kmax <= 4)
+    CUDA_LAUNCH(combine_rows<4>, grid, THREADS, 0, call_stream(c), p, dims);
+  else
+    CUDA_LAUNCH(combine_rows<MOST_EXPERTS>, grid, THREADS, 0, call_stream(c), p, dims);
+}
+
+// ---- backward of the weighted activation ----
+
+// <dA, a> of the slots, by blocks of columns: what the product leaves behind.
+typedef struct Dots {
+  const float *dot[MODALITIES]; // [blocks, T K]
+  int blocks[MODALITIES];
+  const int32_t *source[MODALITIES];
+  float *dweights; // [T, Kmax]
+  int T, kmax, K[MODALITIES];
+} Dots;
+
+// dweights: a thread sums a slot's blocks in order, or zeroes an assignment that nobody has.
+static __global__ void __launch_bounds__(THREADS) dots_sum(Dots p, const BatchDims *dims) {
+  const int64_t n_text = dims->n_text, used = n_text + dims->n_image;
+  const int64_t text = n_text * p.K[TEXT], slots = text + (used - n_text) * p.K[IMAGE];
+  const int64_t first = blockIdx.x * (int64_t)THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
+  for (int64_t i = first; i < slots; i += step) {
+    const bool image = i >= text;
+    const int64_t s = image ? i - text + n_text * p.K[IMAGE] : i;
+    const int64_t stride = (int64_t)p.T * (image ? p.K[IMAGE] : p.K[TEXT]);
+    const float *dot = image ? p.dot[IMAGE] : p.dot[TEXT];
+    const int blocks = image ? p.blocks[IMAGE] : p.blocks[TEXT];
+    float sum = 0;
+#pragma unroll 8
+    for (int b = 0; b < blocks; b++) sum += dot[b * stride + s];
+    p.dweights[(image ? p.source[IMAGE] : p.source[TEXT])[s]] = sum;
+  }
+  for (int64_t i = first; i < (int64_t)p.T * p.kmax; i += step) {
+    const int64_t r = i / p.kmax, j = i % p.kmax;
+    if (r >= used || j >= (r < n_text ? p.K[TEXT] : p.K[IMAGE])) p.dweights[i] = 0;
+  }
+}
+
+// Floats of modality m's dots.
+static size_t dots_size(const Dims *d, int m) {
+  return (size_t)ceil_div(d->F[m], GEMM_DOT_COLUMNS) * d->T * d->K[m];
+}
+
+size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  (void)args;
+  if (kind != OP_EXPERT_DOWN_BWD) return 0;
+  return (dots_size(dims, TEXT) + dots_size(dims, IMAGE)) * sizeof(float);
+}
+
+extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const Route route = route_of(c, 3);
+  float *dot = (float *)c->scratch;
+  Gemm g = {};
+  Dots p = {};
+  g.b_transposed = 1;
+  g.index_divisor = p.kmax = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    const int64_t at = slots_at(d, d->F, 1, m), pre_at = slots_at(d, d->F, 2, m);
+    GemmSide s = experts_side(d, &route, m);
+    s.a = (const bf16 *)c->in[0]; // dout [T, C]
+    s.a_index = route.source[m];
+    s.b = (const bf16 *)c->in[4 + m];               // W2 [E, C, F]
+    s.swiglu.pre = (const bf16 *)c->in[1] + pre_at; // [slots, 2F]
+    s.swiglu.weight = (const float *)c->in[2];      // [T, Kmax]
+    s.swiglu.dpre = (bf16 *)c->out[0] + pre_at;     // [slots, 2F]
+    s.swiglu.sa = (bf16 *)c->out[1] + at;           // [slots, F]
+    s.swiglu.dot = dot;
+    s.N = d->F[m];
+    s.K = d->C;
+    g.side[m] = s;
+    p.dot[m] = dot;
+    p.blocks[m] = ceil_div(d->F[m], GEMM_DOT_COLUMNS);
+    p.source[m] = route.source[m];
+    p.K[m] = d->K[m];
+    dot += dots_size(d, m);
+  }
+  p.dweights = (float *)c->out[2];
+  p.T = d->T;
+  gemm_rows(&g, call_stream(c));
+  CUDA_LAUNCH(dots_sum, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), p, c->batch->dims);
+}

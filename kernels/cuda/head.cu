@@ -1,0 +1,275 @@
+// The text head: logits and cross-entropy of the rows with a target, gathered through target_row, a chunk at a time, so
+// that logits never exist whole. How many chunks hold anything is known on the device only: the products of the others
+// find no rows.
+#include "kernels/cuda/gemm.h"
+
+enum { THREADS = 512, WARPS = THREADS / 32 };
+
+// ---- products, without their operands ----
+
+// logits [rows, V] = h Wout^T, in fp32.
+static Gemm logits_gemm(const Dims *d, int rows) {
+  Gemm g = {};
+  g.c_float = 1;
+  g.side[0].groups = 1;
+  g.side[0].rows = rows;
+  g.side[0].N = d->V;
+  g.side[0].K = d->C;
+  return g;
+}
+
+// dh [rows, C] = dlogits Wout.
+static Gemm input_gemm(const Dims *d, int rows) {
+  Gemm g = {};
+  g.b_transposed = 1;
+  g.side[0].groups = 1;
+  g.side[0].rows = rows;
+  g.side[0].N = d->C;
+  g.side[0].K = d->V;
+  return g;
+}
+
+// dWout [V, C] (+)= dlogits^T h.
+static Gemm weight_gemm(const Dims *d, int rows) {
+  Gemm g = {};
+  g.side[0].groups = 1;
+  g.side[0].rows = rows;
+  g.side[0].M = d->V;
+  g.side[0].N = d->C;
+  return g;
+}
+
+// ---- scratch of HEAD_CE ----
+
+typedef struct HeadScratch {
+  int32_t *count; // [chunks] rows of each
+  bf16 *dlogits;  // [chunk, V]
+  bf16 *dh;       // [chunk, C] of the gathered rows
+  char *gemm;     // of whichever product runs
+} HeadScratch;
+
+// Lays it out from `base` (NULL to measure); returns its bytes.
+static size_t head_bind(HeadScratch *s, const Dims *d, int chunk, void *base) {
+  const Gemm logits = logits_gemm(d, chunk), input = input_gemm(d, chunk), weight = weight_gemm(d, chunk);
+  size_t gemm = gemm_rows_scratch(&logits), used = 0;
+  if (gemm_rows_scratch(&input) > gemm) gemm = gemm_rows_scratch(&input);
+  if (gemm_weights_scratch(&weight) > gemm) gemm = gemm_weights_scratch(&weight);
+  char *at = (char *)base;
+#define HEAD_TAKE(field, type, n)                                                                                      \
+  do {                                                                                                                 \
+    s->field = (type *)(void *)(base ? at + used : NULL);                                                              \
+    used += ((size_t)(n) * sizeof(type) + 255) / 256 * 256;                                                            \
+  } while (0)
+  HEAD_TAKE(count, int32_t, ceil_div(d->T, chunk));
+  HEAD_TAKE(dlogits, bf16, (int64_t)chunk * d->V);
+  HEAD_TAKE(dh, bf16, (int64_t)chunk * d->C);
+  HEAD_TAKE(gemm, char, gemm);
+#undef HEAD_TAKE
+  return used;
+}
+
+size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  if (kind == OP_HEAD_CE) {
+    HeadScratch s;
+    return head_bind(&s, dims, args->head.chunk, NULL);
+  }
+  const Gemm g = logits_gemm(dims, dims->T);
+  return gemm_rows_scratch(&g);
+}
+
+// ---- kernels ----
+
+// count [chunks], nll [T] = 0, and zeros in the rows of dh [T, C] (or NULL) without a target. A warp takes a row.
+static __global__ void __launch_bounds__(THREADS)
+    head_begin(Batch b, int T, int C, int chunk, int32_t *count, float *nll, bf16 *dh) {
+  const int lane = threadIdx.x % 32, first = blockIdx.x * WARPS + threadIdx.x / 32, step = gridDim.x * WARPS;
+  for (int r = first; r < T; r += step) {
+    if (lane == 0) nll[r] = 0;
+    if (lane == 0 && r % chunk == 0) {
+      const int left = b.dims->n_target - r;
+      count[r / chunk] = left < 0 ? 0 : left < chunk ? left : chunk;
+    }
+    if (!dh || b.target[r] >= 0) continue;
+    uint4 *row = reinterpret_cast<uint4 *>(dh + (int64_t)r * C);
+    for (int i = lane; i < C / 8; i += 32) row[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// A maximum and the sum of exponentials relative to it; {-inf, 0} of nothing.
+typedef struct LogSum {
+  float top, sum;
+} LogSum;
+static __device__ inline LogSum log_sum_join(LogSum a, LogSum b) {
+  LogSum j = {fmaxf(a.top, b.top), 0};
+  if (a.sum != 0) j.sum += a.sum * __expf(a.top - j.top); // of nothing: -inf - -inf would be NaN
+  if (b.sum != 0) j.sum += b.sum * __expf(b.top - j.top);
+  return j;
+}
+
+// Over the block; every thread gets the result. The tree is fixed.
+static __device__ LogSum block_log_sum(LogSum s) {
+  __shared__ LogSum warp[WARPS];
+  const int lane = threadIdx.x % 32;
+  for (int d = 16; d; d >>= 1) {
+    const LogSum other = {__shfl_xor_sync(0xffffffffu, s.top, d), __shfl_xor_sync(0xffffffffu, s.sum, d)};
+    s = log_sum_join(s, other);
+  }
+  __syncthreads(); // the last use of warp[] is over
+  if (lane == 0) warp[threadIdx.x / 32] = s;
+  __syncthreads();
+  s = warp[lane % WARPS];
+  for (int d = WARPS / 2; d; d >>= 1) {
+    const LogSum other = {__shfl_xor_sync(0xffffffffu, s.top, d), __shfl_xor_sync(0xffffffffu, s.sum, d)};
+    s = log_sum_join(s, other);
+  }
+  return s;
+}
+
+static __device__ inline void load_logits(const float *p, float x[8]) {
+  const float4 lo = reinterpret_cast<const float4 *>(p)[0], hi = reinterpret_cast<const float4 *>(p)[1];
+  x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w, x[4] = hi.x, x[5] = hi.y, x[6] = hi.z, x[7] = hi.w;
+}
+
+// A block takes a row of logits [V]: nll of its row, and dlogits [V] (or NULL) = ce_scale (softmax - onehot). The
+// second pass over the logits finds them in the L2 cache.
+static __global__ void __launch_bounds__(THREADS) cross_entropy(Batch b, const int32_t *index, const int32_t *count,
+                                                                int V, const float *logits, float *nll, bf16 *dlogits) {
+  const int rows = *count;
+  const float scale = b.dims->ce_scale;
+  for (int i = blockIdx.x; i < rows; i += gridDim.x) {
+    const int row = index[i], target = b.target[row];
+    const float *z = logits + (int64_t)i * V;
+    LogSum own = {-INFINITY, 0};
+    float x[8];
+    for (int v = threadIdx.x * 8; v < V; v += THREADS * 8) {
+      load_logits(z + v, x);
+      float top = own.top;
+#pragma unroll
+      for (int j = 0; j < 8; j++) top = fmaxf(top, x[j]);
+      float sum = own.sum != 0 ? own.sum * __expf(own.top - top) : 0;
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += __expf(x[j] - top);
+      own = {top, sum};
+    }
+    const LogSum all = block_log_sum(own);
+    if (threadIdx.x == 0) nll[row] = logf(all.sum) + all.top - z[target];
+    if (!dlogits) continue;
+    const float share = scale / all.sum;
+    for (int v = threadIdx.x * 8; v < V; v += THREADS * 8) {
+      load_logits(z + v, x);
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[j] = share * __expf(x[j] - all.top) - (v + j == target ? scale : 0);
+      store8(dlogits + (int64_t)i * V + v, x);
+    }
+  }
+}
+
+// dh[index[i]] = gathered[i], rows of C. A warp takes a row.
+static __global__ void __launch_bounds__(THREADS)
+    rows_scatter(const int32_t *index, const int32_t *count, int C, const bf16 *__restrict__ gathered,
+                 bf16 *__restrict__ dh) {
+  const int lane = threadIdx.x % 32, rows = *count;
+  for (int i = blockIdx.x * WARPS + threadIdx.x / 32; i < rows; i += gridDim.x * WARPS) {
+    const bf16 *from = gathered + (int64_t)i * C;
+    bf16 *to = dh + (int64_t)index[i] * C;
+#pragma unroll 4
+    for (int column = lane * 8; column < C; column += 256)
+      *reinterpret_cast<uint4 *>(to + column) = *reinterpret_cast<const uint4 *>(from + column);
+  }
+}
+
+// Adds the sums of nll by kind of target, in fp64, by one block in fixed order.
+static __global__ void __launch_bounds__(THREADS) head_end(Batch b, const float *nll, Metrics *metrics) {
+  __shared__ double shared[WARPS][4];
+  const int n = b.dims->n_target, lane = threadIdx.x % 32;
+  double sum[4] = {0}; // nll by kind, targets by kind
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    const int row = b.target_row[i];
+    const bool caption = b.target_kind[row] == TARGET_CAPTION;
+    const double value = nll[row];
+    sum[TARGET_TEXT] += caption ? 0 : value;
+    sum[TARGET_CAPTION] += caption ? value : 0;
+    sum[2 + TARGET_TEXT] += !caption;
+    sum[2 + TARGET_CAPTION] += caption;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    sum[k] = warp_sum_double(sum[k]);
+    if (lane == 0) shared[threadIdx.x / 32][k] = sum[k];
+  }
+  __syncthreads();
+  if (threadIdx.x >= 4) return;
+  double total = 0;
+  for (int w = 0; w < WARPS; w++) total += shared[w][threadIdx.x];
+  double *to = threadIdx.x < 2 ? metrics->nll : metrics->targets;
+  to[threadIdx.x % 2] += total;
+}
+
+// ---- ops ----
+
+// logits [*count, V] of the rows h[index].
+static void logits_product(const KernelCall *c, Gemm g, const int32_t *count, const int32_t *index, float *logits) {
+  g.side[0].extent.count = count;
+  g.side[0].a = (const bf16 *)c->in[0]; // h [T, C]
+  g.side[0].a_index = index;
+  g.side[0].b = (const bf16 *)c->in[1]; // Wout [V, C]
+  g.side[0].c = logits;
+  gemm_rows(&g, call_stream(c));
+}
+
+static void input_gradient(const KernelCall *c, const HeadScratch *scratch, const int32_t *count) {
+  Gemm g = input_gemm(c->dims, c->args->head.chunk);
+  g.scratch = scratch->gemm;
+  g.side[0].extent.count = count;
+  g.side[0].a = scratch->dlogits;
+  g.side[0].b = (const bf16 *)c->in[1]; // Wout [V, C]
+  g.side[0].c = scratch->dh;
+  gemm_rows(&g, call_stream(c));
+}
+
+static void weight_gradient(const KernelCall *c, const HeadScratch *scratch, const int32_t *count, const int32_t *index,
+                            int accumulate) {
+  Gemm g = weight_gemm(c->dims, c->args->head.chunk);
+  g.scratch = scratch->gemm;
+  g.accumulate = accumulate;
+  g.side[0].extent.count = count;
+  g.side[0].a = scratch->dlogits;
+  g.side[0].b = (const bf16 *)c->in[0]; // h [T, C]
+  g.side[0].b_index = index;
+  g.side[0].c = c->out[2];
+  gemm_weights(&g, call_stream(c));
+}
+
+extern "C" void cuda_HEAD_CE(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const Batch b = *c->batch;
+  float *nll = (float *)c->out[0];                                   // [T]
+  bf16 *dh = (bf16 *)c->out[1];                                      // [T, C] or NULL
+  void *dwout = c->out[2];                                           // [V, C] or NULL
+  float *logits = (float *)c->out[4];                                // [chunk, V]
+  const int chunk = c->args->head.chunk, grid = 4 * cuda_sm_count(); // four blocks of 512 threads fill a processor
+  cudaStream_t stream = call_stream(c);
+  HeadScratch s;
+  head_bind(&s, d, chunk, c->scratch);
+  Gemm forward = logits_gemm(d, chunk);
+  forward.scratch = s.gemm;
+  CUDA_LAUNCH(head_begin, grid, THREADS, 0, stream, b, d->T, d->C, chunk, s.count, nll, dh);
+  for (int at = 0; at < d->T; at += chunk) {
+    const int32_t *count = s.count + at / chunk, *index = b.target_row + at;
+    logits_product(c, forward, count, index, logits);
+    CUDA_LAUNCH(cross_entropy, grid, THREADS, 0, stream, b, index, count, d->V, logits, nll,
+                dh || dwout ? s.dlogits : NULL);
+    if (dh) {
+      input_gradient(c, &s, count);
+      CUDA_LAUNCH(rows_scatter, grid, THREADS, 0, stream, index, count, d->C, s.dh, dh);
+    }
+    if (dwout) weight_gradient(c, &s, count, index, at > 0 || c->args->head.accumulate);
+  }
+  CUDA_LAUNCH(head_end, 1, THREADS, 0, stream, b, nll, (Metrics *)c->out[3]);
+}
+
+extern "C" void cuda_HEAD_LOGITS(const KernelCall *c) {
+  Gemm g = logits_gemm(c->dims, c->dims->T);
+  g.scratch = c->scratch;
+  logits_product(c, g, &c->batch->dims->n_target, c->batch->target_row, (float *)c->out[0]);
+}

@@ -1,0 +1,245 @@
+// Linear layers over an extent of rows: the products through gemm.h, the rows that no product writes by one small
+// kernel before it, bias gradients by column sums in two passes of fixed order.
+#include "kernels/cuda/gemm.h"
+
+typedef decltype(((OpArgs *)0)->linear) LinearArgs;
+
+enum {
+  THREADS = 256,
+  BIAS_PARTS = 128,                // pieces that the rows of a bias gradient are cut into
+  BIAS_LANES = 16,                 // rows that a block reads at once,
+  BIAS_WIDE = THREADS / BIAS_LANES // 16 bytes of 16 neighbouring places each: 128 columns
+};
+
+// ---- shapes ----
+
+static int capacity_of(const Dims *d, const LinearArgs *a) {
+  return a->extent == EXT_SEGMENTS ? d->segments : d->T;
+}
+
+// The op's product without its operands.
+static Gemm linear_gemm(OpKind kind, const Dims *d, const LinearArgs *a) {
+  Gemm g = {};
+  g.b_transposed = kind == OP_LINEAR_DGRAD;
+  g.accumulate = kind == OP_LINEAR_WGRAD && a->accumulate;
+  const int sides = a->extent == EXT_SPLIT ? 2 : 1;
+  for (int m = 0; m < sides; m++) {
+    GemmSide *s = &g.side[m];
+    s->groups = 1;
+    s->rows = capacity_of(d, a);
+    s->M = a->out_dim[m]; // of a weight gradient
+    s->N = kind == OP_LINEAR_FWD ? a->out_dim[m] : a->in_dim[m];
+    s->K = kind == OP_LINEAR_FWD ? a->in_dim[m] : a->out_dim[m]; // of the others
+  }
+  return g;
+}
+
+// An op's scratch.
+typedef struct LinearScratch {
+  int32_t *used;  // [1] text and image rows
+  float *partial; // [BIAS_PARTS, out] sums over parts of the rows
+  void *gemm;
+} LinearScratch;
+
+enum { SCRATCH_ALIGN = 256 };
+
+// Lays it out from `base` (NULL to measure); returns its bytes.
+static size_t linear_bind(LinearScratch *s, OpKind kind, const Dims *d, const LinearArgs *a, void *base) {
+  const Gemm g = linear_gemm(kind, d, a);
+  const int weights = kind == OP_LINEAR_WGRAD;
+  const size_t bytes = weights ? (size_t)BIAS_PARTS * a->out_dim[0] * sizeof(float) : 0;
+  const size_t gemm_at = SCRATCH_ALIGN + (bytes + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
+  s->used = (int32_t *)base;
+  s->partial = base ? (float *)((char *)base + SCRATCH_ALIGN) : NULL;
+  s->gemm = base ? (char *)base + gemm_at : NULL;
+  return gemm_at + (weights ? gemm_weights_scratch(&g) : gemm_rows_scratch(&g));
+}
+
+size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  LinearScratch s;
+  return linear_bind(&s, kind, dims, &args->linear, NULL);
+}
+
+// ---- where an extent lies ----
+
+// First element of side m of a tensor with these widths.
+static int64_t side_at(const KernelCall *c, const int width[MODALITIES], int m) {
+  const int one[MODALITIES] = {1, 1};
+  return c->args->linear.extent == EXT_SPLIT ? two_sided_base(c->dims->T, one, width, m) : 0;
+}
+
+// Rows [first, end) that an extent covers, both sides together.
+typedef struct RowSpan {
+  int64_t first, end;
+} RowSpan;
+static __device__ RowSpan extent_span(Extent extent, const BatchDims *dims) {
+  RowSpan s = {0, dims->n_text + dims->n_image};
+  if (extent == EXT_IMAGE) s.first = dims->n_text;
+  if (extent == EXT_SEGMENTS) s = {1, dims->n_segments};
+  return s;
+}
+
+// The same for gemm.h. No number in BatchDims is the count of EXT_ROWS: a kernel leaves it in `used`.
+static GemmExtent side_extent(const KernelCall *c, int m, const int32_t *used) {
+  const BatchDims *dims = c->batch->dims; // on the device: only addresses are taken
+  switch (c->args->linear.extent) {
+  case EXT_ROWS:
+    return {NULL, used, 0, 0};
+  case EXT_IMAGE:
+    return {&dims->n_text, &dims->n_image, 0, 0};
+  case EXT_SEGMENTS:
+    return {NULL, &dims->n_segments, 1, -1};
+  case EXT_SPLIT:
+    break;
+  }
+  if (m == TEXT) return {NULL, &dims->n_text, 0, 0};
+  return {&dims->n_text, &dims->n_image, 0, 0};
+}
+
+// ---- rows without a product ----
+
+typedef struct Outside {
+  Extent extent;
+  int64_t rows;                // capacity
+  bf16 *y[MODALITIES];         // [rows, width] views; one side: both are the same
+  const bf16 *add[MODALITIES]; // likewise, or NULL
+  int width[MODALITIES];
+  bool empty[MODALITIES]; // the side's product has no terms
+} Outside;
+
+// Rows [first, end) of side m: `add` where there is one, else zeros.
+static __device__ void rows_fill(const Outside &o, int m, const bf16 *add, int64_t first, int64_t end) {
+  uint4 *to = reinterpret_cast<uint4 *>(o.y[m]);
+  const uint4 *from = reinterpret_cast<const uint4 *>(add);
+  const int64_t pieces = o.width[m] / 8, step = (int64_t)gridDim.x * THREADS;
+  for (int64_t i = first * pieces + blockIdx.x * (int64_t)THREADS + threadIdx.x; i < end * pieces; i += step)
+    to[i] = from ? from[i] : make_uint4(0, 0, 0, 0);
+}
+
+// Rows before the extent, rows of a side without terms, and filler, which alone never takes `add`.
+static __global__ void __launch_bounds__(THREADS) outside_fill(Outside o, const BatchDims *dims, int32_t *used) {
+  const RowSpan span = extent_span(o.extent, dims);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *used = dims->n_text + dims->n_image;
+  if (o.extent == EXT_SPLIT) {
+    if (o.empty[TEXT]) rows_fill(o, TEXT, o.add[TEXT], 0, dims->n_text);
+    if (o.empty[IMAGE]) rows_fill(o, IMAGE, o.add[IMAGE], dims->n_text, span.end);
+  }
+  rows_fill(o, TEXT, o.add[TEXT], 0, span.first);
+  rows_fill(o, IMAGE, NULL, span.end, o.rows);
+}
+
+static __global__ void used_count(const BatchDims *dims, int32_t *used) {
+  *used = dims->n_text + dims->n_image;
+}
+
+// ---- forward and input gradient ----
+
+// out[0] = in[0] B (+ bias) (+ add), from rows of width `from` to rows of width `to`; B of side m is made of in[1 + m].
+static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALITIES], const int to[MODALITIES],
+                         const bf16 *bias, const bf16 *add) {
+  const LinearArgs *a = &c->args->linear;
+  const bf16 *x = (const bf16 *)c->in[0]; // [rows, from]
+  bf16 *y = (bf16 *)c->out[0];            // [rows, to]
+  LinearScratch scratch;
+  linear_bind(&scratch, kind, c->dims, a, c->scratch);
+  Gemm g = linear_gemm(kind, c->dims, a);
+  g.scratch = scratch.gemm;
+  Outside o = {};
+  o.extent = a->extent;
+  o.rows = capacity_of(c->dims, a);
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide *s = &g.side[m];
+    const int side = s->groups ? m : 0;
+    const int64_t at = side_at(c, to, side);
+    o.y[m] = y + at;
+    o.add[m] = add ? add + at : NULL;
+    o.width[m] = to[side];
+    o.empty[m] = from[side] == 0;
+    if (!s->groups) continue;
+    s->extent = side_extent(c, m, scratch.used);
+    s->a = x + side_at(c, from, m);
+    s->b = (const bf16 *)c->in[1 + m]; // W [out, in]
+    s->c = o.y[m];
+    s->bias = bias;
+    s->add = o.add[m];
+  }
+  CUDA_LAUNCH(outside_fill, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), o, c->batch->dims, scratch.used);
+  gemm_rows(&g, call_stream(c));
+}
+
+extern "C" void cuda_LINEAR_FWD(const KernelCall *c) {
+  const LinearArgs *a = &c->args->linear;
+  rows_product(c, OP_LINEAR_FWD, a->in_dim, a->out_dim, (const bf16 *)c->in[3], NULL);
+}
+
+extern "C" void cuda_LINEAR_DGRAD(const KernelCall *c) {
+  const LinearArgs *a = &c->args->linear;
+  rows_product(c, OP_LINEAR_DGRAD, a->out_dim, a->in_dim, NULL, (const bf16 *)c->in[3]);
+}
+
+// ---- weight and bias gradient ----
+
+// partial [BIAS_PARTS, width]: sums over one part of the rows each. Block (x, y): columns 128 x .. of part y.
+static __global__ void __launch_bounds__(THREADS)
+    bias_partial(Extent extent, const BatchDims *dims, const bf16 *__restrict__ dy, int width, float *partial) {
+  __shared__ float sum[BIAS_LANES][BIAS_WIDE * 8 + 1];
+  const RowSpan span = extent_span(extent, dims);
+  const int64_t rows = span.end > span.first ? span.end - span.first : 0;
+  const int64_t first = span.first + rows * blockIdx.y / BIAS_PARTS;
+  const int64_t end = span.first + rows * (blockIdx.y + 1) / BIAS_PARTS;
+  const int piece = threadIdx.x % BIAS_WIDE, lane = threadIdx.x / BIAS_WIDE;
+  const int column = (blockIdx.x * BIAS_WIDE + piece) * 8;
+  float own[8] = {0}, x[8];
+  if (column < width) {
+    for (int64_t r = first + lane; r < end; r += BIAS_LANES) {
+      load8(dy + r * width + column, x);
+#pragma unroll
+      for (int j = 0; j < 8; j++) own[j] += x[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) sum[lane][piece * 8 + j] = own[j];
+  __syncthreads();
+  const int mine = blockIdx.x * BIAS_WIDE * 8 + threadIdx.x;
+  if (threadIdx.x >= BIAS_WIDE * 8 || mine >= width) return;
+  float total = 0;
+  for (int l = 0; l < BIAS_LANES; l++) total += sum[l][threadIdx.x];
+  partial[(int64_t)blockIdx.y * width + mine] = total;
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    bias_total(const float *__restrict__ partial, int width, int accumulate, float *dbias) {
+  const int column = blockIdx.x * THREADS + threadIdx.x;
+  if (column >= width) return;
+  float total = 0;
+#pragma unroll 16 // loads in flight
+  for (int p = 0; p < BIAS_PARTS; p++) total += partial[(int64_t)p * width + column];
+  dbias[column] = total + (accumulate ? dbias[column] : 0);
+}
+
+extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {
+  const LinearArgs *a = &c->args->linear;
+  const bf16 *dy = (const bf16 *)c->in[0], *x = (const bf16 *)c->in[1]; // [rows, out], [rows, in]
+  float *dbias = (float *)c->out[2];                                    // [out] or NULL
+  LinearScratch scratch;
+  linear_bind(&scratch, OP_LINEAR_WGRAD, c->dims, a, c->scratch);
+  Gemm g = linear_gemm(OP_LINEAR_WGRAD, c->dims, a);
+  g.scratch = scratch.gemm;
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide *s = &g.side[m];
+    if (!s->groups) continue;
+    s->extent = side_extent(c, m, scratch.used);
+    s->a = dy + side_at(c, a->out_dim, m);
+    s->b = x + side_at(c, a->in_dim, m);
+    s->c = c->out[m]; // dW [out, in]
+  }
+  if (a->extent == EXT_ROWS) CUDA_LAUNCH(used_count, 1, 1, 0, call_stream(c), c->batch->dims, scratch.used);
+  gemm_weights(&g, call_stream(c));
+  if (!dbias) return;
+  // With a bias both sides have one width, so that their views are one tensor.
+  const int width = a->out_dim[0];
+  const dim3 grid(ceil_div(width, BIAS_WIDE * 8), BIAS_PARTS);
+  CUDA_LAUNCH(bias_partial, grid, THREADS, 0, call_stream(c), a->extent, c->batch->dims, dy, width, scratch.partial);
+  CUDA_LAUNCH(bias_total, ceil_div(width, THREADS), THREADS, 0, call_stream(c), scratch.partial, width, a->accumulate,
+              dbias);
+}

@@ -1,0 +1,334 @@
+// QK-norm and rotary positions: qkv in row order -> q, k, v in sequence order, and back. One kernel each way, bound by
+// memory; the backward one leaves sums for dwq and dwk, which a second, small kernel adds up.
+//
+// A thread holds 8 elements (4 rotary pairs) of a head: D / 8 lanes make a head, a warp walks over the heads of one
+// token. All heads of a token turn by the same angles, so a lane computes its 4 once a token.
+#include "kernels/cuda/cuda.h"
+
+#include <math.h>
+
+enum { FORWARD_THREADS = 256, FORWARD_WARPS = FORWARD_THREADS / 32 };
+enum { BACKWARD_THREADS = 128, BACKWARD_WARPS = BACKWARD_THREADS / 32, RUN_ROWS = 16 }; // RUN_ROWS: rows of a block
+enum { MAX_HEAD = 128 };
+
+static const float norm_eps = 1e-6f;
+
+typedef struct Rope {
+  const int32_t *seq;      // [T] row -> sequence
+  const int32_t *position; // [T, 2] sequence order
+  const BatchDims *dims;
+  int T, H, G;
+  float freq[MAX_HEAD / 2]; // 10000^(-2j/D), rounded from double: at position 4096 one ulp would turn by 2e-4
+} Rope;
+
+static Rope rope_of(const KernelCall *c) {
+  const Dims *d = c->dims;
+  Rope p = {};
+  p.seq = c->batch->seq;
+  p.position = c->batch->position;
+  p.dims = c->batch->dims;
+  p.T = d->T;
+  p.H = d->H;
+  p.G = d->G;
+  for (int j = 0; j < d->D / 2; j++) p.freq[j] = (float)pow(10000.0, -2.0 * j / d->D);
+  return p;
+}
+
+// sin and cos of 0 <= angle < 1e5, to about 1e-7: reduced by multiples of pi/2 in three steps, then Cephes' sinf and
+// cosf. (sincosf keeps a slow path for huge angles on the stack.)
+static __device__ inline void sine_cosine(float angle, float *sine, float *cosine) {
+  float turns = rintf(angle * 0.636619772f);
+  float x = __fmaf_rn(turns, -1.57079601e+00f, angle);
+  x = __fmaf_rn(turns, -3.13916473e-07f, x);
+  x = __fmaf_rn(turns, -5.39030253e-15f, x);
+  float z = x * x;
+  float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
+  float c =
+      1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  int quadrant = (int)turns;
+  float even = quadrant & 1 ? s : c, odd = quadrant & 1 ? c : s;
+  *cosine = (quadrant + 1) & 2 ? -even : even;
+  *sine = quadrant & 2 ? -odd : odd;
+}
+
+// A lane's place: which 8 elements of a head, and which of the heads that the warp works on at a time.
+template <int D> struct HeadLane {
+  static constexpr int parts = D / 8, heads = 32 / parts;
+  int part, head;
+  __device__ HeadLane() : part((threadIdx.x & 31) % parts), head((threadIdx.x & 31) / parts) {}
+  // Over the lanes of one head.
+  static __device__ float sum(float v) {
+#pragma unroll
+    for (int d = parts / 2; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+    return v;
+  }
+};
+
+// The lane's 4 angles at sequence slot s: even pairs turn by the row coordinate, odd pairs by the column.
+struct Turn {
+  float cosine[4], sine[4];
+};
+static __device__ inline Turn turn_at(const Rope &p, int s, int part) {
+  int2 at = __ldg(reinterpret_cast<const int2 *>(p.position) + s);
+  Turn t;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    sine_cosine(__fmul_rn((float)(i & 1 ? at.y : at.x), p.freq[4 * part + i]), &t.sine[i], &t.cosine[i]);
+  return t;
+}
+
+static __device__ inline uint4 load_or_zero(const bf16 *p, bool there) {
+  return there ? __ldg(reinterpret_cast<const uint4 *>(p)) : make_uint4(0, 0, 0, 0);
+}
+
+// The heads of one token: H of q, G of k, G of v, side by side in qkv, apart in sequence order.
+struct Heads {
+  int q, qk, all; // ends: H, H + G, H + 2G
+};
+static __device__ inline Heads heads_of(const Rope &p) {
+  return {p.H, p.H + p.G, p.H + 2 * p.G};
+}
+
+// Where head `head` begins in one token's q [H, D], k [G, D], v [G, D].
+template <int D, class T> static __device__ inline T *head_at(const Heads &n, int head, T *q, T *k, T *v) {
+  return head < n.q ? q + head * D : head < n.qk ? k + (head - n.q) * D : v + (head - n.qk) * D;
+}
+
+// n bf16, a multiple of 8, by one warp.
+static __device__ inline void warp_zero(bf16 *to, int n) {
+  for (int i = (threadIdx.x & 31) * 8; i < n; i += 32 * 8) *reinterpret_cast<uint4 *>(to + i) = make_uint4(0, 0, 0, 0);
+}
+
+// ---- forward: a warp a token ----
+
+template <int D>
+static __global__ void __launch_bounds__(FORWARD_THREADS, 4)
+    rope_forward(const __grid_constant__ Rope p, const bf16 *qkv, const bf16 *wq, const bf16 *wk, bf16 *q, bf16 *k,
+                 bf16 *v) {
+  constexpr int unroll = 4, step = HeadLane<D>::heads;
+  int r = blockIdx.x * FORWARD_WARPS + threadIdx.x / 32;
+  if (r >= p.T) return;
+  HeadLane<D> lane;
+  Heads n = heads_of(p);
+  int n_text = p.dims->n_text, s = p.seq[r], query = p.H * D, key = p.G * D;
+  if (r >= n_text + p.dims->n_image) { // filler comes last in either order
+    warp_zero(q + (int64_t)r * query, query);
+    warp_zero(k + (int64_t)r * key, key);
+    warp_zero(v + (int64_t)r * key, key);
+    return;
+  }
+  const bf16 *x = qkv + (int64_t)r * n.all * D + 8 * lane.part;
+  bf16 *to_q = q + (int64_t)s * query + 8 * lane.part;
+  bf16 *to_k = k + (int64_t)s * key + 8 * lane.part, *to_v = v + (int64_t)s * key + 8 * lane.part;
+  int weights = (r >= n_text) * D + 8 * lane.part;
+  uint4 raw[unroll], weight_q = load_or_zero(wq + weights, true), weight_k = load_or_zero(wk + weights, true);
+  Turn t;
+  for (int first = lane.head; first - lane.head < n.all; first += unroll * step) {
+#pragma unroll
+    for (int u = 0; u < unroll; u++) raw[u] = load_or_zero(x + (first + u * step) * D, first + u * step < n.all);
+    if (first == lane.head) t = turn_at(p, s, lane.part); // while the first heads are on their way
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+      int head = first + u * step;
+      float a[8], w[8], squares = 0;
+      unpack8(raw[u], a);
+      unpack8(head < n.q ? weight_q : weight_k, w);
+#pragma unroll
+      for (int i = 0; i < 8; i++) squares += a[i] * a[i];
+      float rstd = rsqrtf(HeadLane<D>::sum(squares) * (1.0f / D) + norm_eps);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float even = a[2 * i] * rstd * w[2 * i], odd = a[2 * i + 1] * rstd * w[2 * i + 1];
+        a[2 * i] = even * t.cosine[i] - odd * t.sine[i];
+        a[2 * i + 1] = odd * t.cosine[i] + even * t.sine[i];
+      }
+      if (head >= n.all) continue;
+      uint4 y = head < n.qk ? pack8(a) : raw[u];
+      *reinterpret_cast<uint4 *>(head_at<D>(n, head, to_q, to_k, to_v)) = y;
+    }
+  }
+}
+
+// ---- backward: a block RUN_ROWS rows ----
+
+typedef struct RopeGradients {
+  const bf16 *dq, *dk, *dv; // [T, H D], [T, G D] twice, sequence order
+  const bf16 *qkv;          // [T, (H+2G) D]
+  const bf16 *wq, *wk;      // [2, D]
+  bf16 *dqkv;               // [T, (H+2G) D]
+  float *partial; // [blocks + 1][2][D]: block b's sums for dwq and dwk over text rows in slot b, image rows b + 1
+} RopeGradients;
+
+// dqkv of row r. dw [2][8]: the lane's sums for dwq and dwk.
+template <int D>
+static __device__ inline void row_backward(const Rope &p, const RopeGradients &a, HeadLane<D> lane, int r, int modality,
+                                           float dw[2][8]) {
+  constexpr int unroll = 2, step = HeadLane<D>::heads;
+  Heads n = heads_of(p);
+  int s = p.seq[r], query = p.H * D, key = p.G * D;
+  int64_t row = (int64_t)r * n.all * D + 8 * lane.part;
+  const bf16 *x = a.qkv + row, *from_q = a.dq + (int64_t)s * query + 8 * lane.part;
+  const bf16 *from_k = a.dk + (int64_t)s * key + 8 * lane.part, *from_v = a.dv + (int64_t)s * key + 8 * lane.part;
+  bf16 *dx = a.dqkv + row;
+  Turn t;
+  for (int first = lane.head; first - lane.head < n.all; first += unroll * step) {
+    uint4 raw_x[unroll], raw_dy[unroll];
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+      int head = first + u * step;
+      raw_x[u] = load_or_zero(x + head * D, head < n.qk); // v needs none: its gradient passes as it is
+      raw_dy[u] = load_or_zero(head_at<D>(n, head, from_q, from_k, from_v), head < n.all);
+    }
+    if (first == lane.head) t = turn_at(p, s, lane.part); // while the first heads are on their way
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+      int head = first + u * step;
+      float x8[8], g[8], w[8], squares = 0, dot = 0; // g: the gradient before the rotation
+      unpack8(raw_x[u], x8);
+      unpack8(raw_dy[u], g);
+      load8((head < n.q ? a.wq : a.wk) + modality * D + 8 * lane.part, w); // from L1: registers are short
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float even = g[2 * i], odd = g[2 * i + 1];
+        g[2 * i] = even * t.cosine[i] + odd * t.sine[i];
+        g[2 * i + 1] = odd * t.cosine[i] - even * t.sine[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        squares += x8[i] * x8[i];
+        dot += g[i] * w[i] * x8[i];
+      }
+      float rstd = rsqrtf(HeadLane<D>::sum(squares) * (1.0f / D) + norm_eps);
+      float mean = HeadLane<D>::sum(dot) * rstd * (1.0f / D);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float xhat = x8[i] * rstd;
+        dw[0][i] += head < n.q ? g[i] * xhat : 0;
+        dw[1][i] += head >= n.q && head < n.qk ? g[i] * xhat : 0;
+        x8[i] = rstd * (g[i] * w[i] - xhat * mean);
+      }
+      if (head < n.all) *reinterpret_cast<uint4 *>(dx + head * D) = head < n.qk ? pack8(x8) : raw_dy[u];
+    }
+  }
+}
+
+// The block's sums for dwq and dwk of one modality: over warps and the heads they work on at a time, in order.
+template <int D> static __device__ void sums_store(const float dw[2][8], HeadLane<D> lane, float *slot /* [2][D] */) {
+  constexpr int owners = BACKWARD_WARPS * HeadLane<D>::heads;
+  __shared__ float shared[owners][2][D];
+  int owner = threadIdx.x / 32 * HeadLane<D>::heads + lane.head;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    shared[owner][0][8 * lane.part + i] = dw[0][i];
+    shared[owner][1][8 * lane.part + i] = dw[1][i];
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < 2 * D; at += BACKWARD_THREADS) {
+    float sum = 0;
+#pragma unroll 8
+    for (int i = 0; i < owners; i++) sum += (&shared[i][0][0])[at];
+    slot[at] = sum;
+  }
+  __syncthreads();
+}
+
+template <int D>
+static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
+    rope_backward(const __grid_constant__ Rope p, const __grid_constant__ RopeGradients a) {
+  HeadLane<D> lane;
+  int warp = threadIdx.x / 32, n_text = p.dims->n_text, used = n_text + p.dims->n_image;
+  int begin = blockIdx.x * RUN_ROWS, end = min(begin + RUN_ROWS, p.T), width = (p.H + 2 * p.G) * D;
+  for (int modality = 0; modality < MODALITIES; modality++) {
+    int from = modality ? max(begin, n_text) : begin, to = min(end, modality ? used : n_text);
+    if (from >= to) continue;
+    float dw[2][8] = {};
+    for (int r = from + warp; r < to; r += BACKWARD_WARPS) row_backward<D>(p, a, lane, r, modality, dw);
+    sums_store<D>(dw, lane, a.partial + (int64_t)(blockIdx.x + modality) * 2 * D);
+  }
+  for (int r = max(begin, used) + warp; r < end; r += BACKWARD_WARPS) warp_zero(a.dqkv + (int64_t)r * width, width);
+}
+
+// dw[modality] (+)= the slots' sums in order. A block forms 32 columns of one [D] of (modality, wq or wk); 8 threads
+// with 4 columns each walk down a share of the slots.
+enum { SUM_PARTS = 128, SUM_LANES = 8 };
+
+static __global__ void __launch_bounds__(SUM_PARTS *SUM_LANES)
+    rope_sums(const float *partial, const BatchDims *dims, int D, float *dwq, float *dwk, int accumulate) {
+  __shared__ float4 shared[SUM_PARTS][SUM_LANES];
+  int modality = blockIdx.y >> 1, key = blockIdx.y & 1;
+  int lane = threadIdx.x % SUM_LANES, part = threadIdx.x / SUM_LANES, first = blockIdx.x * 4 * SUM_LANES;
+  int n_text = dims->n_text, from = modality ? n_text : 0, to = modality ? n_text + dims->n_image : n_text;
+  int begin = from / RUN_ROWS, slots = to > from ? (to - 1) / RUN_ROWS - begin + 1 : 0;
+  int last = (int)((int64_t)slots * (part + 1) / SUM_PARTS);
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+  for (int i = (int)((int64_t)slots * part / SUM_PARTS); i < last; i++) {
+    const float *slot = partial + ((int64_t)(begin + i + modality) * 2 + key) * D + first;
+    float4 v = reinterpret_cast<const float4 *>(slot)[lane];
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+  shared[part][lane] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 4 * SUM_LANES) return;
+  float *dw = (key ? dwk : dwq) + modality * D + first + threadIdx.x, total = 0;
+#pragma unroll 16
+  for (int i = 0; i < SUM_PARTS; i++) total += reinterpret_cast<const float *>(shared[i])[threadIdx.x];
+  *dw = accumulate ? *dw + total : total;
+}
+
+// ---- the ops ----
+
+static int backward_blocks(int T) {
+  return ceil_div(T, RUN_ROWS);
+}
+
+size_t rope_scratch(OpKind kind, const Dims *d, const OpArgs *args) {
+  (void)args;
+  return kind == OP_QKNORM_ROPE_BWD ? (size_t)(backward_blocks(d->T) + 1) * 2 * (size_t)d->D * sizeof(float) : 0;
+}
+
+// Runs `launch`, which uses the constant D, for the head dimension of the call.
+#define FOR_HEAD_DIM(head_dim, launch)                                                                                 \
+  do {                                                                                                                 \
+    if ((head_dim) == 32) {                                                                                            \
+      constexpr int D = 32;                                                                                            \
+      launch;                                                                                                          \
+    } else if ((head_dim) == 64) {                                                                                     \
+      constexpr int D = 64;                                                                                            \
+      launch;                                                                                                          \
+    } else if ((head_dim) == 128) {                                                                                    \
+      constexpr int D = 128;                                                                                           \
+      launch;                                                                                                          \
+    } else {                                                                                                           \
+      cuda_check(cudaErrorInvalidValue, "QK-norm: head_dim", __FILE__, __LINE__);                                      \
+    }                                                                                                                  \
+  } while (0)
+
+extern "C" void cuda_QKNORM_ROPE_FWD(const KernelCall *c) {
+  const bf16 *qkv = (const bf16 *)c->in[0];                                    // [T, (H+2G) D] row order
+  const bf16 *wq = (const bf16 *)c->in[1], *wk = (const bf16 *)c->in[2];       // [2, D]
+  bf16 *q = (bf16 *)c->out[0], *k = (bf16 *)c->out[1], *v = (bf16 *)c->out[2]; // sequence order
+  Rope p = rope_of(c);
+  int grid = ceil_div(p.T, FORWARD_WARPS);
+  FOR_HEAD_DIM(c->dims->D,
+               CUDA_LAUNCH(rope_forward<D>, grid, FORWARD_THREADS, 0, call_stream(c), p, qkv, wq, wk, q, k, v));
+}
+
+extern "C" void cuda_QKNORM_ROPE_BWD(const KernelCall *c) {
+  Rope p = rope_of(c);
+  RopeGradients a = {};
+  a.dq = (const bf16 *)c->in[0];
+  a.dk = (const bf16 *)c->in[1];
+  a.dv = (const bf16 *)c->in[2];
+  a.qkv = (const bf16 *)c->in[3];
+  a.wq = (const bf16 *)c->in[4];
+  a.wk = (const bf16 *)c->in[5];
+  a.dqkv = (bf16 *)c->out[0];
+  a.partial = (float *)c->scratch;
+  float *dwq = (float *)c->out[1], *dwk = (float *)c->out[2]; // [2, D]
+  FOR_HEAD_DIM(c->dims->D,
+               CUDA_LAUNCH(rope_backward<D>, backward_blocks(p.T), BACKWARD_THREADS, 0, call_stream(c), p, a));
+  dim3 grid((unsigned)c->dims->D / (4 * SUM_LANES), 2 * MODALITIES);
+  CUDA_LAUNCH(rope_sums, grid, SUM_PARTS * SUM_LANES, 0, call_stream(c), a.partial, p.dims, c->dims->D, dwq, dwk,
+              c->args->span.accumulate);
+}

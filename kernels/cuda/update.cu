@@ -1,0 +1,381 @@
+// Whole-slab ops: copies, and what happens to parameters once a step.
+//
+// The update ops walk all parameters with few launches: up to BATCH_SPANS of them travel in a kernel's arguments, cut
+// into chunks of CHUNK elements that the blocks share out; a chunk finds its parameter by binary search. Whole chunks
+// go by 16-byte accesses, ragged ones (the end of each parameter) element by element.
+#include "kernels/cuda/cuda.h"
+#include "kernels/master.h"
+
+enum { BATCH_SPANS = 128, CHUNK = 16384, THREADS = 256 };
+
+// ---- copies ----
+
+// cudaMemcpyDefault tells host from device by the address, so the transfer lanes use this op as it is.
+extern "C" void cuda_COPY(const KernelCall *c) {
+  CUDA_CHECK(cudaMemcpyAsync(c->out[0], c->in[0], (size_t)c->args->span.count, cudaMemcpyDefault, call_stream(c)));
+}
+
+extern "C" void cuda_ZERO(const KernelCall *c) {
+  CUDA_CHECK(cudaMemsetAsync(c->out[0], 0, (size_t)c->args->span.count, call_stream(c)));
+}
+
+static int grid_for(int64_t items) {
+  int64_t blocks = ceil_div64(items, THREADS), most = (int64_t)cuda_sm_count() * 8;
+  return (int)(blocks < most ? blocks : most);
+}
+
+static __global__ void __launch_bounds__(THREADS) add_kernel(int64_t count, const float *src, float *dst) {
+  int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
+#pragma unroll 2
+  for (int64_t i = first; i < count / 4; i += step) {
+    float4 a = __ldcs((const float4 *)src + i), b = __ldcs((const float4 *)dst + i);
+    __stcs((float4 *)dst + i, make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w));
+  }
+  for (int64_t i = count / 4 * 4 + first; i < count; i += step) dst[i] += src[i];
+}
+
+extern "C" void cuda_ADD(const KernelCall *c) {
+  int64_t count = c->args->span.count;
+  if (count == 0) return;
+  if (!c->args->span.accumulate) {
+    CUDA_CHECK(cudaMemcpyAsync(c->out[0], c->in[0], (size_t)count * sizeof(float), cudaMemcpyDefault, call_stream(c)));
+    return;
+  }
+  CUDA_LAUNCH(add_kernel, grid_for(ceil_div64(count, 4)), THREADS, 0, call_stream(c), count, (const float *)c->in[0],
+              (float *)c->out[0]);
+}
+
+static __device__ inline void load_floats(const float *p, float x[8]) {
+  float4 a = __ldcs((const float4 *)p), b = __ldcs((const float4 *)p + 1);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+  x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+static __device__ inline void store_floats(float *p, const float x[8]) {
+  __stcs((float4 *)p, make_float4(x[0], x[1], x[2], x[3]));
+  __stcs((float4 *)p + 1, make_float4(x[4], x[5], x[6], x[7]));
+}
+
+static __global__ void __launch_bounds__(THREADS) cast_kernel(int64_t count, const float *src, bf16 *dst) {
+  int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
+#pragma unroll 2
+  for (int64_t i = first; i < count / 8; i += step) {
+    float x[8];
+    load_floats(src + i * 8, x);
+    store8(dst + i * 8, x);
+  }
+  for (int64_t i = count / 8 * 8 + first; i < count; i += step) dst[i] = __float2bfloat16_rn(src[i]);
+}
+
+extern "C" void cuda_CAST(const KernelCall *c) {
+  int64_t count = c->args->span.count;
+  if (count == 0) return;
+  CUDA_LAUNCH(cast_kernel, grid_for(ceil_div64(count, 8)), THREADS, 0, call_stream(c), count, (const float *)c->in[0],
+              (bf16 *)c->out[0]);
+}
+
+// ---- parameters by chunks ----
+
+// Parameters of one launch. Chunks are numbered through; those of span p are first_chunk[p] .. first_chunk[p + 1] - 1.
+typedef struct SpanBatch {
+  ParamSpan span[BATCH_SPANS];
+  int32_t first_chunk[BATCH_SPANS + 1];
+  int32_t n;
+} SpanBatch;
+
+// Elements [begin, end) of the slabs, all of parameter `param` of the batch.
+typedef struct Chunk {
+  int64_t begin, end;
+  int param;
+} Chunk;
+
+// Chunks start on 16 bytes wherever the parameter does: at its first element rounded down to eight.
+static __host__ __device__ inline int64_t span_start(ParamSpan span) {
+  return span.offset / 8 * 8;
+}
+
+static int span_chunks(ParamSpan span) {
+  return span.count ? (int)ceil_div64(span.offset + span.count - span_start(span), CHUNK) : 0;
+}
+
+static SpanBatch batch_of(const ParamSpan *spans, int n) {
+  SpanBatch batch = {};
+  batch.n = n < BATCH_SPANS ? n : BATCH_SPANS;
+  for (int p = 0; p < batch.n; p++) {
+    batch.span[p] = spans[p];
+    batch.first_chunk[p + 1] = batch.first_chunk[p] + span_chunks(spans[p]);
+  }
+  return batch;
+}
+
+static __device__ inline Chunk chunk_of(const SpanBatch &batch, int chunk) {
+  int low = 0, high = batch.n - 1; // the last span whose first chunk is not beyond
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (batch.first_chunk[middle] <= chunk)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  ParamSpan span = batch.span[low];
+  int64_t start = span_start(span) + (int64_t)(chunk - batch.first_chunk[low]) * CHUNK, end = span.offset + span.count;
+  Chunk c = {start > span.offset ? start : span.offset, start + CHUNK < end ? start + CHUNK : end, low};
+  return c;
+}
+
+static __device__ inline bool chunk_is_whole(Chunk c) {
+  return c.end - c.begin == CHUNK && c.begin % 8 == 0;
+}
+
+static int grid_for_chunks(int chunks, int blocks_per_sm) {
+  int most = cuda_sm_count() * blocks_per_sm;
+  return chunks < most ? chunks : most;
+}
+
+// ---- GRAD_NORM ----
+
+// Over a block of THREADS; thread 0 gets the result. In a fixed order.
+static __device__ double block_sum_double(double v, double *shared) {
+  v = warp_sum_double(v);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  if (threadIdx.x) return 0;
+  double sum = 0;
+  for (int i = 0; i < THREADS / 32; i++) sum += shared[i];
+  return sum;
+}
+
+// sums[chunk] = sum of squares of a chunk. In fp64 from the first product on: the square of a finite gradient can
+// exceed fp32, and only a gradient that is not finite itself may look so.
+static __global__ void __launch_bounds__(THREADS)
+    square_kernel(const float *grads, const __grid_constant__ SpanBatch batch, double *sums) {
+  __shared__ double shared[THREADS / 32];
+  int chunks = batch.first_chunk[batch.n];
+  for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
+    Chunk c = chunk_of(batch, i);
+    double sum = 0, sum2 = 0;
+    if (chunk_is_whole(c)) {
+      const float4 *x = (const float4 *)(grads + c.begin);
+#pragma unroll 8
+      for (int k = 0; k < CHUNK / 4 / THREADS; k++) {
+        float4 g = __ldcs(x + k * THREADS + threadIdx.x);
+        sum += (double)g.x * (double)g.x + (double)g.y * (double)g.y;
+        sum2 += (double)g.z * (double)g.z + (double)g.w * (double)g.w;
+      }
+    } else {
+      for (int64_t k = c.begin + threadIdx.x; k < c.end; k += THREADS) sum += (double)grads[k] * (double)grads[k];
+    }
+    sum = block_sum_double(sum + sum2, shared);
+    if (threadIdx.x == 0) sums[i] = sum;
+  }
+}
+
+// Block p: partial[p] = sum over the chunks of parameter p.
+static __global__ void __launch_bounds__(THREADS)
+    square_total_kernel(const __grid_constant__ SpanBatch batch, const double *sums, double *partial) {
+  __shared__ double shared[THREADS / 32];
+  int p = blockIdx.x, end = batch.first_chunk[p + 1];
+  double sum = 0;
+  for (int i = batch.first_chunk[p] + threadIdx.x; i < end; i += THREADS) sum += sums[i];
+  sum = block_sum_double(sum, shared);
+  if (threadIdx.x == 0) partial[p] = sum;
+}
+
+static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const double *partial, const Metrics *metrics,
+                                                                const StepScalars *scalars, UpdateStatus *status) {
+  __shared__ double shared[THREADS / 32];
+  __shared__ int first_bad;
+  if (threadIdx.x == 0) first_bad = n;
+  __syncthreads();
+  double total = 0;
+  for (int p = threadIdx.x; p < n; p += THREADS) {
+    total += partial[p];
+    if (!isfinite(partial[p])) atomicMin(&first_bad, p);
+  }
+  total = block_sum_double(total, shared); // its barriers order first_bad too
+  if (threadIdx.x) return;
+  // The loss first: where it is not finite, all the gradients behind it are not either.
+  double loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z, norm = sqrt(total);
+  int bad = !isfinite(loss) ? n : first_bad < n ? first_bad : -1;
+  status->norm = norm;
+  status->scale = scalars->clip > 0 && norm > scalars->clip ? scalars->clip / norm : 1;
+  status->skip = bad >= 0;
+  status->bad = bad;
+}
+
+size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  (void)dims;
+  if (kind != OP_GRAD_NORM) return 0;
+  int64_t chunks = 0;
+  for (int p = 0; p < args->params.n; p++) chunks += span_chunks(args->params.spans[p]);
+  return (size_t)chunks * sizeof(double);
+}
+
+extern "C" void cuda_GRAD_NORM(const KernelCall *c) {
+  const float *grads = (const float *)c->in[0];
+  double *partial = (double *)c->out[1]; // [n]
+  double *sums = (double *)c->scratch;   // [chunks of all parameters]
+  int n = c->args->params.n;
+  for (int p = 0; p < n; p += BATCH_SPANS) {
+    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    int chunks = batch.first_chunk[batch.n];
+    if (chunks) CUDA_LAUNCH(square_kernel, grid_for_chunks(chunks, 8), THREADS, 0, call_stream(c), grads, batch, sums);
+    CUDA_LAUNCH(square_total_kernel, batch.n, THREADS, 0, call_stream(c), batch, sums, partial + p);
+    sums += chunks;
+  }
+  CUDA_LAUNCH(status_kernel, 1, THREADS, 0, call_stream(c), n, partial, (const Metrics *)c->in[1],
+              (const StepScalars *)c->in[2], (UpdateStatus *)c->out[0]);
+}
+
+// ---- ADAMW ----
+
+typedef struct AdamConstants {
+  float beta1, beta2, rest1, rest2; // rest: 1 - beta
+  float step, unbias2, eps, scale;
+} AdamConstants;
+
+static __device__ inline AdamConstants adam_constants(const StepScalars *s, const UpdateStatus *status) {
+  AdamConstants k = {(float)s->beta1,           (float)s->beta2,       (float)(1 - s->beta1), (float)(1 - s->beta2),
+                     (float)(s->lr / s->bias1), (float)(1 / s->bias2), (float)s->eps,         (float)status->scale};
+  return k;
+}
+
+// Updates m and v; returns the new w.
+static __device__ inline float adam_update(const AdamConstants &k, float shrink, float grad, float *m, float *v,
+                                           float w) {
+  float g = k.scale * grad;
+  *m = k.beta1 * *m + k.rest1 * g;
+  *v = k.beta2 * *v + k.rest2 * g * g;
+  return w - (k.step * *m / (sqrtf(*v * k.unbias2) + k.eps) + shrink * w);
+}
+
+// Eight weights from 16 bytes of bf16 and 16 bytes of rests, and back.
+static __device__ inline void join8(uint4 weight, uint4 rest, float w[8]) {
+  const uint32_t a[4] = {weight.x, weight.y, weight.z, weight.w}, b[4] = {rest.x, rest.y, rest.z, rest.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    w[2 * i] = master_join((uint16_t)a[i], (uint16_t)b[i]);
+    w[2 * i + 1] = master_join((uint16_t)(a[i] >> 16), (uint16_t)(b[i] >> 16));
+  }
+}
+
+static __device__ inline void split8(const float w[8], uint4 *weight, uint4 *rest) {
+  uint32_t a[4], b[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    uint16_t weight0, rest0, weight1, rest1;
+    master_split(w[2 * i], &weight0, &rest0);
+    master_split(w[2 * i + 1], &weight1, &rest1);
+    a[i] = weight0 | (uint32_t)weight1 << 16;
+    b[i] = rest0 | (uint32_t)rest1 << 16;
+  }
+  *weight = make_uint4(a[0], a[1], a[2], a[3]);
+  *rest = make_uint4(b[0], b[1], b[2], b[3]);
+}
+
+static __device__ inline void adam_eight(const AdamConstants &k, float shrink, int64_t at, const float *grads,
+                                         uint16_t *weights, float *ms, float *vs, uint16_t *rests) {
+  float g[8], m[8], v[8], w[8];
+  uint4 weight = __ldcs((const uint4 *)(weights + at)), rest = make_uint4(0, 0, 0, 0);
+  if (rests) rest = __ldcs((const uint4 *)(rests + at));
+  load_floats(grads + at, g);
+  load_floats(ms + at, m);
+  load_floats(vs + at, v);
+  join8(weight, rest, w); // without rests: the weights as they are
+#pragma unroll
+  for (int i = 0; i < 8; i++) w[i] = adam_update(k, shrink, g[i], &m[i], &v[i], w[i]);
+  store_floats(ms + at, m);
+  store_floats(vs + at, v);
+  if (rests) {
+    split8(w, &weight, &rest);
+    __stcs((uint4 *)(rests + at), rest);
+  } else {
+    weight = pack8(w);
+  }
+  __stcs((uint4 *)(weights + at), weight);
+}
+
+static __device__ inline void adam_one(const AdamConstants &k, float shrink, int64_t at, const float *grads,
+                                       uint16_t *weights, float *ms, float *vs, uint16_t *rests) {
+  float m = ms[at], v = vs[at], w = master_join(weights[at], rests ? rests[at] : 0);
+  w = adam_update(k, shrink, grads[at], &m, &v, w);
+  ms[at] = m;
+  vs[at] = v;
+  if (rests)
+    master_split(w, &weights[at], &rests[at]);
+  else
+    weights[at] = __bfloat16_as_ushort(__float2bfloat16_rn(w));
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    adamw_kernel(const float *grads, const UpdateStatus *status, const StepScalars *scalars,
+                 const __grid_constant__ SpanBatch batch, uint16_t *weights, float *ms, float *vs, uint16_t *rests) {
+  if (status->skip) return;
+  AdamConstants k = adam_constants(scalars, status);
+  float decay = (float)(scalars->lr * scalars->weight_decay);
+  int chunks = batch.first_chunk[batch.n];
+  for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
+    Chunk c = chunk_of(batch, i);
+    float shrink = batch.span[c.param].decay ? decay : 0;
+    if (chunk_is_whole(c))
+      for (int j = threadIdx.x * 8; j < CHUNK; j += THREADS * 8)
+        adam_eight(k, shrink, c.begin + j, grads, weights, ms, vs, rests);
+    else
+      for (int64_t at = c.begin + threadIdx.x; at < c.end; at += THREADS)
+        adam_one(k, shrink, at, grads, weights, ms, vs, rests);
+  }
+}
+
+extern "C" void cuda_ADAMW(const KernelCall *c) {
+  int n = c->args->params.n;
+  for (int p = 0; p < n; p += BATCH_SPANS) {
+    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    int chunks = batch.first_chunk[batch.n];
+    if (chunks)
+      CUDA_LAUNCH(adamw_kernel, grid_for_chunks(chunks, 8), THREADS, 0, call_stream(c), (const float *)c->in[0],
+                  (const UpdateStatus *)c->in[1], (const StepScalars *)c->in[2], batch, (uint16_t *)c->out[0],
+                  (float *)c->out[1], (float *)c->out[2], (uint16_t *)c->out[3]);
+  }
+}
+
+// ---- EMA ----
+
+static __global__ void __launch_bounds__(THREADS)
+    ema_kernel(const uint16_t *weights, const UpdateStatus *status, const StepScalars *scalars, const uint16_t *rests,
+               const __grid_constant__ SpanBatch batch, float *emas) {
+  if (status->skip) return;
+  float rate = (float)(1 - scalars->ema_decay);
+  int chunks = batch.first_chunk[batch.n];
+  for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
+    Chunk c = chunk_of(batch, i);
+    if (chunk_is_whole(c)) {
+#pragma unroll 2
+      for (int j = threadIdx.x * 8; j < CHUNK; j += THREADS * 8) {
+        int64_t at = c.begin + j;
+        float ema[8], w[8];
+        load_floats(emas + at, ema);
+        join8(__ldcs((const uint4 *)(weights + at)),
+              rests ? __ldcs((const uint4 *)(rests + at)) : make_uint4(0, 0, 0, 0), w);
+#pragma unroll
+        for (int e = 0; e < 8; e++) ema[e] += rate * (w[e] - ema[e]);
+        store_floats(emas + at, ema);
+      }
+    } else {
+      for (int64_t at = c.begin + threadIdx.x; at < c.end; at += THREADS)
+        emas[at] += rate * (master_join(weights[at], rests ? rests[at] : 0) - emas[at]);
+    }
+  }
+}
+
+extern "C" void cuda_EMA(const KernelCall *c) {
+  int n = c->args->params.n;
+  for (int p = 0; p < n; p += BATCH_SPANS) {
+    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    int chunks = batch.first_chunk[batch.n];
+    if (chunks)
+      CUDA_LAUNCH(ema_kernel, grid_for_chunks(chunks, 8), THREADS, 0, call_stream(c), (const uint16_t *)c->in[0],
+                  (const UpdateStatus *)c->in[1], (const StepScalars *)c->in[2], (const uint16_t *)c->in[3], batch,
+                  (float *)c->out[0]);
+  }
+}

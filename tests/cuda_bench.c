@@ -1,0 +1,139 @@
+// Times one call of the CUDA backend: captured in a graph, over copies of its operands that together exceed the L2
+// cache, against the floor that its FLOPs and the bytes it must move set.
+#include "tests/cuda_case.h"
+#include "base/base.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { COPIES = 6, LAUNCHES = 12, SAMPLES = 9 };
+static const double l2_bytes = 50e6, bandwidth = 3.0e12, flop_rate = 800e12; // of an H100 SXM
+
+// (query, key) pairs that the mask allows.
+static double allowed_pairs(const CudaCase *c) {
+  const Batch *b = &c->ops.batch;
+  int64_t pairs = 0;
+#pragma omp parallel for reduction(+ : pairs) schedule(dynamic, 64)
+  for (int q = 0; q < c->ops.dims.T; q++)
+    for (int k = b->doc_start[q]; k < b->kv_end[q]; k++) pairs += q < b->q_end[k];
+  return (double)pairs;
+}
+
+static double linear_flops(const CudaCase *c, const OpArgs *a) {
+  const BatchDims *b = c->ops.batch.dims;
+  const int *in = a->linear.in_dim, *out = a->linear.out_dim;
+  double text = b->n_text, image = b->n_image;
+  switch (a->linear.extent) {
+  case EXT_ROWS:
+    return 2 * (text + image) * in[0] * out[0];
+  case EXT_SPLIT:
+    return 2 * text * in[0] * out[0] + 2 * image * in[1] * out[1];
+  case EXT_IMAGE:
+    return 2 * image * in[0] * out[0];
+  case EXT_SEGMENTS:
+    break;
+  }
+  return 2.0 * (b->n_segments - 1) * in[0] * out[0];
+}
+
+// Of the matrix products at this pack's extents; 0 for ops that only move bytes.
+static double call_flops(const CudaCase *c, OpKind kind, const OpArgs *a) {
+  const Dims *d = &c->ops.dims;
+  const BatchDims *b = c->ops.batch.dims;
+  double C = d->C, text = b->n_text, image = b->n_image;
+  double expert = 2 * C * (text * d->K[TEXT] * d->F[TEXT] + image * d->K[IMAGE] * d->F[IMAGE]);
+  double router = 2 * C * (text * d->E[TEXT] + image * d->E[IMAGE]);
+  switch (kind) {
+  case OP_LINEAR_FWD:
+  case OP_LINEAR_DGRAD:
+  case OP_LINEAR_WGRAD:
+    return linear_flops(c, a);
+  case OP_ATTENTION_FWD:
+    return 4 * allowed_pairs(c) * d->H * d->D;
+  case OP_ATTENTION_BWD:
+    return 10 * allowed_pairs(c) * d->H * d->D;
+  case OP_EXPERT_UP_FWD:
+  case OP_EXPERT_UP_DGRAD:
+  case OP_EXPERT_UP_WGRAD:
+    return 2 * expert;
+  case OP_EXPERT_DOWN_FWD:
+  case OP_EXPERT_DOWN_BWD:
+  case OP_EXPERT_DOWN_WGRAD:
+    return expert;
+  case OP_ROUTER_FWD:
+    return router;
+  case OP_ROUTER_BWD:
+    return 2 * router;
+  case OP_MOD_FWD:
+    return 2.0 * (b->n_segments - 1) * d->Z * d->M;
+  case OP_HEAD_CE:
+    return 6.0 * b->n_target * C * d->V;
+  case OP_HEAD_LOGITS:
+    return 2.0 * b->n_target * C * d->V;
+  default:
+    return 0;
+  }
+}
+
+// Each operand once; one that accumulates is read and written.
+static double call_bytes(const CudaCase *c, OpKind kind, const Value *in, const Value *out) {
+  double bytes = 0;
+  for (int i = 0; i < OP_MAX_IN; i++)
+    if (in[i].data) bytes += (double)in[i].used * (double)backend_cuda.dtype_bytes[in[i].dtype];
+  for (int i = 0; i < OP_MAX_OUT; i++)
+    if (out[i].data && !out[i].anything)
+      bytes += (out[i].fresh ? 1 : 2) * (double)out[i].used * (double)backend_cuda.dtype_bytes[out[i].dtype];
+  if (kind == OP_NOISE || kind == OP_FLOW_LOSS) bytes += (double)c->ops.batch.dims->n_image * c->ops.dims.P;
+  return bytes;
+}
+
+static int compare_doubles(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+// Median seconds of one launch.
+static double launch_seconds(const DeviceCall *copy, int copies, OpKind kind) {
+  const Queues *q = backend_cuda.queues;
+  double sample[SAMPLES];
+  backend_cuda.fn[kind](&copy[0].call); // loads the module, outside of the capture
+  q->capture_begin();
+  for (int i = 0; i < LAUNCHES; i++) backend_cuda.fn[kind](&copy[i % copies].call);
+  void *graph = q->capture_end();
+  q->graph_launch(graph);
+  for (int s = 0; s < SAMPLES; s++) {
+    q->record(LANE_COMPUTE, 0);
+    q->graph_launch(graph);
+    q->record(LANE_COMPUTE, 1);
+    sample[s] = q->seconds(0, 1) / LAUNCHES;
+  }
+  q->graph_free(graph);
+  qsort(sample, SAMPLES, sizeof *sample, compare_doubles);
+  return sample[SAMPLES / 2];
+}
+
+void cuda_bench_call(CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out) {
+  if (!backend_cuda.queues) panic("the benchmark needs a device with queues");
+  DeviceCall copy[COPIES];
+  device_call_plan(&copy[0], c, kind, args, in, out);
+  size_t bytes = copy[0].bytes;
+  int copies = bytes > 4 * l2_bytes ? 1 : (int)(4 * l2_bytes / (double)bytes) + 1;
+  if (copies > COPIES) copies = COPIES;
+  char *image = xmalloc(bytes);
+  device_call_image(&copy[0], c, 0, image);
+  char *memory = backend_cuda.alloc(bytes * (size_t)copies);
+  if (!memory)
+    panic("%s: the device has no %zu MB for the benchmark", op_info[kind].name, bytes * (size_t)copies >> 20);
+  for (int i = 0; i < copies; i++) {
+    if (i) device_call_plan(&copy[i], c, kind, args, in, out);
+    device_call_bind(&copy[i], c, memory + (size_t)i * bytes);
+    backend_cuda.upload(memory + (size_t)i * bytes, image, bytes);
+  }
+  double seconds = launch_seconds(copy, copies, kind), flops = call_flops(c, kind, args);
+  double moved = call_bytes(c, kind, in, out), floor = fmax(moved / bandwidth, flops / flop_rate);
+  printf("%-18s %-44.44s %9.4f ms %8.0f GB/s %7.1f TFLOP/s %5.1f%% of the floor\n", op_info[kind].name, c->what,
+         seconds * 1e3, moved / seconds / 1e9, flops / seconds / 1e12, 100 * floor / seconds);
+  fflush(stdout);
+  backend_cuda.release(memory);
+  free(image);
+}
