@@ -68,9 +68,10 @@ F64_TESTS := test_ops_a test_ops_attention test_ops_experts test_ops_update test
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
 TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
 ifeq ($(SANITIZE),thread)
-# What starts threads of its own; OpenMP's runtime synchronizes out of ThreadSanitizer's sight. These tests need no
-# helper, and one of the helpers owns the allocator, which ThreadSanitizer does too.
-TEST_HELPERS :=
+# OpenMP's runtime synchronizes out of ThreadSanitizer's sight: only what has threads of its own. One helper owns the
+# allocator, which ThreadSanitizer does too.
+THREADED_TESTS := test_hostile test_loader test_source test_stream test_tokenizer
+TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif
 
@@ -127,7 +128,7 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
   $(TEST_BINS:%=%.o) $(TOOLS:%=%.o)
 include tests/fuzz/Makefile.inc
 ifeq ($(SANITIZE),thread)
-TEST_BINS := $(patsubst %.c,$(BUILD)/%,$(shell grep -lE 'pthread\.h|data/(loader|cache)\.h' tests/test_*.c))
+TEST_BINS := $(THREADED_TESTS:%=$(BUILD)/tests/%)
 endif
 
 tests: train $(TEST_BINS) $(TOOLS)

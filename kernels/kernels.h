@@ -318,11 +318,19 @@ typedef void (*KernelFn)(const KernelCall *call);
 // Queues of work, each in order. Nothing is ordered between them but by events.
 typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COUNT } Lane;
 
-// A device's queues. Events are numbered by the caller, from 0.
+// Events of a device's queues, by number. A program's replay uses those from EVENT_REPLAY on.
+enum {
+  EVENT_PACK_READY,                        // the staged pack has arrived; two, in turn
+  EVENT_PACK_TAKEN = EVENT_PACK_READY + 2, // it was copied to its place: the next may be staged
+  EVENT_RESULTS,                           // what the host reads of a step has arrived
+  EVENT_REPLAY
+};
+
 typedef struct Queues {
   void *(*stream)(Lane lane);           // what KernelCall.stream is for ops of the lane
   void (*record)(Lane lane, int event); // the event: all that the lane was given so far has run
   void (*wait)(Lane lane, int event);   // what the lane is given from here on runs after the event
+  void (*finish)(int event);            // the host waits for it; at once where it was never recorded
   double (*seconds)(int from, int to);  // between two events that have happened; waits for the second
   void (*capture_begin)(void);          // from here to capture_end nothing runs: it goes into a graph
   void *(*capture_end)(void);           // the graph

@@ -112,6 +112,7 @@ struct Program {
   int64_t scratch_bytes;           // the most that one of its ops uses
   int one_queue;                   // the copy lanes' ops go to the compute lane's queue, in recorded order
   int use_graph;                   // replays launch a graph, captured at the first replay after program_bind
+  int takes_pack;                  // its first op copies the staged pack to its place
   ProgramState *state;             // recorder's own: memo of rebuilt tensors, layer marks, capacities
   Batch batch;                     // live pack, bound
 };

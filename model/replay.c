@@ -172,32 +172,37 @@ static void replay_check(const Program *p) {
 }
 
 // Events of a replay: one an op, then the beginning, then each lane's end; with times also two an op.
+static int event_op(int op) {
+  return EVENT_REPLAY + op;
+}
 static int event_begin(const Program *p) {
-  return p->n_ops;
+  return event_op(p->n_ops);
 }
 static int event_end(const Program *p, Lane lane) {
-  return p->n_ops + 1 + (int)lane;
+  return event_begin(p) + 1 + (int)lane;
 }
 static int event_time(const Program *p, int op, int end) {
-  return p->n_ops + 1 + LANE_COUNT + 2 * op + end;
+  return event_begin(p) + 1 + LANE_COUNT + 2 * op + end;
 }
 
-// Gives all ops to the queues. The other lanes begin after what the compute lane was given before, and it goes on after
-// them.
-static void queues_fill(Program *p, int timed) {
+// Gives ops from `first` on to the queues. The other lanes begin after what the compute lane was given before, and it
+// goes on after them.
+static void queues_fill(Program *p, int first, int timed) {
   const Queues *q = p->backend->queues;
   const ProgramState *s = p->state;
   q->record(LANE_COMPUTE, event_begin(p));
   for (int l = 0; l < LANE_COUNT && !p->one_queue; l++)
     if (l != LANE_COMPUTE && s->uses_lane[l]) q->wait((Lane)l, event_begin(p));
-  for (int i = 0; i < p->n_ops; i++) {
+  for (int i = first; i < p->n_ops; i++) {
     const Op *op = &p->ops[i];
     Lane lane = op_queue(p, op);
-    for (int w = 0; w < op->n_waits && !p->one_queue; w++) q->wait(lane, op->waits[w].op);
+    // What ran before `first` was given to the compute lane alone, before all of this.
+    for (int w = 0; w < op->n_waits && !p->one_queue; w++)
+      if (op->waits[w].op >= first) q->wait(lane, event_op(op->waits[w].op));
     if (timed) q->record(lane, event_time(p, i, 0));
     p->backend->fn[op->kind](&op->call);
     if (timed) q->record(lane, event_time(p, i, 1));
-    if (s->awaited[i] && !p->one_queue) q->record(lane, i);
+    if (s->awaited[i] && !p->one_queue) q->record(lane, event_op(i));
   }
   for (int l = 0; l < LANE_COUNT && !p->one_queue; l++) {
     if (l == LANE_COMPUTE || !s->uses_lane[l]) continue;
@@ -209,18 +214,26 @@ static void queues_fill(Program *p, int timed) {
 static void replay_queued(Program *p, double *op_seconds) {
   const Queues *q = p->backend->queues;
   ProgramState *s = p->state;
+  int first = 0;
+  if (p->takes_pack) { // outside the graph, so that the next pack may be staged as soon as it has run
+    if (op_seconds) q->record(LANE_COMPUTE, event_time(p, 0, 0));
+    p->backend->fn[p->ops[0].kind](&p->ops[0].call);
+    if (op_seconds) q->record(LANE_COMPUTE, event_time(p, 0, 1));
+    q->record(LANE_COMPUTE, EVENT_PACK_TAKEN);
+    first = 1;
+  }
   if (op_seconds) {
-    queues_fill(p, 1);
+    queues_fill(p, first, 1);
     for (int i = 0; i < p->n_ops; i++) op_seconds[i] += q->seconds(event_time(p, i, 0), event_time(p, i, 1));
     return;
   }
   if (!p->use_graph) {
-    queues_fill(p, 0);
+    queues_fill(p, first, 0);
     return;
   }
   if (!s->graph) {
     q->capture_begin();
-    queues_fill(p, 0);
+    queues_fill(p, first, 0);
     s->graph = q->capture_end();
   }
   q->graph_launch(s->graph);

@@ -523,6 +523,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   OpArgs copy = {.span = {.count = pack_bytes}};
   program_op(p, OP_COPY, IN(program_external(p, SPACE_STAGING, 0, DT_U8, pack_bytes, "staged pack")),
              OUT(program_external(p, SPACE_BATCH, 0, DT_U8, pack_bytes, "pack")), &copy);
+  p->takes_pack = 1;
   int64_t n_metrics = metrics_size(&r->d);
   r->metrics = program_external(p, SPACE_METRICS, 0, DT_F64, n_metrics, "metrics");
   if (mode == MODE_TRAIN_FIRST) { // evaluation sums over many replays

@@ -149,8 +149,10 @@ int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, E
   }
   if (bad) return -1;
   Dims d = dims_from_config(e->config, 1, 1);
-  double *metrics = xmalloc((size_t)metrics_size(&d) * sizeof *metrics);
-  char *losses = losses_json(losses_read(e, metrics), gradient_norm(e), n);
+  size_t bytes = (size_t)metrics_size(&d) * sizeof(double);
+  double *metrics = xmalloc(bytes);
+  e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), bytes);
+  char *losses = losses_json(losses_of(e->config, metrics), gradient_norm(e), n);
   free(metrics);
   bad = write_text(folder, "losses.json", losses, err);
   free(losses);

@@ -227,6 +227,22 @@ static void bind(Engine *e, Program *p) {
   program_bind(p, &e->bases);
 }
 
+// Host memory that the copies of every step pass through.
+static int pin(Engine *e) {
+  const Backend *b = e->model.backend;
+  for (int k = 0; k < 2; k++) e->pinned.pack[k] = b->host_alloc((size_t)e->bytes[SPACE_STAGING]);
+  e->pinned.scalars = b->host_alloc(sizeof *e->pinned.scalars);
+  e->pinned.status = b->host_alloc(sizeof *e->pinned.status);
+  e->pinned.metrics = b->host_alloc((size_t)e->bytes[SPACE_METRICS]);
+  return e->pinned.pack[0] && e->pinned.pack[1] && e->pinned.scalars && e->pinned.status && e->pinned.metrics;
+}
+
+static void unpin(Engine *e) {
+  void *all[] = {e->pinned.pack[0], e->pinned.pack[1], e->pinned.scalars, e->pinned.status, e->pinned.metrics};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    if (all[i]) e->model.backend->host_release(all[i]);
+}
+
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
   if (engine_check_budget(e, err) != 0) return -1;
@@ -240,6 +256,8 @@ int engine_allocate(Engine *e, Error *err) {
                      "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
                      "out of memory: %s needs %.3f GB", space_label[s], (double)e->bytes[s] / 1e9);
   }
+  if (b->queues && !pin(e))
+    return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for two packs");
   e->bases.separate = !e->config->memory.arena;
   bind(e, e->first.program);
   bind(e, e->later.program);
@@ -265,6 +283,7 @@ void engine_free(Engine *e) {
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
   for (int s = 0; s < SPACE_COUNT; s++)
     if (e->bases.of[s]) space_release(e->model.backend, (Space)s, e->bases.of[s]);
+  unpin(e);
   params_free(&e->model.params);
   *e = (Engine){0};
 }
@@ -277,10 +296,61 @@ const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int
   return NULL;
 }
 
+static void queue_copy(const Backend *b, Lane lane, void *to, const void *from, size_t bytes) {
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  b->fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args, .stream = b->queues->stream(lane)});
+}
+
+// The pack travels while the compute lane is busy with what it was given before, and is copied to its place when the
+// lane gets there.
+static void stage_pack(Engine *e, const void *pack, size_t bytes) {
+  const Backend *b = e->model.backend;
+  const Queues *q = b->queues;
+  if (!q) {
+    b->upload(e->bases.of[SPACE_STAGING], pack, bytes);
+    return;
+  }
+  int k = e->pinned.next_pack;
+  e->pinned.next_pack = !k;
+  q->finish(EVENT_PACK_READY + k); // its last passenger has left
+  memcpy(e->pinned.pack[k], pack, bytes);
+  q->wait(LANE_H2D, EVENT_PACK_TAKEN);
+  queue_copy(b, LANE_H2D, e->bases.of[SPACE_STAGING], e->pinned.pack[k], bytes);
+  q->record(LANE_H2D, EVENT_PACK_READY + k);
+  q->wait(LANE_COMPUTE, EVENT_PACK_READY + k);
+}
+
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_seconds) {
   BatchShape shape = dims_batch_shape(&m->program->dims);
-  e->model.backend->upload(e->bases.of[SPACE_STAGING], pack, batch_bind(&(Batch){0}, shape, NULL));
+  stage_pack(e, pack, batch_bind(&(Batch){0}, shape, NULL));
   program_replay(m->program, op_seconds);
+}
+
+void engine_update(Engine *e, const StepScalars *scalars, int ema) {
+  const Backend *b = e->model.backend;
+  if (b->queues) {
+    *e->pinned.scalars = *scalars; // the results of the update before are here, so its scalars were read
+    queue_copy(b, LANE_COMPUTE, e->bases.of[SPACE_SCALARS], e->pinned.scalars, sizeof *scalars);
+  } else {
+    b->upload(e->bases.of[SPACE_SCALARS], scalars, sizeof *scalars);
+  }
+  program_replay(ema ? e->update_ema : e->update, NULL);
+  if (!b->queues) return;
+  queue_copy(b, LANE_COMPUTE, e->pinned.status, e->bases.of[SPACE_STATUS], sizeof *e->pinned.status);
+  queue_copy(b, LANE_COMPUTE, e->pinned.metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);
+  b->queues->record(LANE_COMPUTE, EVENT_RESULTS);
+}
+
+void engine_results(Engine *e, UpdateStatus *status, double *metrics) {
+  const Backend *b = e->model.backend;
+  if (!b->queues) {
+    b->download(status, e->bases.of[SPACE_STATUS], sizeof *status);
+    b->download(metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);
+    return;
+  }
+  b->queues->finish(EVENT_RESULTS);
+  *status = *e->pinned.status;
+  memcpy(metrics, e->pinned.metrics, (size_t)e->bytes[SPACE_METRICS]);
 }
 
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out) {

@@ -30,6 +30,13 @@ typedef struct Engine {
   int n_forward;
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;
+  struct { // on a backend with queues: host memory that copies pass through
+    void *pack[2];
+    int next_pack;
+    StepScalars *scalars;
+    UpdateStatus *status;
+    double *metrics;
+  } pinned;
 } Engine;
 
 // The backend for run.device; "auto": the GPU where the build has the CUDA backend and the machine has one whose
@@ -51,8 +58,15 @@ void engine_free(Engine *e);
 // The smallest forward-only program with room for this many tokens and image segments; NULL when none has.
 const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int images);
 
-// Uploads a laid-out pack (batch_bind's block for the program's capacities) and replays.
+// Stages a laid-out pack (batch_bind's block for the program's capacities), which may be overwritten when this returns,
+// and replays.
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_seconds);
+// Replays the update, with the EMA's where `ema`. On a backend with queues this and engine_run return before the device
+// is done; engine_results waits for the last update, so between two updates there must be one of it.
+void engine_update(Engine *e, const StepScalars *scalars, int ema);
+// What the last update found, and the step's metrics [metrics_size].
+void engine_results(Engine *e, UpdateStatus *status, double *metrics);
+
 // Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);
 

@@ -12,8 +12,8 @@ typedef struct StepLosses {
   double load_max;               // largest expert load over its fair share, any layer and modality; 0 without any
 } StepLosses;
 
-// Reads the metrics of the step just replayed into `metrics` [metrics_size doubles]: Metrics, then the load.
-StepLosses losses_read(const Engine *e, double *metrics);
+// From a step's metrics [metrics_size doubles]: Metrics, then the load.
+StepLosses losses_of(const Config *c, const double *metrics);
 // The load in them, as the functions below take it.
 static inline const double *metrics_load(const double *metrics) {
   return metrics + sizeof(Metrics) / sizeof(double);

@@ -290,30 +290,17 @@ static int run_micro_steps(Trainer *t, Loader *loader, double *op_seconds, StepR
   return 0;
 }
 
-static int update(Trainer *t, StepReport *s, Error *err) {
+// Waits for the step that the device was given last, unless that was done already, and reports it. -1: it was one too
+// many to be skipped; *err is set.
+static int collect_step(Trainer *t, Report *report, Error *err) {
   const Config *c = t->config;
-  Engine *e = &t->engine;
-  StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
+  const ParamTable *params = &t->engine.model.params;
+  StepReport *s = &t->pending;
   UpdateStatus status;
-  e->model.backend->upload(engine_slab(e, SPACE_SCALARS), &scalars, sizeof scalars);
-  program_replay(optimizer_ema_due(c, t->state.step) ? e->update_ema : e->update, NULL);
-  e->model.backend->download(&status, engine_slab(e, SPACE_STATUS), sizeof status);
-  s->lr = scalars.lr;
-  s->grad_norm = status.norm;
-  s->skipped = status.skip;
-  if (status.skip)
-    snprintf(s->bad, sizeof s->bad, "%s",
-             status.bad >= e->model.params.n ? "the loss" : e->model.params.of[status.bad].name);
-  return optimizer_count(c, &t->state.optimizer, &status, err);
-}
-
-// One step. -1: it was not done; 1: it was done and was one too many to be skipped. *err is set in both cases.
-static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport *s, Error *err) {
-  double start = time_now();
-  *s = (StepReport){.step = t->state.step};
-  if (run_micro_steps(t, loader, op_seconds, s, err) != 0) return -1;
-  int given_up = update(t, s, err);
-  StepLosses l = losses_read(&t->engine, t->metrics);
+  if (!t->is_pending) return 0;
+  t->is_pending = 0;
+  engine_results(&t->engine, &status, t->metrics);
+  StepLosses l = losses_of(c, t->metrics);
   s->loss = l.total;
   s->flow = l.flow;
   s->ce = l.ce;
@@ -322,9 +309,33 @@ static int train_step(Trainer *t, Loader *loader, double *op_seconds, StepReport
   s->balance = l.balance;
   s->z = l.z;
   s->load_max = l.load_max;
+  s->grad_norm = status.norm;
+  s->skipped = status.skip;
+  if (status.skip)
+    snprintf(s->bad, sizeof s->bad, "%s", status.bad >= params->n ? "the loss" : params->of[status.bad].name);
+  double now = time_now();
+  s->seconds = now - t->clock;
+  t->clock = now;
+  report_step(report, s);
+  Dims d = dims_from_config(c, 1, 1);
+  report_load(report, metrics_load(t->metrics), &d);
+  return optimizer_count(c, &t->state.optimizer, &status, err);
+}
+
+// Gives the device one more step. The one before is collected once the passes of this one are under way, so that the
+// device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when there was
+// no pack or that step was one too many to be skipped.
+static int train_step(Trainer *t, Loader *loader, Report *report, double *op_seconds, Error *err) {
+  const Config *c = t->config;
+  StepReport s = {.step = t->state.step};
+  if (run_micro_steps(t, loader, op_seconds, &s, err) != 0 || collect_step(t, report, err) != 0) return -1;
+  StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
+  engine_update(&t->engine, &scalars, optimizer_ema_due(c, t->state.step));
+  s.lr = scalars.lr;
+  t->pending = s;
+  t->is_pending = 1;
   t->state.step++;
-  s->seconds = time_now() - start;
-  return given_up ? 1 : 0;
+  return t->engine.model.backend->queues ? 0 : collect_step(t, report, err);
 }
 
 // ---- the run ----
@@ -342,12 +353,6 @@ static int save(Trainer *t, Loader *loader, int last, Error *err) {
            "the checkpoints before it are as they were: make room, then --resume goes on from the newest%s",
            last ? "" : "; with checkpoint.on_error=continue a run trains on");
   return -1;
-}
-
-// Hands the expert loads of the step just replayed to the report.
-static void report_step_load(const Trainer *t, Report *report) {
-  Dims d = dims_from_config(t->config, 1, 1);
-  report_load(report, metrics_load(t->metrics), &d);
 }
 
 static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
@@ -399,22 +404,22 @@ static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
 static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seconds, Error *err) {
   const Config *c = t->config;
   int64_t end = t->options->stop_at ? min_i64(t->options->stop_at, c->train.steps) : c->train.steps;
+  t->clock = time_now();
   while (t->state.step < end) {
-    StepReport s;
-    int bad = train_step(t, loader, op_seconds, &s, err);
-    if (bad < 0) return -1;
-    report_step(report, &s);
-    report_step_load(t, report);
-    if (bad) return -1;
+    if (train_step(t, loader, report, op_seconds, err) != 0) return -1;
     int64_t done = t->state.step;
     int last = done == c->train.steps, stopping = stop_asked, leaving = stopping || done == end;
+    int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
+    int evaluation_due = last || (c->eval.every && done % c->eval.every == 0);
+    if (!leaving && !save_due && !evaluation_due) continue;
+    if (collect_step(t, report, err) != 0) return -1;
     // Saved before it is evaluated: an evaluation takes long enough to be killed in. Not while steps are being skipped:
     // good checkpoints would make way for the state that may be the cause.
-    int due = c->checkpoint.every && done % c->checkpoint.every == 0 && !t->state.optimizer.skipped_in_row;
-    if (leaving || due)
+    if (leaving || (save_due && !t->state.optimizer.skipped_in_row))
       if (save(t, loader, leaving, err) != 0) return -1;
-    if (!stopping && (last || (c->eval.every && done % c->eval.every == 0)))
+    if (!stopping && evaluation_due)
       if (evaluate_step(t, report, last, err) != 0) return -1;
+    t->clock = time_now();
     if (stopping) {
       log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)done);
       return 0;

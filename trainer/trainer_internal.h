@@ -4,6 +4,7 @@
 
 #include "data/loader.h"
 #include "trainer/evaluate.h"
+#include "trainer/report.h"
 #include "trainer/state.h"
 #include "trainer/trainer.h"
 
@@ -14,7 +15,10 @@ struct Trainer {
   int lock;  // its descriptor while training, -1 otherwise
   Engine engine;
   RunState state;
-  double *metrics; // [metrics_size] of the step just done, see losses_read
+  double *metrics;    // [metrics_size] of the step collected last, see losses_of
+  StepReport pending; // of the step that the device was given last
+  int is_pending;     // it is not collected yet
+  double clock;       // when the step before it was done
   Tokenizer *tokenizer;
   Source *source[CONFIG_SOURCES];
   double weight[CONFIG_SOURCES];

@@ -86,8 +86,8 @@ template <int D, int rows> static __device__ inline void fragment_a(uint32_t a[4
   load_matrix(r, block_place<D, rows>(place, row, k));
   a[0] = r[0], a[1] = r[2], a[2] = r[1], a[3] = r[3];
 }
-// The block's transpose as two B fragments: b[0..1] have its rows [row, row + 8) as columns, b[2..3] the next eight; its
-// columns are summed over.
+// The block's transpose as two B fragments: b[0..1] have its rows [row, row + 8) as columns, b[2..3] the next eight;
+// its columns are summed over.
 template <int D, int rows> static __device__ inline void fragments_b(uint32_t b[4], uint32_t place, int row, int k) {
   load_matrix(b, block_place<D, rows>(place, row, k));
 }

@@ -1,6 +1,6 @@
-// Attention over packed documents, forward: FlashAttention-2 (Dao, 2023) with the mask of kernels/batch.h. A block takes
-// 128 queries of one head; tiles of 64 keys stream past, two in shared memory. Queries whose rows lie together leave out
-// the tiles that none of them sees and compare intervals only in those that some see in part.
+// Attention over packed documents, forward: FlashAttention-2 (Dao, 2023) with the mask of kernels/batch.h. A block
+// takes 128 queries of one head; tiles of 64 keys stream past, two in shared memory. Queries whose rows lie together
+// leave out the tiles that none of them sees and compare intervals only in those that some see in part.
 //
 // One kernel multiplies with warpgroups (sm_90a), the other, for other targets and D = 32, with warps. In either a warp
 // holds two sets of 16 queries, m = 0 and 1.
@@ -134,8 +134,7 @@ static __device__ inline void rows_write(const Rows<D> *r, ForwardShared<D> *s, 
 // ---- with warps: warp w holds queries 32 w + 16 m .. ----
 
 // scores [32, KEYS] = q k^T; q, k: places of the warp's first blocks.
-template <int D>
-static __device__ inline void score_tile(float (&score)[2][KEYS / 8][4], uint32_t q, uint32_t k) {
+template <int D> static __device__ inline void score_tile(float (&score)[2][KEYS / 8][4], uint32_t q, uint32_t k) {
   fragments_zero(score[0]);
   fragments_zero(score[1]);
 #pragma unroll
@@ -290,7 +289,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
 #endif
 }
 
-template <int D> static void launch_forward(const KernelCall *call, bool groups) {
+template <int D> static void launch_forward(const KernelCall *call, void (*kernel)(ForwardCall)) {
   const Dims *d = call->dims;
   ForwardCall c = {.q = (const bf16 *)call->in[0],
                    .k = (const bf16 *)call->in[1],
@@ -299,7 +298,6 @@ template <int D> static void launch_forward(const KernelCall *call, bool groups)
                    .lse = (float *)call->out[1],
                    .shape = {d->T, d->H, d->G, 1 / sqrtf((float)D)},
                    .b = *call->batch};
-  auto kernel = groups ? attention_forward_sm90<D> : attention_forward<D>;
   CUDA_ALLOW_SHARED(kernel, sizeof(ForwardShared<D>));
   CUDA_LAUNCH(kernel, ceil_div(d->T, QUERIES) * d->H, THREADS, sizeof(ForwardShared<D>), call_stream(call), c);
 }
@@ -308,10 +306,10 @@ extern "C" void cuda_ATTENTION_FWD(const KernelCall *c) {
   static const bool groups = built_for_sm90((const void *)attention_forward_sm90<128>);
   switch (c->dims->D) {
   case 32:
-    return launch_forward<32>(c, false);
+    return launch_forward<32>(c, attention_forward<32>);
   case 64:
-    return launch_forward<64>(c, groups);
+    return launch_forward<64>(c, groups ? attention_forward_sm90<64> : attention_forward<64>);
   default:
-    return launch_forward<128>(c, groups);
+    return launch_forward<128>(c, groups ? attention_forward_sm90<128> : attention_forward<128>);
   }
 }

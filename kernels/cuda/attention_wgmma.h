@@ -6,8 +6,8 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/ptx.h"
 
-// Only code built for sm_90a has the bodies of the kernels that use what follows; other builds that run on such a device
-// were translated from older PTX.
+// Only code built for sm_90a has the bodies of the kernels that use what follows; other builds that run on such a
+// device were translated from older PTX.
 static inline bool built_for_sm90(const void *kernel) {
   cudaFuncAttributes a;
   return cudaFuncGetAttributes(&a, kernel) == cudaSuccess && a.binaryVersion == 90 && a.ptxVersion >= 90;

@@ -131,6 +131,10 @@ static void queue_wait(Lane lane, int event) {
   CUDA_CHECK(cudaStreamWaitEvent(gpu.stream[lane], event_at(event), 0));
 }
 
+static void queue_finish(int event) {
+  CUDA_CHECK(cudaEventSynchronize(event_at(event)));
+}
+
 static double queue_seconds(int from, int to) {
   float ms = 0;
   CUDA_CHECK(cudaEventSynchronize(event_at(to)));
@@ -224,7 +228,7 @@ static size_t cuda_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
 // ---- the table ----
 
 static Backend backend_make(void) {
-  static const Queues queues = {queue_stream,        queue_record,      queue_wait,         queue_seconds,
+  static const Queues queues = {queue_stream,        queue_record,      queue_wait,         queue_finish, queue_seconds,
                                 queue_capture_begin, queue_capture_end, queue_graph_launch, queue_graph_free};
   Backend b = {};
   b.name = "cuda";

@@ -51,20 +51,28 @@ static __device__ inline int lower_bound_warp(const int32_t *id, int n, int v) {
   return low;
 }
 
-// sum [8 columns] of the rows id_row[k] for k = first, first + step, .. < end.
+// sum [8 columns] of the rows id_row[k] for k = first, first + step, .. < end, by a whole warp. The lanes look up 32
+// rows at once and hand them round, so that what the sum waits for is the rows alone.
 static __device__ inline void sum_rows(const Batch &b, int first, int end, int step, int C, int column, const bf16 *dx,
                                        const bf16 *dmean, float sum[8]) {
+  int lane = threadIdx.x % 32;
+  for (; first < end; first += 32 * step) {
+    int k = first + lane * step, row = 0, segment = 0, many = ceil_div(end - first, step);
+    float part = 0;
+    if (k < end) {
+      row = b.id_row[k];
+      segment = b.pool_segment[row];
+      if (segment) part = __fdividef(1, (float)(b.cap_end[segment] - b.cap_start[segment]));
+    }
 #pragma unroll 4
-  for (int k = first; k < end; k += step) {
-    int r = b.id_row[k], g = b.pool_segment[r];
-    float x[8], mean[8];
-    load8(dx + (int64_t)r * C + column, x);
-    add8(sum, x);
-    if (g == 0) continue;
-    load8(dmean + (int64_t)g * C + column, mean);
-    float share = 1 / (float)(b.cap_end[g] - b.cap_start[g]);
+    for (int i = 0; i < (many < 32 ? many : 32); i++) {
+      int r = __shfl_sync(0xffffffffu, row, i), g = __shfl_sync(0xffffffffu, segment, i);
+      float share = __shfl_sync(0xffffffffu, part, i), x[8], mean[8];
+      load8(dx + (int64_t)r * C + column, x);
+      unpack8(g ? *(const uint4 *)(dmean + (int64_t)g * C + column) : make_uint4(0, 0, 0, 0), mean);
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum[i] += share * mean[i];
+      for (int e = 0; e < 8; e++) sum[e] += x[e] + share * mean[e];
+    }
   }
 }
 
@@ -86,35 +94,37 @@ static __device__ inline void store_sum(float *to, const float sum[8], int accum
 static __global__ void __launch_bounds__(THREADS)
     embed_bwd_kernel(const __grid_constant__ Batch b, int V, int C, int accumulate, const bf16 *dx, const bf16 *dmean,
                      float *dE) {
-  __shared__ int place[BWD_IDS]; // in the by-id list, or -1
+  __shared__ int first[BWD_IDS], end[BWD_IDS]; // of the id's rows in id_row; none: 0, 0
   __shared__ __align__(16) float partial[WARPS][BWD_COLUMNS];
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, v0 = blockIdx.y * BWD_IDS;
-  int column = blockIdx.x * BWD_COLUMNS + lane * 8, n_ids = b.dims->n_ids;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, v0 = blockIdx.y * BWD_IDS, n_ids = b.dims->n_ids;
+  int column = blockIdx.x * BWD_COLUMNS + lane * 8;
+  bool inside = column < C;
+  if (!inside) column = 0; // the lane reads along, and writes nothing
   if (warp == 0) {
-    place[lane] = -1;
+    first[lane] = end[lane] = 0;
     __syncwarp();
-    int j = lower_bound_warp(b.id, n_ids, v0) + lane;
-    if (j < n_ids && b.id[j] < v0 + BWD_IDS) place[b.id[j] - v0] = j;
+    int j = lower_bound_warp(b.id, n_ids, v0) + lane, v = j < n_ids ? b.id[j] - v0 : BWD_IDS;
+    if (v < BWD_IDS) {
+      first[v] = b.id_start[j];
+      end[v] = b.id_start[j + 1];
+    }
   }
   __syncthreads();
   for (int i = warp; i < BWD_IDS && v0 + i < V; i += WARPS) {
-    int j = place[i];
-    if (column >= C || (j < 0 && accumulate)) continue;
-    int first = j < 0 ? 0 : b.id_start[j], end = j < 0 ? 0 : b.id_start[j + 1];
-    if (end - first > LONG_RUN) continue;
+    int rows = end[i] - first[i];
+    if (rows > LONG_RUN || (rows == 0 && accumulate)) continue;
     float sum[8] = {};
-    sum_rows(b, first, end, 1, C, column, dx, dmean, sum);
-    store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
+    sum_rows(b, first[i], end[i], 1, C, column, dx, dmean, sum);
+    if (inside) store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
   }
   for (int i = 0; i < BWD_IDS; i++) {
-    int j = place[i];
-    if (j < 0 || b.id_start[j + 1] - b.id_start[j] <= LONG_RUN) continue;
+    if (end[i] - first[i] <= LONG_RUN) continue;
     float sum[8] = {};
-    if (column < C) sum_rows(b, b.id_start[j] + warp, b.id_start[j + 1], WARPS, C, column, dx, dmean, sum);
+    sum_rows(b, first[i] + warp, end[i], WARPS, C, column, dx, dmean, sum);
     __syncthreads(); // the id before has been read from `partial`
     store_sum(&partial[warp][lane * 8], sum, 0);
     __syncthreads();
-    if (warp || column >= C) continue;
+    if (warp || !inside) continue;
 #pragma unroll
     for (int w = 1; w < WARPS; w++) add8(sum, &partial[w][lane * 8]);
     store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
@@ -150,7 +160,7 @@ static __device__ inline float pool_caption(const Batch &b, const bf16 *E, int C
     store_sum(partial[threadIdx.x], u, 0);
   }
   __syncthreads();
-  float squares = 0, part = 1 / (float)(end - first);
+  float squares = 0, part = __fdividef(1, (float)(end - first));
   if (threadIdx.x < eights) {
     for (int i = 1; i < shares; i++) add8(u, partial[i * eights + threadIdx.x]);
 #pragma unroll
@@ -159,7 +169,7 @@ static __device__ inline float pool_caption(const Batch &b, const bf16 *E, int C
       squares += u[i] * u[i];
     }
   }
-  return 1 / sqrtf(block_sum(squares, shared) / (float)C + 1e-6f);
+  return rsqrtf(block_sum(squares, shared) / (float)C + 1e-6f);
 }
 
 static __global__ void __launch_bounds__(POOL_THREADS)

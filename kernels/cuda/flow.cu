@@ -2,7 +2,7 @@
 #include "base/philox.h"
 #include "kernels/cuda/cuda.h"
 
-enum { THREADS = 256, WARPS = THREADS / 32, TOTAL_THREADS = 1024 };
+enum { THREADS = 256, WARPS = THREADS / 32, TOTAL_THREADS = 512 };
 
 // v / 127.5 - 1, the quotient correctly rounded as by a division: its remainder is exact, and corrects it.
 static __device__ inline float pixel_value(uint32_t v) {
@@ -57,21 +57,20 @@ extern "C" void cuda_NOISE(const KernelCall *c) {
 
 // ---- FLOW_LOSS ----
 
-static __device__ inline double time_left(const Batch &b, int g, double t_floor) {
-  double left = 1 - (double)b.seg_time[g];
-  return left > t_floor ? left : t_floor;
+static __device__ inline float time_left(const Batch &b, int g, float t_floor) {
+  return fmaxf(1 - b.seg_time[g], t_floor);
 }
 
 // A warp a row: dxhat, and of noised rows the sum of squared errors.
 static __global__ void __launch_bounds__(THREADS)
-    flow_rows_kernel(const __grid_constant__ Batch b, int T, int P, double t_floor, const bf16 *xhat, bf16 *dxhat,
+    flow_rows_kernel(const __grid_constant__ Batch b, int T, int P, float t_floor, const bf16 *xhat, bf16 *dxhat,
                      float *row_error) {
   int lane = threadIdx.x % 32, text = b.dims->n_text, used = text + b.dims->n_image;
   for (int r = blockIdx.x * WARPS + threadIdx.x / 32; r < T; r += gridDim.x * WARPS) {
     int g = r >= text && r < used ? b.segment[r] : 0;
     bool noised = g && b.seg_kind[g] == SEGMENT_NOISED;
-    double left = noised ? time_left(b, g, t_floor) : 1;
-    float slope = (float)(2 * (double)b.dims->flow_scale / (left * left)), sum = 0;
+    float left = noised ? time_left(b, g, t_floor) : 1, sum = 0;
+    float slope = __fdividef(2 * b.dims->flow_scale, left * left);
 #pragma unroll 2
     for (int e = lane * 8; e < P; e += 32 * 8) {
       int64_t at = (int64_t)r * P + e;
@@ -95,7 +94,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 // One block, a warp a segment at a time: seg_error, and the sums over segments into metrics.
 static __global__ void __launch_bounds__(TOTAL_THREADS)
-    flow_total_kernel(const __grid_constant__ Batch b, int segments, int P, double t_floor, const float *row_error,
+    flow_total_kernel(const __grid_constant__ Batch b, int segments, int P, float t_floor, const float *row_error,
                       float *seg_error, Metrics *metrics) {
   __shared__ double flow_of[TOTAL_THREADS / 32], elements_of[TOTAL_THREADS / 32];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -105,7 +104,7 @@ static __global__ void __launch_bounds__(TOTAL_THREADS)
     double sum = 0;
     if (noised) {
       int start = b.seg_start[g], rows = b.seg_len[g];
-      double n = (double)rows * P, left = time_left(b, g, t_floor);
+      double n = (double)rows * P, left = (double)time_left(b, g, t_floor);
 #pragma unroll 4
       for (int i = lane; i < rows; i += 32) sum += (double)row_error[start + i];
       sum = warp_sum_double(sum);
@@ -121,8 +120,8 @@ static __global__ void __launch_bounds__(TOTAL_THREADS)
   }
   __syncthreads();
   if (warp) return;
-  flow = warp_sum_double(flow_of[lane]);
-  elements = warp_sum_double(elements_of[lane]);
+  flow = warp_sum_double(lane < TOTAL_THREADS / 32 ? flow_of[lane] : 0);
+  elements = warp_sum_double(lane < TOTAL_THREADS / 32 ? elements_of[lane] : 0);
   if (lane) return;
   metrics->flow += flow;
   metrics->flow_elems += elements;
@@ -132,9 +131,9 @@ extern "C" void cuda_FLOW_LOSS(const KernelCall *c) {
   const Dims *d = c->dims;
   float *row_error = (float *)c->scratch; // [T]
   CUDA_LAUNCH(flow_rows_kernel, ceil_div(d->T, WARPS), THREADS, 0, call_stream(c), *c->batch, d->T, d->P,
-              c->args->flow.t_floor, (const bf16 *)c->in[0], (bf16 *)c->out[0], row_error);
+              (float)c->args->flow.t_floor, (const bf16 *)c->in[0], (bf16 *)c->out[0], row_error);
   CUDA_LAUNCH(flow_total_kernel, 1, TOTAL_THREADS, 0, call_stream(c), *c->batch, d->segments, d->P,
-              c->args->flow.t_floor, row_error, (float *)c->out[1], (Metrics *)c->out[2]);
+              (float)c->args->flow.t_floor, row_error, (float *)c->out[1], (Metrics *)c->out[2]);
 }
 
 size_t flow_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {

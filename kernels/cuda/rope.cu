@@ -233,7 +233,7 @@ template <int D> static __device__ void sums_store(const float dw[2][8], HeadLan
 }
 
 template <int D>
-static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
+static __global__ void __launch_bounds__(BACKWARD_THREADS, 4)
     rope_backward(const __grid_constant__ Rope p, const __grid_constant__ RopeGradients a) {
   HeadLane<D> lane;
   int warp = threadIdx.x / 32, n_text = p.dims->n_text, used = n_text + p.dims->n_image;

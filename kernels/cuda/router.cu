@@ -14,7 +14,9 @@ enum {
   FILLER = MODALITIES, // the side of filler rows
   LOSS_BLOCKS = 64,    // fixed split of a modality's rows for sums over them
   GRAD_COLUMNS = 128,  // of h, dh and dWr in a block
-  GRAD_GROUPS = 8      // groups of eight experts that one launch of the gradient takes
+  GRAD_GROUPS = 8,     // groups of eight experts that one launch of the gradient takes
+  TOTAL_COLUMNS = 128, // of dWr in a block that adds partial sums
+  TOTAL_SHARES = THREADS / (TOTAL_COLUMNS / 4)
 };
 
 // What kernels know of both routers.
@@ -421,22 +423,23 @@ static __global__ void __launch_bounds__(THREADS)
   for (int g = threadIdx.x; g < groups; g += THREADS) load[g] += counts[g];
   for (int m = 0; m < MODALITIES; m++) {
     int E = s.E[m];
-    double rows = side_rows(n, m), sum[2] = {0, 0}; // balance, z
+    int rows = side_rows(n, m);
     if (rows == 0) continue;
-    for (int e = threadIdx.x; e <= E; e += THREADS) {
+    double by_row = 1 / (double)rows, sum[2] = {0, 0}; // balance, z
+    double by_assignment = by_row / s.K[m];
+    for (int e = threadIdx.x / 32; e <= E; e += THREADS / 32) { // a warp a column
+      const double *from = partial + (int64_t)m * LOSS_BLOCKS * (EXPERTS_MOST + 1) + e;
       double column = 0;
-#pragma unroll 8
-      for (int i = 0; i < LOSS_BLOCKS; i++) column += partial[((int64_t)m * LOSS_BLOCKS + i) * (EXPERTS_MOST + 1) + e];
+#pragma unroll
+      for (int i = 0; i < LOSS_BLOCKS; i += 32) column += from[(i + threadIdx.x % 32) * (EXPERTS_MOST + 1)];
+      column = warp_sum_double(column);
       if (e < E)
-        sum[0] += counts[(m == TEXT ? 0 : s.E[TEXT]) + e] / (rows * s.K[m]) * column / rows;
+        sum[0] += counts[(m == TEXT ? 0 : s.E[TEXT]) + e] * by_assignment * (column * by_row);
       else
-        sum[1] += column / rows;
+        sum[1] += column * by_row;
     }
     __syncthreads();
-    for (int k = 0; k < 2; k++) {
-      double warp = warp_sum_double(sum[k]);
-      if (threadIdx.x % 32 == 0) shared[k][threadIdx.x / 32] = warp;
-    }
+    for (int k = 0; threadIdx.x % 32 == 0 && k < 2; k++) shared[k][threadIdx.x / 32] = sum[k];
     __syncthreads();
     if (threadIdx.x) continue;
     double total[2] = {0, 0}, scale = n->router_scale;
@@ -611,27 +614,35 @@ static __global__ void __launch_bounds__(THREADS, 2)
   int matrix = lane / 8, line = lane % 8; // which row of which 8 x 8 matrix this lane points ldmatrix to
   stage_tile(0);
   for (int i = 0; i < tiles; i++) {
-    // dh starts as add: rows row and row + 8, columns `column` .. + 7 and 32 further.
-    float acc[2][4][4]; // [32 columns][product][element]
+    if (i + 1 < tiles) stage_tile(i + 1);
+    // dh starts as add: rows `row` and row + 8, columns `column` .. + 7 and 32 further.
     int64_t at[2] = {(int64_t)(t.first + i * TILE + row) * C, (int64_t)(t.first + i * TILE + row + 8) * C};
     const bool inside[2] = {i * TILE + row < t.rows, i * TILE + row + 8 < t.rows};
+    uint4 add8[2][2]; // [32 columns][row]
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        float x[8] = {};
-        if (add && inside[k] && column + half * 32 < C) load8(add + at[k] + column + half * 32, x);
+        bool there = add && inside[k] && column + half * 32 < C;
+        add8[half][k] = there ? *(const uint4 *)(add + at[k] + column + half * 32) : make_uint4(0, 0, 0, 0);
+      }
+    }
+    if (i + 1 < tiles)
+      copy_wait<1>();
+    else
+      copy_wait<0>();
+    __syncthreads();
+    float acc[2][4][4]; // [32 columns][product][element]
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        float x[8];
+        unpack8(add8[half][k], x);
 #pragma unroll
         for (int j = 0; j < 8; j++) acc[half][j / 2][k * 2 + j % 2] = x[j];
       }
     }
-    if (i + 1 < tiles) {
-      stage_tile(i + 1);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    __syncthreads();
     const GradStage<GROUPS> *stage = &shared->stage[i % 2];
 
     const bf16 *dl = stage->dlogits + (warp % 4 * 16 + matrix % 2 * 8 + line) * (GROUPS * 16 + 8) + matrix / 2 * 8;
@@ -686,19 +697,32 @@ static __global__ void __launch_bounds__(THREADS, 2)
   }
 }
 
-// dWr (+)= the partial sums of a modality's row blocks, in their order. Block (x, e, m): 4 THREADS columns of expert e
-// of the launch.
+// dWr (+)= the partial sums of a modality's row blocks. Block (x, e, m): TOTAL_COLUMNS columns of expert e of the
+// launch, four a thread; TOTAL_SHARES threads share the row blocks of each four, and their sums are added in that
+// order.
 static __global__ void __launch_bounds__(THREADS)
     weight_total_kernel(const BatchDims *n, const __grid_constant__ Sides s, int block_rows, int first_expert,
                         int experts, int accumulate, const float *partial, float *dwr0, float *dwr1) {
-  int m = blockIdx.z, e = first_expert + blockIdx.y, column = (blockIdx.x * THREADS + threadIdx.x) * 4;
-  if (e >= s.E[m] || column >= s.C) return;
+  __shared__ float4 sums[TOTAL_SHARES][TOTAL_COLUMNS / 4];
+  int m = blockIdx.z, e = first_expert + blockIdx.y, four = threadIdx.x % (TOTAL_COLUMNS / 4);
+  int share = threadIdx.x / (TOTAL_COLUMNS / 4), column = blockIdx.x * TOTAL_COLUMNS + four * 4;
+  if (e >= s.E[m]) return;
   int blocks = ceil_div(side_rows(n, m), block_rows), before = m == TEXT ? 0 : ceil_div(n->n_text, block_rows);
-  float4 *to = (float4 *)((m == TEXT ? dwr0 : dwr1) + (int64_t)e * s.C + column);
-  float4 sum = accumulate ? *to : make_float4(0, 0, 0, 0);
+  float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
-  for (int i = 0; i < blocks; i++) {
+  for (int i = share; i < blocks; i += TOTAL_SHARES) {
+    if (column >= s.C) continue;
     float4 x = *(const float4 *)(partial + ((int64_t)(before + i) * experts + blockIdx.y) * s.C + column);
+    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+  }
+  sums[share][four] = sum;
+  __syncthreads();
+  if (share || column >= s.C) return;
+  float4 *to = (float4 *)((m == TEXT ? dwr0 : dwr1) + (int64_t)e * s.C + column);
+  if (accumulate) sum = make_float4(sum.x + to->x, sum.y + to->y, sum.z + to->z, sum.w + to->w);
+#pragma unroll
+  for (int i = 1; i < TOTAL_SHARES; i++) {
+    float4 x = sums[i][four];
     sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
   }
   *to = sum;
@@ -730,7 +754,7 @@ template <int GROUPS> static void gradient_launch(const KernelCall *c, int first
               sizeof(GradShared<GROUPS>), call_stream(c), c->batch->dims, sides_of(d), rows, first_group, dlogits,
               expert_groups(d), (const bf16 *)c->in[4], (const bf16 *)c->in[5], (const bf16 *)c->in[6],
               first_group ? dh : (const bf16 *)c->in[7], dh, partial);
-  CUDA_LAUNCH(weight_total_kernel, dim3(ceil_div(d->C, 4 * THREADS), GROUPS * 8, MODALITIES), THREADS, 0,
+  CUDA_LAUNCH(weight_total_kernel, dim3(ceil_div(d->C, TOTAL_COLUMNS), GROUPS * 8, MODALITIES), THREADS, 0,
               call_stream(c), c->batch->dims, sides_of(d), rows, first_group * 8, GROUPS * 8,
               c->args->router.accumulate, partial, (float *)c->out[1], (float *)c->out[2]);
 }
@@ -748,7 +772,7 @@ extern "C" void cuda_ROUTER_BWD(const KernelCall *c) {
     gradient_launch<2>(c, 0);
     return;
   }
-  // More than 64 experts: each launch adds to the dh of the one before.
+  // More than 64 experts: each launch adds to the dh of the one before, rounded to bf16 in between.
   for (int group = 0; group < expert_groups(d); group += GRAD_GROUPS) gradient_launch<GRAD_GROUPS>(c, group);
 }
 

@@ -1,8 +1,7 @@
 // Whole-slab ops: copies, and what happens to parameters once a step.
 //
 // The update ops walk all parameters with few launches: up to BATCH_SPANS of them travel in a kernel's arguments, cut
-// into chunks of CHUNK elements that the blocks share out; a chunk finds its parameter by binary search. Whole chunks
-// go by 16-byte accesses, ragged ones (the end of each parameter) element by element.
+// into chunks of CHUNK elements that the blocks share out; a chunk finds its parameter by binary search.
 #include "kernels/cuda/cuda.h"
 #include "kernels/master.h"
 
@@ -123,8 +122,24 @@ static __device__ inline Chunk chunk_of(const SpanBatch &batch, int chunk) {
   return c;
 }
 
-static __device__ inline bool chunk_is_whole(Chunk c) {
-  return c.end - c.begin == CHUNK && c.begin % 8 == 0;
+// The part of a chunk that 16-byte accesses cover, [begin, end); fewer than eight elements lie before and behind it,
+// and none in a table whose parameters start and end on multiples of eight, as the model's do.
+typedef struct Eights {
+  int64_t begin, end;
+} Eights;
+
+static __device__ inline Eights chunk_eights(Chunk c) {
+  Eights e = {(c.begin + 7) / 8 * 8, c.end / 8 * 8};
+  if (e.begin > e.end) e.begin = e.end = c.end; // none: the chunk lies between two multiples
+  return e;
+}
+
+// The element outside of the eights that this thread has to see to, or -1.
+static __device__ inline int64_t chunk_single(Chunk c, Eights e) {
+  int64_t at = c.begin + threadIdx.x;
+  if (at < e.begin) return at;
+  at += e.end - e.begin;
+  return at < c.end ? at : -1;
 }
 
 static int grid_for_chunks(int chunks, int blocks_per_sm) {
@@ -154,18 +169,16 @@ static __global__ void __launch_bounds__(THREADS)
   int chunks = batch.first_chunk[batch.n];
   for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
     Chunk c = chunk_of(batch, i);
+    Eights e = chunk_eights(c);
     double sum = 0, sum2 = 0;
-    if (chunk_is_whole(c)) {
-      const float4 *x = (const float4 *)(grads + c.begin);
 #pragma unroll 8
-      for (int k = 0; k < CHUNK / 4 / THREADS; k++) {
-        float4 g = __ldcs(x + k * THREADS + threadIdx.x);
-        sum += (double)g.x * (double)g.x + (double)g.y * (double)g.y;
-        sum2 += (double)g.z * (double)g.z + (double)g.w * (double)g.w;
-      }
-    } else {
-      for (int64_t k = c.begin + threadIdx.x; k < c.end; k += THREADS) sum += (double)grads[k] * (double)grads[k];
+    for (int64_t at = e.begin + threadIdx.x * 4; at < e.end; at += THREADS * 4) {
+      float4 g = __ldcs((const float4 *)(grads + at));
+      sum += (double)g.x * (double)g.x + (double)g.y * (double)g.y;
+      sum2 += (double)g.z * (double)g.z + (double)g.w * (double)g.w;
     }
+    int64_t single = chunk_single(c, e);
+    if (single >= 0) sum += (double)grads[single] * (double)grads[single];
     sum = block_sum_double(sum + sum2, shared);
     if (threadIdx.x == 0) sums[i] = sum;
   }
@@ -318,12 +331,11 @@ static __global__ void __launch_bounds__(THREADS)
   for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
     Chunk c = chunk_of(batch, i);
     float shrink = batch.span[c.param].decay ? decay : 0;
-    if (chunk_is_whole(c))
-      for (int j = threadIdx.x * 8; j < CHUNK; j += THREADS * 8)
-        adam_eight(k, shrink, c.begin + j, grads, weights, ms, vs, rests);
-    else
-      for (int64_t at = c.begin + threadIdx.x; at < c.end; at += THREADS)
-        adam_one(k, shrink, at, grads, weights, ms, vs, rests);
+    Eights e = chunk_eights(c);
+    for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8)
+      adam_eight(k, shrink, at, grads, weights, ms, vs, rests);
+    int64_t single = chunk_single(c, e);
+    if (single >= 0) adam_one(k, shrink, single, grads, weights, ms, vs, rests);
   }
 }
 
@@ -349,22 +361,19 @@ static __global__ void __launch_bounds__(THREADS)
   int chunks = batch.first_chunk[batch.n];
   for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
     Chunk c = chunk_of(batch, i);
-    if (chunk_is_whole(c)) {
+    Eights e = chunk_eights(c);
 #pragma unroll 2
-      for (int j = threadIdx.x * 8; j < CHUNK; j += THREADS * 8) {
-        int64_t at = c.begin + j;
-        float ema[8], w[8];
-        load_floats(emas + at, ema);
-        join8(__ldcs((const uint4 *)(weights + at)),
-              rests ? __ldcs((const uint4 *)(rests + at)) : make_uint4(0, 0, 0, 0), w);
+    for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8) {
+      float ema[8], w[8];
+      load_floats(emas + at, ema);
+      join8(__ldcs((const uint4 *)(weights + at)), rests ? __ldcs((const uint4 *)(rests + at)) : make_uint4(0, 0, 0, 0),
+            w);
 #pragma unroll
-        for (int e = 0; e < 8; e++) ema[e] += rate * (w[e] - ema[e]);
-        store_floats(emas + at, ema);
-      }
-    } else {
-      for (int64_t at = c.begin + threadIdx.x; at < c.end; at += THREADS)
-        emas[at] += rate * (master_join(weights[at], rests ? rests[at] : 0) - emas[at]);
+      for (int j = 0; j < 8; j++) ema[j] += rate * (w[j] - ema[j]);
+      store_floats(emas + at, ema);
     }
+    int64_t at = chunk_single(c, e);
+    if (at >= 0) emas[at] += rate * (master_join(weights[at], rests ? rests[at] : 0) - emas[at]);
   }
 }
 
