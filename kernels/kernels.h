@@ -347,8 +347,10 @@ typedef struct Backend {
   int width_multiple;     // what every width of a model must be a multiple of
   KernelFn fn[OP_COUNT];
   size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
-  const Queues *queues;         // NULL: an op has run when its function returns (CPU)
-  int (*open)(Error *err);      // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  const Queues *queues;    // NULL: an op has run when its function returns (CPU)
+  int (*open)(Error *err); // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  // What the device can do a second: bytes of a large copy, read and written; FLOPs by its data sheet. NULL: not known.
+  void (*peaks)(double *bytes, double *flops);
   int64_t (*memory)(void);      // bytes that a run may plan with
   void *(*alloc)(size_t bytes); // zeroed device memory, aligned to 256; NULL when there is not enough
   void (*release)(void *p);

@@ -161,6 +161,7 @@ static void fill_text_gates(const Param *p, size_t element_bytes, void *slab, co
 
 void params_init(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab) {
   memset(slab, 0, (size_t)t->total * element_bytes);
+#pragma omp parallel for schedule(dynamic, 1)
   for (int i = 0; i < t->n; i++) {
     const Param *p = &t->of[i];
     switch (p->init) {

@@ -178,11 +178,16 @@ void program_bind(Program *p, const Bases *bases);
 // ends (panics).
 void *program_address(const Program *p, TensorId t);
 
-// Runs the ops in recorded order; makes no allocation. op_seconds: seconds per op, [n_ops], are added to; NULL for
-// none. A backend with queues gets all ops at once, each lane's in its own queue with the waits between them, and may
-// still be at work when this returns; with op_seconds it is waited for, and no graph is used. When built with
+// When an op ran, in seconds from the beginning of its replay.
+typedef struct OpTime {
+  double begin, end;
+} OpTime;
+
+// Runs the ops in recorded order; makes no allocation. times: [n_ops], or NULL. A backend with queues gets all ops at
+// once, each lane's in its own queue with the waits between them, and may still be at work when this returns; with
+// `times` it is waited for, and no graph is used. When built with
 // AddressSanitizer, an op can touch its own operands and no other byte of the arena and the host slab.
-void program_replay(Program *p, double *op_seconds);
+void program_replay(Program *p, OpTime *times);
 
 // Replays in a random order that lanes and waits allow. Every range of the arena and the host slab holds NaN bytes
 // before its tensor is written and again after its last user has run. For tests; host memory only.
@@ -194,6 +199,15 @@ int op_uses_batch(OpKind kind);
 // Output `out` of such an op is added to rather than overwritten. Of outputs with '+': metrics, weights, m, v and ema
 // always; the others as `accumulate` of args says.
 int op_accumulates(OpKind kind, int out, const OpArgs *args);
-// FLOPs and bytes moved at capacity (cost.c).
-void op_cost(const Program *p, const Op *op, double *flops, double *bytes);
+// How much of a pack's capacity is used; costs are linear in it.
+typedef struct Extents {
+  double text, image; // rows
+  double segments;    // image segments
+  double targets;     // text rows with a target
+  double pairs;       // (query, key) pairs that the mask allows
+} Extents;
+// FLOPs and bytes that must move (cost.c): at these extents, and at capacity: T text rows or T image rows, whichever
+// costs more, in one document.
+void op_cost(const Program *p, const Op *op, const Extents *x, double *flops, double *bytes);
+void op_cost_full(const Program *p, const Op *op, double *flops, double *bytes);
 #endif

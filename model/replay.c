@@ -211,20 +211,22 @@ static void queues_fill(Program *p, int first, int timed) {
   }
 }
 
-static void replay_queued(Program *p, double *op_seconds) {
+static void replay_queued(Program *p, OpTime *times) {
   const Queues *q = p->backend->queues;
   ProgramState *s = p->state;
   int first = 0;
   if (p->takes_pack) { // outside the graph, so that the next pack may be staged as soon as it has run
-    if (op_seconds) q->record(LANE_COMPUTE, event_time(p, 0, 0));
+    if (times) q->record(LANE_COMPUTE, event_time(p, 0, 0));
     p->backend->fn[p->ops[0].kind](&p->ops[0].call);
-    if (op_seconds) q->record(LANE_COMPUTE, event_time(p, 0, 1));
+    if (times) q->record(LANE_COMPUTE, event_time(p, 0, 1));
     q->record(LANE_COMPUTE, EVENT_PACK_TAKEN);
     first = 1;
   }
-  if (op_seconds) {
+  if (times) {
     queues_fill(p, first, 1);
-    for (int i = 0; i < p->n_ops; i++) op_seconds[i] += q->seconds(event_time(p, i, 0), event_time(p, i, 1));
+    for (int i = 0; i < p->n_ops; i++)
+      for (int end = 0; end < 2; end++)
+        *(end ? &times[i].end : &times[i].begin) = q->seconds(event_time(p, 0, 0), event_time(p, i, end));
     return;
   }
   if (!p->use_graph) {
@@ -239,20 +241,18 @@ static void replay_queued(Program *p, double *op_seconds) {
   q->graph_launch(s->graph);
 }
 
-void program_replay(Program *p, double *op_seconds) {
+void program_replay(Program *p, OpTime *times) {
   replay_check(p);
   if (p->backend->queues) {
-    replay_queued(p, op_seconds);
+    replay_queued(p, times);
     return;
   }
   shadow_begin(p);
-  double before = op_seconds ? time_now() : 0;
+  double start = times ? time_now() : 0;
   for (int i = 0; i < p->n_ops; i++) {
+    if (times) times[i].begin = time_now() - start;
     op_run(p, &p->ops[i]);
-    if (!op_seconds) continue;
-    double now = time_now();
-    op_seconds[i] += now - before;
-    before = now;
+    if (times) times[i].end = time_now() - start;
   }
   shadow_end(p);
 }

@@ -475,16 +475,57 @@ void cuda_case_judge(CudaCase *c, OpKind kind, int out, const char *name, const 
 
 // ---- both backends ----
 
-void cuda_case_cpu(const CudaCase *c, OpKind kind, OpArgs args, const Value *in, Value *out) {
-  const void *from[OP_MAX_IN];
-  void *to[OP_MAX_OUT];
-  for (int i = 0; i < OP_MAX_IN; i++) from[i] = in[i].data;
-  for (int i = 0; i < OP_MAX_OUT; i++) to[i] = out[i].data;
-  op_run(&c->ops, kind, args, from, to);
-  for (int i = 0; i < OP_MAX_OUT; i++) {
-    value_round(out[i]);
-    out[i].fresh = false;
+static void cpu_call(OpKind kind, const KernelCall *call, const Value *out) {
+  backend_cpu.fn[kind](call);
+  for (int i = 0; i < OP_MAX_OUT; i++) value_round(out[i]);
+}
+
+// xnew [T, C] of an ADALN_BWD that has it to rebuild, rounded; to be freed.
+static real *adaln_sum(const KernelCall *backward) {
+  const Dims *d = backward->dims;
+  int64_t TC = (int64_t)d->T * d->C;
+  real *xnew = xmalloc((size_t)(2 * TC + 2 * d->T) * sizeof *xnew), *h = xnew + TC, *mean = h + TC;
+  KernelCall forward = {.in = {backward->in[2], backward->in[3], backward->in[4]},
+                        .out = {xnew, h, mean, mean + d->T},
+                        .batch = backward->batch,
+                        .dims = d,
+                        .args = backward->args};
+  backend_cpu.fn[OP_ADALN_FWD](&forward);
+  value_round((Value){.data = xnew, .dtype = DT_ACT, .count = TC});
+  return xnew;
+}
+
+void cpu_call_rounded(OpKind kind, const KernelCall *call, const Value *out) {
+  KernelCall c = *call;
+  OpArgs args = *call->args;
+  real *xnew = NULL;
+  if (kind == OP_ADALN_BWD && c.in[3] && !args.adaln.x_is_new) {
+    c.in[2] = xnew = adaln_sum(call);
+    args.adaln.x_is_new = 1;
+    c.args = &args;
   }
+  cpu_call(kind, &c, out);
+  free(xnew);
+  if (kind == OP_ADALN_FWD && c.in[1]) {
+    c.in[0] = c.out[0];
+    c.in[1] = c.out[0] = NULL;
+    cpu_call(kind, &c, out);
+  }
+  if (kind == OP_EXPERT_UP_FWD) { // a's views lie at half the distances of pre's
+    const real *pre = c.out[0];
+    real *a = c.out[1];
+    for (int64_t i = 0; i < out[1].count; i++)
+      if (!isnan(pre[2 * i])) a[i] = pre[2 * i] * real_sigmoid(pre[2 * i]) * pre[2 * i + 1];
+    value_round(out[1]);
+  }
+}
+
+void cuda_case_cpu(const CudaCase *c, OpKind kind, OpArgs args, const Value *in, Value *out) {
+  KernelCall call = {.batch = &c->ops.batch, .dims = &c->ops.dims, .args = &args};
+  for (int i = 0; i < OP_MAX_IN; i++) call.in[i] = in[i].data;
+  for (int i = 0; i < OP_MAX_OUT; i++) call.out[i] = out[i].data;
+  cpu_call_rounded(kind, &call, out);
+  for (int i = 0; i < OP_MAX_OUT; i++) out[i].fresh = false;
 }
 
 void cuda_case_expect(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, const Value *want) {

@@ -97,7 +97,10 @@ Value value_copy(CudaCase *c, Value v);
 #define VALUES_OUT(...) ((Value[OP_MAX_OUT]){__VA_ARGS__})
 #define ARGS(...) ((OpArgs){__VA_ARGS__})
 
-// The op on the CPU, DT_ACT outputs then rounded.
+// A call on the CPU with DT_ACT outputs (as out[] describes them) rounded, also where the contract makes one output of
+// another, rounded one: AdaLN's norm of xnew, the experts' activation of pre.
+void cpu_call_rounded(OpKind kind, const KernelCall *call, const Value *out);
+// The same with operands of the case.
 void cuda_case_cpu(const CudaCase *c, OpKind kind, OpArgs args, const Value *in, Value *out);
 // The op on both backends, all outputs compared. `out` is left as it was.
 void cuda_case_call(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out);

@@ -104,28 +104,18 @@ static Metrics read_metrics(const Engine *e) {
 
 // ---- the CPU, rounding ----
 
-static void round_outputs(const Program *p, const Op *op) {
-  for (int i = 0; i < OP_MAX_OUT; i++) {
-    if (op->out[i] == NO_TENSOR) continue;
-    const Tensor *x = &p->tensors[op->out[i]];
-    value_round((Value){.data = op->call.out[i], .dtype = x->dtype, .count = x->count});
-  }
-}
-
 static void cpu_step(ModelTest *t) {
   const Program *p = t->cpu.first.program;
   put_pack(t, &t->cpu);
   for (int i = 0; i < p->n_ops; i++) {
     const Op *op = &p->ops[i];
-    backend_cpu.fn[op->kind](&op->call);
-    round_outputs(p, op);
-    if (op->kind == OP_ADALN_FWD && op->call.in[1]) { // h is made of the rounded sum, as the contract says
-      KernelCall again = op->call;
-      again.in[0] = op->call.out[0];
-      again.in[1] = again.out[0] = NULL;
-      backend_cpu.fn[op->kind](&again);
-      round_outputs(p, op);
+    Value out[OP_MAX_OUT] = {0};
+    for (int k = 0; k < OP_MAX_OUT; k++) {
+      if (op->out[k] == NO_TENSOR) continue;
+      const Tensor *x = &p->tensors[op->out[k]];
+      out[k] = (Value){.data = op->call.out[k], .dtype = x->dtype, .count = x->count};
     }
+    cpu_call_rounded(op->kind, &op->call, out);
     if (op->kind != OP_ROUTER_FWD) continue;
     memcpy(t->choices.weights + op->layer * t->choices.weights_size, op->call.out[1],
            (size_t)t->choices.weights_size * sizeof(float));
@@ -317,7 +307,8 @@ static void check_policies(ModelTest *t, const float *want) {
     policy_table_free(&policy);
     free(nan);
   }
-  if (t->failures == before) printf("  %d random memory policies with delayed copies: the same gradient bits\n", POLICIES);
+  if (t->failures == before)
+    printf("  %d random memory policies with delayed copies: the same gradient bits\n", POLICIES);
 }
 
 // ---- one model ----

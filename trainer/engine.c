@@ -320,13 +320,13 @@ static void stage_pack(Engine *e, const void *pack, size_t bytes) {
   q->wait(LANE_COMPUTE, EVENT_PACK_READY + k);
 }
 
-void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_seconds) {
+void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times) {
   BatchShape shape = dims_batch_shape(&m->program->dims);
   stage_pack(e, pack, batch_bind(&(Batch){0}, shape, NULL));
-  program_replay(m->program, op_seconds);
+  program_replay(m->program, times);
 }
 
-void engine_update(Engine *e, const StepScalars *scalars, int ema) {
+void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times) {
   const Backend *b = e->model.backend;
   if (b->queues) {
     *e->pinned.scalars = *scalars; // the results of the update before are here, so its scalars were read
@@ -334,7 +334,7 @@ void engine_update(Engine *e, const StepScalars *scalars, int ema) {
   } else {
     b->upload(e->bases.of[SPACE_SCALARS], scalars, sizeof *scalars);
   }
-  program_replay(ema ? e->update_ema : e->update, NULL);
+  program_replay(ema ? e->update_ema : e->update, times);
   if (!b->queues) return;
   queue_copy(b, LANE_COMPUTE, e->pinned.status, e->bases.of[SPACE_STATUS], sizeof *e->pinned.status);
   queue_copy(b, LANE_COMPUTE, e->pinned.metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);
@@ -374,6 +374,7 @@ void engine_slab_read(const Engine *e, Space space, void *out) {
   float *master = out;
   b->download(weight, e->bases.of[SPACE_WEIGHTS], (size_t)n * sizeof *weight);
   if (e->bases.of[SPACE_REST]) b->download(rest, e->bases.of[SPACE_REST], (size_t)n * sizeof *rest);
+#pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], rest[i]);
   free(weight);
   free(rest);
@@ -388,6 +389,7 @@ void engine_slab_write(Engine *e, Space space, const void *from) {
   }
   uint16_t *weight = xmalloc((size_t)n * sizeof *weight), *rest = xmalloc((size_t)n * sizeof *rest);
   const float *master = from;
+#pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) master_split(master[i], &weight[i], &rest[i]);
   b->upload(e->bases.of[SPACE_WEIGHTS], weight, (size_t)n * sizeof *weight);
   if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], rest, (size_t)n * sizeof *rest);

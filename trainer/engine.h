@@ -60,10 +60,10 @@ const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int
 
 // Stages a laid-out pack (batch_bind's block for the program's capacities), which may be overwritten when this returns,
 // and replays.
-void engine_run(Engine *e, const ModelProgram *m, const void *pack, double *op_seconds);
+void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times);
 // Replays the update, with the EMA's where `ema`. On a backend with queues this and engine_run return before the device
 // is done; engine_results waits for the last update, so between two updates there must be one of it.
-void engine_update(Engine *e, const StepScalars *scalars, int ema);
+void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times);
 // What the last update found, and the step's metrics [metrics_size].
 void engine_results(Engine *e, UpdateStatus *status, double *metrics);
 

@@ -22,6 +22,7 @@ const char options_help[] =
     "  --dump DIR            write one step (packs, noise, weights, losses, every gradient) as safetensors and exit\n"
     "  --tokens max          the largest micro-batch that fits memory.budget_gb under the memory policy\n"
     "  --profile             print time and rate per kind of op when training ends\n"
+    "  --trace FILE          write a Chrome trace (Perfetto) of one step, ops by lane\n"
     "  --print-config        print the resolved config with where each value came from\n"
     "  --set KEY=VALUE       set any key of the config, e.g. --set train.lr=1e-3\n"
     "  --help                this text\n";
@@ -52,21 +53,14 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
     const char **text;
     bool *on;
     int64_t *number;
-  } table[] = {{"--resume", NULL, &o->resume, NULL},
-               {"--from", &o->from, NULL, NULL},
-               {"--init", &o->init, NULL, NULL},
-               {"--stop-at", NULL, NULL, &o->stop_at},
-               {"--dump", &o->dump, NULL, NULL},
-               {"--sample", &o->sample, NULL, NULL},
-               {"--count", NULL, NULL, &o->count},
-               {"--describe", &o->describe, NULL, NULL},
-               {"--out", &o->out, NULL, NULL},
-               {"--eval", NULL, &o->eval, NULL},
-               {"--plan", NULL, &o->plan, NULL},
-               {"--print-config", NULL, &o->print_config, NULL},
-               {"--profile", NULL, &o->profile, NULL},
-               {"--help", NULL, &o->help, NULL},
-               {"-h", NULL, &o->help, NULL}};
+  } table[] = {{"--resume", NULL, &o->resume, NULL},   {"--from", &o->from, NULL, NULL},
+               {"--init", &o->init, NULL, NULL},       {"--stop-at", NULL, NULL, &o->stop_at},
+               {"--dump", &o->dump, NULL, NULL},       {"--sample", &o->sample, NULL, NULL},
+               {"--count", NULL, NULL, &o->count},     {"--describe", &o->describe, NULL, NULL},
+               {"--out", &o->out, NULL, NULL},         {"--eval", NULL, &o->eval, NULL},
+               {"--plan", NULL, &o->plan, NULL},       {"--print-config", NULL, &o->print_config, NULL},
+               {"--profile", NULL, &o->profile, NULL}, {"--trace", &o->trace, NULL, NULL},
+               {"--help", NULL, &o->help, NULL},       {"-h", NULL, &o->help, NULL}};
   for (int i = 1; i < argc; i++) {
     const char *arg = argv[i];
     if (arg[0] != '-' || !arg[1]) {

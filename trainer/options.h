@@ -21,6 +21,7 @@ typedef struct Options {
   const char *out;      // where the picture goes
   bool tokens_max;      // --tokens max: the largest micro-batch that the memory policy fits
   bool eval, plan, print_config, profile, help;
+  const char *trace; // file of the Chrome trace, or NULL
 } Options;
 
 // Parses argv. -1 with *err on an unknown flag, a missing value, or flags that exclude each other.

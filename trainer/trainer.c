@@ -3,6 +3,7 @@
 #include "base/hash.h"
 #include "trainer/dump.h"
 #include "trainer/losses.h"
+#include "trainer/profile.h"
 #include "trainer/report.h"
 #include "trainer/run_folder.h"
 
@@ -270,7 +271,7 @@ static double count_pairs(const Batch *b) {
 }
 
 // The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s.
-static int run_micro_steps(Trainer *t, Loader *loader, double *op_seconds, StepReport *s, Error *err) {
+static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepReport *s, Error *err) {
   const Config *c = t->config;
   Engine *e = &t->engine;
   double slots = 0;
@@ -281,10 +282,14 @@ static int run_micro_steps(Trainer *t, Loader *loader, double *op_seconds, StepR
     const BatchDims *d = pack->batch.dims;
     s->data_wait += waited;
     s->tokens += d->n_text + d->n_image;
-    s->flops += transformer_flops(c, d->n_text, d->n_image, count_pairs(&pack->batch));
+    const ModelProgram *m = k ? &e->later : &e->first;
+    const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, count_pairs(&pack->batch)};
+    s->flops += transformer_flops(c, extents.text, extents.image, extents.pairs);
     slots += e->slots;
-    engine_run(e, k ? &e->later : &e->first, pack->block, k ? NULL : op_seconds);
+    OpTime *times = profile_times(profile, t->state.step);
+    engine_run(e, m, pack->block, times);
     loader_release(loader, pack);
+    if (times && profile_note(profile, m->program, &extents, t->state.step, err) != 0) return -1;
   }
   s->fill = s->tokens / slots;
   return 0;
@@ -325,12 +330,16 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
 // Gives the device one more step. The one before is collected once the passes of this one are under way, so that the
 // device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when there was
 // no pack or that step was one too many to be skipped.
-static int train_step(Trainer *t, Loader *loader, Report *report, double *op_seconds, Error *err) {
+static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   StepReport s = {.step = t->state.step};
-  if (run_micro_steps(t, loader, op_seconds, &s, err) != 0 || collect_step(t, report, err) != 0) return -1;
+  if (run_micro_steps(t, loader, profile, &s, err) != 0 || collect_step(t, report, err) != 0) return -1;
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
-  engine_update(&t->engine, &scalars, optimizer_ema_due(c, t->state.step));
+  int ema = optimizer_ema_due(c, t->state.step);
+  OpTime *times = profile_times(profile, t->state.step);
+  engine_update(&t->engine, &scalars, ema, times);
+  const Program *update = ema ? t->engine.update_ema : t->engine.update;
+  if (times && profile_note(profile, update, NULL, t->state.step, err) != 0) return -1;
   s.lr = scalars.lr;
   t->pending = s;
   t->is_pending = 1;
@@ -373,25 +382,6 @@ static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
   return last ? trainer_read_captions(t, 8, err) : 0;
 }
 
-static void print_profile(const Program *p, const double *seconds, double steps) {
-  double by_kind[OP_COUNT] = {0}, flops[OP_COUNT] = {0}, total = 0;
-  for (int i = 0; i < p->n_ops; i++) {
-    by_kind[p->ops[i].kind] += seconds[i] / steps;
-    flops[p->ops[i].kind] += p->ops[i].flops;
-    total += seconds[i] / steps;
-  }
-  log_info("%-20s %9s %6s %9s   (one micro-step; rates at capacity)", "op", "ms", "share", "GFLOP/s");
-  for (int shown = 0; shown < OP_COUNT; shown++) {
-    int most = 0;
-    for (int k = 1; k < OP_COUNT; k++)
-      if (by_kind[k] > by_kind[most]) most = k;
-    if (by_kind[most] <= 0) break;
-    log_info("%-20s %9.3f %5.1f%% %9.1f", op_info[most].name, by_kind[most] * 1e3, 100 * by_kind[most] / total,
-             flops[most] / by_kind[most] / 1e9);
-    by_kind[most] = 0;
-  }
-}
-
 // The quality figures and drawings of the EMA, where there is one.
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   engine_use_ema(&t->engine, 1);
@@ -401,12 +391,12 @@ static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
 }
 
 // Steps until the end, with what is due on the way.
-static int run_steps(Trainer *t, Loader *loader, Report *report, double *op_seconds, Error *err) {
+static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   int64_t end = t->options->stop_at ? min_i64(t->options->stop_at, c->train.steps) : c->train.steps;
   t->clock = time_now();
   while (t->state.step < end) {
-    if (train_step(t, loader, report, op_seconds, err) != 0) return -1;
+    if (train_step(t, loader, report, profile, err) != 0) return -1;
     int64_t done = t->state.step;
     int last = done == c->train.steps, stopping = stop_asked, leaving = stopping || done == end;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
@@ -445,19 +435,21 @@ int trainer_train(Trainer *t, Error *err) {
     loader_close(loader);
     return -1;
   }
-  double *op_seconds = t->options->profile ? xcalloc((size_t)t->engine.first.program->n_ops, sizeof *op_seconds) : NULL;
+  int64_t end = t->options->stop_at ? min_i64(t->options->stop_at, c->train.steps) : c->train.steps;
+  Profile *profile = NULL; // the traced step is one that has nothing left to warm up, if there is one
+  if (t->options->profile || t->options->trace)
+    profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end - 1));
   // A trained run that was killed in its last evaluation still owes it.
-  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, report, op_seconds, err)) != 0;
+  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, report, profile, err)) != 0;
   report_close(report);
-  if (!bad && op_seconds && t->state.step > from)
-    print_profile(t->engine.first.program, op_seconds, (double)(t->state.step - from));
+  Error unwritten;
+  if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;
   LoaderStats stats = loader_stats(loader);
   if (!bad && stats.packs)
     log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
              100.0 * (double)stats.slots_used / (double)max_i64(stats.slots, 1), (long long)stats.documents,
              (long long)stats.silent, (long long)stats.stream.truncated);
   loader_close(loader);
-  free(op_seconds);
   return bad ? 1 : 0;
 }
 

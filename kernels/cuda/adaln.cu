@@ -18,6 +18,7 @@ typedef struct Forward {
   const BatchDims *dims;
   int64_t M;
   int T, C, gate, shift, scale, silu_image;
+  float inv_dim; // 1 / C
 } Forward;
 
 // Sum over the row's lanes. With two warps they exchange through their own two floats of shared memory and meet at the
@@ -81,7 +82,7 @@ static __global__ void __launch_bounds__(FORWARD_THREADS) adaln_forward(const Fo
 #pragma unroll
     for (int i = 0; i < 8; i++) sum = __fadd_rn(sum, a[i]);
   }
-  float mean = __fdiv_rn(row_sum<WARPS>(sum, shared[0]), (float)f.C), squares = 0;
+  float mean = __fmul_rn(row_sum<WARPS>(sum, shared[0]), f.inv_dim), squares = 0;
 #pragma unroll
   for (int v = 0; v < VEC; v++) {
     if (lane + v * lanes >= vectors) continue;
@@ -93,8 +94,8 @@ static __global__ void __launch_bounds__(FORWARD_THREADS) adaln_forward(const Fo
       squares = __fmaf_rn(d, d, squares);
     }
   }
-  float variance = __fdiv_rn(row_sum<WARPS>(squares, shared[1]), (float)f.C);
-  float rstd = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, ADALN_EPS)));
+  float variance = __fmul_rn(row_sum<WARPS>(squares, shared[1]), f.inv_dim);
+  float rstd = rsqrtf(__fadd_rn(variance, ADALN_EPS));
   if (lane == 0) {
     f.mean[r] = mean;
     f.rstd[r] = rstd;
@@ -144,6 +145,7 @@ static Forward forward_of(const KernelCall *c) {
   f.shift = c->args->adaln.shift;
   f.scale = c->args->adaln.scale;
   f.silu_image = c->args->adaln.silu_image;
+  f.inv_dim = 1.0f / (float)f.C;
   return f;
 }
 
@@ -361,48 +363,42 @@ size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   return kind == OP_ADALN_BWD ? (size_t)adaln_pieces_size(dims) * sizeof(float) : 0;
 }
 
-// A thread sums 4 columns over a quarter of the segment's pieces.
-enum { SUM_COLUMNS = 64, SUM_PARTS = 4, SUM_UNROLL = 8 };
+// A block sums 4 SUM_COLUMNS columns of one segment, a thread 4 of them over a share of its pieces.
+enum { SUM_COLUMNS = 64, SUM_PARTS = 4 };
 
 static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_PARTS)
     segment_sums(const AdalnSums s, const BatchDims *dims, const int32_t *seg_start, const int32_t *seg_len, int runs,
                  int C, int64_t M) {
   __shared__ float4 shared[SUM_PARTS][SUM_COLUMNS];
-  int part = threadIdx.y, segments = dims->n_segments, run_rows = adaln_run_rows(dims, runs);
-  int first = 4 * (blockIdx.x * SUM_COLUMNS + threadIdx.x); // of [sums][C]
+  int part = threadIdx.y, g = blockIdx.x, first = 4 * (blockIdx.y * SUM_COLUMNS + threadIdx.x); // of [sums][C]
+  int start = seg_start[g], len = seg_len[g], run_rows = adaln_run_rows(dims, runs);
+  if (g >= dims->n_segments) return;
   bool there = first < s.sums * C;
-  for (int g = blockIdx.y; g < segments; g += gridDim.y) {
-    int start = seg_start[g], len = seg_len[g];
-    int run = len ? start / run_rows : 0, pieces = len ? (start + len - 1) / run_rows - run + 1 : 0;
-    int begin = (int)((int64_t)pieces * part / SUM_PARTS), end = (int)((int64_t)pieces * (part + 1) / SUM_PARTS);
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (there) {
-      const float *from = s.pieces + (int64_t)(run + g) * ADALN_SUMS * C + first;
-#pragma unroll SUM_UNROLL
-      for (int p = begin; p < end; p++) {
-        float4 v = *reinterpret_cast<const float4 *>(from + (int64_t)p * ADALN_SUMS * C);
-        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-      }
-    }
-    shared[part][threadIdx.x] = sum;
-    __syncthreads();
-    if (part == 0 && there) {
-      for (int other = 1; other < SUM_PARTS; other++) {
-        float4 v = shared[other][threadIdx.x];
-        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-      }
-      int k = first / C;
-      int column = (k == 0 ? s.columns[0] : k == 1 ? s.columns[1] : s.columns[2]) + first - k * C;
-      *reinterpret_cast<uint2 *>(s.dmod + g * M + column) = make_uint2(pack2(sum.x, sum.y), pack2(sum.z, sum.w));
-    }
-    __syncthreads();
+  int run = len ? start / run_rows : 0, pieces = len ? (start + len - 1) / run_rows - run + 1 : 0;
+  int begin = pieces * part / SUM_PARTS, end = pieces * (part + 1) / SUM_PARTS;
+  const float *from = s.pieces + (int64_t)(run + g) * ADALN_SUMS * C + first;
+  float4 sum = make_float4(0, 0, 0, 0);
+  if (!there) end = begin;
+#pragma unroll 8
+  for (int p = begin; p < end; p++) {
+    float4 v = *reinterpret_cast<const float4 *>(from + (int64_t)p * ADALN_SUMS * C);
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
   }
+  shared[part][threadIdx.x] = sum;
+  __syncthreads();
+  if (part || !there) return;
+#pragma unroll
+  for (int other = 1; other < SUM_PARTS; other++) {
+    float4 v = shared[other][threadIdx.x];
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+  int k = first / C, column = (k == 0 ? s.columns[0] : k == 1 ? s.columns[1] : s.columns[2]) + first - k * C;
+  *reinterpret_cast<uint2 *>(s.dmod + g * M + column) = make_uint2(pack2(sum.x, sum.y), pack2(sum.z, sum.w));
 }
 
 void adaln_segment_sums(const KernelCall *c, const AdalnSums *s) {
   const Dims *d = c->dims;
-  const int tall = 128; // blocks walk down the segments, which are often fewer than there is room for
-  dim3 grid((unsigned)ceil_div(s->sums * d->C / 4, SUM_COLUMNS), (unsigned)(d->segments < tall ? d->segments : tall));
+  dim3 grid((unsigned)d->segments, (unsigned)ceil_div(s->sums * d->C / 4, SUM_COLUMNS));
   CUDA_LAUNCH(segment_sums, grid, dim3(SUM_COLUMNS, SUM_PARTS), 0, call_stream(c), *s, c->batch->dims,
               c->batch->seg_start, c->batch->seg_len, adaln_runs(d->C).blocks, d->C, d->M);
 }

@@ -51,50 +51,50 @@ static __device__ inline void load_keys(KeyTile<D, keys> *tile, const BackwardCa
   line_load<keys>(tile->q_end, c.b.q_end + key, end - key);
 }
 
-// delta of the block's queries, to shared memory and, for the second kernel, to c.delta. The tile of dO has arrived. As
-// many threads as a row has chunks share a row.
-template <int D, int queries, int keys>
-static __device__ inline void find_delta(DqShared<D, queries, keys> *s, const BackwardCall &c, int first, int end,
-                                         int head) {
-  const int chunks = D / 8, step = THREADS / chunks;
-  int chunk = threadIdx.x % chunks;
-#pragma unroll 4
-  for (int row = threadIdx.x / chunks; row < queries; row += step) {
-    int query = first + row;
-    float a[8], b[8], sum = 0;
-    if (query < end) {
-      load8(c.o + ((int64_t)c.b.row[query] * c.shape.H + head) * D + chunk * 8, a);
-      unpack8(*(const uint4 *)(s->dout + tile_at<D, queries>(row, chunk)), b);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += a[i] * b[i];
-    }
-#pragma unroll
-    for (int d = chunks / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    if (chunk) continue;
-    int64_t at = (int64_t)head * c.shape.T + query;
-    s->delta[row] = sum;
-    s->lse2[row] = query < end ? c.lse[at] * LOG2E : INFINITY;
-    if (query < end) c.delta[at] = sum;
-  }
-}
-
-// Copies the queries and dO, finds delta and starts copying the first tile of keys.
+// Copies the queries and dO, finds delta, and starts copying the first tile of keys. As many threads as a row has
+// chunks share a row.
 template <int D, int queries, int keys>
 static __device__ inline DqBlock dq_begin(DqShared<D, queries, keys> *s, const BackwardCall &c) {
-  const int H = c.shape.H;
-  int head = blockIdx.x % H, first = blockIdx.x / H * queries, end = min(first + queries, batch_used(c.b));
+  const int H = c.shape.H, T = c.shape.T, chunks = D / 8, step = THREADS / chunks;
+  int head = blockIdx.x % H, first = blockIdx.x / H * queries, used = batch_used(c.b);
+  int key = c.b.doc_start[first], key_end = c.b.kv_end[min(first + queries, T) - 1], count = min(queries, used - first);
   DqBlock block = {head, head / (H / c.shape.G), first, 0, 0};
-  if (first >= end) return block;
-  block.key = c.b.doc_start[first];
-  block.key_end = c.b.kv_end[end - 1];
-  tile_load<D, queries, THREADS>(s->q, c.q + ((int64_t)first * H + head) * D, H * D, end - first);
-  tile_gather<D, queries, THREADS>(s->dout, c.dout + head * D, c.b.row + first, H * D, end - first);
+  if (count <= 0) return block;
+  block.key = key;
+  block.key_end = min(key_end, used); // filler's end is its own place; before it the last document ends at `used`
+  tile_load<D, queries, THREADS>(s->q, c.q + ((int64_t)first * H + head) * D, H * D, count);
+  tile_gather<D, queries, THREADS>(s->dout, c.dout + head * D, c.b.row + first, H * D, count);
   copy_commit();
   load_keys<D, keys>(&s->tiles[0], c, block.key, block.key_end, block.kv_head);
   copy_commit();
+
+  int chunk = threadIdx.x % chunks, row = threadIdx.x / chunks;
+  int64_t line = (int64_t)head * T + first;
+  uint4 o[queries / step];
+#pragma unroll
+  for (int i = 0; i < queries / step; i++) {
+    int at = row + i * step;
+    o[i] = make_uint4(0, 0, 0, 0);
+    if (at < count) o[i] = *(const uint4 *)(c.o + ((int64_t)c.b.row[first + at] * H + head) * D + chunk * 8);
+  }
+  if (threadIdx.x < queries) s->lse2[threadIdx.x] = threadIdx.x < count ? c.lse[line + threadIdx.x] * LOG2E : INFINITY;
   copy_wait<1>();
   __syncthreads();
-  find_delta(s, c, first, end, head);
+#pragma unroll
+  for (int i = 0; i < queries / step; i++) {
+    int at = row + i * step;
+    float x[8], y[8], sum = 0;
+    unpack8(o[i], x);
+    unpack8(*(const uint4 *)(s->dout + tile_at<D, queries>(at, chunk)), y);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += x[j] * y[j];
+#pragma unroll
+    for (int d = chunks / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (chunk == 0) {
+      s->delta[at] = sum;
+      if (at < count) c.delta[line + at] = sum;
+    }
+  }
   return block;
 }
 
@@ -296,13 +296,13 @@ static __device__ inline void load_queries(QueryTile<D> *tile, const BackwardCal
 template <int D> static __device__ inline DkvBlock dkv_begin(DkvShared<D> *s, const BackwardCall &c) {
   const int G = c.shape.G;
   int kv_head = blockIdx.x % G, first = blockIdx.x / G * DKV_KEYS, used = batch_used(c.b);
+  int query = c.b.q_start[first], query_end = 0; // q_start never decreases with the key; q_end may
+  for (int i = first + (threadIdx.x & 31); i < min(first + DKV_KEYS, c.shape.T); i += 32)
+    query_end = max(query_end, c.b.q_end[i]);
+  query_end = min(__reduce_max_sync(0xffffffffu, query_end), used); // as in dq_begin
   DkvBlock block = {kv_head, first, 0, 0, 0};
   if (first < used) {
-    block.query = c.b.q_start[first]; // never decreases with the key; q_end may
-    for (int i = first + (threadIdx.x & 31); i < first + DKV_KEYS && i < used; i += 32)
-      block.query_end = max(block.query_end, c.b.q_end[i]);
-    block.query_end = __reduce_max_sync(0xffffffffu, block.query_end);
-    block.tiles = ceil_div(block.query_end - block.query, DKV_QUERIES);
+    block = {kv_head, first, query, query_end, ceil_div(query_end - query, DKV_QUERIES)};
     int64_t at = ((int64_t)first * G + kv_head) * D;
     tile_load<D, DKV_KEYS, THREADS>(s->k, c.k + at, G * D, used - first);
     tile_load<D, DKV_KEYS, THREADS>(s->v, c.v + at, G * D, used - first);

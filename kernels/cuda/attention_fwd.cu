@@ -46,12 +46,13 @@ static __device__ inline void load_keys(KeyTile<D> *tile, const ForwardCall &c, 
 // Starts copying the queries and the first tile of keys.
 template <int D> static __device__ inline ForwardBlock block_begin(ForwardShared<D> *s, const ForwardCall &c) {
   const int H = c.shape.H;
-  int head = blockIdx.x % H, first = blockIdx.x / H * QUERIES, end = min(first + QUERIES, batch_used(c.b));
+  int head = blockIdx.x % H, first = blockIdx.x / H * QUERIES, used = batch_used(c.b);
+  int key = c.b.doc_start[first], key_end = c.b.kv_end[min(first + QUERIES, c.shape.T) - 1];
   ForwardBlock block = {head, head / (H / c.shape.G), first, 0, 0};
-  if (first < end) {
-    block.key = c.b.doc_start[first];
-    block.key_end = c.b.kv_end[end - 1];
-    tile_load<D, QUERIES, THREADS>(s->q, c.q + ((int64_t)first * H + head) * D, H * D, end - first);
+  if (first < used) {
+    block.key = key;
+    block.key_end = min(key_end, used); // filler's end is its own place; before it the last document ends at `used`
+    tile_load<D, QUERIES, THREADS>(s->q, c.q + ((int64_t)first * H + head) * D, H * D, used - first);
     load_keys<D>(&s->keys[0], c, block.key, block.key_end, block.kv_head);
   }
   copy_commit();

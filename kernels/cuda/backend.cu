@@ -69,6 +69,47 @@ static int64_t cuda_memory(void) {
   return (int64_t)free_bytes - ((int64_t)512 << 20);
 }
 
+static cudaEvent_t event_at(int number) {
+  while ((int)gpu.event.size() <= number) {
+    cudaEvent_t e;
+    CUDA_CHECK(cudaEventCreate(&e));
+    gpu.event.push_back(e);
+  }
+  return gpu.event[number];
+}
+
+// Dense bf16 FLOPs a clock and multiprocessor, by architecture.
+static double tensor_flops(int major, int minor) {
+  return major >= 9 ? 4096 : minor == 9 ? 1024 : 2048;
+}
+
+static void cuda_peaks(double *bytes, double *flops) {
+  const size_t size = (size_t)512 << 20;
+  cudaDeviceProp prop;
+  int khz = 0;
+  void *a = NULL, *b = NULL;
+  *bytes = *flops = 0;
+  CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
+  CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
+  *flops = tensor_flops(prop.major, prop.minor) * prop.multiProcessorCount * khz * 1e3;
+  if (cudaMalloc(&a, size) == cudaSuccess && cudaMalloc(&b, size) == cudaSuccess) {
+    cudaEvent_t begin = event_at(EVENT_REPLAY), end = event_at(EVENT_REPLAY + 1);
+    cudaStream_t s = gpu.stream[LANE_COMPUTE];
+    for (int i = 0; i < 12; i++) {
+      if (i == 2) CUDA_CHECK(cudaEventRecord(begin, s));
+      CUDA_CHECK(cudaMemcpyAsync(i % 2 ? a : b, i % 2 ? b : a, size, cudaMemcpyDeviceToDevice, s));
+    }
+    CUDA_CHECK(cudaEventRecord(end, s));
+    float ms = 0;
+    CUDA_CHECK(cudaEventSynchronize(end));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    *bytes = 10 * 2.0 * (double)size / (ms * 1e-3);
+  }
+  cudaGetLastError(); // without room for the copy there is no floor
+  cudaFree(a);
+  cudaFree(b);
+}
+
 static void *cuda_alloc(size_t bytes) {
   void *p = NULL;
   if (cudaMalloc(&p, bytes) != cudaSuccess) {
@@ -109,15 +150,6 @@ static void cuda_download(void *host, const void *device, size_t bytes) {
 }
 
 // ---- queues ----
-
-static cudaEvent_t event_at(int number) {
-  while ((int)gpu.event.size() <= number) {
-    cudaEvent_t e;
-    CUDA_CHECK(cudaEventCreate(&e));
-    gpu.event.push_back(e);
-  }
-  return gpu.event[number];
-}
 
 static void *queue_stream(Lane lane) {
   return gpu.stream[lane];
@@ -246,6 +278,7 @@ static Backend backend_make(void) {
   b.scratch_bytes = cuda_scratch;
   b.queues = &queues;
   b.open = cuda_open;
+  b.peaks = cuda_peaks;
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;
   b.release = cuda_release;

@@ -2,13 +2,13 @@
 // memory; the backward one leaves sums for dwq and dwk, which a second, small kernel adds up.
 //
 // A thread holds 8 elements (4 rotary pairs) of a head: D / 8 lanes make a head, a warp walks over the heads of one
-// token. All heads of a token turn by the same angles, so a lane computes its 4 once a token.
+// token. All heads of a token turn by the same angles, which are computed once a token.
 #include "kernels/cuda/cuda.h"
 
 #include <math.h>
 
 enum { FORWARD_THREADS = 256, FORWARD_WARPS = FORWARD_THREADS / 32 };
-enum { BACKWARD_THREADS = 128, BACKWARD_WARPS = BACKWARD_THREADS / 32, RUN_ROWS = 16 }; // RUN_ROWS: rows of a block
+enum { BACKWARD_THREADS = 128, BACKWARD_WARPS = BACKWARD_THREADS / 32, RUN_ROWS = 8 }; // RUN_ROWS: rows of a block
 enum { MAX_HEAD = 128 };
 
 static const float norm_eps = 1e-6f;
@@ -64,16 +64,27 @@ template <int D> struct HeadLane {
   }
 };
 
-// The lane's 4 angles at sequence slot s: even pairs turn by the row coordinate, odd pairs by the column.
+// The turns of the lane's 4 pairs at sequence slot s: even pairs turn by the row coordinate, odd pairs by the column.
+// Lanes form D / 64 of them each and hand them round. Called by whole warps.
 struct Turn {
   float cosine[4], sine[4];
 };
-static __device__ inline Turn turn_at(const Rope &p, int s, int part) {
+template <int D> static __device__ inline Turn turn_at(const Rope &p, int s, int part) {
+  constexpr int own = D > 64 ? D / 64 : 1;
   int2 at = __ldg(reinterpret_cast<const int2 *>(p.position) + s);
+  float cosine[own], sine[own];
+#pragma unroll
+  for (int k = 0; k < own; k++) {
+    int pair = ((threadIdx.x & 31) * own + k) % (D / 2);
+    sine_cosine(__fmul_rn((float)(pair & 1 ? at.y : at.x), p.freq[pair]), &sine[k], &cosine[k]);
+  }
   Turn t;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    sine_cosine(__fmul_rn((float)(i & 1 ? at.y : at.x), p.freq[4 * part + i]), &t.sine[i], &t.cosine[i]);
+  for (int i = 0; i < 4; i++) {
+    int from = (4 * part + i) / own;
+    t.cosine[i] = __shfl_sync(0xffffffffu, cosine[i % own], from);
+    t.sine[i] = __shfl_sync(0xffffffffu, sine[i % own], from);
+  }
   return t;
 }
 
@@ -123,28 +134,33 @@ static __global__ void __launch_bounds__(FORWARD_THREADS, 4)
   int weights = (r >= n_text) * D + 8 * lane.part;
   uint4 raw[unroll], weight_q = load_or_zero(wq + weights, true), weight_k = load_or_zero(wk + weights, true);
   Turn t;
-  for (int first = lane.head; first - lane.head < n.all; first += unroll * step) {
-#pragma unroll
-    for (int u = 0; u < unroll; u++) raw[u] = load_or_zero(x + (first + u * step) * D, first + u * step < n.all);
-    if (first == lane.head) t = turn_at(p, s, lane.part); // while the first heads are on their way
+  for (int base = 0; base < n.all; base += unroll * step) {
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
-      int head = first + u * step;
-      float a[8], w[8], squares = 0;
-      unpack8(raw[u], a);
-      unpack8(head < n.q ? weight_q : weight_k, w);
+      int head = base + u * step + lane.head;
+      raw[u] = load_or_zero(x + head * D, head < n.all);
+    }
+    if (base == 0) t = turn_at<D>(p, s, lane.part); // while the first heads are on their way
 #pragma unroll
-      for (int i = 0; i < 8; i++) squares += a[i] * a[i];
-      float rstd = rsqrtf(HeadLane<D>::sum(squares) * (1.0f / D) + norm_eps);
+    for (int u = 0; u < unroll; u++) {
+      int head = base + u * step + lane.head;
+      uint4 y = raw[u];
+      if (base + u * step < n.qk) { // some of the warp's heads are not v
+        float a[8], w[8], squares = 0;
+        unpack8(raw[u], a);
+        unpack8(head < n.q ? weight_q : weight_k, w);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float even = a[2 * i] * rstd * w[2 * i], odd = a[2 * i + 1] * rstd * w[2 * i + 1];
-        a[2 * i] = even * t.cosine[i] - odd * t.sine[i];
-        a[2 * i + 1] = odd * t.cosine[i] + even * t.sine[i];
+        for (int i = 0; i < 8; i++) squares += a[i] * a[i];
+        float rstd = rsqrtf(HeadLane<D>::sum(squares) * (1.0f / D) + norm_eps);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float even = a[2 * i] * rstd * w[2 * i], odd = a[2 * i + 1] * rstd * w[2 * i + 1];
+          a[2 * i] = even * t.cosine[i] - odd * t.sine[i];
+          a[2 * i + 1] = odd * t.cosine[i] + even * t.sine[i];
+        }
+        if (head < n.qk) y = pack8(a);
       }
-      if (head >= n.all) continue;
-      uint4 y = head < n.qk ? pack8(a) : raw[u];
-      *reinterpret_cast<uint4 *>(head_at<D>(n, head, to_q, to_k, to_v)) = y;
+      if (head < n.all) *reinterpret_cast<uint4 *>(head_at<D>(n, head, to_q, to_k, to_v)) = y;
     }
   }
 }
@@ -171,43 +187,53 @@ static __device__ inline void row_backward(const Rope &p, const RopeGradients &a
   const bf16 *from_k = a.dk + (int64_t)s * key + 8 * lane.part, *from_v = a.dv + (int64_t)s * key + 8 * lane.part;
   bf16 *dx = a.dqkv + row;
   Turn t;
-  for (int first = lane.head; first - lane.head < n.all; first += unroll * step) {
+  for (int base = 0; base < n.all; base += unroll * step) {
     uint4 raw_x[unroll], raw_dy[unroll];
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
-      int head = first + u * step;
+      int head = base + u * step + lane.head;
       raw_x[u] = load_or_zero(x + head * D, head < n.qk); // v needs none: its gradient passes as it is
       raw_dy[u] = load_or_zero(head_at<D>(n, head, from_q, from_k, from_v), head < n.all);
     }
-    if (first == lane.head) t = turn_at(p, s, lane.part); // while the first heads are on their way
+    if (base == 0) t = turn_at<D>(p, s, lane.part); // while the first heads are on their way
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
-      int head = first + u * step;
-      float x8[8], g[8], w[8], squares = 0, dot = 0; // g: the gradient before the rotation
-      unpack8(raw_x[u], x8);
-      unpack8(raw_dy[u], g);
-      load8((head < n.q ? a.wq : a.wk) + modality * D + 8 * lane.part, w); // from L1: registers are short
+      int head = base + u * step + lane.head;
+      uint4 y = raw_dy[u];
+      if (base + u * step < n.qk) {                    // some of the warp's heads are not v
+        float x8[8], g[8], w[8], squares = 0, dot = 0; // g: the gradient before the rotation
+        unpack8(raw_x[u], x8);
+        unpack8(raw_dy[u], g);
+        load8((head < n.q ? a.wq : a.wk) + modality * D + 8 * lane.part, w); // from L1: registers are short
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float even = g[2 * i], odd = g[2 * i + 1];
-        g[2 * i] = even * t.cosine[i] + odd * t.sine[i];
-        g[2 * i + 1] = odd * t.cosine[i] - even * t.sine[i];
-      }
+        for (int i = 0; i < 4; i++) {
+          float even = g[2 * i], odd = g[2 * i + 1];
+          g[2 * i] = even * t.cosine[i] + odd * t.sine[i];
+          g[2 * i + 1] = odd * t.cosine[i] - even * t.sine[i];
+        }
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        squares += x8[i] * x8[i];
-        dot += g[i] * w[i] * x8[i];
-      }
-      float rstd = rsqrtf(HeadLane<D>::sum(squares) * (1.0f / D) + norm_eps);
-      float mean = HeadLane<D>::sum(dot) * rstd * (1.0f / D);
+        for (int i = 0; i < 8; i++) {
+          w[i] *= g[i];
+          squares += x8[i] * x8[i];
+          dot += w[i] * x8[i];
+        }
+        float rstd = rsqrtf(HeadLane<D>::sum(squares) * (1.0f / D) + norm_eps);
+        float mean = HeadLane<D>::sum(dot) * rstd * (1.0f / D);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float xhat = x8[i] * rstd;
-        dw[0][i] += head < n.q ? g[i] * xhat : 0;
-        dw[1][i] += head >= n.q && head < n.qk ? g[i] * xhat : 0;
-        x8[i] = rstd * (g[i] * w[i] - xhat * mean);
+        for (int i = 0; i < 8; i++) {
+          x8[i] *= rstd;
+          w[i] = rstd * (w[i] - x8[i] * mean);
+        }
+        if (head < n.q) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) dw[0][i] += g[i] * x8[i];
+        } else if (head < n.qk) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) dw[1][i] += g[i] * x8[i];
+        }
+        if (head < n.qk) y = pack8(w);
       }
-      if (head < n.all) *reinterpret_cast<uint4 *>(dx + head * D) = head < n.qk ? pack8(x8) : raw_dy[u];
+      if (head < n.all) *reinterpret_cast<uint4 *>(dx + head * D) = y;
     }
   }
 }
@@ -215,12 +241,13 @@ static __device__ inline void row_backward(const Rope &p, const RopeGradients &a
 // The block's sums for dwq and dwk of one modality: over warps and the heads they work on at a time, in order.
 template <int D> static __device__ void sums_store(const float dw[2][8], HeadLane<D> lane, float *slot /* [2][D] */) {
   constexpr int owners = BACKWARD_WARPS * HeadLane<D>::heads;
-  __shared__ float shared[owners][2][D];
+  __shared__ __align__(16) float shared[owners][2][D];
   int owner = threadIdx.x / 32 * HeadLane<D>::heads + lane.head;
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    shared[owner][0][8 * lane.part + i] = dw[0][i];
-    shared[owner][1][8 * lane.part + i] = dw[1][i];
+  for (int k = 0; k < 2; k++) {
+    float4 *to = reinterpret_cast<float4 *>(&shared[owner][k][8 * lane.part]);
+    to[0] = make_float4(dw[k][0], dw[k][1], dw[k][2], dw[k][3]);
+    to[1] = make_float4(dw[k][4], dw[k][5], dw[k][6], dw[k][7]);
   }
   __syncthreads();
   for (int at = threadIdx.x; at < 2 * D; at += BACKWARD_THREADS) {
@@ -233,7 +260,7 @@ template <int D> static __device__ void sums_store(const float dw[2][8], HeadLan
 }
 
 template <int D>
-static __global__ void __launch_bounds__(BACKWARD_THREADS, 4)
+static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
     rope_backward(const __grid_constant__ Rope p, const __grid_constant__ RopeGradients a) {
   HeadLane<D> lane;
   int warp = threadIdx.x / 32, n_text = p.dims->n_text, used = n_text + p.dims->n_image;
@@ -250,29 +277,37 @@ static __global__ void __launch_bounds__(BACKWARD_THREADS, 4)
 
 // dw[modality] (+)= the slots' sums in order. A block forms 32 columns of one [D] of (modality, wq or wk); 8 threads
 // with 4 columns each walk down a share of the slots.
-enum { SUM_PARTS = 128, SUM_LANES = 8 };
+enum { SUM_PARTS = 128, SUM_LANES = 8, SUM_WARPS = SUM_PARTS * SUM_LANES / 32 };
 
 static __global__ void __launch_bounds__(SUM_PARTS *SUM_LANES)
     rope_sums(const float *partial, const BatchDims *dims, int D, float *dwq, float *dwk, int accumulate) {
-  __shared__ float4 shared[SUM_PARTS][SUM_LANES];
+  __shared__ float4 shared[SUM_WARPS][SUM_LANES];
   int modality = blockIdx.y >> 1, key = blockIdx.y & 1;
   int lane = threadIdx.x % SUM_LANES, part = threadIdx.x / SUM_LANES, first = blockIdx.x * 4 * SUM_LANES;
   int n_text = dims->n_text, from = modality ? n_text : 0, to = modality ? n_text + dims->n_image : n_text;
   int begin = from / RUN_ROWS, slots = to > from ? (to - 1) / RUN_ROWS - begin + 1 : 0;
   int last = (int)((int64_t)slots * (part + 1) / SUM_PARTS);
   float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
+#pragma unroll 8
   for (int i = (int)((int64_t)slots * part / SUM_PARTS); i < last; i++) {
     const float *slot = partial + ((int64_t)(begin + i + modality) * 2 + key) * D + first;
     float4 v = reinterpret_cast<const float4 *>(slot)[lane];
     sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
   }
-  shared[part][lane] = sum;
+  // The four parts of a warp, then the warps.
+#pragma unroll
+  for (int d = SUM_LANES; d < 32; d *= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+    sum.z += __shfl_xor_sync(0xffffffffu, sum.z, d);
+    sum.w += __shfl_xor_sync(0xffffffffu, sum.w, d);
+  }
+  if ((threadIdx.x & 31) < SUM_LANES) shared[threadIdx.x / 32][lane] = sum;
   __syncthreads();
   if (threadIdx.x >= 4 * SUM_LANES) return;
   float *dw = (key ? dwk : dwq) + modality * D + first + threadIdx.x, total = 0;
-#pragma unroll 16
-  for (int i = 0; i < SUM_PARTS; i++) total += reinterpret_cast<const float *>(shared[i])[threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < SUM_WARPS; i++) total += reinterpret_cast<const float *>(shared[i])[threadIdx.x];
   *dw = accumulate ? *dw + total : total;
 }
 

@@ -1,0 +1,154 @@
+#include "trainer/profile.h"
+
+#include "base/json.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct KindCost {
+  int64_t calls;
+  double seconds, flops, bytes, floor;
+} KindCost;
+
+struct Profile {
+  const Backend *backend;
+  OpTime *times; // [ops of the longest program]
+  bool table;
+  int64_t first_step, last_step; // -1: none timed yet
+  KindCost kind[OP_COUNT];
+  const char *trace_path;
+  int64_t trace_step;
+  FILE *trace;
+  double trace_begin;          // host clock at the beginning of the traced step
+  double replay_began;         // likewise of the replay under way
+  double bandwidth, flop_rate; // what the device can do, per second; 0: not known
+};
+
+Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t trace_step) {
+  const Program *programs[] = {e->first.program, e->later.program, e->update, e->update_ema};
+  int most = 0;
+  for (size_t i = 0; i < sizeof programs / sizeof *programs; i++)
+    if (programs[i] && programs[i]->n_ops > most) most = programs[i]->n_ops;
+  Profile *p = xcalloc(1, sizeof *p);
+  *p = (Profile){.backend = e->model.backend,
+                 .times = xcalloc((size_t)most, sizeof *p->times),
+                 .table = table,
+                 .first_step = -1,
+                 .trace_path = trace,
+                 .trace_step = trace_step};
+  if (table && p->backend->peaks) p->backend->peaks(&p->bandwidth, &p->flop_rate);
+  return p;
+}
+
+OpTime *profile_times(Profile *p, int64_t step) {
+  if (!p || (!p->table && (!p->trace_path || step != p->trace_step))) return NULL;
+  p->replay_began = time_now();
+  return p->times;
+}
+
+static void add_costs(Profile *p, const Program *program, const Extents *x) {
+  for (int i = 0; i < program->n_ops; i++) {
+    const Op *op = &program->ops[i];
+    KindCost *k = &p->kind[op->kind];
+    double flops, bytes, floor = 0;
+    op_cost(program, op, x, &flops, &bytes);
+    if (p->bandwidth > 0) floor = bytes / p->bandwidth;
+    if (p->flop_rate > 0 && flops / p->flop_rate > floor) floor = flops / p->flop_rate;
+    k->calls++;
+    k->seconds += p->times[i].end - p->times[i].begin;
+    k->flops += flops;
+    k->bytes += bytes;
+    k->floor += floor;
+  }
+}
+
+static const char *const lane_name[LANE_COUNT] = {
+    [LANE_COMPUTE] = "compute", [LANE_D2H] = "device to host", [LANE_H2D] = "host to device"};
+
+// The file of the traced step, opened at its first replay. Chrome's trace event format: times in microseconds.
+static int trace_open(Profile *p, Error *err) {
+  if (p->trace) return 0;
+  p->trace = fopen(p->trace_path, "w");
+  if (!p->trace)
+    return error_set(err, "check the path and permissions", "--trace %s: %s", p->trace_path, strerror(errno));
+  p->trace_begin = p->replay_began;
+  fputs("{\"displayTimeUnit\": \"ms\", \"traceEvents\": [", p->trace);
+  for (int l = 0; l < LANE_COUNT; l++)
+    fprintf(p->trace,
+            "%s\n{\"ph\": \"M\", \"name\": \"thread_name\", \"pid\": 1, \"tid\": %d, \"args\": {\"name\": \"%s\"}}",
+            l ? "," : "", l, lane_name[l]);
+  return 0;
+}
+
+static void trace_replay(Profile *p, const Program *program) {
+  double offset = p->replay_began - p->trace_begin;
+  for (int i = 0; i < program->n_ops; i++) {
+    const Op *op = &program->ops[i];
+    TensorId named = op->out[0] != NO_TENSOR ? op->out[0] : op->in[0];
+    fprintf(p->trace, ",\n{\"ph\": \"X\", \"pid\": 1, \"tid\": %d, \"name\": \"%s\", \"ts\": %.3f, \"dur\": %.3f, ",
+            (int)op->lane, op_info[op->kind].name, 1e6 * (offset + p->times[i].begin),
+            1e6 * (p->times[i].end - p->times[i].begin));
+    fprintf(p->trace, "\"args\": {\"program\": \"%s\", \"layer\": %d, \"tensor\": ", program->name, op->layer);
+    json_write_string(p->trace, named == NO_TENSOR ? "" : program->tensors[named].name);
+    fputs("}}", p->trace);
+  }
+}
+
+static int trace_close(Profile *p, Error *err) {
+  if (!p->trace) return 0;
+  fputs("\n]}\n", p->trace);
+  int bad = ferror(p->trace);
+  bad |= fclose(p->trace);
+  p->trace = NULL;
+  if (bad) return error_set(err, "check space on the disk", "--trace %s: it could not be written", p->trace_path);
+  log_info("trace of step %lld: %s (open it in Perfetto or chrome://tracing)", (long long)p->trace_step, p->trace_path);
+  return 0;
+}
+
+int profile_note(Profile *p, const Program *program, const Extents *extents, int64_t step, Error *err) {
+  static const Extents none;
+  if (p->table) {
+    if (p->first_step < 0) p->first_step = step;
+    p->last_step = step;
+    add_costs(p, program, extents ? extents : &none);
+  }
+  if (!p->trace_path || step != p->trace_step) return 0;
+  if (trace_open(p, err) != 0) return -1;
+  trace_replay(p, program);
+  return 0;
+}
+
+static void print_table(Profile *p) {
+  double total = 0, steps = (double)(p->last_step - p->first_step + 1);
+  for (int k = 0; k < OP_COUNT; k++) total += p->kind[k].seconds;
+  log_info("%-18s %6s %9s %6s %9s %9s%s   (a step, op by op)", "op", "calls", "ms", "share", "GB/s", "GFLOP/s",
+           p->bandwidth > 0 ? "   floor" : "");
+  for (int shown = 0; shown < OP_COUNT; shown++) {
+    int most = 0;
+    for (int k = 1; k < OP_COUNT; k++)
+      if (p->kind[k].seconds > p->kind[most].seconds) most = k;
+    KindCost *k = &p->kind[most];
+    char floor[16] = "";
+    if (k->seconds <= 0) break;
+    if (p->bandwidth > 0) snprintf(floor, sizeof floor, " %6.1f%%", 100 * k->floor / k->seconds);
+    log_info("%-18s %6.0f %9.3f %5.1f%% %9.1f %9.1f%s", op_info[most].name, (double)k->calls / steps,
+             1e3 * k->seconds / steps, 100 * k->seconds / total, k->bytes / k->seconds / 1e9,
+             k->flops / k->seconds / 1e9, floor);
+    k->seconds = 0;
+  }
+  log_info("%-18s %6s %9.3f", "all", "", 1e3 * total / steps);
+  if (p->bandwidth > 0)
+    log_info("floor: the larger of bytes at %.2f TB/s, which a copy reaches here, and FLOPs at %.0f TFLOP/s, the "
+             "device's peak, over the time",
+             p->bandwidth / 1e12, p->flop_rate / 1e12);
+}
+
+int profile_close(Profile *p, Error *err) {
+  if (!p) return 0;
+  if (p->table && p->first_step >= 0) print_table(p);
+  int bad = trace_close(p, err);
+  free(p->times);
+  free(p);
+  return bad;
+}

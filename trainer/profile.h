@@ -1,0 +1,21 @@
+// --profile and --trace: when each op ran, as a table by kind of op and as a Chrome trace of one step.
+//
+// A timed step runs op by op, without captured graphs, and is waited for; times of ops are those of the device.
+#ifndef TESSERA_PROFILE_H
+#define TESSERA_PROFILE_H
+
+#include "trainer/engine.h"
+
+typedef struct Profile Profile;
+
+// table: every step is timed. trace: the file for the trace of step `trace_step`, or NULL. The engine is borrowed; all
+// its training programs must be recorded.
+Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t trace_step);
+// Where the replay of a program in this step leaves its times; NULL: it is not timed. p may be NULL: then so are all.
+OpTime *profile_times(Profile *p, int64_t step);
+// Notes the replay that has just filled those times, of a pack with these extents (NULL: of the update). -1 with *err
+// when the trace cannot be written.
+int profile_note(Profile *p, const Program *program, const Extents *extents, int64_t step, Error *err);
+// Logs the table, if one is wanted, and writes the trace; frees p, which may be NULL. -1 with *err likewise.
+int profile_close(Profile *p, Error *err);
+#endif
