@@ -11,6 +11,7 @@ void document_reset(Document *d, uint64_t draw) {
   d->silent = false;
   d->parts = 0;
   d->tokens = 0;
+  d->padding = 0;
 }
 
 void document_free(Document *d) {
@@ -116,6 +117,24 @@ void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *pi
     document_add_token(d, id.eoi);
   }
   document_add_token(d, id.eos);
+}
+
+void document_pad(Document *d, int slots, int vocab) {
+  int32_t eoi = special_ids(vocab).eoi;
+  int n = slots;
+  for (int i = 0; i < d->parts; i++) n -= d->part[i].tokens;
+  if (n <= 0) return;
+  for (int i = 0; i < n; i++) document_add_token(d, eoi);
+  d->padding = n;
+}
+
+int64_t document_padding_pairs(const Document *d) {
+  int64_t seen = -d->padding, n = d->padding;
+  for (int i = 0; i < d->parts; i++) {
+    bool noised = d->part[i].kind == PART_IMAGE && d->part[i].seg_kind == SEGMENT_NOISED;
+    if (!noised || d->silent) seen += d->part[i].tokens;
+  }
+  return n * seen + n * (n + 1) / 2;
 }
 
 DocumentSize document_size(const Document *d, int vocab) {

@@ -50,6 +50,7 @@ typedef struct Document {
   int parts, part_capacity;
   int32_t *token; // [tokens] of all text parts
   int tokens, token_capacity;
+  int padding; // how many of the tokens, the last ones, are padding
 } Document;
 
 // What a document takes of a pack, and what it adds to the denominators of the losses.
@@ -85,6 +86,13 @@ typedef struct Piece {
 } Piece;
 // `noise`: the last image is drawn at flow time `time`; no matter when there is no image.
 void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *piece, int n, bool noise, float time);
+
+// Appends padding to a document that has none, up to `slots` tokens in all; a longer one stays as it is. Padding is
+// eoi, again and again: eoi is never a target, so neither the padding nor the token before it has one, and no token of
+// the document sees what follows it.
+void document_pad(Document *d, int slots, int vocab);
+// The (query, key) pairs whose query is padding: each such token sees itself and all before it but noised images.
+int64_t document_padding_pairs(const Document *d);
 
 // Sums over the parts; with `silent`, as it would be without.
 DocumentSize document_size(const Document *d, int vocab);

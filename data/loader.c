@@ -250,11 +250,14 @@ static int loader_fill(Loader *l, const DraftList *list, StepCounts counts, int6
   const LoaderConfig *c = &l->config;
   pack->number = l->first + n / l->per_step * c->packs_per_step + n % l->per_step * c->world + c->rank;
   pack->documents = list->count;
-  pack->silent = pack->n_met = 0;
+  pack->silent = pack->n_met = pack->padding = 0;
+  pack->padding_pairs = 0;
   for (int i = 0; i < list->count; i++) {
     loader_decode(l, list->draft[i], &space, pack);
     docs[i] = &list->draft[i]->document;
     pack->silent += docs[i]->silent;
+    pack->padding += docs[i]->padding;
+    pack->padding_pairs += (double)document_padding_pairs(docs[i]);
   }
   if (pack_layout(docs, list->count, c->stream.shape, &pack->batch, err)) return -1;
   pack_scale(&pack->batch, c->stream.shape, c->ce_weight, counts.targets, counts.noised, c->packs_per_step,
@@ -455,7 +458,7 @@ double loader_next(Loader *l, Pack **pack, Error *err) {
     l->stats.packs++;
     l->stats.documents += (*pack)->documents;
     l->stats.silent += (*pack)->silent;
-    l->stats.slots_used += dims->n_text + dims->n_image;
+    l->stats.slots_used += dims->n_text + dims->n_image - (*pack)->padding;
     l->stats.slots += l->config.stream.shape.slots;
     l->stats.waited += waited;
     pthread_cond_signal(&l->room);

@@ -34,14 +34,16 @@ typedef struct Pack {
   size_t bytes;
   int64_t number; // in the run
   int documents;
-  int silent;    // of these, documents whose image could not be decoded: they keep their slots, without loss
-  MetImage *met; // [n_met]
+  int padding;          // text rows that pad documents, see Packing
+  double padding_pairs; // allowed (query, key) pairs whose query is one of them
+  int silent;           // of these, documents whose image could not be decoded: they keep their slots, without loss
+  MetImage *met;        // [n_met]
   int n_met;
 } Pack;
 
 typedef struct LoaderStats {
   int64_t packs, documents, silent; // handed out, and among these documents without loss
-  int64_t slots_used, slots;        // of the packs handed out
+  int64_t slots_used, slots;        // of the packs handed out; used: without padding
   double waited;                    // seconds loader_next has blocked
   StreamStats stream;               // of the documents looked ahead
 } LoaderStats;

@@ -342,13 +342,37 @@ static void window_take(Stream *s, int i, DraftList *list) {
   memmove(s->window + i, s->window + i + 1, (size_t)(s->count - i) * sizeof *s->window);
 }
 
-int stream_pack(Stream *s, DraftList *list, Error *err) {
+static int window_fill(Stream *s, Error *err) {
+  for (; s->count < STREAM_WINDOW; s->count++)
+    if (!(s->window[s->count] = stream_draw(s, err))) return -1;
+  return 0;
+}
+
+// Every document fits alone: then it is the longest and has no padding.
+static int stream_pack_padded(Stream *s, DraftList *list, Error *err) {
+  const PackRoom room = stream_room(s);
+  DocumentSize sum = {0}; // without padding
+  int longest = 0;
+  for (;;) {
+    if (window_fill(s, err)) return -1;
+    const DocumentSize *next = &s->window[0]->size;
+    int64_t length = max_i64(longest, next->slots), slots = (list->count + 1) * length;
+    int64_t text = sum.text + next->text + slots - sum.slots - next->slots;
+    if (slots > room.slots || text > room.text || sum.images + next->images > room.images) break;
+    sum.slots += next->slots;
+    sum.text += next->text;
+    sum.images += next->images;
+    longest = (int)length;
+    window_take(s, 0, list);
+  }
+  for (int i = 0; i < list->count; i++) document_pad(&list->draft[i]->document, longest, s->config.shape.vocab);
+  return 0;
+}
+
+static int stream_pack_varlen(Stream *s, DraftList *list, Error *err) {
   PackRoom room = stream_room(s);
   for (;;) {
-    while (s->count < STREAM_WINDOW) {
-      if (!(s->window[s->count] = stream_draw(s, err))) return -1;
-      s->count++;
-    }
+    if (window_fill(s, err)) return -1;
     int longest = 0, next = 0;
     for (int i = 0; i < s->count; i++)
       if (s->window[i]->size.slots > longest) longest = s->window[i]->size.slots;
@@ -365,6 +389,10 @@ int stream_pack(Stream *s, DraftList *list, Error *err) {
   int n = pack_choose(size, s->count, room, s->cell, chosen);
   for (int i = 0; i < n; i++) window_take(s, chosen[i] - i, list);
   return 0;
+}
+
+int stream_pack(Stream *s, DraftList *list, Error *err) {
+  return s->config.packing == PACKING_PADDED ? stream_pack_padded(s, list, err) : stream_pack_varlen(s, list, err);
 }
 
 void stream_save(const Stream *s, StreamState *state) {

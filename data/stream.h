@@ -6,7 +6,8 @@
 // last one ends in eos. An interleaved sample that is too long is cut between its segments. Captions are truncated.
 //
 // Packing: documents pass through a window. A pack takes them in order until it is nearly full, then the subset of the
-// window that fills the rest best (pack_choose).
+// window that fills the rest best (pack_choose). Padded, it takes them strictly in order, as many as fit when all of
+// them are as long as the longest; the documents themselves, and their numbers, are those of varlen packing.
 #ifndef TESSERA_STREAM_H
 #define TESSERA_STREAM_H
 
@@ -25,6 +26,7 @@ typedef struct StreamConfig {
   int sources;
   const Tokenizer *tokenizer;
   BatchShape shape; // of a pack
+  Packing packing;
   int max_text;     // text rows of a pack
   int max_document; // tokens of a text document, specials included
   int max_caption;  // tokens of a caption
@@ -48,7 +50,7 @@ typedef struct Origin {
 // A document on its way into a pack.
 typedef struct Draft {
   Document document; // image parts: tag is the segment of the sample; patch is to be set
-  DocumentSize size;
+  DocumentSize size; // without padding
   Origin origin;
   const Sample *sample;
 } Draft;

@@ -5,6 +5,7 @@
 
 #include "base/base.h"
 #include "data/image.h"
+#include "data/packer.h"
 #include "kernels/batch.h"
 #include "model/planner.h"
 
@@ -134,9 +135,10 @@ typedef struct Config {
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
   struct {
-    StreamKind streams;
+    Packing packing;    // of training; packs of evaluation and sampling are varlen
+    StreamKind streams; // of the GPU, as is graph
     bool graph;
-  } kernels;               // of the GPU
+  } kernels;               // what ablations switch
   int version;             // "tessera" of the file, see model/config_history.h; 0 = it has none
   int origin[CONFIG_KEYS]; // by row of the key table
 } Config;

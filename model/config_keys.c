@@ -129,6 +129,8 @@ const Key config_keys[] = {
     {"memory.arena", KEY_BOOL, AT(memory.arena), "true", 0, 0, NULL, NULL,
      "false: an allocation per tensor, for sanitizers"},
 
+    {"kernels.packing", KEY_ENUM, AT(kernels.packing), "varlen", 0, 0, "varlen|padded", "--packing",
+     "documents end to end, or each padded to the longest of its pack (baseline)"},
     {"kernels.streams", KEY_ENUM, AT(kernels.streams), "multi", 0, 0, "multi|single", "--streams",
      "GPU: transfers in queues of their own, or in that of the kernels"},
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",

@@ -300,6 +300,7 @@ bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const
   static const int poison[2] = {POISON_NAN, POISON_LARGE};
   Report *report = c->report;
   if (!c->wanted[kind] || report->crashed[kind]) return false;
+  double start = time_now();
   DeviceCall d;
   device_call_plan(&d, c, kind, &args, in, out);
   report->running = kind; // should the process die from here on, this call is why
@@ -332,6 +333,7 @@ bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const
   free(before);
   free(after[0]);
   free(after[1]);
+  report->of[kind].seconds += time_now() - start;
   return true;
 }
 
@@ -531,7 +533,6 @@ void cuda_case_cpu(const CudaCase *c, OpKind kind, OpArgs args, const Value *in,
 void cuda_case_expect(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, const Value *want) {
   Value got[OP_MAX_OUT];
   char name[32];
-  double start = time_now();
   if (c->bench) {
     if (c->wanted[kind]) cuda_bench_call(c, kind, &args, in, out);
     return;
@@ -540,7 +541,6 @@ void cuda_case_expect(CudaCase *c, OpKind kind, OpArgs args, const Value *in, co
   for (int i = 0; i < OP_MAX_OUT; i++)
     if (want[i].data && !want[i].anything)
       cuda_case_judge(c, kind, i, operand_name(op_info[kind].out, i, name), &got[i], &want[i]);
-  c->report->of[kind].seconds += time_now() - start;
 }
 
 void cuda_case_call(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out) {

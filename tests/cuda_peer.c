@@ -5,7 +5,7 @@
 //
 // Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), side (images are side x side patches). The pack is full:
 // documents of 32-96 text tokens, one image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE
-// receives its arrays as int32, one after another: n_text, n_image, n_segments, T, and doc_start, kv_end, row [T] and
+// receives its arrays as int32, one after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and
 // seg_len [n_segments]. Then it prints "ready"; each line "OP" is answered by a line with the median milliseconds of
 // one launch, out of a captured graph, over copies of the operands that together exceed the L2 cache.
 #include "data/packer.h"
@@ -82,7 +82,6 @@ static void write_pack(const Peer *p, const char *path) {
   fwrite(head, sizeof *head, 4, f);
   fwrite(b->doc_start, sizeof(int32_t), T, f);
   fwrite(b->kv_end, sizeof(int32_t), T, f);
-  fwrite(b->row, sizeof(int32_t), T, f);
   fwrite(b->seg_len, sizeof(int32_t), segments, f);
   if (fclose(f) != 0) panic("cannot write %s", path);
 }

@@ -207,6 +207,7 @@ static const char *const other_values[] = {
     "memory.budget_gb=79.5",
     "memory.per_tensor={\"qkv\":\"keep\",\"x\":\"offload\"}",
     "memory.arena=false",
+    "kernels.packing=padded",
     "kernels.streams=single",
     "kernels.graph=false"};
 

@@ -177,6 +177,80 @@ static void test_random_packs(void **state) {
   }
 }
 
+static int64_t allowed_pairs(const Batch *b) {
+  int64_t pairs = 0;
+  for (int q = 0; q < b->dims->n_text + b->dims->n_image; q++) pairs += b->q_end[q] - b->q_start[q];
+  return pairs;
+}
+
+// Padding adds text without targets that nothing before it sees; what the documents ask of the model stays.
+static void test_padded_packs(void **state) {
+  (void)state;
+  Random r = {.seed = 6};
+  Error err = {0};
+  for (int trial = 0; trial < 200; trial++) {
+    enum { N = 6 };
+    Document document[N] = {0};
+    const Document *docs[N];
+    uint8_t *pixels[N];
+    DocumentSize size[N];
+    int longest = 0, used = 0, images = 0, padding = 0;
+    for (int i = 0; i < N; i++) {
+      random_document(&r, &document[i], (uint64_t)(trial * 100 + i), &pixels[i]);
+      docs[i] = &document[i];
+      size[i] = document_size(docs[i], VOCAB);
+      used += size[i].slots;
+      images += size[i].images;
+      if (size[i].slots > longest) longest = size[i].slots;
+      assert_int_equal(document_padding_pairs(docs[i]), 0);
+    }
+    BatchShape shape = {N * longest + 5, images + 1, VALUES, VOCAB};
+    Block plain = block_new(shape, 0), padded = block_new(shape, 255);
+    const Batch *a = &plain.batch, *b = &padded.batch;
+    assert_int_equal(pack_layout(docs, N, shape, &plain.batch, &err), 0);
+    int64_t pairs = allowed_pairs(a);
+    for (int i = 0; i < N; i++) {
+      document_pad(&document[i], longest, VOCAB);
+      DocumentSize now = document_size(docs[i], VOCAB);
+      assert_int_equal(docs[i]->padding, longest - size[i].slots);
+      assert_int_equal(now.slots, longest);
+      assert_int_equal(now.text, size[i].text + docs[i]->padding);
+      assert_int_equal(now.targets, size[i].targets);
+      assert_int_equal(now.noised, size[i].noised);
+      padding += docs[i]->padding;
+      pairs += document_padding_pairs(docs[i]);
+    }
+    assert_int_equal(pack_layout(docs, N, shape, &padded.batch, &err), 0);
+    if (pack_check(b, shape, &err)) fail_msg("trial %d: %s", trial, err.text);
+    compare_with_documents(docs, N, shape, b);
+    assert_int_equal(allowed_pairs(b), pairs);
+    assert_int_equal(used + padding, N * longest);
+    assert_int_equal(b->dims->n_image, a->dims->n_image);
+    assert_int_equal(b->dims->n_text, a->dims->n_text + padding);
+    assert_int_equal(b->dims->n_target, a->dims->n_target);
+    for (int i = 0, p = 0, q = 0; i < N; i++, q += document[i - 1].padding) // slot p of one is slot q of the other
+      for (int end = p + size[i].slots; p < end; p++, q++) {
+        int x = a->row[p], y = b->row[q];
+        assert_int_equal(b->token[y], a->token[x]);
+        assert_int_equal(b->target[y], a->target[x]);
+        assert_int_equal(b->target_kind[y], a->target_kind[x]);
+        assert_int_equal(b->segment[y], a->segment[x]);
+        assert_int_equal(b->pool_segment[y], a->pool_segment[x]);
+        assert_memory_equal(b->position + 2 * q, a->position + 2 * p, 2 * sizeof *b->position);
+        assert_int_equal(b->kv_end[q] - q, a->kv_end[p] - p);
+        assert_int_equal(b->doc_start[q] - q, a->doc_start[p] - p);
+      }
+    free(plain.memory);
+    free(padded.memory);
+    for (int i = 0; i < N; i++) {
+      document_reset(&document[i], 0);
+      assert_int_equal(document[i].padding, 0);
+      document_free(&document[i]);
+      free(pixels[i]);
+    }
+  }
+}
+
 // One wrong entry anywhere is found.
 static void test_check_finds_faults(void **state) {
   (void)state;
@@ -401,7 +475,7 @@ int main(void) {
       cmocka_unit_test(test_captioned_by_hand),  cmocka_unit_test(test_interleaved_by_hand),
       cmocka_unit_test(test_random_packs),       cmocka_unit_test(test_check_finds_faults),
       cmocka_unit_test(test_layout_errors),      cmocka_unit_test(test_randomness_follows_documents),
-      cmocka_unit_test(test_choice_is_the_best),
+      cmocka_unit_test(test_choice_is_the_best), cmocka_unit_test(test_padded_packs),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

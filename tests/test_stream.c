@@ -241,12 +241,185 @@ static void test_fill(void **state) {
   loader_close(loader);
 }
 
+// The documents that `packs` packs of a stream hold, copied: [count], by draw number; `count` 0 for one that is not
+// there.
+typedef struct Made {
+  Origin origin;
+  DocumentSize size;
+  int parts, tokens; // without padding
+  int32_t token[256];
+  float time;
+} Made;
+
+static void keep_document(const Draft *draft, Made *made) {
+  const Document *d = &draft->document;
+  *made = (Made){draft->origin, draft->size, d->parts, d->tokens - d->padding, {0}, 0};
+  assert_true(made->tokens <= 256);
+  memcpy(made->token, d->token, (size_t)made->tokens * sizeof *made->token);
+  for (int i = 0; i < d->parts; i++) made->time += d->part[i].kind == PART_IMAGE ? d->part[i].time : 0;
+  // Padding behind an image is a part of its own.
+  if (d->padding && d->part[d->parts - 1].tokens == d->padding) made->parts--;
+}
+
+// Padded packs hold the documents of the varlen ones, in the order they are made, as many as fit.
+static void test_padded(void **state) {
+  LoaderConfig config = data_config(*state);
+  config.stream.max_text = 200;
+  enum { ALL = 1200 };
+  static Made varlen[ALL], padded[ALL];
+  Error err;
+  DraftList list = {0};
+  memset(varlen, 0, sizeof varlen);
+  memset(padded, 0, sizeof padded);
+  Stream *stream = stream_open(&config.stream, &err);
+  assert_non_null(stream);
+  StreamState now = {0};
+  while (now.draw < ALL) {
+    assert_int_equal(stream_pack(stream, &list, &err), 0);
+    for (int i = 0; i < list.count; i++) {
+      assert_int_equal(list.draft[i]->document.padding, 0);
+      if (list.draft[i]->document.draw < ALL) keep_document(list.draft[i], &varlen[list.draft[i]->document.draw]);
+    }
+    stream_recycle(stream, &list);
+    stream_save(stream, &now);
+  }
+  stream_close(stream);
+
+  config.stream.packing = PACKING_PADDED;
+  stream = stream_open(&config.stream, &err);
+  assert_non_null(stream);
+  uint64_t draw = 0;
+  int64_t real = 0, slots = 0, by_text = 0;
+  while (draw < ALL) {
+    DocumentSize sum = {0};
+    int longest = 0, least = INT32_MAX;
+    assert_int_equal(stream_pack(stream, &list, &err), 0);
+    assert_true(list.count > 0);
+    for (int i = 0; i < list.count; i++) {
+      const Draft *draft = list.draft[i];
+      DocumentSize size = document_size(&draft->document, VOCAB);
+      assert_int_equal(draft->document.draw, draw); // strictly in order
+      if (draw < ALL) keep_document(draft, &padded[draw]);
+      draw++;
+      assert_int_equal(size.slots, draft->size.slots + draft->document.padding);
+      assert_int_equal(size.targets, draft->size.targets);
+      assert_int_equal(size.noised, draft->size.noised);
+      assert_true(i == 0 || size.slots == longest); // all are of one length
+      longest = size.slots;
+      if (draft->document.padding < least) least = draft->document.padding;
+      sum.slots += size.slots;
+      sum.text += size.text;
+      sum.images += size.images;
+      real += draft->size.slots;
+    }
+    assert_int_equal(least, 0); // that of the longest
+    assert_true(sum.slots <= 256 && sum.text <= 200 && sum.images <= 32);
+    slots += sum.slots;
+    // The next document did not fit.
+    stream_save(stream, &now);
+    int count = list.count;
+    stream_recycle(stream, &list);
+    Stream *ahead = stream_open(&config.stream, &err);
+    assert_non_null(ahead);
+    assert_int_equal(stream_restore(ahead, &now, &err), 0);
+    assert_int_equal(stream_pack(ahead, &list, &err), 0);
+    DocumentSize next = list.draft[0]->size;
+    int length = next.slots > longest ? next.slots : longest;
+    int text = sum.text + next.text + (length - longest) * count + length - next.slots;
+    assert_true((count + 1) * length > 256 || text > 200 || sum.images + next.images > 32);
+    by_text += (count + 1) * length <= 256;
+    stream_recycle(ahead, &list);
+    draft_list_free(&list);
+    stream_close(ahead);
+  }
+  print_message("padded: %.1f%% of the tokens in 256 slots are padding\n", 100 * (1 - (double)real / (double)slots));
+  assert_true(real < slots && by_text > 0);
+  int compared = 0;
+  for (int i = 0; i < ALL; i++) {
+    if (!varlen[i].parts) continue; // still waited when the stream ended
+    compared++;
+    assert_memory_equal(&varlen[i], &padded[i], sizeof varlen[i]);
+  }
+  assert_true(compared > ALL - 200);
+  draft_list_free(&list);
+  stream_close(stream);
+}
+
+// Padded micro-batches: sound, the losses' scales those of the documents, padding counted apart; restored to the byte.
+static void test_padded_loader(void **state) {
+  LoaderConfig config = data_config(*state);
+  config.stream.packing = PACKING_PADDED;
+  config.threads = 2;
+  enum { PACKS = 30, MORE = 9 };
+  Error err;
+  uint8_t *all = NULL;
+  size_t bytes = 0;
+  int64_t used = 0, targets = 0, noised = 0;
+  Loader *loader = open_loader(&config, NULL);
+  for (int i = 0; i < PACKS + MORE; i++) {
+    Pack *pack = next_pack(loader);
+    const Batch *b = &pack->batch;
+    const BatchDims *dims = b->dims;
+    if (pack_check(b, config.stream.shape, &err)) fail_msg("pack %d: %s", i, err.text);
+    if (!all) all = malloc((PACKS + MORE) * (bytes = pack->bytes));
+    memcpy(all + (size_t)i * bytes, pack->block, bytes);
+
+    int rows = dims->n_text + dims->n_image, length = rows / pack->documents, padding = 0;
+    double pairs = 0;
+    assert_int_equal(rows, length * pack->documents);
+    for (int first = 0; first < rows; first += length) {
+      assert_int_equal(b->doc_start[first + length - 1], first);
+      for (int q = first + length - 1; b->token[b->row[q]] == VOCAB - 1 && b->token[b->row[q - 1]] != -1; q--) {
+        int visible = 0; // the token is padding, or eoi that opens the padding behind an image
+        for (int k = first; k <= q; k++) visible += q < b->q_end[k];
+        padding++;
+        pairs += visible;
+      }
+      // Behind a drawn image the padding's first eoi follows an image token.
+      int q = first + length - 1;
+      while (b->token[b->row[q]] == VOCAB - 1) q--;
+      if (q < first + length - 1 && b->token[b->row[q]] == -1) {
+        padding++;
+        for (int k = first; k <= q + 1; k++) pairs += q + 1 < b->q_end[k];
+      }
+    }
+    assert_int_equal(pack->padding, padding);
+    assert_true(pack->padding_pairs == pairs);
+    used += rows - padding;
+    targets += dims->n_target;
+    for (int g = 1; g < dims->n_segments; g++) noised += b->seg_kind[g] == SEGMENT_NOISED ? b->seg_len[g] : 0;
+    if (i % 3 == 2) {
+      assert_true(dims->ce_scale == (float)(0.5 / (double)targets));
+      assert_true(dims->flow_scale == (float)(1.0 / ((double)noised * VALUES)));
+      targets = noised = 0;
+    }
+    loader_release(loader, pack);
+    LoaderStats stats = loader_stats(loader);
+    assert_int_equal(stats.slots_used, used);
+  }
+  loader_close(loader);
+  for (int stop = 0; stop < PACKS; stop++) {
+    config.threads = 1 + stop % 3;
+    loader = open_loader(&config, NULL);
+    for (int i = 0; i < stop; i++) loader_release(loader, next_pack(loader));
+    char *saved = loader_state(loader);
+    loader_close(loader);
+    loader = open_loader(&config, saved);
+    for (int i = stop; i < stop + MORE; i++) {
+      Pack *pack = next_pack(loader);
+      assert_memory_equal(pack->block, all + (size_t)i * bytes, bytes);
+      loader_release(loader, pack);
+    }
+    loader_close(loader);
+    free(saved);
+  }
+  free(all);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_epochs),
-      cmocka_unit_test(test_permutation),
-      cmocka_unit_test(test_long_texts),
-      cmocka_unit_test(test_fill),
+      cmocka_unit_test(test_epochs), cmocka_unit_test(test_permutation), cmocka_unit_test(test_long_texts),
+      cmocka_unit_test(test_fill),   cmocka_unit_test(test_padded),      cmocka_unit_test(test_padded_loader),
   };
   return cmocka_run_group_tests(tests, data_make, data_remove);
 }

@@ -240,6 +240,7 @@ static Loader *open_loader(Trainer *t, Error *err) {
                                .sources = t->sources,
                                .tokenizer = t->tokenizer,
                                .shape = dims_batch_shape(&e->first.program->dims),
+                               .packing = c->kernels.packing,
                                .max_text = config_max_text(c),
                                .max_document = config_max_document(c),
                                .max_caption = c->data.max_caption,
@@ -281,10 +282,11 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepRep
     if (waited < 0) return -1;
     const BatchDims *d = pack->batch.dims;
     s->data_wait += waited;
-    s->tokens += d->n_text + d->n_image;
+    s->tokens += d->n_text + d->n_image - pack->padding;
     const ModelProgram *m = k ? &e->later : &e->first;
     const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, count_pairs(&pack->batch)};
-    s->flops += transformer_flops(c, extents.text, extents.image, extents.pairs);
+    // What the model needs: padding is work, but no use.
+    s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
     slots += e->slots;
     OpTime *times = profile_times(profile, t->state.step);
     engine_run(e, m, pack->block, times);

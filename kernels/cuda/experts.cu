@@ -20,31 +20,44 @@ static int64_t slots_at(const Dims *d, const int width[MODALITIES], int scale, i
 
 // ---- products ----
 
-// A gemm.h side whose groups are modality m's experts and whose rows are its slots; operands are the caller's.
-static GemmSide experts_side(const Dims *d, const Route *route, int m) {
+// The op's product without its operands: the groups of a side are modality m's experts, its rows are slots.
+static Gemm experts_gemm(OpKind kind, const Dims *d) {
+  Gemm g = {};
+  g.b_transposed = kind == OP_EXPERT_DOWN_BWD || kind == OP_EXPERT_UP_DGRAD;
+  g.index_divisor = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    GemmSide *s = &g.side[m];
+    const int C = d->C, F = d->F[m];
+    s->groups = d->E[m];
+    s->rows = d->T * d->K[m];
+    if (kind == OP_EXPERT_UP_FWD) s->N = 2 * F, s->K = C;
+    if (kind == OP_EXPERT_DOWN_FWD) s->N = C, s->K = F;
+    if (kind == OP_EXPERT_DOWN_BWD) s->N = F, s->K = C;
+    if (kind == OP_EXPERT_UP_DGRAD) s->N = C, s->K = 2 * F;
+    if (kind == OP_EXPERT_DOWN_WGRAD) s->M = C, s->N = F;
+    if (kind == OP_EXPERT_UP_WGRAD) s->M = 2 * F, s->N = C;
+  }
+  return g;
+}
+
+// The slots of modality m's experts.
+static GemmExtent experts_extent(const Dims *d, const Route *route, int m) {
   const int first = m == TEXT ? 0 : d->E[TEXT];
-  GemmSide s = {};
-  s.groups = d->E[m];
-  s.extent = {route->begin + first, route->count + first, 0, 0};
-  s.rows = d->T * d->K[m];
-  return s;
+  return {route->begin + first, route->count + first, 0, 0};
 }
 
 extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, 1);
-  Gemm g = {};
-  g.index_divisor = dims_kmax(d);
+  Gemm g = experts_gemm(OP_EXPERT_UP_FWD, d);
   for (int m = 0; m < MODALITIES; m++) {
-    GemmSide s = experts_side(d, &route, m);
-    s.a = (const bf16 *)c->in[0]; // h [T, C]
-    s.a_index = route.source[m];
-    s.b = (const bf16 *)c->in[2 + m];                    // W1 [E, 2F, C]
-    s.c = (bf16 *)c->out[0] + slots_at(d, d->F, 2, m);   // pre [slots, 2F]
-    s.act = (bf16 *)c->out[1] + slots_at(d, d->F, 1, m); // a [slots, F]
-    s.N = 2 * d->F[m];
-    s.K = d->C;
-    g.side[m] = s;
+    GemmSide *s = &g.side[m];
+    s->extent = experts_extent(d, &route, m);
+    s->a = (const bf16 *)c->in[0]; // h [T, C]
+    s->a_index = route.source[m];
+    s->b = (const bf16 *)c->in[2 + m];                    // W1 [E, 2F, C]
+    s->c = (bf16 *)c->out[0] + slots_at(d, d->F, 2, m);   // pre [slots, 2F]
+    s->act = (bf16 *)c->out[1] + slots_at(d, d->F, 1, m); // a [slots, F]
   }
   gemm_rows(&g, call_stream(c));
 }
@@ -53,15 +66,13 @@ extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, 1);
-  Gemm g = {};
+  Gemm g = experts_gemm(OP_EXPERT_DOWN_FWD, d);
   for (int m = 0; m < MODALITIES; m++) {
-    GemmSide s = experts_side(d, &route, m);
-    s.a = (const bf16 *)c->in[0] + slots_at(d, d->F, 1, m); // a [slots, F]
-    s.b = (const bf16 *)c->in[2 + m];                       // W2 [E, C, F]
-    s.c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // y [slots, C]
-    s.N = d->C;
-    s.K = d->F[m];
-    g.side[m] = s;
+    GemmSide *s = &g.side[m];
+    s->extent = experts_extent(d, &route, m);
+    s->a = (const bf16 *)c->in[0] + slots_at(d, d->F, 1, m); // a [slots, F]
+    s->b = (const bf16 *)c->in[2 + m];                       // W2 [E, C, F]
+    s->c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // y [slots, C]
   }
   gemm_rows(&g, call_stream(c));
 }
@@ -70,16 +81,13 @@ extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, 1);
-  Gemm g = {};
-  g.b_transposed = 1;
+  Gemm g = experts_gemm(OP_EXPERT_UP_DGRAD, d);
   for (int m = 0; m < MODALITIES; m++) {
-    GemmSide s = experts_side(d, &route, m);
-    s.a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
-    s.b = (const bf16 *)c->in[2 + m];                       // W1 [E, 2F, C]
-    s.c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // dslot [slots, C]
-    s.N = d->C;
-    s.K = 2 * d->F[m];
-    g.side[m] = s;
+    GemmSide *s = &g.side[m];
+    s->extent = experts_extent(d, &route, m);
+    s->a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
+    s->b = (const bf16 *)c->in[2 + m];                       // W1 [E, 2F, C]
+    s->c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // dslot [slots, C]
   }
   gemm_rows(&g, call_stream(c));
 }
@@ -87,18 +95,16 @@ extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
 extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, 2);
-  Gemm g = {};
+  Gemm g = experts_gemm(OP_EXPERT_DOWN_WGRAD, d);
   g.accumulate = c->args->span.accumulate;
-  g.index_divisor = dims_kmax(d);
+  g.scratch = c->scratch;
   for (int m = 0; m < MODALITIES; m++) {
-    GemmSide s = experts_side(d, &route, m);
-    s.a = (const bf16 *)c->in[0]; // dout [T, C]
-    s.a_index = route.source[m];
-    s.b = (const bf16 *)c->in[1] + slots_at(d, d->F, 1, m); // sa [slots, F]
-    s.c = c->out[m];                                        // dW2 [E, C, F]
-    s.M = d->C;
-    s.N = d->F[m];
-    g.side[m] = s;
+    GemmSide *s = &g.side[m];
+    s->extent = experts_extent(d, &route, m);
+    s->a = (const bf16 *)c->in[0]; // dout [T, C]
+    s->a_index = route.source[m];
+    s->b = (const bf16 *)c->in[1] + slots_at(d, d->F, 1, m); // sa [slots, F]
+    s->c = c->out[m];                                        // dW2 [E, C, F]
   }
   gemm_weights(&g, call_stream(c));
 }
@@ -106,18 +112,16 @@ extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
 extern "C" void cuda_EXPERT_UP_WGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, 2);
-  Gemm g = {};
+  Gemm g = experts_gemm(OP_EXPERT_UP_WGRAD, d);
   g.accumulate = c->args->span.accumulate;
-  g.index_divisor = dims_kmax(d);
+  g.scratch = c->scratch;
   for (int m = 0; m < MODALITIES; m++) {
-    GemmSide s = experts_side(d, &route, m);
-    s.a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
-    s.b = (const bf16 *)c->in[1];                           // h [T, C]
-    s.b_index = route.source[m];
-    s.c = c->out[m]; // dW1 [E, 2F, C]
-    s.M = 2 * d->F[m];
-    s.N = d->C;
-    g.side[m] = s;
+    GemmSide *s = &g.side[m];
+    s->extent = experts_extent(d, &route, m);
+    s->a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
+    s->b = (const bf16 *)c->in[1];                           // h [T, C]
+    s->b_index = route.source[m];
+    s->c = c->out[m]; // dW1 [E, 2F, C]
   }
   gemm_weights(&g, call_stream(c));
 }
@@ -240,32 +244,30 @@ static size_t dots_size(const Dims *d, int m) {
 
 size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   (void)args;
-  if (kind != OP_EXPERT_DOWN_BWD) return 0;
-  return (dots_size(dims, TEXT) + dots_size(dims, IMAGE)) * sizeof(float);
+  if (kind == OP_EXPERT_DOWN_BWD) return (dots_size(dims, TEXT) + dots_size(dims, IMAGE)) * sizeof(float);
+  if (kind != OP_EXPERT_DOWN_WGRAD && kind != OP_EXPERT_UP_WGRAD) return 0;
+  const Gemm g = experts_gemm(kind, dims);
+  return gemm_weights_scratch(&g);
 }
 
 extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, 3);
   float *dot = (float *)c->scratch;
-  Gemm g = {};
+  Gemm g = experts_gemm(OP_EXPERT_DOWN_BWD, d);
   Dots p = {};
-  g.b_transposed = 1;
-  g.index_divisor = p.kmax = dims_kmax(d);
   for (int m = 0; m < MODALITIES; m++) {
     const int64_t at = slots_at(d, d->F, 1, m), pre_at = slots_at(d, d->F, 2, m);
-    GemmSide s = experts_side(d, &route, m);
-    s.a = (const bf16 *)c->in[0]; // dout [T, C]
-    s.a_index = route.source[m];
-    s.b = (const bf16 *)c->in[4 + m];               // W2 [E, C, F]
-    s.swiglu.pre = (const bf16 *)c->in[1] + pre_at; // [slots, 2F]
-    s.swiglu.weight = (const float *)c->in[2];      // [T, Kmax]
-    s.swiglu.dpre = (bf16 *)c->out[0] + pre_at;     // [slots, 2F]
-    s.swiglu.sa = (bf16 *)c->out[1] + at;           // [slots, F]
-    s.swiglu.dot = dot;
-    s.N = d->F[m];
-    s.K = d->C;
-    g.side[m] = s;
+    GemmSide *s = &g.side[m];
+    s->extent = experts_extent(d, &route, m);
+    s->a = (const bf16 *)c->in[0]; // dout [T, C]
+    s->a_index = route.source[m];
+    s->b = (const bf16 *)c->in[4 + m];               // W2 [E, C, F]
+    s->swiglu.pre = (const bf16 *)c->in[1] + pre_at; // [slots, 2F]
+    s->swiglu.weight = (const float *)c->in[2];      // [T, Kmax]
+    s->swiglu.dpre = (bf16 *)c->out[0] + pre_at;     // [slots, 2F]
+    s->swiglu.sa = (bf16 *)c->out[1] + at;           // [slots, F]
+    s->swiglu.dot = dot;
     p.dot[m] = dot;
     p.blocks[m] = ceil_div(d->F[m], GEMM_DOT_COLUMNS);
     p.source[m] = route.source[m];
@@ -274,6 +276,7 @@ extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
   }
   p.dweights = (float *)c->out[2];
   p.T = d->T;
+  p.kmax = dims_kmax(d);
   gemm_rows(&g, call_stream(c));
   CUDA_LAUNCH(dots_sum, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), p, c->batch->dims);
 }

@@ -25,33 +25,33 @@ template <bool INNER> static __device__ inline uint32_t tile_offset(int row, int
 typedef struct Operand {
   const bf16 *base;
   const int32_t *index; // of rows of the matrix, or NULL
-  int divisor;
-  int width;      // elements a row
-  int first, end; // the tile's rows or columns of C: 128 from `first`, nothing from `end` on
+  int width;            // elements a row
+  int first, end;       // the tile's rows or columns of C: 128 from `first`, nothing from `end` on
 } Operand;
 
 // Issues the copies of one stage: inner dimension [inner, inner + BK), zeros from inner_end on.
 template <bool INNER>
-static __device__ inline void operand_load(const Operand &o, int inner, int inner_end, uint32_t shared) {
+static __device__ inline void operand_load(const GemmLaunch &l, const Operand &o, int inner, int inner_end,
+                                           uint32_t shared) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     int row = INNER ? (threadIdx.x >> 2) + 64 * i : (threadIdx.x >> 4) + 16 * i;
     int chunk = INNER ? threadIdx.x & 3 : threadIdx.x & 15;
     int matrix_row = INNER ? o.first + row : inner + row, column = (INNER ? inner : o.first) + chunk * 8;
     bool in = INNER ? matrix_row < o.end && column < inner_end : matrix_row < inner_end && column < o.end;
-    int64_t source = in ? gemm_row_source(o.index, matrix_row, o.divisor) : 0;
+    int64_t source = !in ? 0 : o.index ? gemm_divide(l, o.index[matrix_row]) : matrix_row;
     copy16_async(shared + tile_offset<INNER>(row, chunk), o.base + (in ? source * o.width + column : 0), in);
   }
 }
 
 template <int KIND> static __device__ Operand operand_a(const GemmLaunch &l, const GemmTile &t) {
   const GemmSide &s = l.g.side[t.side];
-  Operand o = {s.a, s.a_index, l.g.index_divisor, KIND == GEMM_TN ? s.M : s.K, t.m, t.m_end};
+  Operand o = {s.a, s.a_index, KIND == GEMM_TN ? s.M : s.K, t.m, t.m_end};
   return o;
 }
 template <int KIND> static __device__ Operand operand_b(const GemmLaunch &l, const GemmTile &t) {
   const GemmSide &s = l.g.side[t.side];
-  Operand o = {s.b, KIND == GEMM_TN ? s.b_index : NULL, l.g.index_divisor, KIND == GEMM_NT ? s.K : s.N, t.n, s.N};
+  Operand o = {s.b, KIND == GEMM_TN ? s.b_index : NULL, KIND == GEMM_NT ? s.K : s.N, t.n, s.N};
   if (KIND != GEMM_TN) o.base += (int64_t)t.group * s.N * s.K;
   return o;
 }
@@ -92,8 +92,8 @@ static __device__ void tile_store_backward(const GemmSide &s, const GemmTile &t,
 template <int KIND> static __device__ void tile_store(const GemmLaunch &l, const GemmTile &t, float acc[4][4][4]) {
   const GemmSide &s = l.g.side[t.side];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  bool partial = l.parts[t.side] > 1, add = KIND == GEMM_TN && l.g.accumulate && !partial;
-  float *out = (float *)gemm_tile_out<KIND>(l, t);
+  bool add = KIND == GEMM_TN && l.g.accumulate && !t.partial;
+  float *out = (float *)gemm_tile_out<KIND>(l, t), scale = t.partial ? 1 : gemm_scale(l);
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -103,9 +103,9 @@ template <int KIND> static __device__ void tile_store(const GemmLaunch &l, const
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         int col = t.n + (warp >> 1) * 32 + j * 8 + (lane & 3) * 2;
-        float x = acc[i][j][half * 2], y = acc[i][j][half * 2 + 1];
+        float x = scale * acc[i][j][half * 2], y = scale * acc[i][j][half * 2 + 1];
         if (col >= s.N) continue;
-        if (KIND != GEMM_TN && !partial) {
+        if (KIND != GEMM_TN && !t.partial) {
           gemm_store_pair(l, s, row, col, x, y);
           continue;
         }
@@ -124,7 +124,10 @@ static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_co
   uint32_t shared = shared_address(stages);
   int warp = threadIdx.x >> 5;
   gemm_tiles_build<KIND>(l, BN, &tiles);
-  for (int number = blockIdx.x; number < gemm_tiles_total(&tiles); number += gridDim.x) {
+  int total = tiles.first[gemm_groups(l)];
+  for (int round = 0; round * (int)gridDim.x < total; round++) {
+    int number = gemm_tile_number(round);
+    if (number >= total) break; // only the last round can be short
     GemmTile t = gemm_tile_at<KIND>(l, &tiles, number, BN, BK);
     Operand a = operand_a<KIND>(l, t), b = operand_b<KIND>(l, t);
     int steps = ceil_div(t.inner_end - t.inner, BK);
@@ -132,8 +135,8 @@ static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_co
     for (int i = 0; i < STAGES - 1; i++) {
       uint32_t stage = shared + i * 2 * OPERAND_BYTES;
       if (i < steps) {
-        operand_load<A_INNER>(a, t.inner + i * BK, t.inner_end, stage);
-        operand_load<B_INNER>(b, t.inner + i * BK, t.inner_end, stage + OPERAND_BYTES);
+        operand_load<A_INNER>(l, a, t.inner + i * BK, t.inner_end, stage);
+        operand_load<B_INNER>(l, b, t.inner + i * BK, t.inner_end, stage + OPERAND_BYTES);
       }
       copy_commit(); // an empty group where there is no step, so that the count of groups still tells
     }
@@ -143,8 +146,8 @@ static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_co
       int next = i + STAGES - 1;
       if (next < steps) {
         uint32_t stage = shared + next % STAGES * 2 * OPERAND_BYTES;
-        operand_load<A_INNER>(a, t.inner + next * BK, t.inner_end, stage);
-        operand_load<B_INNER>(b, t.inner + next * BK, t.inner_end, stage + OPERAND_BYTES);
+        operand_load<A_INNER>(l, a, t.inner + next * BK, t.inner_end, stage);
+        operand_load<B_INNER>(l, b, t.inner + next * BK, t.inner_end, stage + OPERAND_BYTES);
       }
       copy_commit();
       uint32_t stage = shared + i % STAGES * 2 * OPERAND_BYTES;
@@ -172,80 +175,135 @@ static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_co
 
 // ---- parts of an inner dimension ----
 
-// gemm_rows: C of the rows of the side's one group = the sum of the parts, finished.
-static __global__ void finish_rows_kernel(const __grid_constant__ GemmLaunch l, int side) {
-  const GemmSide &s = l.g.side[side];
-  int begin = s.extent.begin_fixed + (s.extent.begin ? s.extent.begin[0] : 0);
-  int count = s.extent.count_fixed + (s.extent.count ? s.extent.count[0] : 0);
-  int64_t pairs = (int64_t)max(count, 0) * (s.N / 2), stride = (int64_t)s.rows * s.N; // of parts
-  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < pairs; i += (int64_t)gridDim.x * blockDim.x) {
-    int64_t row = begin + i / (s.N / 2);
-    int col = (int)(i % (s.N / 2)) * 2;
-    const float *from = l.partial[side] + row * s.N + col;
-    float2 sum = *(const float2 *)from;
-    for (int p = 1; p < l.parts[side]; p++) {
-      float2 v = *(const float2 *)(from + p * stride);
-      sum.x += v.x, sum.y += v.y;
+// The sums of all parts of two (gemm_weights: four) neighbouring elements of a group, `stride` elements apart.
+template <typename V> static __device__ inline V parts_sum(const float *from, int64_t stride, int parts);
+template <> __device__ inline float2 parts_sum(const float *from, int64_t stride, int parts) {
+  float2 sum = *(const float2 *)from;
+  for (int p = 1; p < parts; p++) {
+    float2 v = *(const float2 *)(from + p * stride);
+    sum.x += v.x, sum.y += v.y;
+  }
+  return sum;
+}
+template <> __device__ inline float4 parts_sum(const float *from, int64_t stride, int parts) {
+  float4 sum = *(const float4 *)from;
+  for (int p = 1; p < parts; p++) {
+    float4 v = *(const float4 *)(from + p * stride);
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  return sum;
+}
+
+// C (dW) of every group of several parts: their sum, finished.
+template <int KIND> static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ GemmLaunch l) {
+  __shared__ GemmTiles t;
+  gemm_tiles_build<KIND>(l, l.bn, &t);
+  int64_t first = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
+  float scale = gemm_scale(l);
+  for (int g = 0; g < gemm_groups(l); g++) {
+    int parts = t.parts[g];
+    if (parts < 2) continue;
+    const GemmSide &s = l.g.side[gemm_group_side(l, g)];
+    const float *from = l.partial + (g > 0 ? t.partial[g - 1] : 0);
+    int64_t stride = (int64_t)gemm_tile_rows(&s, KIND) * s.N; // from part to part
+    if (KIND == GEMM_TN) {
+      int e = g - (gemm_group_side(l, g) == IMAGE ? l.g.side[TEXT].groups : 0);
+      float4 *dw = (float4 *)((float *)s.c + e * stride);
+      for (int64_t i = first; i < stride / 4; i += step) {
+        float4 sum = parts_sum<float4>(from + 4 * i, stride, parts);
+        float4 old = l.g.accumulate ? dw[i] : make_float4(0, 0, 0, 0);
+        dw[i] = make_float4(old.x + scale * sum.x, old.y + scale * sum.y, old.z + scale * sum.z, old.w + scale * sum.w);
+      }
+    } else {
+      for (int64_t i = first; i < (int64_t)t.count[g] * (s.N / 2); i += step) {
+        int64_t row = t.begin[g] + i / (s.N / 2);
+        int col = (int)(i % (s.N / 2)) * 2;
+        float2 sum = parts_sum<float2>(from + row * s.N + col, stride, parts);
+        gemm_store_pair(l, s, row, col, scale * sum.x, scale * sum.y);
+      }
     }
-    gemm_store_pair(l, s, row, col, sum.x, sum.y);
   }
 }
 
-// gemm_weights: dW (+)= the sum of the parts, 4 elements at a time.
-static __global__ void finish_weights_kernel(const __grid_constant__ GemmLaunch l, int side) {
-  const GemmSide &s = l.g.side[side];
-  int64_t n = (int64_t)s.groups * s.M * s.N / 4;
-  const float4 *from = (const float4 *)l.partial[side];
-  float4 *dw = (float4 *)s.c;
-  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
-    float4 sum = from[i];
-    for (int p = 1; p < l.parts[side]; p++) {
-      float4 v = from[p * n + i];
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-    }
-    if (l.g.accumulate) {
-      float4 v = dw[i];
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-    }
-    dw[i] = sum;
-  }
+// ---- the plan: how wide tiles are and into how many parts inner dimensions are cut ----
+
+// Numbers of an H100, whatever the card: the plan decides the order of sums. A multiprocessor gets through 128 x 256
+// tiles at 5.4 TFLOP/s, through 128 x 128 ones somewhat slower; memory moves 3 TB/s.
+static double tile_us(int bn, double inner) {
+  return bn == 256 ? inner * (2.0 * 128 * 256 / 5.4e6) + 2 : inner * (1.25 * 2 * 128 * 128 / 5.4e6) + 1;
 }
 
-// Into how many parts a side's inner dimension is cut: the number that is fastest by a model of the card. Tiles of 128
-// x 256 at 5.5 TFLOP/s a multiprocessor run in waves; parts cost a pass over their sums, written and read at 3 TB/s,
-// and a launch. 132 multiprocessors, not the card's own number: the result then does not depend on the card.
-static int side_parts(const GemmSide *s, int kind) {
-  enum { SMS = 132, MIN_INNER = 512 };
-  int64_t rows = gemm_tile_rows(s, kind), groups = kind == GEMM_TN ? s->groups : 1;
-  int64_t tiles = ceil_div64(rows, GEMM_BM) * ceil_div(s->N, 256) * groups;
-  int64_t inner = kind == GEMM_TN ? s->rows / s->groups : s->K;
-  if (kind != GEMM_TN && s->groups > 1) return 1; // finish_rows_kernel takes one extent
-  int best = 1;
-  double least = 0;
-  for (int parts = 1; parts <= GEMM_MAX_PARTS && (parts == 1 || inner / parts >= MIN_INNER); parts++) {
-    double us = (double)ceil_div64(tiles * parts, SMS) * inner / parts * (2.0 * 128 * 256 / 5.5e6);
-    if (parts > 1) us += 4 + (double)rows * groups * s->N * 4 * (2 * parts + 1) / 3e6;
-    if (parts == 1 || us < least) least = us, best = parts;
-  }
-  return best;
-}
-
-static size_t part_bytes(const GemmSide *s, int kind, int parts) {
-  if (parts < 2) return 0;
-  return (size_t)parts * gemm_tile_rows(s, kind) * s->N * sizeof(float) * (kind == GEMM_TN ? s->groups : 1);
-}
-
-static int side_empty(const GemmSide *s, int kind) {
+static bool side_empty(const GemmSide *s, int kind) {
   return s->groups == 0 || gemm_tile_rows(s, kind) == 0 || s->N == 0 || (kind != GEMM_TN && s->K == 0);
 }
 
-static size_t scratch_bytes(const Gemm *g, int kind) {
-  size_t bytes = 0;
+// The counts are on the device: groups are thought of as equal, both sides as full.
+static int64_t side_tiles(const GemmSide *s, int kind, int bn) {
+  int64_t down = kind == GEMM_TN ? (int64_t)s->groups * ceil_div(s->M, GEMM_BM)
+                                 : ceil_div(s->rows, GEMM_BM) + (s->groups - 1) / 2; // the groups' last tiles
+  return down * ceil_div(s->N, bn);
+}
+static int side_inner(const GemmSide *s, int kind) {
+  return kind == GEMM_TN ? s->rows / s->groups : s->K;
+}
+
+// A side's parts where sides of one group get `parts`.
+static int side_parts(const GemmSide *s, int kind, int parts) {
+  return s->groups == 1 ? parts : kind == GEMM_TN ? 0 : 1;
+}
+
+// What a launch takes. One side: whole rounds of tiles. Two: they fill each other's gaps but for the longest tiles.
+static double launch_us(const Gemm *g, int kind, int bn, int parts) {
+  double work = 0, longest = 0, rounds = 0;
+  int sides = 0;
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
-    if (!side_empty(s, kind)) bytes += part_bytes(s, kind, side_parts(s, kind));
+    if (side_empty(s, kind)) continue;
+    int own = s->groups == 1 ? parts : 1;
+    double tile = tile_us(bn, (double)side_inner(s, kind) / own);
+    int64_t tiles = side_tiles(s, kind, bn) * own;
+    sides++;
+    work += tiles * tile / GEMM_SHARES;
+    rounds += ceil_div64(tiles, GEMM_SHARES) * tile;
+    if (tile > longest) longest = tile;
+    if (own > 1) work += 2 + (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / 3e6;
+    if (own > 1) rounds += 4 + (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / 3e6;
   }
-  return bytes;
+  return sides > 1 ? work + longest / 2 : rounds;
+}
+
+typedef struct Plan {
+  int bn, parts[MODALITIES];
+  size_t scratch;
+} Plan;
+
+// Depends on the shapes alone.
+static Plan plan_make(const Gemm *g, int kind) {
+  enum { MIN_INNER = 512 }; // of a part
+  int most = GEMM_MAX_PARTS, best = 1;
+  Plan p = {256, {1, 1}, 0};
+  for (int m = 0; m < MODALITIES; m++) {
+    const GemmSide *s = &g->side[m];
+    if (side_empty(s, kind) || s->groups > 1) continue;
+    int longest = side_inner(s, kind) / MIN_INNER;
+    if (longest < most) most = longest;
+  }
+  double least = launch_us(g, kind, p.bn, best);
+  for (int bn = 128; bn <= 256; bn += 128)
+    for (int parts = 1; parts == 1 || parts <= most; parts++) {
+      double us = launch_us(g, kind, bn, parts);
+      if (us < least) least = us, p.bn = bn, best = parts;
+    }
+  bool shares = false;
+  for (int m = 0; m < MODALITIES; m++) {
+    const GemmSide *s = &g->side[m];
+    if (side_empty(s, kind)) continue;
+    p.parts[m] = side_parts(s, kind, best);
+    shares |= p.parts[m] == 0;
+    if (p.parts[m] > 1) p.scratch += (size_t)best * gemm_tile_rows(s, kind) * s->N * sizeof(float);
+  }
+  if (shares) p.scratch += (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn * sizeof(float);
+  return p;
 }
 
 // ---- entry points ----
@@ -263,34 +321,41 @@ static void gemm_portable(const GemmLaunch *l, int kind, cudaStream_t stream) {
 #undef GEMM_PORTABLE
 }
 
-static void gemm_launch(const Gemm *g, int kind, cudaStream_t stream) {
+static GemmLaunch launch_make(const Gemm *g, int kind) {
   GemmLaunch l = {};
   l.g = *g;
-  if (l.g.index_divisor == 0) l.g.index_divisor = 1;
-  int work = 0;
-  char *scratch = (char *)g->scratch;
+  Plan p = plan_make(g, kind);
+  l.bn = p.bn;
   for (int m = 0; m < MODALITIES; m++) {
-    GemmSide *s = &l.g.side[m];
-    if (side_empty(s, kind)) s->groups = 0;
-    if (s->groups == 0) continue;
-    work = 1;
-    l.parts[m] = scratch && !s->swiglu.pre ? side_parts(s, kind) : 1;
-    l.partial[m] = (float *)scratch;
-    if (scratch) scratch += part_bytes(s, kind, l.parts[m]);
+    if (side_empty(&l.g.side[m], kind)) l.g.side[m].groups = 0;
+    l.parts[m] = g->scratch && !g->side[m].swiglu.pre ? p.parts[m] : 1;
   }
-  if (!work) return;
-  if (gemm_sm90_usable())
+  l.partial = (float *)g->scratch;
+  // With 2^shift >= divisor, 2^(31 + shift) / divisor rounded up fits in 32 bits and is exact for indices below 2^31.
+  uint64_t divisor = g->index_divisor > 0 ? g->index_divisor : 1;
+  while (1ull << l.divide_shift < divisor) l.divide_shift++;
+  l.divide_shift += 31;
+  l.divide_factor = (uint32_t)(((1ull << l.divide_shift) + divisor - 1) / divisor);
+  return l;
+}
+
+static void gemm_launch(const Gemm *g, int kind, cudaStream_t stream) {
+  GemmLaunch l = launch_make(g, kind);
+  if (l.g.side[TEXT].groups + l.g.side[IMAGE].groups == 0) return;
+  if (gemm_sm90_usable()) {
     gemm_sm90(&l, kind, stream);
-  else
+  } else {
+    l.bn = BN;
     gemm_portable(&l, kind, stream);
-  const dim3 grid(4 * cuda_sm_count());
-  for (int m = 0; m < MODALITIES; m++) {
-    if (l.g.side[m].groups == 0 || l.parts[m] < 2) continue;
-    if (kind == GEMM_TN)
-      CUDA_LAUNCH(finish_weights_kernel, grid, 256, 0, stream, l, m);
-    else
-      CUDA_LAUNCH(finish_rows_kernel, grid, 256, 0, stream, l, m);
   }
+  bool whole = true;
+  for (int m = 0; m < MODALITIES; m++) whole &= l.g.side[m].groups == 0 || l.parts[m] == 1;
+  if (whole) return;
+  const dim3 grid(4 * cuda_sm_count());
+  if (kind == GEMM_TN)
+    CUDA_LAUNCH(finish_kernel<GEMM_TN>, grid, 256, 0, stream, l);
+  else
+    CUDA_LAUNCH(finish_kernel<GEMM_NT>, grid, 256, 0, stream, l);
 }
 
 void gemm_rows(const Gemm *g, cudaStream_t stream) {
@@ -300,8 +365,8 @@ void gemm_weights(const Gemm *g, cudaStream_t stream) {
   gemm_launch(g, GEMM_TN, stream);
 }
 size_t gemm_rows_scratch(const Gemm *g) {
-  return scratch_bytes(g, g->b_transposed ? GEMM_NN : GEMM_NT);
+  return plan_make(g, g->b_transposed ? GEMM_NN : GEMM_NT).scratch;
 }
 size_t gemm_weights_scratch(const Gemm *g) {
-  return scratch_bytes(g, GEMM_TN);
+  return plan_make(g, GEMM_TN).scratch;
 }

@@ -39,19 +39,21 @@ typedef struct GemmSide {
   int M, N, K;                      // M: gemm_weights only; K: gemm_rows only. Multiples of 8; 0: nothing to do
   const bf16 *bias;                 // [N] or NULL; gemm_rows only, as are the following
   const bf16 *add;                  // [rows, N] or NULL: added to the product
-  bf16 *act; // [rows, N/2] or NULL: SwiGLU of the row's (gate, up) pairs 2f, 2f + 1, taken from the
-             //   rounded C
+  bf16 *act;                        // [rows, N/2] or NULL: SwiGLU of the row's (gate, up) pairs 2f, 2f + 1, from the
+                                    //   rounded C
   GemmSwigluBackward swiglu;
 } GemmSide;
 
 typedef struct Gemm {
   GemmSide side[MODALITIES];
-  int b_transposed;  // gemm_rows: B_g is [K, N]
-  int c_float;       // gemm_rows: C is fp32
-  int accumulate;    // gemm_weights: add to dW; else overwrite, groups without rows with zeros
-  int index_divisor; // of a_index and b_index; 0 means 1
-  void *scratch; // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: a product with few tiles and a
-                 //   long inner dimension stays whole, and slow
+  int b_transposed;   // gemm_rows: B_g is [K, N]
+  int c_float;        // gemm_rows: C is fp32
+  int accumulate;     // gemm_weights: add to dW; else overwrite, groups without rows with zeros
+  int index_divisor;  // of a_index and b_index; 0 means 1
+  const float *scale; // on the device: what products are multiplied by, before bias, add and accumulation; NULL: 1. Not
+                      //   with `swiglu`
+  void *scratch;      // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long inner
+                      //   dimension stay whole, and slow where they are few
 } Gemm;
 
 // C of the rows of every group; other rows of C are not written.

@@ -67,36 +67,35 @@ static __device__ inline uint32_t swizzled(int row, int chunk) {
 }
 
 // Gathered rows of A, K-major: the sources of the thread's rows of a tile (NULL: a row that is not there).
-static __device__ inline void gather_rows(const GemmSide &s, const GemmTile &t, int divisor, const bf16 *source[8]) {
+static __device__ inline void gather_rows(const GemmLaunch &l, const GemmSide &s, const GemmTile &t,
+                                          const bf16 *source[8]) {
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     int row = t.m + copy_row() + 16 * i;
-    source[i] = row < t.m_end ? s.a + (int64_t)(s.a_index[row] / divisor) * s.K : NULL;
+    source[i] = row < t.m_end ? s.a + (int64_t)gemm_divide(l, s.a_index[row]) * s.K : NULL;
   }
 }
 
-// MN-major: the index entries of the thread's rows of a stage, inner dimension from `inner`; -1: not there. They are
-// loaded a stage ahead of their use.
-static __device__ inline void index_load(const int32_t *index, int inner, int inner_end, int entry[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int row = inner + copy_row() + 16 * i;
-    entry[i] = row < inner_end ? index[row] : -1;
-  }
+// MN-major: of a stage's 64 rows a warp copies 16, 4 w + 16 i + (0 .. 3). Its lanes fetch the index entries of two
+// stages at a time, lanes 0 .. 15 those of the first, while the two stages before are copied.
+static __device__ inline int index_load(const GemmLaunch &l, const int32_t *index, int inner, int inner_end) {
+  int lane = threadIdx.x & 31;
+  int row = inner + (lane >> 4) * BK + (lane >> 2 & 3) * 16 + (int)(threadIdx.x % GROUP >> 5) * 4 + (lane & 3);
+  return row < inner_end ? index[row] : -1;
 }
+// Copies a stage; `entry`: of its pair of stages, `second`: it is the second of them.
 template <int BOXES>
-static __device__ inline void copy_inner(const bf16 *base, const int entry[4], int divisor, int first, int width,
-                                         uint32_t to) {
+static __device__ inline void copy_inner(const GemmLaunch &l, const bf16 *base, int entry, bool second, int first,
+                                         int width, uint32_t to) {
+  int lane = threadIdx.x & 31, column = first + copy_chunk() * 8;
+  to += swizzled(copy_row(), copy_chunk());
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    int column = first + copy_chunk() * 8;
-    const bf16 *source = base + (entry[i] < 0 ? 0 : (int64_t)(entry[i] / divisor) * width + column);
+    int own = __shfl_sync(0xffffffffu, entry, (second ? 16 : 0) + i * 4 + (lane >> 3));
+    const bf16 *source = base + (int64_t)gemm_divide(l, own) * width + column; // not read where it is no row
 #pragma unroll
-    for (int box = 0; box < BOXES; box++) {
-      bool valid = entry[i] >= 0 && column + 64 * box < width;
-      copy16_async(to + box * BOX_BYTES + swizzled(copy_row() + 16 * i, copy_chunk()), valid ? source + 64 * box : base,
-                   valid);
-    }
+    for (int box = 0; box < BOXES; box++)
+      copy16_async(to + box * BOX_BYTES + i * 16 * 128, source + 64 * box, own >= 0 && column + 64 * box < width);
   }
 }
 
@@ -124,40 +123,51 @@ static __device__ inline void copy_boxes(const Maps &maps, const GemmTile &t, in
   }
 }
 
+// Brings what the SwiGLU backward of the tile will read into L2; a row by each thread.
+template <int BN> static __device__ inline void prefetch_pre(const GemmSide &s, const GemmTile &t) {
+  int row = t.m + (int)(threadIdx.x % GROUP);
+  if (row >= t.m_end) return;
+  const bf16 *pre = s.swiglu.pre + ((int64_t)row * s.N + t.n) * 2;
+#pragma unroll
+  for (int i = 0; i < BN * 2; i += 64) // 128 bytes
+    if (2 * t.n + i < 2 * s.N) prefetch_l2(pre + i);
+}
+
 // Without GATHER one thread runs this, with it the whole warpgroup.
 template <int KIND, int BN, bool GATHER>
 static __device__ void produce(const GemmLaunch &l, const Maps &maps, Control *control, uint32_t stages) {
   Ring<stage_count(BN)> ring;
-  for (int number = blockIdx.x; number < gemm_tiles_total(&control->tiles); number += gridDim.x) {
+  int total = control->tiles.first[gemm_groups(l)];
+  for (int round = 0; round * (int)gridDim.x < total; round++) {
+    int number = gemm_tile_number(round);
+    if (number >= total) break; // only the last round can be short
     GemmTile t = gemm_tile_at<KIND>(l, &control->tiles, number, BN, BK);
     const GemmSide &s = l.g.side[t.side];
-    bool gather_a = GATHER && s.a_index, gather_b = GATHER && KIND == GEMM_TN && s.b_index;
+    bool gather_a = GATHER && s.a_index, gather_b = GATHER && KIND == GEMM_TN && s.b_index, second = false;
     const bf16 *rows[8];
-    int entry_a[4], entry_b[4];
-    if (GATHER && KIND != GEMM_TN && gather_a) gather_rows(s, t, l.g.index_divisor, rows);
-    if (GATHER && KIND == GEMM_TN && gather_a) index_load(s.a_index, t.inner, t.inner_end, entry_a);
-    if (GATHER && KIND == GEMM_TN && gather_b) index_load(s.b_index, t.inner, t.inner_end, entry_b);
-    for (int inner = t.inner; inner < t.inner_end; inner += BK, ring.step()) {
+    int a = -1, b = -1, next_a = -1, next_b = -1; // index entries of this pair of stages and of the next
+    if (GATHER && KIND != GEMM_TN && gather_a) gather_rows(l, s, t, rows);
+    if (GATHER && KIND == GEMM_NN && s.swiglu.pre) prefetch_pre<BN>(s, t);
+    if (GATHER && KIND == GEMM_TN && gather_a) next_a = index_load(l, s.a_index, t.inner, t.inner_end);
+    if (GATHER && KIND == GEMM_TN && gather_b) next_b = index_load(l, s.b_index, t.inner, t.inner_end);
+    for (int inner = t.inner; inner < t.inner_end; inner += BK, ring.step(), second = !second) {
       uint32_t stage = stages + ring.stage * stage_bytes(BN), full = shared_address(&control->full[ring.stage]);
+      if (GATHER && KIND == GEMM_TN && !second) {
+        a = next_a, b = next_b;
+        if (gather_a) next_a = index_load(l, s.a_index, inner + 2 * BK, t.inner_end);
+        if (gather_b) next_b = index_load(l, s.b_index, inner + 2 * BK, t.inner_end);
+      }
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
       if (threadIdx.x == 0) copy_boxes<KIND, BN>(maps, t, inner, stage, full, !gather_a, !gather_b);
       if (!GATHER) continue;
       if (KIND != GEMM_TN && gather_a) {
         int column = inner + copy_chunk() * 8;
+        uint32_t to = stage + swizzled(copy_row(), copy_chunk());
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          bool valid = rows[i] && column < t.inner_end;
-          copy16_async(stage + swizzled(copy_row() + 16 * i, copy_chunk()), valid ? rows[i] + column : s.a, valid);
-        }
+        for (int i = 0; i < 8; i++) copy16_async(to + i * 16 * 128, rows[i] + column, rows[i] && column < t.inner_end);
       }
-      if (KIND == GEMM_TN && gather_a) {
-        copy_inner<GEMM_BM / 64>(s.a, entry_a, l.g.index_divisor, t.m, s.M, stage);
-        index_load(s.a_index, inner + BK, t.inner_end, entry_a);
-      }
-      if (KIND == GEMM_TN && gather_b) {
-        copy_inner<BN / 64>(s.b, entry_b, l.g.index_divisor, t.n, s.N, stage + A_BYTES);
-        index_load(s.b_index, inner + BK, t.inner_end, entry_b);
-      }
+      if (KIND == GEMM_TN && gather_a) copy_inner<GEMM_BM / 64>(l, s.a, a, second, t.m, s.M, stage);
+      if (KIND == GEMM_TN && gather_b) copy_inner<BN / 64>(l, s.b, b, second, t.n, s.N, stage + A_BYTES);
       barrier_arrive_after_copies(full);
     }
   }
@@ -175,7 +185,10 @@ template <int BN> static __device__ inline void zero_tail(unsigned char *stage, 
   named_barrier_sync(1, 2 * GROUP);
 }
 
-// Lane q of each four holds p[b] = M[q][b]; afterwards p[b] = M[b][q].
+// Products lie in the accumulators as the instruction leaves them: of each 8 columns lane q of a quad of lanes has 2 q
+// and the next, of row (lane / 4) and of that 8 further down. Memory is accessed 16 bytes a lane; quads exchange.
+
+// Lane q holds p[b] = M[q][b]; afterwards p[b] = M[b][q].
 static __device__ inline void transpose_quad(uint32_t p[4]) {
 #pragma unroll
   for (int d = 1; d <= 2; d <<= 1) {
@@ -192,104 +205,174 @@ static __device__ inline void transpose_quad(uint32_t p[4]) {
   }
 }
 
-// Stores the warp's 16 rows of sums. Those of a quad of lanes are 2 columns of 8 each; fp32 goes out as it is, 32 bytes
-// a row and quad, bf16 is exchanged first, so that a lane has 8 columns.
-template <int KIND, int BN>
-static __device__ inline void store_sums(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2]) {
-  const GemmSide &s = l.g.side[t.side];
-  bool partial = l.parts[t.side] > 1;
+// x: 2 columns of each of two 8-column blocks, as accumulators lie; afterwards the 4 columns 4 q .. of those 16.
+static __device__ inline void gather_quad(float x[4]) {
   int quad = threadIdx.x & 3;
-  int row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2), col = t.n + quad * 2;
-  const bool in[2] = {row < t.m_end, row + 8 < t.m_end};
-  if (KIND != GEMM_TN && !partial && s.bias) {
 #pragma unroll
-    for (int j = 0; j < BN / 8; j++) {
-      if (col + 8 * j >= s.N) continue;
-      float2 v = __bfloat1622float2(*(const __nv_bfloat162 *)(s.bias + col + 8 * j));
-      acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.x, acc[4 * j + 3] += v.y;
+  for (int i = 0; i < 2; i++) { // the lower two lanes get the first block's, the upper two the second's
+    float other = __shfl_xor_sync(0xffffffffu, quad & 2 ? x[i] : x[2 + i], 2);
+    if (quad & 2)
+      x[i] = other;
+    else
+      x[2 + i] = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) { // even lanes have pairs 0, 2 of a block, odd lanes 1, 3
+    float other = __shfl_xor_sync(0xffffffffu, quad & 1 ? x[i] : x[2 + i], 1);
+    if (quad & 1)
+      x[i] = other;
+    else
+      x[2 + i] = other;
+  }
+}
+
+// Rows of the thread's sums within the tile's side; both are read, also where they are not the tile's.
+typedef struct Rows {
+  int64_t row[2]; // clamped
+  bool in[2];
+} Rows;
+static __device__ inline Rows rows_of(const GemmTile &t) {
+  int row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2);
+  Rows r = {{min(row, t.m_end - 1), min(row + 8, t.m_end - 1)}, {row < t.m_end, row + 8 < t.m_end}};
+  return r;
+}
+
+// Adds rows of `from` [., N] (bias: a single row) to the sums.
+template <int BN>
+static __device__ inline void add_rows(const GemmSide &s, const GemmTile &t, const bf16 *from, bool single,
+                                       float (&acc)[BN / 2]) {
+  const Rows r = rows_of(t);
+  int column = t.n + (threadIdx.x & 3) * 8;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const bf16 *row = from + (single ? 0 : r.row[half] * s.N);
+    uint4 v[BN / 32];
+#pragma unroll
+    for (int j = 0; j < BN / 32; j++) v[j] = *(const uint4 *)(row + min(column + 32 * j, s.N - 8));
+#pragma unroll
+    for (int j = 0; j < BN / 32; j++) {
+      uint32_t p[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+      transpose_quad(p);
+#pragma unroll
+      for (int b = 0; b < 4; b++) {
+        acc[16 * j + 4 * b + 2 * half] += __uint_as_float(p[b] << 16);
+        acc[16 * j + 4 * b + 2 * half + 1] += __uint_as_float(p[b] & 0xffff0000u);
+      }
     }
   }
-  if (KIND != GEMM_TN && !partial && s.add) {
+}
+
+// fp32: a quad's 2 columns each are 32 bytes of a row.
+template <int KIND, int BN>
+static __device__ inline void store_floats(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2]) {
+  const GemmSide &s = l.g.side[t.side];
+  const Rows r = rows_of(t);
+  bool add = KIND == GEMM_TN && l.g.accumulate && !t.partial, act = KIND != GEMM_TN && !t.partial && s.act;
+  int column = t.n + (threadIdx.x & 3) * 2;
 #pragma unroll
-    for (int j = 0; j < BN / 8; j++)
+  for (int half = 0; half < 2; half++) {
+    float *to = (float *)gemm_tile_out<KIND>(l, t) + r.row[half] * s.N;
+    enum { BATCH = 16 }; // loads under way together
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        if (!in[half] || col + 8 * j >= s.N) continue;
-        const bf16 *from = s.add + (int64_t)(row + 8 * half) * s.N + col + 8 * j;
-        float2 v = __bfloat1622float2(*(const __nv_bfloat162 *)from);
-        acc[4 * j + 2 * half] += v.x, acc[4 * j + 2 * half + 1] += v.y;
-      }
-  }
-  if (KIND == GEMM_TN || partial || l.g.c_float) {
-    bool add = KIND == GEMM_TN && l.g.accumulate && !partial, act = KIND != GEMM_TN && !partial && s.act;
-    float *out = (float *)gemm_tile_out<KIND>(l, t) + (int64_t)row * s.N + col;
+    for (int first = 0; first < BN / 8; first += BATCH) {
+      float2 old[BATCH];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float2 *to = (float2 *)(out + (int64_t)half * 8 * s.N); // 8 columns on: 4 of them
-      float2 old[BN / 8];                                     // all under way before the first is needed
+      for (int j = 0; j < BATCH; j++)
+        old[j] = add ? *(const float2 *)(to + min(column + 8 * (first + j), s.N - 2)) : make_float2(0, 0);
 #pragma unroll
-      for (int j = 0; j < BN / 8; j++) old[j] = add && in[half] && col + 8 * j < s.N ? to[4 * j] : make_float2(0, 0);
-#pragma unroll
-      for (int j = 0; j < BN / 8; j++) {
-        if (!in[half] || col + 8 * j >= s.N) continue;
-        float x = acc[4 * j + 2 * half], y = acc[4 * j + 2 * half + 1];
-        if (act) s.act[((int64_t)(row + 8 * half) * s.N + col + 8 * j) / 2] = __float2bfloat16_rn(swiglu(x, y));
-        to[4 * j] = make_float2(x + old[j].x, y + old[j].y);
+      for (int j = 0; j < BATCH; j++) {
+        int c = column + 8 * (first + j);
+        float x = acc[4 * (first + j) + 2 * half], y = acc[4 * (first + j) + 2 * half + 1];
+        if (!r.in[half] || c >= s.N) continue;
+        *(float2 *)(to + c) = make_float2(x + old[j].x, y + old[j].y);
+        if (act) s.act[(r.row[half] * s.N + c) / 2] = __float2bfloat16_rn(swiglu(x, y));
       }
     }
-    return;
   }
-  col = t.n + quad * 8; // of 32 columns
+}
+
+// bf16, 8 columns a lane, and the SwiGLU of their pairs.
+template <int BN>
+static __device__ inline void store_rounded(const GemmSide &s, const GemmTile &t, float (&acc)[BN / 2]) {
+  const Rows r = rows_of(t);
+  int column = t.n + (threadIdx.x & 3) * 8;
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
-    for (int j = 0; j < BN / 8; j += 4) {
+    for (int j = 0; j < BN / 32; j++) {
       uint32_t p[4];
 #pragma unroll
-      for (int b = 0; b < 4; b++) p[b] = pack2(acc[4 * (j + b) + 2 * half], acc[4 * (j + b) + 2 * half + 1]);
+      for (int b = 0; b < 4; b++) p[b] = pack2(acc[16 * j + 4 * b + 2 * half], acc[16 * j + 4 * b + 2 * half + 1]);
       transpose_quad(p);
-      if (!in[half] || col + 8 * j >= s.N) continue;
-      int64_t at = (int64_t)(row + 8 * half) * s.N + col + 8 * j;
-      *(uint4 *)((bf16 *)s.c + at) = make_uint4(p[0], p[1], p[2], p[3]);
-      if (s.act) {
-        float x[8];
-        unpack8(make_uint4(p[0], p[1], p[2], p[3]), x);
-        *(uint2 *)(s.act + at / 2) =
-            make_uint2(pack2(swiglu(x[0], x[1]), swiglu(x[2], x[3])), pack2(swiglu(x[4], x[5]), swiglu(x[6], x[7])));
-      }
+      bool in = r.in[half] && column + 32 * j < s.N;
+      int64_t at = r.row[half] * s.N + column + 32 * j;
+      if (in) *(uint4 *)((bf16 *)s.c + at) = make_uint4(p[0], p[1], p[2], p[3]);
+      if (!s.act) continue;
+      float a[4];
+#pragma unroll
+      for (int b = 0; b < 4; b++) a[b] = swiglu(__uint_as_float(p[b] << 16), __uint_as_float(p[b] & 0xffff0000u));
+      if (in) *(uint2 *)(s.act + at / 2) = make_uint2(pack2(a[0], a[1]), pack2(a[2], a[3]));
     }
 }
 
-// The SwiGLU backward of the warp's 16 rows of dA. Pairs of 64 columns are loaded together, to have enough under way.
+// The SwiGLU backward of dA, 4 columns of 16 a lane.
 template <int BN>
 static __device__ inline void store_backward(const GemmSide &s, const GemmTile &t, float (&acc)[BN / 2]) {
-  int row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2), col = t.n + (threadIdx.x & 3) * 2;
-  const bool in[2] = {row < t.m_end, row + 8 < t.m_end};
-  const float w[2] = {in[0] ? s.swiglu.weight[s.a_index[row]] : 0, in[1] ? s.swiglu.weight[s.a_index[row + 8]] : 0};
+  const Rows r = rows_of(t);
+  int column = t.n + (threadIdx.x & 3) * 4;
+  enum { BATCH = 4 }; // of 16 columns; loads under way together
 #pragma unroll
-  for (int j = 0; j < BN / 8; j += 8) {
-    uint2 pre[2][8];
+  for (int half = 0; half < 2; half++) {
+    const float w = s.swiglu.weight[s.a_index[r.row[half]]];
+    const bf16 *pre = s.swiglu.pre + r.row[half] * s.N * 2;
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int first = 0; first < BN / 16; first += BATCH) {
+      uint4 v[BATCH];
 #pragma unroll
-      for (int b = 0; b < 8; b++)
-        if (in[half] && col + 8 * (j + b) < s.N) pre[half][b] = gemm_pre_load(s, row + 8 * half, col + 8 * (j + b));
+      for (int j = 0; j < BATCH; j++) v[j] = *(const uint4 *)(pre + 2 * min(column + 16 * (first + j), s.N - 4));
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float dot[2] = {0, 0}; // of GEMM_DOT_COLUMNS each
+      for (int j = 0; j < BATCH; j += 2) { // GEMM_DOT_COLUMNS
+        float dot = 0;
 #pragma unroll
-      for (int b = 0; b < 8; b++) {
-        if (!in[half] || col + 8 * (j + b) >= s.N) continue;
-        dot[b / 4] += gemm_store_backward(s, row + 8 * half, col + 8 * (j + b), w[half], pre[half][b],
-                                          acc[4 * (j + b) + 2 * half], acc[4 * (j + b) + 2 * half + 1]);
-      }
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        int first = t.n + 8 * (j + 4 * k);
-        gemm_store_dot(s, row + 8 * half, first, in[half] && first < s.N, dot[k]);
+        for (int k = j; k < j + 2; k++) {
+          int block = 2 * (first + k), c = column + 8 * block; // of 8 columns
+          float da[4] = {acc[4 * block + 2 * half], acc[4 * block + 2 * half + 1], acc[4 * block + 4 + 2 * half],
+                         acc[4 * block + 4 + 2 * half + 1]};
+          gather_quad(da);
+          float x[8], dx[8], a[4];
+          unpack8(v[k], x);
+          float part = swiglu_backward4(x, da, w, dx, a);
+          bool in = r.in[half] && c < s.N;
+          dot += in ? part : 0;
+          int64_t at = r.row[half] * s.N + c;
+          if (in) store8(s.swiglu.dpre + 2 * at, dx);
+          if (in) store4(s.swiglu.sa + at, a);
+        }
+        int c = t.n + 16 * (first + j);
+        gemm_store_dot(s, r.row[half], c, r.in[half] && c < s.N, dot);
       }
     }
   }
+}
+
+template <int KIND, int BN, bool GATHER>
+static __device__ inline void store_tile(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2]) {
+  const GemmSide &s = l.g.side[t.side];
+  if (KIND == GEMM_NN && GATHER && s.swiglu.pre) {
+    store_backward<BN>(s, t, acc);
+    return;
+  }
+  if (!t.partial && l.g.scale) {
+    float scale = gemm_scale(l);
+#pragma unroll
+    for (int i = 0; i < BN / 2; i++) acc[i] *= scale;
+  }
+  if (KIND != GEMM_TN && !t.partial && s.bias) add_rows<BN>(s, t, s.bias, true, acc);
+  if (KIND != GEMM_TN && !t.partial && s.add) add_rows<BN>(s, t, s.add, false, acc);
+  if (KIND == GEMM_TN || t.partial || l.g.c_float)
+    store_floats<KIND, BN>(l, t, acc);
+  else
+    store_rounded<BN>(s, t, acc);
 }
 
 template <int KIND, int BN, bool GATHER>
@@ -299,7 +382,10 @@ static __device__ void consume(const GemmLaunch &l, Control *control, unsigned c
   int half = threadIdx.x / GROUP - 1; // rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`
   bool speaks = (threadIdx.x & 31) == 0;
   Ring<STAGES> ring;
-  for (int number = blockIdx.x; number < gemm_tiles_total(&control->tiles); number += gridDim.x) {
+  int total = control->tiles.first[gemm_groups(l)];
+  for (int round = 0; round * (int)gridDim.x < total; round++) {
+    int number = gemm_tile_number(round);
+    if (number >= total) break;
     GemmTile t = gemm_tile_at<KIND>(l, &control->tiles, number, BN, BK);
     bool idle = t.m + 64 * half >= t.m_end; // nothing to multiply: the other warpgroup has the tensor cores to itself
     float acc[BN / 2];
@@ -329,11 +415,7 @@ static __device__ void consume(const GemmLaunch &l, Control *control, unsigned c
     wgmma_wait<0>();
     wgmma_keep(acc);
     if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
-    if (idle) continue;
-    if (KIND == GEMM_NN && GATHER && l.g.side[t.side].swiglu.pre)
-      store_backward<BN>(l.g.side[t.side], t, acc);
-    else
-      store_sums<KIND, BN>(l, t, acc);
+    if (!idle) store_tile<KIND, BN, GATHER>(l, t, acc);
   }
 }
 
@@ -405,18 +487,6 @@ static Maps maps_encode(const GemmLaunch *l, int kind, int bn) {
   return maps;
 }
 
-// What a launch takes with tiles of this width: columns times waves. Narrow tiles feed the tensor cores less well.
-static double launch_cost(const GemmLaunch *l, int kind, int bn) {
-  int64_t tiles = 0;
-  for (int m = 0; m < MODALITIES; m++) {
-    const GemmSide *s = &l->g.side[m];
-    if (s->groups == 0) continue;
-    int64_t rows = gemm_tile_rows(s, kind), down = ceil_div64(rows, GEMM_BM) * (kind == GEMM_TN ? s->groups : 1);
-    tiles += down * ceil_div(s->N, bn) * l->parts[m];
-  }
-  return (double)ceil_div64(tiles, cuda_sm_count()) * bn * (bn == 128 ? 1.2 : 1.0);
-}
-
 template <int KIND, int BN, bool GATHER> static void launch(const GemmLaunch *l, cudaStream_t stream) {
   const int shared = stage_count(BN) * stage_bytes(BN) + (int)sizeof(Control);
   auto kernel = gemm_sm90_kernel<KIND, BN, GATHER>;
@@ -435,7 +505,7 @@ template <int KIND, int BN> static void launch_gathering(const GemmLaunch *l, cu
 }
 
 template <int KIND> static void launch_width(const GemmLaunch *l, cudaStream_t stream) {
-  if (launch_cost(l, KIND, 256) <= launch_cost(l, KIND, 128))
+  if (l->bn == 256)
     launch_gathering<KIND, 256>(l, stream);
   else
     launch_gathering<KIND, 128>(l, stream);

@@ -17,15 +17,24 @@ enum {
   GEMM_BM = 128,         // rows of a tile
   GEMM_BAND = 8,         // row tiles whose columns are walked together, so that they meet in L2
   GEMM_MAX_GROUPS = 512, // of both sides
-  GEMM_MAX_PARTS = 64
+  GEMM_MAX_PARTS = 64,
+  GEMM_SHARES = 132, // into how many shares the work is thought divided (an H100's multiprocessors); not the card's
+                     //   own number, so that the result does not depend on it
+  GEMM_SHARE_UNITS = 238, // most tiles of split groups, see gemm_tiles_build
+  GEMM_SHARE_DEPTH = 64   // rows that such parts are multiples of
 };
 
-// A product as the kernels take it. With parts[s] > 1 the inner dimension of side s is cut into that many parts, each a
-// tile of its own that stores its plain fp32 sums to partial[s]; another kernel adds them in order.
+// A product as the kernels take it. The inner dimension may be cut into parts, each a tile of its own that stores its
+// plain fp32 sums to `partial`; another kernel adds them in order. gemm_rows: sides of one group only. gemm_weights
+// with several groups: a group whose rows are more than a multiprocessor's share of the launch, which the device finds
+// out.
 typedef struct GemmLaunch {
   Gemm g;
-  int parts[MODALITIES];
-  float *partial[MODALITIES]; // [parts, rows, N] (gemm_weights: [parts, groups, M, N])
+  int parts[MODALITIES];  // 0: as the counts want it
+  float *partial;         // by group, where it has more than one part: [parts, rows, N] (gemm_weights: [parts, M, N])
+  int bn;                 // columns of a tile
+  uint32_t divide_factor; // i / index_divisor = i * divide_factor >> divide_shift, for all i >= 0
+  int divide_shift;
 } GemmLaunch;
 
 // The Hopper kernels, and whether this card and this build have them.
@@ -37,29 +46,57 @@ static inline __host__ __device__ int gemm_tile_rows(const GemmSide *s, int kind
   return kind == GEMM_TN ? s->M : s->rows;
 }
 
-// Where tile numbers of a block's groups begin; in shared memory.
+// The tiles of all groups, in shared memory.
 typedef struct GemmTiles {
-  int first[GEMM_MAX_GROUPS + 1]; // place i has tiles [first[i], first[i + 1]); behind the last place: all of them
-  int begin[GEMM_MAX_GROUPS];     // by group: its rows
-  int count[GEMM_MAX_GROUPS];
-  int16_t group[GEMM_MAX_GROUPS]; // by place
+  int first[GEMM_MAX_GROUPS + 1];   // place i has tiles [first[i], first[i + 1])
+  int begin[GEMM_MAX_GROUPS];       // by group: its rows
+  int count[GEMM_MAX_GROUPS];       //
+  int64_t partial[GEMM_MAX_GROUPS]; // by group: where its partial sums begin
+  int16_t parts[GEMM_MAX_GROUPS];   // by group
+  int16_t group[GEMM_MAX_GROUPS];   // by place
+  int share;                        // of a multiprocessor: tiles times GEMM_SHARE_DEPTH rows
 } GemmTiles;
 
 // One tile of C, and what is summed for it.
 typedef struct GemmTile {
   int side, group, part;
+  bool partial;         // one of several parts
+  int64_t partial_at;   // of the group
   int m, n;             // first row (gemm_rows: row of the side; gemm_weights: of dW) and column
   int m_end;            // rows from here on are not this tile's
   int inner, inner_end; // gemm_rows: columns of A; gemm_weights: rows of the side
 } GemmTile;
 
+static __device__ inline int gemm_groups(const GemmLaunch &l) {
+  return l.g.side[TEXT].groups + l.g.side[IMAGE].groups;
+}
 static __device__ inline int gemm_group_side(const GemmLaunch &l, int group) {
   return group < l.g.side[TEXT].groups ? TEXT : IMAGE;
 }
+// Tiles of one part of a group.
+template <int KIND> static __device__ inline int gemm_group_tiles(const GemmSide &s, int count, int bn) {
+  int rows = KIND == GEMM_TN ? s.M : s.K > 0 ? count : 0;
+  return ceil_div(rows, GEMM_BM) * ceil_div(s.N, bn);
+}
 
-// Fills *t. All threads of the block take part; at least one warp of them.
+// values[i] = values[0] + .. + values[i], i < n; by one warp, of which a lane takes a run of them.
+template <typename T> static __device__ inline void warp_running_sums(T *values, int n) {
+  int run = ceil_div(n, 32), lane = threadIdx.x & 31, begin = min(n, lane * run), end = min(n, begin + run);
+  T total = 0;
+  for (int i = begin; i < end; i++) total += values[i];
+  T before = total;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    T v = __shfl_up_sync(0xffffffffu, before, d);
+    if (lane >= d) before += v;
+  }
+  before -= total;
+  for (int i = begin; i < end; i++) values[i] = before += values[i];
+}
+
+// Fills *t. All threads of the block take part; at least two warps of them.
 template <int KIND> static __device__ void gemm_tiles_build(const GemmLaunch &l, int bn, GemmTiles *t) {
-  int groups = l.g.side[TEXT].groups + l.g.side[IMAGE].groups;
+  int groups = gemm_groups(l);
   for (int i = threadIdx.x; i < groups; i += blockDim.x) {
     int m = gemm_group_side(l, i), e = i - (m == IMAGE ? l.g.side[TEXT].groups : 0);
     const GemmExtent &x = l.g.side[m].extent;
@@ -68,51 +105,59 @@ template <int KIND> static __device__ void gemm_tiles_build(const GemmLaunch &l,
     t->group[i] = (int16_t)i;
   }
   __syncthreads();
+  if (KIND == GEMM_TN && threadIdx.x < 32) {
+    int64_t work = 0;
+    for (int i = threadIdx.x; i < groups; i += 32)
+      work += (int64_t)gemm_group_tiles<KIND>(l.g.side[gemm_group_side(l, i)], t->count[i], bn) *
+              ceil_div(t->count[i], GEMM_SHARE_DEPTH);
+#pragma unroll
+    for (int d = 16; d; d >>= 1) work += __shfl_xor_sync(0xffffffffu, work, d);
+    if (threadIdx.x == 0) t->share = (int)ceil_div64(work, GEMM_SHARES);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < groups; i += blockDim.x) {
+    int m = gemm_group_side(l, i), parts = l.parts[m];
+    const GemmSide &s = l.g.side[m];
+    if (KIND == GEMM_TN && parts == 0) {
+      // A tile longer than 1.3 shares is cut into parts of at most a share: at most 1.77 GEMM_SHARES such parts.
+      int depth = ceil_div(t->count[i], GEMM_SHARE_DEPTH);
+      parts = depth >= 16 && depth * 10LL > t->share * 13LL ? ceil_div(depth, t->share) : 1;
+    }
+    t->parts[i] = (int16_t)parts;
+    t->partial[i] = parts > 1 ? parts * ((int64_t)gemm_tile_rows(&s, KIND) * s.N) : 0;
+  }
+  __syncthreads();
   if (KIND == GEMM_TN) { // longest first, ties by number
     for (int i = threadIdx.x; i < groups; i += blockDim.x) {
-      int place = 0, own = t->count[i] / l.parts[gemm_group_side(l, i)];
+      int place = 0, own = ceil_div(t->count[i], t->parts[i]);
       for (int j = 0; j < groups; j++) {
-        int other = t->count[j] / l.parts[gemm_group_side(l, j)];
+        int other = ceil_div(t->count[j], t->parts[j]);
         place += other > own || (other == own && j < i);
       }
       t->group[place] = (int16_t)i;
     }
     __syncthreads();
   }
-  for (int i = threadIdx.x; i <= GEMM_MAX_GROUPS; i += blockDim.x) {
-    int tiles = 0;
-    if (i > 0 && i <= groups) { // those of place i - 1
-      int g = t->group[i - 1], m = gemm_group_side(l, g);
-      int rows = KIND == GEMM_TN ? l.g.side[m].M : l.g.side[m].K > 0 ? t->count[g] : 0;
-      tiles = ceil_div(rows, GEMM_BM) * ceil_div(l.g.side[m].N, bn) * l.parts[m];
-    }
-    t->first[i] = tiles;
+  for (int i = threadIdx.x; i <= groups; i += blockDim.x) {
+    int g = i > 0 ? t->group[i - 1] : 0; // first[i] counts place i - 1
+    t->first[i] = i > 0 ? gemm_group_tiles<KIND>(l.g.side[gemm_group_side(l, g)], t->count[g], bn) * t->parts[g] : 0;
   }
   __syncthreads();
-  if (threadIdx.x < 32) { // running sums; a lane takes a run of them
-    enum { RUN = GEMM_MAX_GROUPS / 32 };
-    int *own = t->first + 1 + threadIdx.x * RUN, total = 0;
-    for (int i = 0; i < RUN; i++) total += own[i];
-    int before = total;
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      int v = __shfl_up_sync(0xffffffffu, before, d);
-      if ((int)threadIdx.x >= d) before += v;
-    }
-    before -= total;
-    for (int i = 0; i < RUN; i++) own[i] = before += own[i];
-  }
+  if (threadIdx.x < 32) warp_running_sums(t->first, groups + 1);
+  if (threadIdx.x >= 32 && threadIdx.x < 64) warp_running_sums(t->partial, groups);
   __syncthreads();
 }
 
-static __device__ inline int gemm_tiles_total(const GemmTiles *t) {
-  return t->first[GEMM_MAX_GROUPS];
+// The tile that this block takes in a round; none if it is not less than the launch's tiles. Every other round goes
+// backwards, so that whoever had the longest tile of a round has the shortest of the next.
+static __device__ inline int gemm_tile_number(int round) {
+  return round * (int)gridDim.x + (int)(round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
-// Tile number `number` < total. Inner dimensions are cut at multiples of `depth`.
+// Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
 template <int KIND>
 static __device__ GemmTile gemm_tile_at(const GemmLaunch &l, const GemmTiles *t, int number, int bn, int depth) {
-  int lo = 0, hi = GEMM_MAX_GROUPS; // first[lo] <= number < first[hi]
+  int lo = 0, hi = gemm_groups(l); // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     int mid = (lo + hi) / 2;
     if (t->first[mid] <= number)
@@ -120,7 +165,7 @@ static __device__ GemmTile gemm_tile_at(const GemmLaunch &l, const GemmTiles *t,
     else
       hi = mid;
   }
-  int g = t->group[lo], i = number - t->first[lo];
+  int g = t->group[lo], i = number - t->first[lo], parts = t->parts[g];
   GemmTile tile;
   tile.side = gemm_group_side(l, g);
   tile.group = g - (tile.side == IMAGE ? l.g.side[TEXT].groups : 0);
@@ -128,13 +173,15 @@ static __device__ GemmTile gemm_tile_at(const GemmLaunch &l, const GemmTiles *t,
   int rows = KIND == GEMM_TN ? s.M : t->count[g];
   int m_tiles = ceil_div(rows, GEMM_BM), n_tiles = ceil_div(s.N, bn);
   tile.part = i / (m_tiles * n_tiles);
+  tile.partial = parts > 1;
+  tile.partial_at = g > 0 ? t->partial[g - 1] : 0;
   i -= tile.part * m_tiles * n_tiles;
   int band = i / (GEMM_BAND * n_tiles), height = min((int)GEMM_BAND, m_tiles - band * GEMM_BAND);
   i -= band * GEMM_BAND * n_tiles;
   tile.m = (band * GEMM_BAND + i % height) * GEMM_BM;
   tile.n = i / height * bn;
   tile.m_end = rows;
-  int inner = KIND == GEMM_TN ? t->count[g] : s.K, steps = ceil_div(inner, depth), parts = l.parts[tile.side];
+  int inner = KIND == GEMM_TN ? t->count[g] : s.K, steps = ceil_div(inner, depth);
   tile.inner = (int)((int64_t)steps * tile.part / parts) * depth;
   tile.inner_end = min(inner, (int)((int64_t)steps * (tile.part + 1) / parts) * depth);
   if (KIND == GEMM_TN) {
@@ -150,13 +197,18 @@ static __device__ GemmTile gemm_tile_at(const GemmLaunch &l, const GemmTiles *t,
 // Where the tile's sums go: C, dW or the tile's part of `partial`; [., N], its row 0 as tile.m counts.
 template <int KIND> static __device__ inline void *gemm_tile_out(const GemmLaunch &l, const GemmTile &t) {
   const GemmSide &s = l.g.side[t.side];
-  int64_t rows = KIND == GEMM_TN ? (int64_t)s.groups * s.M : s.rows, row = KIND == GEMM_TN ? (int64_t)t.group * s.M : 0;
-  if (l.parts[t.side] > 1) return l.partial[t.side] + (t.part * rows + row) * s.N;
-  return KIND == GEMM_TN || l.g.c_float ? (void *)((float *)s.c + row * s.N) : s.c;
+  if (t.partial) return l.partial + t.partial_at + t.part * ((int64_t)gemm_tile_rows(&s, KIND) * s.N);
+  return KIND == GEMM_TN ? (void *)((float *)s.c + (int64_t)t.group * s.M * s.N) : s.c;
 }
 
-static __device__ inline int gemm_row_source(const int32_t *index, int row, int divisor) {
-  return index ? index[row] / divisor : row;
+// index / index_divisor.
+static __device__ inline int gemm_divide(const GemmLaunch &l, int index) {
+  return (int)((uint64_t)(uint32_t)index * l.divide_factor >> l.divide_shift);
+}
+
+// What products are multiplied by.
+static __device__ inline float gemm_scale(const GemmLaunch &l) {
+  return l.g.scale ? *l.g.scale : 1;
 }
 
 // ---- the end of gemm_rows: bias, add, rounding, SwiGLU ----

@@ -52,9 +52,6 @@ static __device__ inline void fence_async_proxy() {
 
 // ---- the copy engine: boxes of a tensor that a map describes; elements outside of it arrive as zeros ----
 
-static __device__ inline void tma_prefetch_map(const void *map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 static __device__ inline void tma_load_2d(uint32_t to, const void *map, uint32_t barrier, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
                "[%2];" ::"r"(to),
@@ -66,6 +63,11 @@ static __device__ inline void tma_load_3d(uint32_t to, const void *map, uint32_t
                "%5}], [%2];" ::"r"(to),
                "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                : "memory");
+}
+
+// Brings the line of an address of device memory into L2.
+static __device__ inline void prefetch_l2(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // ---- warpgroup matrix products ----

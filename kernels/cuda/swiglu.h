@@ -5,14 +5,9 @@
 
 #include "kernels/cuda/cuda.h"
 
-// sigmoid() to 2 ulp: no exact division, whose dozen instructions would weigh on the ends of products.
-static __device__ inline float gate_sigmoid(float gate) {
-  return __fdividef(1.0f, 1.0f + __expf(-gate));
-}
-
 // silu(gate) * up.
 static __device__ inline float swiglu(float gate, float up) {
-  return gate * gate_sigmoid(gate) * up;
+  return gate * sigmoid(gate) * up;
 }
 
 typedef struct SwigluGrad {
@@ -21,7 +16,7 @@ typedef struct SwigluGrad {
 
 // From da, the gradient of the activation.
 static __device__ inline SwigluGrad swiglu_backward(float gate, float up, float da) {
-  float s = gate_sigmoid(gate), silu = gate * s;
+  float s = sigmoid(gate), silu = gate * s;
   SwigluGrad g = {silu * up, da * up * (s + silu * (1 - s)), da * silu};
   return g;
 }
