@@ -332,13 +332,21 @@ typedef struct Queues {
   void (*wait)(Lane lane, int event);   // what the lane is given from here on runs after the event
   void (*finish)(int event);            // the host waits for it; at once where it was never recorded
   double (*seconds)(int from, int to);  // between two events that have happened; waits for the second
+  void (*range)(const char *name);      // begins a range for profilers (NVTX), or ends it (NULL)
   void (*capture_begin)(void);          // from here to capture_end nothing runs: it goes into a graph
   void *(*capture_end)(void);           // the graph
   void (*graph_launch)(void *graph);    // on the compute lane
   void (*graph_free)(void *graph);
 } Queues;
 
-typedef struct Backend {
+// Which of several ways of computing the same ops, equal within rounding; the others are there to be compared with.
+typedef struct KernelChoice {
+  int adaln_unfused; // residual, norm, modulation, activation and mask as kernels of their own
+  int experts_loop;  // a library product per expert, whose extents the host waits for: no graphs
+} KernelChoice;
+
+typedef struct Backend Backend;
+struct Backend {
   const char *name;
   size_t dtype_bytes[DT_COUNT];
   int gradient_per_micro; // each micro-step forms its gradient from zero and adds it (bit-equal to reducing processes)
@@ -358,7 +366,8 @@ typedef struct Backend {
   void (*host_release)(void *p);
   void (*upload)(void *device, const void *host, size_t bytes);   // in order with the ops of the compute lane
   void (*download)(void *host, const void *device, size_t bytes); // after all ops so far
-} Backend;
+  void (*choose)(Backend *b, KernelChoice choice); // changes b's table accordingly; NULL: there is one way only
+};
 
 // Operand names of an op ("x w0? w1? bias?"), and its name.
 typedef struct OpInfo {

@@ -49,6 +49,7 @@ typedef struct TensorPolicy {
 // Where a value came from: > 0 the line of the file, otherwise one of these.
 enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
 
+typedef enum AdalnKind { ADALN_FUSED, ADALN_UNFUSED } AdalnKind;
 typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
 
 // Plain data: may be copied and compared; nothing to free. Names as in the file.
@@ -135,6 +136,7 @@ typedef struct Config {
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
   struct {
+    AdalnKind adaln;
     Packing packing;    // of training; packs of evaluation and sampling are varlen
     StreamKind streams; // of the GPU, as is graph
     bool graph;

@@ -131,6 +131,8 @@ const Key config_keys[] = {
 
     {"kernels.packing", KEY_ENUM, AT(kernels.packing), "varlen", 0, 0, "varlen|padded", "--packing",
      "documents end to end, or each padded to the longest of its pack (baseline)"},
+    {"kernels.adaln", KEY_ENUM, AT(kernels.adaln), "fused", 0, 0, "fused|unfused", "--adaln",
+     "GPU: residual, norm, modulation, activation and mask in one kernel, or each in its own"},
     {"kernels.streams", KEY_ENUM, AT(kernels.streams), "multi", 0, 0, "multi|single", "--streams",
      "GPU: transfers in queues of their own, or in that of the kernels"},
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",

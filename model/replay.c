@@ -200,7 +200,9 @@ static void queues_fill(Program *p, int first, int timed) {
     for (int w = 0; w < op->n_waits && !p->one_queue; w++)
       if (op->waits[w].op >= first) q->wait(lane, event_op(op->waits[w].op));
     if (timed) q->record(lane, event_time(p, i, 0));
+    q->range(op_info[op->kind].name);
     p->backend->fn[op->kind](&op->call);
+    q->range(NULL);
     if (timed) q->record(lane, event_time(p, i, 1));
     if (s->awaited[i] && !p->one_queue) q->record(lane, event_op(i));
   }
@@ -244,7 +246,9 @@ static void replay_queued(Program *p, OpTime *times) {
 void program_replay(Program *p, OpTime *times) {
   replay_check(p);
   if (p->backend->queues) {
+    p->backend->queues->range(p->name);
     replay_queued(p, times);
+    p->backend->queues->range(NULL);
     return;
   }
   shadow_begin(p);

@@ -208,6 +208,7 @@ static const char *const other_values[] = {
     "memory.per_tensor={\"qkv\":\"keep\",\"x\":\"offload\"}",
     "memory.arena=false",
     "kernels.packing=padded",
+    "kernels.adaln=unfused",
     "kernels.streams=single",
     "kernels.graph=false"};
 

@@ -245,7 +245,7 @@ static void test_draw_times(void **state) {
   (void)state;
   World w;
   world_open(&w, 128, 8);
-  w.backend.fn[OP_TIME_FEATURES] = spy_time_features;
+  w.engine.backend.fn[OP_TIME_FEATURES] = spy_time_features;
   const float euler[] = {0, 0.25f, 0.5f, 0.75f}, heun[] = {0, 0.25f, 0.25f, 0.5f, 0.5f, 0.75f, 0.75f};
   for (int k = 0; k < 2; k++) {
     SamplerOptions o = plain;
@@ -386,7 +386,7 @@ static void test_describe_known(void **state) {
   enum { N = 5 };
   World w;
   world_open(&w, 96, 8);
-  w.backend.fn[OP_HEAD_LOGITS] = rigged_logits;
+  w.engine.backend.fn[OP_HEAD_LOGITS] = rigged_logits;
   Image images[N];
   char *out[N];
   for (int i = 0; i < N; i++) {
@@ -445,7 +445,7 @@ static void test_evaluate_text(void **state) {
   (void)state;
   World w;
   world_open(&w, 128, 8);
-  w.backend.fn[OP_HEAD_CE] = rigged_nll;
+  w.engine.backend.fn[OP_HEAD_CE] = rigged_nll;
   EvalItem items[ITEMS];
   char text[ITEMS][8];
   items_make(items, text);

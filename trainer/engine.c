@@ -158,7 +158,10 @@ const Backend *engine_plan_backend(const Config *c, Error *err) {
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
   *e = (Engine){.config = c, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
-  e->model = (Model){.config = c, .backend = backend, .params = params_build(c)};
+  e->backend = *backend;
+  const KernelChoice choice = {.adaln_unfused = c->kernels.adaln == ADALN_UNFUSED};
+  if (backend->choose) backend->choose(&e->backend, choice);
+  e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c)};
   int64_t n = e->model.params.total;
   int64_t act = (int64_t)backend->dtype_bytes[DT_ACT], real_bytes = (int64_t)backend->dtype_bytes[DT_REAL];
   Dims d = dims_from_config(c, e->slots, e->segments);

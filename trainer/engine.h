@@ -18,6 +18,7 @@ typedef struct ForwardProgram {
 
 typedef struct Engine {
   const Config *config;
+  Backend backend; // as kernels.* chose
   Model model;
   PolicyTable policy;
   MemoryPolicy chosen;       // the policy, or what "auto" came to

@@ -1,10 +1,11 @@
 // The CUDA backend: its table of kernels, memory, queues and graphs of one GPU.
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/adaln.h"
 
 extern "C" {
 #include "base/base.h"
 }
 
+#include <nvtx3/nvToolsExt.h>
 #include <vector>
 
 // The one GPU of this process. Set by cuda_open.
@@ -59,8 +60,7 @@ static int cuda_open(Error *err) {
   return 0;
 }
 
-__global__ void build_probe(void) {
-}
+__global__ void build_probe(void) {}
 
 // What is free now, less room for the driver's own needs (graphs, module code).
 static int64_t cuda_memory(void) {
@@ -174,6 +174,13 @@ static double queue_seconds(int from, int to) {
   return (double)ms / 1e3;
 }
 
+static void queue_range(const char *name) {
+  if (name)
+    nvtxRangePushA(name);
+  else
+    nvtxRangePop();
+}
+
 static void queue_capture_begin(void) {
   CUDA_CHECK(cudaStreamBeginCapture(gpu.stream[LANE_COMPUTE], cudaStreamCaptureModeThreadLocal));
 }
@@ -257,11 +264,26 @@ static size_t cuda_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   return family ? family(kind, dims, args) : 0;
 }
 
+// ---- the other ways ----
+
+static size_t scratch_adaln_unfused(OpKind kind, const Dims *dims, const OpArgs *args) {
+  int adaln = kind == OP_ADALN_FWD || kind == OP_ADALN_BWD;
+  return adaln ? adaln_unfused_scratch(kind, dims, args) : cuda_scratch(kind, dims, args);
+}
+
+static void cuda_choose(Backend *b, KernelChoice choice) {
+  if (!choice.adaln_unfused) return;
+  b->fn[OP_ADALN_FWD] = cuda_ADALN_FWD_unfused;
+  b->fn[OP_ADALN_BWD] = cuda_ADALN_BWD_unfused;
+  b->scratch_bytes = scratch_adaln_unfused;
+}
+
 // ---- the table ----
 
 static Backend backend_make(void) {
-  static const Queues queues = {queue_stream,        queue_record,      queue_wait,         queue_finish, queue_seconds,
-                                queue_capture_begin, queue_capture_end, queue_graph_launch, queue_graph_free};
+  static const Queues queues = {queue_stream,       queue_record,    queue_wait,          queue_finish,
+                                queue_seconds,      queue_range,     queue_capture_begin, queue_capture_end,
+                                queue_graph_launch, queue_graph_free};
   Backend b = {};
   b.name = "cuda";
   b.dtype_bytes[DT_ACT] = 2;
@@ -269,7 +291,7 @@ static Backend backend_make(void) {
   b.dtype_bytes[DT_I32] = 4;
   b.dtype_bytes[DT_U8] = 1;
   b.dtype_bytes[DT_F64] = 8;
-  b.head_chunk = 2048;
+  b.head_chunk = 4096;
   b.master_rest = 1;
   b.width_multiple = 8;
 #define OP_ROW(name, in, out) b.fn[OP_##name] = cuda_##name;
@@ -286,6 +308,7 @@ static Backend backend_make(void) {
   b.host_release = cuda_host_release;
   b.upload = cuda_upload;
   b.download = cuda_download;
+  b.choose = cuda_choose;
   return b;
 }
 

@@ -246,17 +246,22 @@ static __device__ inline void add_rows(const GemmSide &s, const GemmTile &t, con
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const bf16 *row = from + (single ? 0 : r.row[half] * s.N);
-    uint4 v[BN / 32];
+    enum { BATCH = 4 }; // loads under way together
 #pragma unroll
-    for (int j = 0; j < BN / 32; j++) v[j] = *(const uint4 *)(row + min(column + 32 * j, s.N - 8));
+    for (int first = 0; first < BN / 32; first += BATCH) {
+      uint4 v[BATCH];
 #pragma unroll
-    for (int j = 0; j < BN / 32; j++) {
-      uint32_t p[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
-      transpose_quad(p);
+      for (int j = 0; j < BATCH; j++) v[j] = *(const uint4 *)(row + min(column + 32 * (first + j), s.N - 8));
 #pragma unroll
-      for (int b = 0; b < 4; b++) {
-        acc[16 * j + 4 * b + 2 * half] += __uint_as_float(p[b] << 16);
-        acc[16 * j + 4 * b + 2 * half + 1] += __uint_as_float(p[b] & 0xffff0000u);
+      for (int j = 0; j < BATCH; j++) {
+        uint32_t p[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+        transpose_quad(p);
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+          float *sum = acc + 4 * (4 * (first + j) + b) + 2 * half;
+          sum[0] += __uint_as_float(p[b] << 16);
+          sum[1] += __uint_as_float(p[b] & 0xffff0000u);
+        }
       }
     }
   }
