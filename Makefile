@@ -75,7 +75,7 @@ TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif
 
-.PHONY: all demo demo-emoji test test-long check-asan check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
+.PHONY: all demo demo-emoji test test-long test-gpu bench-gpu gpu-tests check-asan check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
 all: train
 
 ifeq ($(SANITIZE)$(COVERAGE),)
@@ -122,6 +122,14 @@ $(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
+# What compares the CUDA backend with the CPU's, or times it, is no cmocka program.
+test_objects = $(patsubst %,$(BUILD)/tests/%.o,$(1))
+CUDA_TESTS := $(patsubst %,$(BUILD)/tests/%,cuda_ops cuda_model cuda_peer)
+$(BUILD)/tests/cuda_ops: $(call test_objects,cuda_ops cuda_families cuda_stability cuda_shapes)
+$(BUILD)/tests/cuda_model: $(call test_objects,cuda_model cuda_shapes)
+$(BUILD)/tests/cuda_peer: $(call test_objects,cuda_peer)
+$(CUDA_TESTS): $(call test_objects,cuda_case cuda_bench op_case) $(OBJ)
+	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS)
 # Objects that only pattern rules ask for are kept too. No program is in the list: make would not rebuild one that is
 # missing.
 .SECONDARY: $(OBJ64) $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) \
@@ -166,6 +174,16 @@ suite-coverage: tests
 bench: deps-test
 	@$(MAKE) --no-print-directory tests
 	@tests/bench.sh $(BUILD)
+
+# The CUDA backend against the CPU's, and what a GPU run must keep to; exit code 77 of a script: no GPU, skipped.
+test-gpu: gpu-tests
+	@$(if $(HAVE_CUDA),tests/run_gpu.sh $(BUILD) || [ $$? -eq 77 ],echo 'test-gpu: SKIPPED: no CUDA backend without nvcc')
+
+# Every op against its floor, then the engine against PyTorch on the same GPU. About ten minutes.
+bench-gpu: gpu-tests
+	@$(if $(HAVE_CUDA),$(BUILD)/tests/cuda_ops --bench && { $(PYTHON) tests/bench_gpu.py $(BUILD) || [ $$? -eq 77 ]; },echo 'bench-gpu: SKIPPED: no CUDA backend without nvcc')
+
+gpu-tests: $(if $(HAVE_CUDA),train $(CUDA_TESTS))
 
 # ---- demos ----
 demo: deps-demo

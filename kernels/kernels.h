@@ -127,7 +127,7 @@ typedef union OpArgs {
     Extent extent;
     int in_dim[MODALITIES], out_dim[MODALITIES]; // [1] only with EXT_SPLIT; a width of 0 gives zeros
   } linear;
-  struct {                  // ADALN_*
+  struct {                  // ADALN_*, COMBINE_ADALN_*
     int gate, shift, scale; // first columns in the modulation table; gate is that of the branch just added
     int silu_image;         // image rows: h = silu(n); the final site
     int x_is_new;           // ADALN_BWD: x already is xnew (the branch only serves dgate and dbranch)
@@ -194,6 +194,8 @@ typedef union OpArgs {
   OP(EXPERT_DOWN_WGRAD, "dout sa route", "dw2_0+ dw2_1+")                                                              \
   OP(EXPERT_UP_DGRAD, "dpre route w1_0 w1_1", "dslot")                                                                 \
   OP(EXPERT_UP_WGRAD, "dpre h route", "dw1_0+ dw1_1+")                                                                 \
+  OP(COMBINE_ADALN_FWD, "y route weights add? x mod", "b2? xnew h mean rstd")                                          \
+  OP(COMBINE_ADALN_BWD, "dslot route add dxnew x branch mod mean rstd", "dx dbranch dmod")                             \
   OP(SWIGLU_FWD, "pre", "a")                                                                                           \
   OP(SWIGLU_BWD, "da pre", "dpre a")                                                                                   \
   OP(HEAD_CE, "h wout", "nll dh? dwout+? metrics+ work")                                                               \
@@ -270,6 +272,11 @@ typedef union OpArgs {
 //                 accumulating, here and in EXPERT_UP_WGRAD.
 // EXPERT_UP_DGRAD dslot[s] = dpre[s] W1_e (two-sided, R = K, widths C).
 // EXPERT_UP_WGRAD dW1_e (+)= sum over its slots of dpre[s]^T h[r].
+// COMBINE_ADALN_FWD EXPERT_COMBINE(y, route, weights, add) gives b2, rounded to its storage type; ADALN_FWD(x, b2, mod)
+//                 with the args of ADALN_* gives the other outputs: both with the bits of the two ops. b2 is absent
+//                 where nothing reads it again.
+// COMBINE_ADALN_BWD EXPERT_COMBINE(dslot, route, no weights, add) gives dh, rounded to its storage type; ADALN_BWD(dh,
+//                 dxnew, x, branch, mod, mean, rstd) gives the outputs, likewise. silu_image and x_is_new are 0.
 // SWIGLU_FWD      the shared expert's activation: pre two-sided (R = 1, widths 2 S_m, columns as the experts'), a
 //                 widths S_m. Filler rows 0.
 // SWIGLU_BWD      dpre from da; also rebuilds a. Filler rows of both 0.

@@ -50,6 +50,7 @@ typedef struct TensorPolicy {
 enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
 
 typedef enum AdalnKind { ADALN_FUSED, ADALN_UNFUSED } AdalnKind;
+typedef enum MoeGemm { MOE_GEMM_GROUPED, MOE_GEMM_LOOP } MoeGemm;
 typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
 
 // Plain data: may be copied and compared; nothing to free. Names as in the file.
@@ -137,6 +138,7 @@ typedef struct Config {
   } memory;
   struct {
     AdalnKind adaln;
+    MoeGemm moe_gemm;
     Packing packing;    // of training; packs of evaluation and sampling are varlen
     StreamKind streams; // of the GPU, as is graph
     bool graph;

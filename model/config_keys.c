@@ -133,6 +133,8 @@ const Key config_keys[] = {
      "documents end to end, or each padded to the longest of its pack (baseline)"},
     {"kernels.adaln", KEY_ENUM, AT(kernels.adaln), "fused", 0, 0, "fused|unfused", "--adaln",
      "GPU: residual, norm, modulation, activation and mask in one kernel, or each in its own"},
+    {"kernels.moe_gemm", KEY_ENUM, AT(kernels.moe_gemm), "grouped", 0, 0, "grouped|loop", "--moe-gemm",
+     "GPU: all experts in one launch, or a library product an expert, for which the host waits and no graph is used"},
     {"kernels.streams", KEY_ENUM, AT(kernels.streams), "multi", 0, 0, "multi|single", "--streams",
      "GPU: transfers in queues of their own, or in that of the kernels"},
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",

@@ -50,9 +50,10 @@ static int has_slot_rows(OpKind kind, const char *name, const Dims *d, double wi
   int narrow = strcmp(name, "pre") == 0 || strcmp(name, "a") == 0 || strcmp(name, "sa") == 0 ||
                strcmp(name, "dpre") == 0 || strcmp(name, "da") == 0;
   int wide = strcmp(name, "y") == 0 || strcmp(name, "dslot") == 0;
+  int combine = kind == OP_EXPERT_COMBINE || kind == OP_COMBINE_ADALN_FWD || kind == OP_COMBINE_ADALN_BWD;
   int shared = kind == OP_SWIGLU_FWD || kind == OP_SWIGLU_BWD;
   for (int m = 0; m < MODALITIES; m++) width[m] = shared ? d->S[m] : d->K[m] * (wide ? d->C : d->F[m]);
-  return shared || (expert && (narrow || wide)) || (kind == OP_EXPERT_COMBINE && wide);
+  return shared || (expert && (narrow || wide)) || (combine && wide);
 }
 
 // The share of an operand that the op touches at these extents.
@@ -92,7 +93,9 @@ static double operand_used(const Program *p, const Op *op, int is_out, int i, co
   case OP_MOD_BWD:
     return segments;
   case OP_ADALN_FWD:
-  case OP_ADALN_BWD: // of the table, the columns of one site
+  case OP_COMBINE_ADALN_FWD:
+  case OP_ADALN_BWD:
+  case OP_COMBINE_ADALN_BWD: // of the table, the columns of one site
     if (strcmp(name, "mod") == 0 || strcmp(name, "dmod") == 0) return segments * 3 * d->C / d->M;
     return rows;
   case OP_HEAD_CE:
@@ -109,6 +112,7 @@ static double op_flops(const Program *p, const Op *op, const Extents *x) {
   double out = operand_count(p, op->out[0]) * operand_used(p, op, 1, 0, x);
   double router = 2.0 * d->C * by_modality(x, d->E[TEXT], d->E[IMAGE]);
   double qk = rows * (d->H + d->G) * d->D;
+  double combine = 2.0 * d->C * by_modality(x, d->K[TEXT], d->K[IMAGE]);
   switch (op->kind) {
   case OP_LINEAR_FWD:
   case OP_LINEAR_DGRAD:
@@ -131,7 +135,7 @@ static double op_flops(const Program *p, const Op *op, const Extents *x) {
   case OP_EXPERT_DOWN_WGRAD:
     return expert_flops(d, x);
   case OP_EXPERT_COMBINE:
-    return 2.0 * d->C * by_modality(x, d->K[TEXT], d->K[IMAGE]);
+    return combine;
   case OP_HEAD_CE:
     return (op->out[1] == NO_TENSOR && op->out[2] == NO_TENSOR ? 2 : 6) * x->targets * d->C * d->V;
   case OP_HEAD_LOGITS:
@@ -142,8 +146,12 @@ static double op_flops(const Program *p, const Op *op, const Extents *x) {
     return x->segments * d->M;
   case OP_ADALN_FWD:
     return 10 * rows * d->C;
+  case OP_COMBINE_ADALN_FWD:
+    return combine + 10 * rows * d->C;
   case OP_ADALN_BWD:
     return 20 * rows * d->C;
+  case OP_COMBINE_ADALN_BWD:
+    return combine + 20 * rows * d->C;
   case OP_QKNORM_ROPE_FWD:
     return 9 * qk;
   case OP_QKNORM_ROPE_BWD:

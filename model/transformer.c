@@ -24,6 +24,7 @@ typedef struct Forward {                         // what the backward pass of a 
   TensorId router_logits, router_weights, route; // two-sided [T,E_m], [T,Kmax], Route
   TensorId shared_pre;                           // two-sided [T, 2 S_m]
   TensorId expert_pre;                           // two-sided [T K_m, 2 F_m]
+  TensorId expert_out, shared_out;               // two-sided [T K_m, C], [T, C]: what b2 is the sum of
   TensorId b2;                                   // [T, C] expert branch
 } Forward;
 
@@ -249,7 +250,7 @@ static OpArgs router_args(const Recording *r, int l) {
                              .layer = l}};
 }
 
-// b2 = Shared(h2) + MoE(h2).
+// The terms of b2 = Shared(h2) + MoE(h2).
 static void record_experts(Recording *r, int l) {
   const LayerParams *w = &r->model->params.layer[l];
   const Dims *d = &r->d;
@@ -265,32 +266,66 @@ static void record_experts(Recording *r, int l) {
   program_save(r->p, f->route, SAVED_ROUTER);
   if (r->train || r->mode == MODE_EVAL)
     program_op(r->p, OP_ROUTER_LOSS, IN(f->router_logits, f->route), OUT(r->metrics), &router);
-  TensorId shared = record_shared(r, l);
+  f->shared_out = record_shared(r, l);
   f->expert_pre = two_sided(r, DT_ACT, d->K, 2 * d->F[0], 2 * d->F[1], "expert pre-activation");
   TensorId a = two_sided(r, DT_ACT, d->K, d->F[0], d->F[1], "expert activation");
   program_op(r->p, OP_EXPERT_UP_FWD, IN(f->h2, f->route, weight(r, w->w1[0]), weight(r, w->w1[1])),
              OUT(f->expert_pre, a), NULL);
   program_save(r->p, f->expert_pre, SAVED_EXPERT_PRE);
-  TensorId y = two_sided(r, DT_ACT, d->K, d->C, d->C, "expert out");
-  program_op(r->p, OP_EXPERT_DOWN_FWD, IN(a, f->route, weight(r, w->w2[0]), weight(r, w->w2[1])), OUT(y), NULL);
-  f->b2 = rows_tensor(r, d->C, "expert branch");
-  program_op(r->p, OP_EXPERT_COMBINE, IN(y, f->route, f->router_weights, shared), OUT(f->b2), NULL);
-  program_save(r->p, f->b2, SAVED_B2);
+  f->expert_out = two_sided(r, DT_ACT, d->K, d->C, d->C, "expert out");
+  program_op(r->p, OP_EXPERT_DOWN_FWD, IN(a, f->route, weight(r, w->w2[0]), weight(r, w->w2[1])), OUT(f->expert_out),
+             NULL);
 }
 
-// h = AdaLN(x); b1 = attention(h); x2 = x + gate1 b1; h = AdaLN(x2); b2 = experts(h). The sum x2 + gate2 b2 belongs to
-// the next site. `x` is the residual stream before the branch of the layer below is added (or the input, l = 0).
-static TensorId record_block(Recording *r, int l, TensorId x, TensorId branch) {
+// The end of layer l: b2, and the site that follows, `site`, which adds it to x. Returns the new x. One op where the
+// backend has it.
+static TensorId record_combine_adaln(Recording *r, int l, TensorId x, OpArgs site, TensorId *h, TensorId *mean,
+                                     TensorId *rstd) {
+  const Dims *d = &r->d;
   Forward *f = &r->layer[l];
-  OpArgs site1 = adaln_args(r, l ? column(r, l - 1, GATE2) : 0, l, SHIFT1);
-  f->x = record_adaln(r, x, branch, site1, &f->h1, &f->mean1, &f->rstd1);
+  const TensorId terms[OP_MAX_IN] = {f->expert_out, f->route, f->router_weights, f->shared_out};
+  if (!r->model->backend->fn[OP_COMBINE_ADALN_FWD]) {
+    f->b2 = rows_tensor(r, d->C, "expert branch");
+    program_op(r->p, OP_EXPERT_COMBINE, terms, OUT(f->b2), NULL);
+    program_save(r->p, f->b2, SAVED_B2);
+    return record_adaln(r, x, f->b2, site, h, mean, rstd);
+  }
+  f->b2 = r->train ? rows_tensor(r, d->C, "expert branch") : NO_TENSOR;
+  TensorId xnew = rows_tensor(r, d->C, "x");
+  *h = rows_tensor(r, d->C, "h");
+  *mean = program_tensor(r->p, DT_REAL, d->T, "mean");
+  *rstd = program_tensor(r->p, DT_REAL, d->T, "rstd");
+  program_op(r->p, OP_COMBINE_ADALN_FWD, IN(terms[0], terms[1], terms[2], terms[3], x, r->mod),
+             OUT(f->b2, xnew, *h, *mean, *rstd), &site);
+  if (r->train) {
+    program_save(r->p, f->b2, SAVED_B2);
+    program_save_rebuild(r->p, OUT(f->b2, NO_TENSOR, NO_TENSOR, NO_TENSOR, NO_TENSOR), OP_EXPERT_COMBINE, terms, NULL);
+  }
+  return xnew;
+}
+
+// The site in front of layer l's attention (l = L: of the heads). Takes the residual stream before the branch of the
+// layer below was added, or the input (l = 0); returns it after. Belongs to the layer below, as b2 does.
+static TensorId record_site1(Recording *r, int l, TensorId x, TensorId *h, TensorId *mean, TensorId *rstd) {
+  OpArgs site = adaln_args(r, l ? column(r, l - 1, GATE2) : 0, l, SHIFT1);
+  if (l == 0) return record_adaln(r, x, NO_TENSOR, site, h, mean, rstd);
+  return record_combine_adaln(r, l - 1, x, site, h, mean, rstd);
+}
+
+// h = AdaLN(x); b1 = attention(h); x2 = x + gate1 b1; h = AdaLN(x2); the terms of b2 = experts(h). Returns x2: the sum
+// x2 + gate2 b2 belongs to the next site.
+static TensorId record_block(Recording *r, int l, TensorId x) {
+  Forward *f = &r->layer[l];
+  f->x = record_site1(r, l, x, &f->h1, &f->mean1, &f->rstd1);
+  program_layer(r->p, l);
   program_save(r->p, f->x, SAVED_X);
   program_save(r->p, f->mean1, SAVED_NORM_STATS);
   program_save(r->p, f->rstd1, SAVED_NORM_STATS);
   program_save(r->p, f->h1, SAVED_H1);
+  OpArgs again = adaln_args(r, 0, l, SHIFT1);
   // x alone rebuilds h1 with the same bits: the site took them from the rounded x.
   program_save_rebuild(r->p, OUT(NO_TENSOR, f->h1, f->mean1, f->rstd1), OP_ADALN_FWD, IN(f->x, NO_TENSOR, r->mod),
-                       &site1);
+                       &again);
   record_attention(r, l);
   TensorId x2 =
       record_adaln(r, f->x, f->b1, adaln_args(r, column(r, l, GATE1), l, SHIFT2), &f->h2, &f->mean2, &f->rstd2);
@@ -340,8 +375,13 @@ static void record_image_head(Recording *r, Ends *e, ModelProgram *out) {
 
 // ---- backward ----
 
-// Returns dh2 from db2, and the gradients of the layer's experts, shared expert and router.
-static TensorId record_experts_backward(Recording *r, int l, TensorId db2) {
+// What dh2 [T, C] is the sum of: EXPERT_COMBINE's operands.
+typedef struct ExpertGradient {
+  TensorId slots, route, router; // two-sided [T K_m, C], Route, [T, C]
+} ExpertGradient;
+
+// The terms of dh2 from db2, and the gradients of the layer's experts, shared expert and router.
+static ExpertGradient record_experts_backward(Recording *r, int l, TensorId db2) {
   const LayerParams *w = &r->model->params.layer[l];
   const Dims *d = &r->d;
   const Forward *f = &r->layer[l];
@@ -384,9 +424,7 @@ static TensorId record_experts_backward(Recording *r, int l, TensorId db2) {
              IN(dweights, program_need(p, f->router_logits), weights, route, h2, weight(r, w->router[0]),
                 weight(r, w->router[1]), dh),
              OUT(dh_router, gradient(r, w->router[0]), gradient(r, w->router[1])), &router);
-  TensorId dh2 = rows_tensor(r, d->C, "dh2");
-  program_op(p, OP_EXPERT_COMBINE, IN(dslot, route, NO_TENSOR, dh_router), OUT(dh2), NULL);
-  return dh2;
+  return (ExpertGradient){dslot, route, dh_router};
 }
 
 // Returns dh1 from db1.
@@ -421,13 +459,31 @@ static TensorId record_adaln_backward(Recording *r, OpArgs args, TensorId dh, Te
   return dx;
 }
 
+// dh2, and the backward of the layer's second site: from dx of x2 to dx of x, and db1. One op where the backend has it.
+static TensorId record_combine_adaln_backward(Recording *r, int l, ExpertGradient dh, TensorId dxnew, TensorId *db1) {
+  const Forward *f = &r->layer[l];
+  Program *p = r->p;
+  const OpArgs site = adaln_args(r, column(r, l, GATE1), l, SHIFT2);
+  TensorId x = program_need(p, f->x), b1 = program_need(p, f->b1);
+  TensorId mean = program_need(p, f->mean2), rstd = program_need(p, f->rstd2);
+  if (!r->model->backend->fn[OP_COMBINE_ADALN_BWD]) {
+    TensorId dh2 = rows_tensor(r, r->d.C, "dh2");
+    program_op(p, OP_EXPERT_COMBINE, IN(dh.slots, dh.route, NO_TENSOR, dh.router), OUT(dh2), NULL);
+    return record_adaln_backward(r, site, dh2, dxnew, x, b1, mean, rstd, db1);
+  }
+  TensorId dx = rows_tensor(r, r->d.C, "dx");
+  *db1 = rows_tensor(r, r->d.C, "d branch");
+  program_op(p, OP_COMBINE_ADALN_BWD, IN(dh.slots, dh.route, dh.router, dxnew, x, b1, r->mod, mean, rstd),
+             OUT(dx, *db1, r->dmod), &site);
+  return dx;
+}
+
 // From dx (of x2) and db2 to dx of what came before the layer's first site, and the branch gradient of the layer below.
 static TensorId record_block_backward(Recording *r, int l, TensorId dx, TensorId *dbranch) {
   const Forward *f = &r->layer[l];
   Program *p = r->p;
-  TensorId dh2 = record_experts_backward(r, l, *dbranch), db1;
-  dx = record_adaln_backward(r, adaln_args(r, column(r, l, GATE1), l, SHIFT2), dh2, dx, program_need(p, f->x),
-                             program_need(p, f->b1), program_need(p, f->mean2), program_need(p, f->rstd2), &db1);
+  TensorId db1;
+  dx = record_combine_adaln_backward(r, l, record_experts_backward(r, l, *dbranch), dx, &db1);
   TensorId dh1 = record_attention_backward(r, l, db1);
   OpArgs site1 = adaln_args(r, l ? column(r, l - 1, GATE2) : 0, l, SHIFT1);
   site1.adaln.x_is_new = 1;
@@ -535,14 +591,10 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   Ends e = {.dh = NO_TENSOR, .dxhat = NO_TENSOR};
   program_layer(p, -1);
   record_condition(r, &in);
-  TensorId x = record_embedding(r, &in), branch = NO_TENSOR;
-  for (int l = 0; l < r->d.L; l++) {
-    program_layer(p, l);
-    x = record_block(r, l, x, branch);
-    branch = r->layer[l].b2;
-  }
+  TensorId x = record_embedding(r, &in);
+  for (int l = 0; l < r->d.L; l++) x = record_block(r, l, x);
+  e.x = record_site1(r, r->d.L, x, &e.h, &e.mean, &e.rstd);
   program_layer(p, r->d.L);
-  e.x = record_adaln(r, x, branch, adaln_args(r, column(r, r->d.L - 1, GATE2), r->d.L, SHIFT1), &e.h, &e.mean, &e.rstd);
   if (mode != MODE_DRAW) record_text_head(r, &e, &out);
   if (mode != MODE_WRITE) record_image_head(r, &e, &out);
   if (r->train) record_backward(r, &in, &e);

@@ -1,8 +1,9 @@
 #!/bin/sh
-# Installs what a purpose needs, with apt: scripts/deps.sh [--check] [demo|test|emoji|lint|all]
+# Installs what a purpose needs, with apt: scripts/deps.sh [--check] [demo|test|emoji|icons|lint|all]
 #
 #   demo   build the engine and train on drawn shapes
 #   emoji  the same, and make the emoji set
+#   icons  the same as demo, and make the icons set
 #   test   the same as demo, and build and run the tests (with PyTorch, for the parity tests)
 #   lint   the same as demo, and make format, make lint
 #   all    everything (the default)
@@ -72,6 +73,8 @@ END
   python3-torch) # importing it takes seconds
     $python -c 'import importlib.util as u; assert u.find_spec("torch")' >"$work/log" 2>&1
     ;;
+  librsvg2-bin) rsvg-convert --version >"$work/log" 2>&1 ;;
+  npm) npm --version >"$work/log" 2>&1 ;;
   clang-format | clang-tidy) "$1" --version >"$work/log" 2>&1 ;;
   *) echo "deps: no probe for $1" >&2 && exit 2 ;;
   esac
@@ -115,7 +118,7 @@ for argument in "$@"; do
   case $argument in
   --check) check=true ;;
   -h | --help) usage && exit 0 ;;
-  demo | emoji | test | lint | all)
+  demo | emoji | icons | test | lint | all)
     [ -z "$purpose" ] || { echo "deps: one purpose at a time, not $purpose and $argument" >&2 && exit 2; }
     purpose=$argument
     ;;
@@ -126,14 +129,16 @@ purpose=${purpose:-all}
 
 build="gcc libc6-dev make libopenblas-pthread-dev libcjson-dev libstb-dev libpcre2-dev python3 python3-numpy"
 emoji="python3-fonttools"
+icons="npm librsvg2-bin"
 test="libcmocka-dev python3-torch"
 lint="clang-format clang-tidy"
 case $purpose in
 demo) packages=$build ;;
 emoji) packages="$build $emoji" ;;
+icons) packages="$build $icons" ;;
 test) packages="$build $test" ;;
 lint) packages="$build $lint" ;;
-all) packages="$build $emoji $test $lint" ;;
+all) packages="$build $emoji $icons $test $lint" ;;
 esac
 
 # shellcheck disable=SC2086 # lists of packages, here and below

@@ -231,4 +231,5 @@ def main():
     print(out)
 
 
-main()
+if __name__ == "__main__":
+    main()

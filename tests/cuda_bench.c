@@ -93,12 +93,13 @@ static int compare_doubles(const void *a, const void *b) {
 }
 
 // Median seconds of one launch.
-static double launch_seconds(const DeviceCall *copy, int copies, OpKind kind) {
+static double launch_seconds(const CudaCase *c, const DeviceCall *copy, int copies, OpKind kind) {
   const Queues *q = backend_cuda.queues;
+  const KernelFn fn = c->backend->fn[kind];
   double sample[SAMPLES];
-  backend_cuda.fn[kind](&copy[0].call); // loads the module, outside of the capture
+  fn(&copy[0].call); // loads the module, outside of the capture
   q->capture_begin();
-  for (int i = 0; i < LAUNCHES; i++) backend_cuda.fn[kind](&copy[i % copies].call);
+  for (int i = 0; i < LAUNCHES; i++) fn(&copy[i % copies].call);
   void *graph = q->capture_end();
   q->graph_launch(graph);
   for (int s = 0; s < SAMPLES; s++) {
@@ -129,7 +130,7 @@ void cuda_bench_call(CudaCase *c, OpKind kind, const OpArgs *args, const Value *
     device_call_bind(&copy[i], c, memory + (size_t)i * bytes);
     backend_cuda.upload(memory + (size_t)i * bytes, image, bytes);
   }
-  double seconds = launch_seconds(copy, copies, kind), flops = call_flops(c, kind, args);
+  double seconds = launch_seconds(c, copy, copies, kind), flops = call_flops(c, kind, args);
   double moved = call_bytes(c, kind, in, out), floor = fmax(moved / bandwidth, flops / flop_rate);
   printf("%-18s %-44.44s %9.4f ms %8.0f GB/s %7.1f TFLOP/s %5.1f%% of the floor\n", op_info[kind].name, c->what,
          seconds * 1e3, moved / seconds / 1e9, flops / seconds / 1e12, 100 * floor / seconds);

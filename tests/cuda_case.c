@@ -93,7 +93,7 @@ static Value value_new(CudaCase *c, Dtype type, int64_t count) {
                  .dtype = type,
                  .count = count,
                  .used = count,
-                 .tolerance = type == DT_ACT ? ACT_TOLERANCE : REAL_TOLERANCE};
+                 .tolerance = type == DT_ACT ? c->act_tolerance : REAL_TOLERANCE};
 }
 
 // Element i of a stream of nearly normal numbers: the sum of the four parts of a hashed word. Any thread can make it.
@@ -201,7 +201,7 @@ void device_call_plan(DeviceCall *d, const CudaCase *c, OpKind kind, const OpArg
   for (int i = 0; i < OP_MAX_OUT; i++)
     if (out[i].data) d->out_at[i] = region_take(&d->bytes, device_bytes(&out[i]));
   d->pack = region_take(&d->bytes, batch_bind(&(Batch){0}, dims_batch_shape(&c->ops.dims), NULL));
-  size_t scratch = backend_cuda.scratch_bytes ? backend_cuda.scratch_bytes(kind, &c->ops.dims, &d->args) : 0;
+  size_t scratch = c->backend->scratch_bytes ? c->backend->scratch_bytes(kind, &c->ops.dims, &d->args) : 0;
   d->scratch = region_take(&d->bytes, scratch);
 }
 
@@ -312,7 +312,7 @@ bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const
   for (int run = 0; run < 2; run++) {
     device_call_image(&d, c, poison[run], before);
     backend_cuda.upload(c->slab, before, d.bytes);
-    backend_cuda.fn[kind](&d.call);
+    c->backend->fn[kind](&d.call);
     backend_cuda.download(after[run], c->slab, d.bytes);
     const char *changed = changed_part(&d, before, after[run], name);
     if (changed) cuda_case_fail(c, kind, "run %d: wrote to %s or behind it", run + 1, changed);
@@ -497,7 +497,36 @@ static real *adaln_sum(const KernelCall *backward) {
   return xnew;
 }
 
+// COMBINE_ADALN_*: the two ops with the sum between them rounded.
+static void cpu_combine_adaln(OpKind kind, const KernelCall *call, const Value *out) {
+  const bool forward = kind == OP_COMBINE_ADALN_FWD;
+  int64_t TC = (int64_t)call->dims->T * call->dims->C;
+  real *sum = xmalloc((size_t)TC * sizeof *sum);
+  KernelCall combine = *call, site = *call;
+  combine.out[0] = sum;
+  if (!forward) {
+    combine.in[2] = NULL; // weights
+    combine.in[3] = call->in[2];
+  }
+  cpu_call(OP_EXPERT_COMBINE, &combine, (Value[OP_MAX_OUT]){{.data = sum, .dtype = DT_ACT, .count = TC}});
+  site.in[0] = forward ? call->in[4] : sum; // x, or dh
+  site.in[1] = forward ? sum : call->in[3]; // branch, or dxnew
+  for (int i = 2; i < 7; i++) site.in[i] = call->in[i + (forward ? 3 : 2)];
+  Value outs[OP_MAX_OUT] = {0};
+  for (int i = 0; i < (forward ? 4 : 3); i++) {
+    outs[i] = out[i + forward];
+    site.out[i] = call->out[i + forward];
+  }
+  if (forward && call->out[0]) memcpy(call->out[0], sum, (size_t)TC * sizeof *sum);
+  cpu_call_rounded(forward ? OP_ADALN_FWD : OP_ADALN_BWD, &site, outs);
+  free(sum);
+}
+
 void cpu_call_rounded(OpKind kind, const KernelCall *call, const Value *out) {
+  if (kind == OP_COMBINE_ADALN_FWD || kind == OP_COMBINE_ADALN_BWD) {
+    cpu_combine_adaln(kind, call, out);
+    return;
+  }
   KernelCall c = *call;
   OpArgs args = *call->args;
   real *xnew = NULL;

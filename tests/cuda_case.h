@@ -30,6 +30,8 @@ typedef struct Value {
 
 // Tolerances: outputs in bf16 and gradients that pass through bf16 on their way, and everything else.
 #define ACT_TOLERANCE 4e-3
+#define UNFUSED_TOLERANCE 5e-3 // outputs in bf16 of kernels with further bf16 tensors between them
+#define LOOP_TOLERANCE 8e-3    // likewise, and of a gradient that is made of one
 #define REAL_TOLERANCE 1e-4
 // No row's error may exceed this part of the root mean square of the rows' norms, or of its own norm where that is
 // larger (the gradient of a frequent token has far larger rows than the others).
@@ -46,7 +48,6 @@ typedef struct OpReport {
 
 // In memory that processes share, so that it outlives one that crashes.
 typedef struct Report {
-  int family;
   OpKind running;         // op on the device now, or OP_COUNT
   char what[240];         // shape and variant of its case
   bool crashed[OP_COUNT]; // such an op is not called again
@@ -55,6 +56,8 @@ typedef struct Report {
 
 typedef struct CudaCase {
   OpCase ops;
+  const Backend *backend; // backend_cuda, as it is or with another choice of kernels
+  double act_tolerance;   // of outputs in bf16
   Report *report;
   const bool *wanted; // [OP_COUNT]
   bool bench;         // calls are timed instead of compared

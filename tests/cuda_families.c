@@ -337,6 +337,8 @@ void run_experts(CudaCase *c, const CudaShape *shape) {
   Value h = value_random(c, DT_ACT, d->T, d->C, 1), dout = value_random(c, DT_ACT, d->T, d->C, 1);
   Value pre = SLOTS(two_f, 1), a = SLOTS(d->F, 1), y = SLOTS(width, 1), empty_rows = value_out(c, DT_ACT, d->T, d->C);
   Value dweights = value_out(c, DT_REAL, d->T, dims_kmax(d));
+  // Made of a dA in bf16 where the activation's backward is a kernel of its own.
+  if (c->act_tolerance > ACT_TOLERANCE) dweights.tolerance = c->act_tolerance;
   OpArgs plain = {.span = {0}};
   cuda_case_variant(c, "%dx%d top %d, %dx%d top %d", d->E[0], d->F[0], d->K[0], d->E[1], d->F[1], d->K[1]);
   cuda_case_call(c, OP_EXPERT_UP_FWD, plain, VALUES_IN(h, r.route, w1[0], w1[1]),
@@ -363,6 +365,67 @@ void run_experts(CudaCase *c, const CudaShape *shape) {
     cuda_case_call(c, OP_EXPERT_UP_WGRAD, s, VALUES_IN(pre, h, r.route),
                    VALUES_OUT(value_sum(c, (int64_t)d->E[0] * 2 * d->F[0], d->C, accumulate),
                               value_sum(c, (int64_t)d->E[1] * 2 * d->F[1], d->C, accumulate)));
+  }
+}
+
+// An op made of others, after those on the device with their outputs in its own order: the same bits.
+static void compare_bits(CudaCase *c, OpKind kind, const Value *got, const Value *parts) {
+  for (int i = 0; i < OP_MAX_OUT; i++)
+    if (got[i].data && !same_bits(got[i].data, parts[i].data, (size_t)got[i].count * sizeof(real)))
+      cuda_case_fail(c, kind, "output %d: not the bits of the ops one by one", i);
+}
+
+// Without the branch for the backward pass, a shared expert's output, and the activation, or with them.
+static void run_combine_forward(CudaCase *c, const Routed *r, OpArgs a, Value mod, bool add, bool kept) {
+  const Dims *d = &c->ops.dims;
+  const int width[2] = {d->C, d->C};
+  const Value rows = value_out(c, DT_ACT, d->T, d->C), stat = value_out(c, DT_REAL, d->T, 1);
+  Value x = value_random(c, DT_ACT, d->T, d->C, 1), y = SLOTS(width, 1);
+  Value shared = add ? value_random(c, DT_ACT, d->T, d->C, 1) : none, got[OP_MAX_OUT], parts[OP_MAX_OUT];
+  cuda_case_variant(c, "%s%s%s", add ? "add" : "no add", a.adaln.silu_image ? " silu" : "", kept ? "" : " no branch");
+  const Value *in = VALUES_IN(y, r->route, r->weights, shared, x, mod);
+  const Value *out = VALUES_OUT(kept ? rows : none, rows, rows, stat, stat);
+  cuda_case_call(c, OP_COMBINE_ADALN_FWD, a, in, out);
+  if (c->bench || !kept || !cuda_case_run(c, OP_EXPERT_COMBINE, a, in, VALUES_OUT(rows), parts)) return;
+  if (cuda_case_run(c, OP_ADALN_FWD, a, VALUES_IN(x, parts[0], mod), VALUES_OUT(rows, rows, stat, stat), parts + 1) &&
+      cuda_case_run(c, OP_COMBINE_ADALN_FWD, a, in, out, got))
+    compare_bits(c, OP_COMBINE_ADALN_FWD, got, parts);
+}
+
+static void run_combine_backward(CudaCase *c, const Routed *r, OpArgs a, Value mod) {
+  const Dims *d = &c->ops.dims;
+  const int width[2] = {d->C, d->C};
+  const Value rows = value_out(c, DT_ACT, d->T, d->C), stat = value_out(c, DT_REAL, d->T, 1);
+  Value x = value_random(c, DT_ACT, d->T, d->C, 1), branch = value_random(c, DT_ACT, d->T, d->C, 1);
+  Value add = value_random(c, DT_ACT, d->T, d->C, 1), dxnew = value_random(c, DT_ACT, d->T, d->C, 1);
+  Value dslot = SLOTS(width, 1), dmod = value_out(c, DT_ACT, d->segments, d->M);
+  Value made[OP_MAX_OUT] = {value_copy(c, rows), value_copy(c, rows), value_copy(c, stat), value_copy(c, stat)};
+  Value got[OP_MAX_OUT], parts[OP_MAX_OUT], dh[OP_MAX_OUT];
+  dmod.used = mod.used;
+  cuda_case_cpu(c, OP_ADALN_FWD, a, VALUES_IN(x, branch, mod), made);
+  cuda_case_variant(c, "top %d/%d", d->K[0], d->K[1]);
+  const Value *in = VALUES_IN(dslot, r->route, add, dxnew, x, branch, mod, made[2], made[3]);
+  const Value *out = VALUES_OUT(rows, rows, dmod);
+  cuda_case_call(c, OP_COMBINE_ADALN_BWD, a, in, out);
+  if (c->bench || !cuda_case_run(c, OP_EXPERT_COMBINE, a, VALUES_IN(dslot, r->route, none, add), VALUES_OUT(rows), dh))
+    return;
+  if (cuda_case_run(c, OP_ADALN_BWD, a, VALUES_IN(dh[0], dxnew, x, branch, mod, made[2], made[3]), out, parts) &&
+      cuda_case_run(c, OP_COMBINE_ADALN_BWD, a, in, out, got))
+    compare_bits(c, OP_COMBINE_ADALN_BWD, got, parts);
+}
+
+void run_combine_adaln(CudaCase *c, const CudaShape *shape) {
+  const Dims *d = &c->ops.dims;
+  const Routed r = route_rows(c, shape);
+  const int first = 6 * case_int(&c->ops, 0, d->L - 1) * d->C;
+  OpArgs a = {.adaln = {.gate = first + 2 * d->C, .shift = first + 3 * d->C, .scale = first + 4 * d->C}};
+  Value mod = value_random(c, DT_ACT, d->segments, d->M, 0.5);
+  mod.used = (int64_t)c->ops.batch.dims->n_segments * 3 * d->C;
+  if (c->wanted[OP_COMBINE_ADALN_BWD]) run_combine_backward(c, &r, a, mod);
+  for (int option = 0; option < 8 && c->wanted[OP_COMBINE_ADALN_FWD]; option++) {
+    if (!cuda_case_wants(c, option == 1 || option == 0)) continue;
+    a.adaln.silu_image = option >> 1 & 1;
+    run_combine_forward(c, &r, a, mod, option & 1, !(option & 4));
   }
 }
 

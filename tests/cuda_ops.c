@@ -1,6 +1,6 @@
 // Every op of the CUDA backend against the CPU backend, at every shape of tests/cuda_shapes.c: outputs within the
 // tolerances of tests/cuda_case.h, zeros where zeros are due, nothing written where nothing should be, the same bits
-// twice.
+// twice. The same for the kernels that a flag puts in their place, and AdaLN's numerical stability.
 //
 //   cuda_ops [--bench] [OP | FAMILY ...]    one line per op; exit code 1 when one fails
 //
@@ -21,106 +21,157 @@ typedef struct Family {
   void (*run)(CudaCase *c, const CudaShape *shape);
   OpKind ops[8];
   int n;
+  KernelChoice choice;
+  double act_tolerance; // 0: ACT_TOLERANCE
+  const char *mark;     // of its ops, where another family has them too
+  bool apart;           // not for the ops' own sake: asked for by its name only, and not timed
 } Family;
 
 static const Family families[] = {
-    {"copies", run_copies, {OP_COPY, OP_ZERO, OP_ADD, OP_CAST}, 4},
-    {"update", run_update, {OP_GRAD_NORM, OP_ADAMW, OP_EMA}, 3},
-    {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, 3},
-    {"embedding", run_embedding, {OP_NOISE, OP_EMBED_FWD, OP_EMBED_BWD, OP_POOL_FWD, OP_POOL_BWD}, 5},
+    {"copies", run_copies, {OP_COPY, OP_ZERO, OP_ADD, OP_CAST}, .n = 4},
+    {"update", run_update, {OP_GRAD_NORM, OP_ADAMW, OP_EMA}, .n = 3},
+    {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, .n = 3},
+    {"embedding", run_embedding, {OP_NOISE, OP_EMBED_FWD, OP_EMBED_BWD, OP_POOL_FWD, OP_POOL_BWD}, .n = 5},
     {"condition",
      run_conditions,
      {OP_TIME_FEATURES, OP_SILU_FWD, OP_SILU_BWD, OP_COND_FWD, OP_COND_BWD, OP_MOD_FWD, OP_MOD_BWD},
-     7},
-    {"adaln", run_adaln, {OP_ADALN_FWD, OP_ADALN_BWD}, 2},
-    {"rope", run_rope, {OP_QKNORM_ROPE_FWD, OP_QKNORM_ROPE_BWD}, 2},
-    {"attention", run_attention, {OP_ATTENTION_FWD, OP_ATTENTION_BWD}, 2},
-    {"router", run_routers, {OP_ROUTER_FWD, OP_ROUTER_LOSS, OP_ROUTER_BWD}, 3},
+     .n = 7},
+    {"adaln", run_adaln, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2},
+    {"adaln_unfused",
+     run_adaln,
+     {OP_ADALN_FWD, OP_ADALN_BWD},
+     .n = 2,
+     .choice = {.adaln_unfused = 1},
+     .act_tolerance = UNFUSED_TOLERANCE,
+     .mark = "unfused"},
+    {"adaln_stability", run_adaln_stability, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2, .mark = "stability", .apart = true},
+    {"rope", run_rope, {OP_QKNORM_ROPE_FWD, OP_QKNORM_ROPE_BWD}, .n = 2},
+    {"attention", run_attention, {OP_ATTENTION_FWD, OP_ATTENTION_BWD}, .n = 2},
+    {"router", run_routers, {OP_ROUTER_FWD, OP_ROUTER_LOSS, OP_ROUTER_BWD}, .n = 3},
     {"experts",
      run_experts,
      {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_COMBINE, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD,
       OP_EXPERT_UP_DGRAD, OP_EXPERT_UP_WGRAD},
-     7},
-    {"swiglu", run_swiglu, {OP_SWIGLU_FWD, OP_SWIGLU_BWD}, 2},
-    {"head", run_heads, {OP_HEAD_CE, OP_HEAD_LOGITS}, 2},
-    {"flow", run_flow, {OP_FLOW_LOSS}, 1},
+     .n = 7},
+    {"experts_loop",
+     run_experts,
+     {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD, OP_EXPERT_UP_DGRAD,
+      OP_EXPERT_UP_WGRAD},
+     .n = 6,
+     .choice = {.experts_loop = 1},
+     .act_tolerance = LOOP_TOLERANCE,
+     .mark = "loop",
+     .apart = true},
+    {"combine_adaln", run_combine_adaln, {OP_COMBINE_ADALN_FWD, OP_COMBINE_ADALN_BWD}, .n = 2},
+    {"swiglu", run_swiglu, {OP_SWIGLU_FWD, OP_SWIGLU_BWD}, .n = 2},
+    {"head", run_heads, {OP_HEAD_CE, OP_HEAD_LOGITS}, .n = 2},
+    {"flow", run_flow, {OP_FLOW_LOSS}, .n = 1},
 };
 enum { FAMILIES = sizeof families / sizeof *families };
 
-static void print_op(const Report *report, OpKind kind) {
+// What was asked for, and what came of it.
+typedef struct Run {
+  bool bench, wanted[FAMILIES][OP_COUNT];
+  Report *report; // [FAMILIES]
+} Run;
+
+static bool op_passed(const Run *run, int f, OpKind kind) {
+  const OpReport *r = &run->report[f].of[kind];
+  return run->bench ? !run->report[f].crashed[kind] : r->cases && !r->failures;
+}
+
+static void print_name(int f, OpKind kind) {
+  int width = 19 - printf("%s", op_info[kind].name);
+  printf(" %-*s", width, families[f].mark ? families[f].mark : "");
+}
+
+static void print_op(const Run *run, int f, OpKind kind) {
+  const Report *report = &run->report[f];
   const OpReport *r = &report->of[kind];
-  bool ok = r->cases && !r->failures && !report->crashed[kind];
-  printf("%-18s %4d cases %6.2f s  worst row %.1e ", op_info[kind].name, r->cases, r->seconds, r->row);
+  print_name(f, kind);
+  printf("%4d cases %6.2f s  worst row %.1e ", r->cases, r->seconds, r->row);
   const char *at = op_info[kind].out;
   for (int i = 0; *at; i++) {
     if (r->error[i] > 0) printf(" %.*s %.1e", (int)strcspn(at, "?+ "), at, r->error[i]);
     at += strcspn(at, " ");
     at += *at == ' ';
   }
-  printf("  %s\n", ok ? "pass" : "FAIL");
+  printf("  %s\n", op_passed(run, f, kind) ? "pass" : "FAIL");
   if (r->failures) printf("    %d failures, the first: %s\n", r->failures, r->failure);
   if (!r->cases && !report->crashed[kind]) printf("    no case reached it\n");
   fflush(stdout);
 }
 
-static void run_family(CudaCase *c, int f) {
-  const Family *family = &families[f];
-  Report *report = c->report;
-  bool any = false;
-  for (int i = 0; i < family->n; i++) {
-    OpKind kind = family->ops[i];
-    any = any || c->wanted[kind];
-    if (!report->crashed[kind]) report->of[kind] = (OpReport){0};
-  }
-  if (!any) return;
-  report->family = f;
-  const CudaShape *shapes = c->bench ? &cuda_bench_shape : cuda_shapes;
-  for (int s = 0; s < (c->bench ? 1 : n_cuda_shapes); s++) {
-    cuda_shape_open(c, &shapes[s], (uint64_t)(f * 100 + s + 1));
-    family->run(c, &shapes[s]);
-    op_case_free(&c->ops);
-  }
-  for (int i = 0; i < family->n && !c->bench; i++)
-    if (c->wanted[family->ops[i]]) print_op(report, family->ops[i]);
+static bool family_wanted(const Run *run, int f) {
+  for (int i = 0; i < families[f].n; i++)
+    if (run->wanted[f][families[f].ops[i]]) return true;
+  return false;
 }
 
-// Runs families from `first` on in a child; true when it came to its end. Otherwise the op it died in is marked.
-static bool run_child(Report *report, const bool *wanted, bool bench, int first) {
-  report->running = OP_COUNT;
+static void run_family(const Run *run, int f) {
+  const Family *family = &families[f];
+  Report *report = &run->report[f];
+  Backend backend = backend_cuda;
+  CudaCase c = {.backend = &backend,
+                .act_tolerance = family->act_tolerance > 0 ? family->act_tolerance : ACT_TOLERANCE,
+                .report = report,
+                .wanted = run->wanted[f],
+                .bench = run->bench};
+  if (backend.choose) backend.choose(&backend, family->choice);
+  for (int k = 0; k < OP_COUNT; k++)
+    if (!report->crashed[k]) report->of[k] = (OpReport){0};
+  const CudaShape *shapes = run->bench ? &cuda_bench_shape : cuda_shapes;
+  for (int s = 0; s < (run->bench ? 1 : n_cuda_shapes); s++) {
+    cuda_shape_open(&c, &shapes[s], (uint64_t)(f * 100 + s + 1));
+    if (run->bench && family->mark) cuda_case_shape(&c, family->mark);
+    family->run(&c, &shapes[s]);
+    op_case_free(&c.ops);
+  }
+  cuda_case_close(&c);
+  for (int i = 0; i < family->n && !run->bench; i++)
+    if (run->wanted[f][family->ops[i]]) print_op(run, f, family->ops[i]);
+}
+
+// Runs families from `first` on in a child. Returns FAMILIES when it came to its end; otherwise the op it died in is
+// marked, and its family is the one to go on with.
+static int run_child(Run *run, int first) {
+  for (int f = 0; f < FAMILIES; f++) run->report[f].running = OP_COUNT;
   fflush(stdout);
   pid_t child = fork();
   if (child < 0) panic("cannot start a process");
   if (child == 0) {
     Error err;
-    CudaCase c = {.report = report, .wanted = wanted, .bench = bench};
     if (backend_cuda.open && backend_cuda.open(&err) != 0) fatal(&err);
-    for (int f = first; f < FAMILIES; f++) run_family(&c, f);
-    cuda_case_close(&c);
+    for (int f = first; f < FAMILIES; f++)
+      if (family_wanted(run, f)) run_family(run, f);
     exit(0);
   }
-  int status = 0;
+  int status = 0, f = first;
   if (waitpid(child, &status, 0) != child) panic("lost the child process");
-  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return true;
-  if (report->running == OP_COUNT) exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return FAMILIES;
+  while (f < FAMILIES && run->report[f].running == OP_COUNT) f++;
+  if (f == FAMILIES) exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+  Report *report = &run->report[f];
   OpReport *r = &report->of[report->running];
   report->crashed[report->running] = true;
   r->failures++;
   snprintf(r->failure, sizeof r->failure, "%s: the process ended (%s %d)", report->what,
            WIFSIGNALED(status) ? "signal" : "exit code", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-  return false;
+  return f;
 }
 
 static bool name_matches(const char *name, const char *wanted) {
   return strcasecmp(name, wanted) == 0;
 }
 
-static void select_ops(const char *wish, bool wanted[OP_COUNT]) {
+static void select_ops(const char *wish, Run *run) {
   bool found = false;
   for (int f = 0; f < FAMILIES; f++)
     for (int i = 0; i < families[f].n; i++) {
       OpKind kind = families[f].ops[i];
-      if (!name_matches(families[f].name, wish) && !name_matches(op_info[kind].name, wish)) continue;
-      wanted[kind] = found = true;
+      bool named = !families[f].apart && name_matches(op_info[kind].name, wish);
+      if (!named && !name_matches(families[f].name, wish)) continue;
+      run->wanted[f][kind] = found = true;
     }
   if (found) return;
   fprintf(stderr, "cuda_ops: there is no op or family %s\n", wish);
@@ -128,29 +179,39 @@ static void select_ops(const char *wish, bool wanted[OP_COUNT]) {
 }
 
 int main(int argc, char **argv) {
-  bool bench = false, wanted[OP_COUNT] = {0}, selected = false;
+  Run run = {0};
+  bool selected = false;
   for (int i = 1; i < argc; i++) {
     if (strcmp(argv[i], "--bench") == 0) {
-      bench = true;
+      run.bench = true;
       continue;
     }
-    select_ops(argv[i], wanted);
+    select_ops(argv[i], &run);
     selected = true;
   }
-  for (int k = 0; k < OP_COUNT && !selected; k++) wanted[k] = true;
-  Report *report = mmap(NULL, sizeof *report, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  if (report == MAP_FAILED) panic("no shared memory");
+  for (int f = 0; f < FAMILIES; f++)
+    for (int i = 0; i < families[f].n; i++) {
+      bool *wanted = &run.wanted[f][families[f].ops[i]];
+      *wanted = (*wanted || !selected) && !(families[f].apart && run.bench);
+    }
+  size_t bytes = FAMILIES * sizeof *run.report;
+  run.report = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (run.report == MAP_FAILED) panic("no shared memory");
   double start = time_now();
-  for (int family = 0; !run_child(report, wanted, bench, family);) family = report->family;
+  for (int family = 0; family < FAMILIES;) family = run_child(&run, family);
   int failed = 0, ops = 0;
-  for (int k = 0; k < OP_COUNT; k++) {
-    if (!wanted[k]) continue;
-    const OpReport *r = &report->of[k];
-    bool ok = bench ? !report->crashed[k] : r->cases && !r->failures;
-    ops++;
-    failed += !ok;
-    if (!ok) printf("FAIL %s: %s\n", op_info[k].name, r->failures ? r->failure : "no case reached it");
-  }
-  printf("%d of %d ops %s in %.0f s\n", ops - failed, ops, bench ? "timed" : "agree", time_now() - start);
+  for (int f = 0; f < FAMILIES; f++)
+    for (int i = 0; i < families[f].n; i++) {
+      OpKind kind = families[f].ops[i];
+      if (!run.wanted[f][kind]) continue;
+      ops++;
+      if (op_passed(&run, f, kind)) continue;
+      const OpReport *r = &run.report[f].of[kind];
+      failed++;
+      printf("FAIL ");
+      print_name(f, kind);
+      printf(": %s\n", r->failures ? r->failure : "no case reached it");
+    }
+  printf("%d of %d ops %s in %.0f s\n", ops - failed, ops, run.bench ? "timed" : "agree", time_now() - start);
   return failed ? 1 : 0;
 }

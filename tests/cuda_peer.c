@@ -258,7 +258,7 @@ static void answer(const Peer *p) {
 
 int main(int argc, char **argv) {
   Report report = {0};
-  Peer p = {.c = {.report = &report, .wanted = p.wanted}, .side = 16};
+  Peer p = {.c = {.backend = &backend_cuda, .report = &report, .wanted = p.wanted}, .side = 16};
   Dims *d = &p.c.ops.dims;
   Error err;
   if (argc < 4) {

@@ -127,6 +127,8 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
     break;
   case OP_ADALN_FWD:
   case OP_ADALN_BWD:
+  case OP_COMBINE_ADALN_FWD:
+  case OP_COMBINE_ADALN_BWD:
     NUMBER(adaln, gate);
     NUMBER(adaln, shift);
     NUMBER(adaln, scale);
@@ -330,6 +332,27 @@ static void call_router(World *w, Value *route, Value *weights, Value h) {
   }
 }
 
+// The sum over the experts with the site that follows. y, dslot: per-assignment buffers.
+static void call_combine_adaln(World *w, Value y, Value dslot, Value route, Value weights) {
+  const Dims *d = &w->c.dims;
+  int64_t TC = (int64_t)d->T * d->C, SM = (int64_t)d->segments * d->M;
+  OpArgs a = {.adaln = {.gate = 2 * d->C, .shift = 3 * d->C, .scale = 4 * d->C}};
+  for (int option = 0; option < 4; option++) {
+    a.adaln.silu_image = option & 1;
+    call(w, OP_COMBINE_ADALN_FWD, a,
+         IN(y, route, weights, optional(w, random_value(w, TC)), random_value(w, TC), random_value(w, SM)),
+         OUT(option & 2 ? poison_value(w, TC) : none, poison_value(w, TC), poison_value(w, TC), poison_value(w, d->T),
+             poison_value(w, d->T)));
+  }
+  a.adaln.silu_image = 0;
+  Value x = random_value(w, TC), branch = random_value(w, TC), mod = random_value(w, SM);
+  Value mean = poison_value(w, d->T), rstd = poison_value(w, d->T);
+  call(w, OP_ADALN_FWD, a, IN(x, branch, mod), OUT(poison_value(w, TC), poison_value(w, TC), mean, rstd));
+  call(w, OP_COMBINE_ADALN_BWD, a,
+       IN(dslot, route, random_value(w, TC), random_value(w, TC), x, branch, mod, mean, rstd),
+       OUT(poison_value(w, TC), poison_value(w, TC), poison_value(w, SM)));
+}
+
 static void call_experts(World *w) {
   const Dims *d = &w->c.dims;
   const int two_f[2] = {2 * d->F[0], 2 * d->F[1]}, c[2] = {d->C, d->C};
@@ -351,7 +374,9 @@ static void call_experts(World *w) {
   Value dout = random_value(w, TC), dpre = poison_value(w, n_pre), sa = poison_value(w, n_a);
   call(w, OP_EXPERT_DOWN_BWD, plain, IN(dout, pre, weights, route, w2[0], w2[1]),
        OUT(dpre, sa, poison_value(w, weights.count)));
-  call(w, OP_EXPERT_UP_DGRAD, plain, IN(dpre, route, w1[0], w1[1]), OUT(poison_value(w, n_y)));
+  Value dslot = poison_value(w, n_y);
+  call(w, OP_EXPERT_UP_DGRAD, plain, IN(dpre, route, w1[0], w1[1]), OUT(dslot));
+  call_combine_adaln(w, y, dslot, route, weights);
   for (int accumulate = 0; accumulate < 2; accumulate++) {
     OpArgs s = {.span = {.accumulate = accumulate}};
     call(w, OP_EXPERT_DOWN_WGRAD, s, IN(dout, sa, route),

@@ -2,6 +2,7 @@
 
 Each function op_NAME(case, call) returns what the op should have written as {output: expected}: a tensor, Written where
 the op writes only some elements, None where the function has judged the output itself (by asserting)."""
+import copy
 import math
 
 import numpy as np
@@ -503,6 +504,21 @@ def op_expert_combine(c, r):
     if "add" in r.i:
         out[: c.n] += c.rows(r.i["add"])
     return {"out": out}
+
+
+def op_combine_adaln_fwd(c, r):
+    b2 = op_expert_combine(c, r)["out"]
+    xnew, h, mean, rstd = adaln_site(c, r, c.rows(r.i["x"]), b2[: c.n], r.i["mod"].view(c.SEG, c.M))
+    out = {"xnew": c.put(xnew), "h": c.put(h), "mean": c.put(mean), "rstd": c.put(rstd)}
+    return out | ({"b2": b2} if "b2" in r.out else {})
+
+
+def op_combine_adaln_bwd(c, r):
+    sum = copy.copy(r)
+    sum.i = {"y": r.i["dslot"], "route": r.i["route"], "add": r.i["add"]}
+    site = copy.copy(r)
+    site.i = r.i | {"dh": op_expert_combine(c, sum)["out"]}
+    return op_adaln_bwd(c, site)
 
 
 def op_expert_down_bwd(c, r):

@@ -2,10 +2,11 @@
 # Resume is bit-exact: a run that a signal stops, that goes on, stops where it was told to and goes on again ends with
 # the same weights, moments, losses and place in the data as one that is never stopped. With accumulation, EMA, shuffled
 # data so small that every part crosses epochs, and any number of loader and compute threads.
-#   tests/resume.sh [BUILD]
+#   tests/resume.sh [BUILD [FLAG...]]     flags of ./train for every run, such as --device cuda
 set -eu
 cd "$(dirname "$0")/.."
 train=${1:-build}/train
+shift $(($# > 0))
 python=${PYTHON:-/usr/bin/python3}
 samples=40
 dir=$(mktemp -d)
@@ -22,7 +23,7 @@ tar cf "$dir/small.tar" -C "$dir/samples" -T "$dir/first"
 
 flags=(configs/demo.json --tokens 256 --steps 2000 --set train.micro_batches=2 --set train.ema_every=2
   --set eval.every=0 --set eval.documents=0 --set eval.samples=0 --set checkpoint.every=0 --set checkpoint.keep_last=9
-  --set "data.sources=[{\"type\": \"webdataset\", \"path\": \"$dir/small.tar\"}]")
+  --set "data.sources=[{\"type\": \"webdataset\", \"path\": \"$dir/small.tar\"}]" "$@")
 run() {
   "$train" "${flags[@]}" "$@" 2>>"$dir/log" || { tail -5 "$dir/log"; exit 1; }
 }

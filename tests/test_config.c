@@ -209,6 +209,7 @@ static const char *const other_values[] = {
     "memory.arena=false",
     "kernels.packing=padded",
     "kernels.adaln=unfused",
+    "kernels.moe_gemm=loop",
     "kernels.streams=single",
     "kernels.graph=false"};
 

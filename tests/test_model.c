@@ -64,6 +64,30 @@ static PolicyTable random_policy(ModelCase *c) {
   return t;
 }
 
+// A backend without the ops that sum over the experts and go on, under any policy, gives the same bits.
+static void test_separate_ops_same_bits(void **state) {
+  (void)state;
+  for (int v = 0; v < VARIANTS; v++) {
+    ModelCase c;
+    model_case_init(&c, 150 + (uint64_t)v, v);
+    real *want = keep_gradients(&c, NULL);
+    Backend separate = backend_cpu;
+    separate.fn[OP_COMBINE_ADALN_FWD] = separate.fn[OP_COMBINE_ADALN_BWD] = NULL;
+    c.model.backend = &separate;
+    for (int i = 0; i < 5; i++) {
+      PolicyTable t = i ? random_policy(&c) : policy_table_new(c.config.model.layers, MEMORY_KEEP);
+      ModelProgram m = model_case_record(&c, MODE_TRAIN_FIRST, &t, 0);
+      model_case_reset(&c);
+      program_replay(m.program, NULL);
+      assert_same_grads(&c, want, "separate ops");
+      program_free(m.program);
+      policy_table_free(&t);
+    }
+    free(want);
+    model_case_free(&c);
+  }
+}
+
 static void test_every_gradient_is_reached(void **state) {
   (void)state;
   for (int v = 0; v < VARIANTS; v++) {
@@ -479,6 +503,7 @@ static void test_step_allocates_nothing(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_every_gradient_is_reached),
+      cmocka_unit_test(test_separate_ops_same_bits),
       cmocka_unit_test(test_central_differences),
       cmocka_unit_test(test_random_policies_same_bits),
       cmocka_unit_test(test_random_orders_same_bits),

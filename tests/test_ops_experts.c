@@ -430,6 +430,59 @@ static void test_experts_large(void **state) {
   op_case_free(c);
 }
 
+// ---- the sum over the experts with the site that follows ----
+
+// The ops one by one give the same bits.
+static void check_combine_adaln(OpCase *c) {
+  const Dims *d = &c->dims;
+  const int width[2] = {d->C, d->C}, kept = current_seed(c) % 2;
+  int64_t T = d->T, n = T * d->C, ny = two_sided_size(T, d->K, width), nm = (int64_t)d->segments * d->M;
+  int32_t *route = case_bytes(c, (size_t)route_bind(&(Route){0}, d, NULL) * sizeof(int32_t), 0);
+  make_route(c, route, false);
+  real *y = case_random(c, ny, 1), *weights = case_random(c, T * dims_kmax(d), 1), *mod = case_random(c, nm, 1);
+  real *add = case_random(c, n, 1), *shared = current_seed(c) % 3 ? add : NULL, *x = case_random(c, n, 1);
+  OpArgs a = {.adaln = {.gate = 0, .shift = d->C, .scale = 2 * d->C, .silu_image = current_seed(c) / 2 % 2}};
+  real *b2 = case_poison(c, n), *want[4], *got[4];
+  const int64_t rows[4] = {n, n, T, T}; // xnew, h, mean, rstd
+  for (int k = 0; k < 4; k++) {
+    want[k] = case_poison(c, rows[k]);
+    got[k] = case_poison(c, rows[k]);
+  }
+  op_run(c, OP_EXPERT_COMBINE, a, OP_IN(y, route, weights, shared), OP_OUT(b2));
+  op_run(c, OP_ADALN_FWD, a, OP_IN(x, b2, mod), OP_OUT(want[0], want[1], want[2], want[3]));
+  real *sum = case_poison(c, n);
+  op_run(c, OP_COMBINE_ADALN_FWD, a, OP_IN(y, route, weights, shared, x, mod),
+         OP_OUT(kept ? sum : NULL, got[0], got[1], got[2], got[3]));
+  assert_true(!kept || same_bits(sum, b2, REALS(n)));
+  for (int k = 0; k < 4; k++) assert_true(same_bits(got[k], want[k], REALS(rows[k])));
+
+  a.adaln.silu_image = 0;
+  real *dh = case_poison(c, n), *dxnew = case_random(c, n, 1), *one[3], *both[3];
+  const int64_t counts[3] = {n, n, nm}; // dx, dbranch, dmod
+  for (int k = 0; k < 3; k++) {
+    one[k] = case_poison(c, counts[k]);
+    both[k] = case_poison(c, counts[k]);
+  }
+  op_run(c, OP_EXPERT_COMBINE, a, OP_IN(y, route, NULL, add), OP_OUT(dh));
+  op_run(c, OP_ADALN_BWD, a, OP_IN(dh, dxnew, x, b2, mod, want[2], want[3]), OP_OUT(one[0], one[1], one[2]));
+  run_same(c, OP_COMBINE_ADALN_BWD, a, OP_IN(y, route, add, dxnew, x, b2, mod, want[2], want[3]),
+           OP_OUT(both[0], both[1], both[2]), SIZES(REALS(n), REALS(n), REALS(nm)));
+  for (int k = 0; k < 3; k++) assert_true(same_bits(both[k], one[k], REALS(counts[k])));
+}
+
+static void test_combine_adaln(void **state) {
+  (void)state;
+  for (int seed = 0; seed < SEEDS; seed++) {
+    OpCase box, *c = &box;
+    make_case(c, seed);
+    Dims *d = &c->dims;
+    d->C = 1 + seed * 7; // beyond the blocks of columns that a row is taken in
+    d->M = 6 * d->C * d->L + 2 * d->C;
+    check_combine_adaln(c);
+    op_case_free(c);
+  }
+}
+
 // ---- the shared expert's activation ----
 
 static void test_swiglu(void **state) {
@@ -468,8 +521,8 @@ static void test_swiglu(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_router),        cmocka_unit_test(test_router_ties), cmocka_unit_test(test_experts),
-      cmocka_unit_test(test_experts_large), cmocka_unit_test(test_swiglu),
+      cmocka_unit_test(test_router),        cmocka_unit_test(test_router_ties),   cmocka_unit_test(test_experts),
+      cmocka_unit_test(test_experts_large), cmocka_unit_test(test_combine_adaln), cmocka_unit_test(test_swiglu),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -101,7 +101,9 @@ int engine_check_budget(const Engine *e, Error *err) {
                    "than the %.3f GB of memory.budget_gb%s",
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
                    memory_policy_name[e->chosen], (double)(need - budget) / 1e9, (double)budget / 1e9,
-                   e->config->memory.budget_gb > 0 ? "" : " auto, four fifths of the machine's memory");
+                   e->config->memory.budget_gb > 0 ? ""
+                   : e->model.backend->queues      ? " auto, what the device has free"
+                                                   : " auto, four fifths of the machine's memory");
 }
 
 #ifdef TESSERA_CUDA
@@ -128,6 +130,14 @@ static int check_widths(const Config *c, const Backend *b, Error *err) {
   if (D != 32 && D != 64 && D != 128)
     return error_set(err, "change it, or train with --device cpu",
                      "model.head_dim is %d: the %s backend needs 32, 64 or 128", D, b->name);
+  if (c->model.dim > 4096)
+    return error_set(err, "change it, or train with --device cpu", "model.dim is %d: the %s backend goes to 4096",
+                     c->model.dim, b->name);
+  for (int m = 0; m < MODALITIES; m++)
+    if (c->model.moe[m].experts > 256 || c->model.moe[m].top_k > 8)
+      return error_set(err, "change it, or train with --device cpu",
+                       "model.%s has %d experts, top_k %d: the %s backend goes to 256 and 8",
+                       m == TEXT ? "text" : "image", c->model.moe[m].experts, c->model.moe[m].top_k, b->name);
   return 0;
 }
 #endif
@@ -159,7 +169,8 @@ const Backend *engine_plan_backend(const Config *c, Error *err) {
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
   *e = (Engine){.config = c, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
   e->backend = *backend;
-  const KernelChoice choice = {.adaln_unfused = c->kernels.adaln == ADALN_UNFUSED};
+  const KernelChoice choice = {.adaln_unfused = c->kernels.adaln == ADALN_UNFUSED,
+                               .experts_loop = c->kernels.moe_gemm == MOE_GEMM_LOOP};
   if (backend->choose) backend->choose(&e->backend, choice);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c)};
   int64_t n = e->model.params.total;
@@ -226,7 +237,7 @@ static void space_release(const Backend *b, Space space, void *at) {
 static void bind(Engine *e, Program *p) {
   if (!p) return;
   p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
-  p->use_graph = e->config->kernels.graph;
+  p->use_graph = e->config->kernels.graph && e->config->kernels.moe_gemm != MOE_GEMM_LOOP;
   program_bind(p, &e->bases);
 }
 

@@ -81,7 +81,8 @@ static void data_identity(const Config *c, char out[17]) {
                 c->model.patch, c->data.image_size, (int)c->data.image_mode, c->data.max_image_tokens, c->data.cfg_drop,
                 c->data.caption_to_image, c->data.held_out, c->data.held_out_by, c->data.max_text, c->data.max_images,
                 c->data.max_document, c->data.max_caption, (int)c->data.flip, c->flow.t_mean, c->flow.t_std);
-  snprintf(out, 17, "%016" PRIx64, hash64(text, strlen(text), 0));
+  uint64_t packing = c->kernels.packing == PACKING_PADDED; // decides which documents a step holds
+  snprintf(out, 17, "%016" PRIx64, hash64(text, strlen(text), packing));
   free(text);
 }
 

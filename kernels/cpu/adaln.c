@@ -1,5 +1,5 @@
 // Gate + residual + LayerNorm + per-segment scale and shift (+ SiLU), forward and backward.
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/combine.h"
 
 // One row's operands: the modulation columns of its segment; NULL gate without a branch.
 typedef struct Site {
@@ -74,7 +74,8 @@ void cpu_ADALN_FWD(const KernelCall *c) {
 // needed: once for dx, once for the sums over a segment.
 typedef struct Backward {
   Site site;
-  int add_branch; // x is the stream before the branch was added: xnew = x + gate * branch
+  const Combine *combine; // what dh is the sum of, where it is no operand
+  int add_branch;         // x is the stream before the branch was added: xnew = x + gate * branch
   const real *dh, *dxnew, *x, *branch, *mean, *rstd;
   real *dx, *dbranch, *dmod;
 } Backward;
@@ -84,7 +85,12 @@ enum { BLOCK = 64 };
 static inline void rebuild(const Backward *b, const real *mod, int64_t r, int64_t first, int n, real *xhat, real *dn) {
   const Site *s = &b->site;
   int64_t at = r * s->C + first;
-  const real *x = b->x + at, *dh = b->dh + at, *gate = mod + s->gate + first;
+  const real *x = b->x + at, *dh = b->dh ? b->dh + at : NULL, *gate = mod + s->gate + first;
+  real sum[BLOCK];
+  if (b->combine) {
+    combine_part(b->combine, r, first, n, sum);
+    dh = sum;
+  }
   real mean = b->mean[r], rstd = b->rstd[r];
   if (b->add_branch) {
     const real *branch = b->branch + at;
@@ -172,34 +178,69 @@ static void backward_segment(const Backward *b, const Batch *batch, int64_t g, i
   }
 }
 
-void cpu_ADALN_BWD(const KernelCall *c) {
-  const BatchDims *dims = c->batch->dims;
+// `in`: dxnew and what follows.
+static Backward backward_of(const KernelCall *c, const void *const *in) {
   Backward b = {
-      .site = site_of(c, c->in[4]), // mod [SEG, M]
-      .dh = c->in[0],               // [T, C]
-      .dxnew = c->in[1],            // [T, C]
-      .x = c->in[2],                // [T, C]
-      .branch = c->in[3],           // [T, C]
-      .mean = c->in[5],             // [T]
-      .rstd = c->in[6],             // [T]
-      .dx = c->out[0],              // [T, C]
-      .dbranch = c->out[1],         // [T, C]
-      .dmod = c->out[2],            // [SEG, M]
+      .site = site_of(c, in[3]), // mod [SEG, M]
+      .dxnew = in[0],            // [T, C]
+      .x = in[1],                // [T, C]
+      .branch = in[2],           // [T, C]
+      .mean = in[4],             // [T]
+      .rstd = in[5],             // [T]
+      .dx = c->out[0],           // [T, C]
+      .dbranch = c->out[1],      // [T, C]
+      .dmod = c->out[2],         // [SEG, M]
   };
   b.add_branch = b.branch && !c->args->adaln.x_is_new;
+  return b;
+}
+
+static void backward(const Backward *b, const KernelCall *c) {
+  const BatchDims *dims = c->batch->dims;
   int64_t T = c->dims->T, C = c->dims->C, used = dims->n_text + dims->n_image;
   int64_t blocks = (C + BLOCK - 1) / BLOCK, items = dims->n_segments * blocks;
-  memset(b.dx + used * C, 0, (size_t)((T - used) * C) * sizeof(real));
-  if (b.branch) memset(b.dbranch + used * C, 0, (size_t)((T - used) * C) * sizeof(real));
+  memset(b->dx + used * C, 0, (size_t)((T - used) * C) * sizeof(real));
+  if (b->branch) memset(b->dbranch + used * C, 0, (size_t)((T - used) * C) * sizeof(real));
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < used; r++) backward_row(&b, c->batch->segment, r);
+    for (int64_t r = 0; r < used; r++) backward_row(b, c->batch->segment, r);
       // Text first: it is the longest segment.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < items; i++) {
       int64_t first = i % blocks * BLOCK;
-      backward_segment(&b, c->batch, i / blocks, first, C - first < BLOCK ? (int)(C - first) : BLOCK);
+      backward_segment(b, c->batch, i / blocks, first, C - first < BLOCK ? (int)(C - first) : BLOCK);
     }
   }
+}
+
+void cpu_ADALN_BWD(const KernelCall *c) {
+  Backward b = backward_of(c, c->in + 1);
+  b.dh = c->in[0]; // [T, C]
+  backward(&b, c);
+}
+
+// ---- with the sum over the experts before it ----
+
+void cpu_COMBINE_ADALN_FWD(const KernelCall *c) {
+  // A row of the branch is done with when the same row of h is written.
+  void *branch = c->out[0] ? c->out[0] : c->out[2]; // b2 [T, C], else h
+  KernelCall combine = *c, site = *c;
+  combine.out[0] = branch;
+  cpu_EXPERT_COMBINE(&combine);
+  site.in[0] = c->in[4]; // x [T, C]
+  site.in[1] = branch;
+  site.in[2] = c->in[5]; // mod [SEG, M]
+  memcpy(site.out, c->out + 1, 4 * sizeof *site.out);
+  cpu_ADALN_FWD(&site);
+}
+
+void cpu_COMBINE_ADALN_BWD(const KernelCall *c) {
+  KernelCall sum = *c;
+  sum.in[2] = NULL;     // weights
+  sum.in[3] = c->in[2]; // add
+  const Combine combine = combine_of(&sum);
+  Backward b = backward_of(c, c->in + 3);
+  b.combine = &combine;
+  backward(&b, c);
 }

@@ -1,5 +1,6 @@
 // Experts of both modalities, over assignments sorted by expert. Rows are gathered from (or scattered to) their token a
 // block at a time, on the stack, and go through one product while they are hot.
+#include "kernels/cpu/combine.h"
 #include "kernels/cpu/swiglu.h"
 
 enum {
@@ -159,37 +160,47 @@ void cpu_EXPERT_UP_DGRAD(const KernelCall *c) {
   slots_product(c, &s, 0, width, 1, d->F, 2, c->in[0], c->in + 2, c->out[0]); // W1 [2F, C]
 }
 
-void cpu_EXPERT_COMBINE(const KernelCall *c) {
+Combine combine_of(const KernelCall *c) {
   const Dims *d = c->dims;
-  const real *y = c->in[0];       // [slots, C], two-sided
-  const real *weights = c->in[2]; // [T, Kmax] or NULL
-  const real *add = c->in[3];     // [T, C] or NULL
-  real *out = c->out[0];          // [T, C]
   const Slots s = slots_of(c, 1);
   const int width[MODALITIES] = {d->C, d->C};
-  int64_t C = d->C, n_text = c->batch->dims->n_text, used = n_text + c->batch->dims->n_image;
-#pragma omp parallel for
-  for (int64_t r = 0; r < used; r++) {
-    int m = r < n_text ? TEXT : IMAGE;
-    const real *view = y + slots_base(&s, width, 1, m);
-    const int32_t *slot = s.route.slot + r * s.kmax;
-    real *to = out + r * C;
-    if (add)
-      memcpy(to, add + r * C, (size_t)C * sizeof *to);
-    else
-      memset(to, 0, (size_t)C * sizeof *to);
-    int32_t last = -1; // slots ascend with the expert
-    for (int n = 0; n < d->K[m]; n++) {
-      int next = -1;
-      for (int j = 0; j < d->K[m]; j++)
-        if (slot[j] > last && (next < 0 || slot[j] < slot[next])) next = j;
-      last = slot[next];
-      real w = weights ? weights[r * s.kmax + next] : 1;
-      const real *from = view + (int64_t)last * C;
-      for (int64_t i = 0; i < C; i++) to[i] += w * from[i];
-    }
+  const real *y = c->in[0];
+  return (Combine){.y = {y + slots_base(&s, width, 1, TEXT), y + slots_base(&s, width, 1, IMAGE)},
+                   .weights = c->in[2],
+                   .add = c->in[3],
+                   .slot = s.route.slot,
+                   .C = d->C,
+                   .kmax = s.kmax,
+                   .K = {d->K[TEXT], d->K[IMAGE]},
+                   .n_text = c->batch->dims->n_text};
+}
+
+void combine_part(const Combine *c, int64_t r, int64_t first, int64_t n, real *out) {
+  const int m = r < c->n_text ? TEXT : IMAGE;
+  const int32_t *slot = c->slot + r * c->kmax;
+  if (c->add)
+    memcpy(out, c->add + r * c->C + first, (size_t)n * sizeof *out);
+  else
+    memset(out, 0, (size_t)n * sizeof *out);
+  int32_t last = -1; // slots ascend with the expert
+  for (int k = 0; k < c->K[m]; k++) {
+    int next = -1;
+    for (int j = 0; j < c->K[m]; j++)
+      if (slot[j] > last && (next < 0 || slot[j] < slot[next])) next = j;
+    last = slot[next];
+    real w = c->weights ? c->weights[r * c->kmax + next] : 1;
+    const real *from = c->y[m] + (int64_t)last * c->C + first;
+    for (int64_t i = 0; i < n; i++) out[i] += w * from[i];
   }
-  memset(out + used * C, 0, (size_t)((d->T - used) * C) * sizeof *out);
+}
+
+void cpu_EXPERT_COMBINE(const KernelCall *c) {
+  real *out = c->out[0]; // [T, C]
+  const Combine combine = combine_of(c);
+  int64_t T = c->dims->T, C = c->dims->C, used = c->batch->dims->n_text + c->batch->dims->n_image;
+#pragma omp parallel for
+  for (int64_t r = 0; r < used; r++) combine_part(&combine, r, 0, C, out + r * C);
+  memset(out + used * C, 0, (size_t)((T - used) * C) * sizeof *out);
 }
 
 // Weight gradients of all experts: (+)= sum over an expert's slots of x[row]^T other[slot] (`rows_of_x`: [C, N]), or of

@@ -1,5 +1,6 @@
 // The CUDA backend: its table of kernels, memory, queues and graphs of one GPU.
 #include "kernels/cuda/adaln.h"
+#include "kernels/cuda/experts.h"
 
 extern "C" {
 #include "base/base.h"
@@ -226,6 +227,8 @@ static ScratchFn scratch_family(OpKind kind) {
     return head_scratch;
   case OP_ADALN_FWD:
   case OP_ADALN_BWD:
+  case OP_COMBINE_ADALN_FWD:
+  case OP_COMBINE_ADALN_BWD:
     return adaln_scratch;
   case OP_QKNORM_ROPE_FWD:
   case OP_QKNORM_ROPE_BWD:
@@ -267,15 +270,36 @@ static size_t cuda_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
 // ---- the other ways ----
 
 static size_t scratch_adaln_unfused(OpKind kind, const Dims *dims, const OpArgs *args) {
-  int adaln = kind == OP_ADALN_FWD || kind == OP_ADALN_BWD;
-  return adaln ? adaln_unfused_scratch(kind, dims, args) : cuda_scratch(kind, dims, args);
+  ScratchFn family = scratch_family(kind);
+  return family == adaln_scratch ? adaln_unfused_scratch(kind, dims, args) : cuda_scratch(kind, dims, args);
+}
+
+static size_t scratch_experts_loop(OpKind kind, const Dims *dims, const OpArgs *args) {
+  ScratchFn family = scratch_family(kind);
+  return family == expert_scratch ? expert_loop_scratch(kind, dims, args) : cuda_scratch(kind, dims, args);
+}
+
+static size_t scratch_both(OpKind kind, const Dims *dims, const OpArgs *args) {
+  ScratchFn family = scratch_family(kind);
+  return family == expert_scratch ? expert_loop_scratch(kind, dims, args) : scratch_adaln_unfused(kind, dims, args);
 }
 
 static void cuda_choose(Backend *b, KernelChoice choice) {
-  if (!choice.adaln_unfused) return;
-  b->fn[OP_ADALN_FWD] = cuda_ADALN_FWD_unfused;
-  b->fn[OP_ADALN_BWD] = cuda_ADALN_BWD_unfused;
-  b->scratch_bytes = scratch_adaln_unfused;
+  if (choice.adaln_unfused) {
+    b->fn[OP_ADALN_FWD] = cuda_ADALN_FWD_unfused;
+    b->fn[OP_ADALN_BWD] = cuda_ADALN_BWD_unfused;
+    b->fn[OP_COMBINE_ADALN_FWD] = b->fn[OP_COMBINE_ADALN_BWD] = NULL;
+    b->scratch_bytes = scratch_adaln_unfused;
+  }
+  if (choice.experts_loop) {
+    b->fn[OP_EXPERT_UP_FWD] = cuda_EXPERT_UP_FWD_loop;
+    b->fn[OP_EXPERT_DOWN_FWD] = cuda_EXPERT_DOWN_FWD_loop;
+    b->fn[OP_EXPERT_DOWN_BWD] = cuda_EXPERT_DOWN_BWD_loop;
+    b->fn[OP_EXPERT_DOWN_WGRAD] = cuda_EXPERT_DOWN_WGRAD_loop;
+    b->fn[OP_EXPERT_UP_DGRAD] = cuda_EXPERT_UP_DGRAD_loop;
+    b->fn[OP_EXPERT_UP_WGRAD] = cuda_EXPERT_UP_WGRAD_loop;
+    b->scratch_bytes = choice.adaln_unfused ? scratch_both : scratch_experts_loop;
+  }
 }
 
 // ---- the table ----

@@ -5,9 +5,11 @@ enum {
   THREADS = 256,
   WARPS = THREADS / 32,
   POOL_THREADS = 512, // eight columns each, so that one row of C <= 4096 is one access of the block
-  BWD_IDS = 32,       // rows of dE in a block
-  BWD_COLUMNS = 256,  // and columns: eight a lane
-  LONG_RUN = 32       // an id of more rows is summed by the whole block
+  HALF = 16,          // lanes
+  HALVES = THREADS / HALF,
+  BWD_IDS = 32,           // rows of dE in a block
+  BWD_COLUMNS = HALF * 8, // and columns
+  LONG_RUN = 32           // an id of more rows is summed by the whole block
 };
 
 static __device__ inline void add8(float sum[8], const float x[8]) {
@@ -51,25 +53,28 @@ static __device__ inline int lower_bound_warp(const int32_t *id, int n, int v) {
   return low;
 }
 
-// sum [8 columns] of the rows id_row[k] for k = first, first + step, .. < end, by a whole warp. The lanes look up 32
-// rows at once and hand them round, so that what the sum waits for is the rows alone.
+// sum [8 columns] of the rows id_row[k] for k = first, first + step, .. < end, by a half warp of converged lanes (first
+// may differ between the halves, and the loops run as long as either has rows). The lanes look up 16 rows at once and
+// hand them round, so that what the sum waits for is the rows alone.
 static __device__ inline void sum_rows(const Batch &b, int first, int end, int step, int C, int column, const bf16 *dx,
                                        const bf16 *dmean, float sum[8]) {
-  int lane = threadIdx.x % 32;
-  for (; first < end; first += 32 * step) {
-    int k = first + lane * step, row = 0, segment = 0, many = ceil_div(end - first, step);
+  int lane = threadIdx.x % HALF;
+  for (; __any_sync(0xffffffffu, first < end); first += HALF * step) {
+    int k = first + lane * step, row = -1, segment = 0;
     float part = 0;
     if (k < end) {
       row = b.id_row[k];
       segment = b.pool_segment[row];
       if (segment) part = __fdividef(1, (float)(b.cap_end[segment] - b.cap_start[segment]));
     }
+    int many = __reduce_max_sync(0xffffffffu, first < end ? ceil_div(end - first, step) : 0);
 #pragma unroll 4
-    for (int i = 0; i < (many < 32 ? many : 32); i++) {
-      int r = __shfl_sync(0xffffffffu, row, i), g = __shfl_sync(0xffffffffu, segment, i);
-      float share = __shfl_sync(0xffffffffu, part, i), x[8], mean[8];
-      load8(dx + (int64_t)r * C + column, x);
-      unpack8(g ? *(const uint4 *)(dmean + (int64_t)g * C + column) : make_uint4(0, 0, 0, 0), mean);
+    for (int i = 0; i < (many < HALF ? many : HALF); i++) {
+      int r = __shfl_sync(0xffffffffu, row, i, HALF), g = __shfl_sync(0xffffffffu, segment, i, HALF);
+      float share = __shfl_sync(0xffffffffu, part, i, HALF), x[8], mean[8];
+      const uint4 zero = make_uint4(0, 0, 0, 0);
+      unpack8(r >= 0 ? *(const uint4 *)(dx + (int64_t)r * C + column) : zero, x);
+      unpack8(g ? *(const uint4 *)(dmean + (int64_t)g * C + column) : zero, mean);
 #pragma unroll
       for (int e = 0; e < 8; e++) sum[e] += x[e] + share * mean[e];
     }
@@ -88,45 +93,45 @@ static __device__ inline void store_sum(float *to, const float sum[8], int accum
   at[1] = b;
 }
 
-// Block (x, y): BWD_COLUMNS columns of rows BWD_IDS y .. of dE. A warp takes every eighth of those rows; ids of many
-// rows (the special tokens stand in every document) come last, each summed by all warps, warp w taking its rows w,
-// w + 8, ..
-static __global__ void __launch_bounds__(THREADS)
+// Block (x, y): BWD_COLUMNS columns of BWD_IDS rows of dE. A half warp takes every HALVES-th of those rows; ids of many
+// rows come last, each summed by all half warps, the w-th taking its rows w, w + HALVES, .. The last ids are the
+// special tokens, which stand in every document: their block, the longest, goes first.
+static __global__ void __launch_bounds__(THREADS, 4)
     embed_bwd_kernel(const __grid_constant__ Batch b, int V, int C, int accumulate, const bf16 *dx, const bf16 *dmean,
                      float *dE) {
   __shared__ int first[BWD_IDS], end[BWD_IDS]; // of the id's rows in id_row; none: 0, 0
-  __shared__ __align__(16) float partial[WARPS][BWD_COLUMNS];
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, v0 = blockIdx.y * BWD_IDS, n_ids = b.dims->n_ids;
-  int column = blockIdx.x * BWD_COLUMNS + lane * 8;
+  __shared__ __align__(16) float partial[HALVES][BWD_COLUMNS];
+  int lane = threadIdx.x % HALF, half = threadIdx.x / HALF, n_ids = b.dims->n_ids;
+  int v0 = (int)((blockIdx.y + gridDim.y - 1) % gridDim.y) * BWD_IDS, column = blockIdx.x * BWD_COLUMNS + lane * 8;
   bool inside = column < C;
   if (!inside) column = 0; // the lane reads along, and writes nothing
-  if (warp == 0) {
-    first[lane] = end[lane] = 0;
+  if (threadIdx.x < 32) {
+    first[threadIdx.x] = end[threadIdx.x] = 0;
     __syncwarp();
-    int j = lower_bound_warp(b.id, n_ids, v0) + lane, v = j < n_ids ? b.id[j] - v0 : BWD_IDS;
+    int j = lower_bound_warp(b.id, n_ids, v0) + threadIdx.x, v = j < n_ids ? b.id[j] - v0 : BWD_IDS;
     if (v < BWD_IDS) {
       first[v] = b.id_start[j];
       end[v] = b.id_start[j + 1];
     }
   }
   __syncthreads();
-  for (int i = warp; i < BWD_IDS && v0 + i < V; i += WARPS) {
+  for (int i = half; i < BWD_IDS; i += HALVES) {
     int rows = end[i] - first[i];
-    if (rows > LONG_RUN || (rows == 0 && accumulate)) continue;
+    bool mine = rows <= LONG_RUN && v0 + i < V && (rows || !accumulate);
     float sum[8] = {};
-    sum_rows(b, first[i], end[i], 1, C, column, dx, dmean, sum);
-    if (inside) store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
+    sum_rows(b, first[i], mine ? end[i] : 0, 1, C, column, dx, dmean, sum);
+    if (mine && inside) store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
   }
   for (int i = 0; i < BWD_IDS; i++) {
     if (end[i] - first[i] <= LONG_RUN) continue;
     float sum[8] = {};
-    sum_rows(b, first[i] + warp, end[i], WARPS, C, column, dx, dmean, sum);
+    sum_rows(b, first[i] + half, end[i], HALVES, C, column, dx, dmean, sum);
     __syncthreads(); // the id before has been read from `partial`
-    store_sum(&partial[warp][lane * 8], sum, 0);
+    store_sum(&partial[half][lane * 8], sum, 0);
     __syncthreads();
-    if (warp || !inside) continue;
+    if (half || !inside) continue;
 #pragma unroll
-    for (int w = 1; w < WARPS; w++) add8(sum, &partial[w][lane * 8]);
+    for (int h = 1; h < HALVES; h++) add8(sum, &partial[h][lane * 8]);
     store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
   }
 }

@@ -1,22 +1,11 @@
 // Experts of both modalities, over assignments sorted by expert: products through gemm.h, whose groups are the experts,
 // which also take the activation forward and backward; and the sum over a token's experts.
+#include "kernels/cuda/experts.h"
 #include "kernels/cuda/gemm.h"
 
 #include <limits.h>
 
 enum { THREADS = 256, WARPS = THREADS / 32, MOST_EXPERTS = 8 }; // MOST_EXPERTS of one token
-
-static Route route_of(const KernelCall *c, int in) {
-  Route r;
-  route_bind(&r, c->dims, (int32_t *)(uintptr_t)c->in[in]);
-  return r;
-}
-
-// First element of modality m's view of a per-assignment buffer, scale * width[m] elements a slot.
-static int64_t slots_at(const Dims *d, const int width[MODALITIES], int scale, int m) {
-  const int scaled[MODALITIES] = {scale * width[TEXT], scale * width[IMAGE]};
-  return two_sided_base(d->T, d->K, scaled, m);
-}
 
 // ---- products ----
 

@@ -49,8 +49,8 @@ static inline __host__ __device__ int gemm_tile_rows(const GemmSide *s, int kind
 // The tiles of all groups, in shared memory.
 typedef struct GemmTiles {
   int first[GEMM_MAX_GROUPS + 1];   // place i has tiles [first[i], first[i + 1])
-  int begin[GEMM_MAX_GROUPS];       // by group: its rows
-  int count[GEMM_MAX_GROUPS];       //
+  int begin[GEMM_MAX_GROUPS];       // by group: its first row
+  int count[GEMM_MAX_GROUPS];       // by group: its rows
   int64_t partial[GEMM_MAX_GROUPS]; // by group: where its partial sums begin
   int16_t parts[GEMM_MAX_GROUPS];   // by group
   int16_t group[GEMM_MAX_GROUPS];   // by place

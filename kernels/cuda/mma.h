@@ -19,8 +19,8 @@ static __device__ inline uint32_t recompute(uint32_t x) {
   return x;
 }
 
-// Copies 16 (4) bytes from global memory to a shared address in the background, or zeros when !valid; `from` must be a
-// legal address either way.
+// Copies 16 (4) bytes from global memory to a shared address in the background; when !valid, writes zeros and reads
+// nothing.
 static __device__ inline void copy16_async(uint32_t to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }

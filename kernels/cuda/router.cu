@@ -1,11 +1,7 @@
 // Routers: logits, top-k, the sort of assignments by expert, and the router losses.
 #include "kernels/cuda/router.h"
 
-enum {
-  THREADS = ROUTER_THREADS,
-  CHOICES_MOST = 8,
-  LOSS_BLOCKS = 64 // fixed split of a modality's rows for sums over them
-};
+enum { THREADS = ROUTER_THREADS, CHOICES_MOST = 8, LOSS_SUMS = 2 * MODALITIES };
 
 // ---- forward ----
 
@@ -155,7 +151,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 // tile's own begin: place[e]. total[e] = assignments of all its tiles.
 static __device__ void expert_starts(int E, int first_slot, int first_tile, int tiles, int ordinal,
                                      const uint8_t *counts, int counts_stride, int *start, int *place, int *total) {
-  enum { SHARES = 32 };
+  enum { SHARES = 64 };
   __shared__ int share_total[THREADS * 4], share_before[THREADS * 4];                       // [share][4 words]
   int words = ceil_div(E, 4), shares = THREADS / words < SHARES ? THREADS / words : SHARES; // four experts a word
   int word = threadIdx.x % words, share = threadIdx.x / words;
@@ -269,97 +265,95 @@ extern "C" void cuda_ROUTER_FWD(const KernelCall *c) {
 
 // ---- losses ----
 
-// Block (i, m): partial [m][i][E probabilities summed, lse^2 summed] of modality m's tiles i, i + LOSS_BLOCKS, ..
+//
+// With f_e known, a modality's balance loss is a sum over rows: E sum_r (sum_e f_e p_re) / rows. So a row gives two
+// numbers, that and lse^2; each block adds those of its TILE rows.
+
+// partial [blocks][text balance, text z, image balance, image z], before any scale.
 static __global__ void __launch_bounds__(THREADS)
-    loss_partial_kernel(const BatchDims *n, const __grid_constant__ Sides s, const float *logits, double *partial) {
-  extern __shared__ float tile[]; // [TILE, logit_stride]
-  __shared__ double shared[THREADS];
-  int m = blockIdx.y, E = s.E[m], stride = logit_stride(E), row = threadIdx.x / QUAD, q = threadIdx.x % QUAD;
-  int tiles = ceil_div(side_rows(n, m), TILE), before = m == TEXT ? 0 : ceil_div(n->n_text, TILE);
-  int column = threadIdx.x % E, share = threadIdx.x / E, shares = THREADS / E; // threads by which columns are summed
-  double probability = 0, squares = 0;
-  for (int i = blockIdx.x; i < tiles; i += LOSS_BLOCKS) {
-    RowTile t = row_tile(n, s.T, TILE, before + i);
-    load_logits(s, t, logits, tile);
-    __syncthreads();
-    float lse = softmax_quad(tile + row * stride, E, q); // of rows past t.rows: unused
-    if (q == 0 && row < t.rows) squares += (double)lse * (double)lse;
-    __syncthreads();
-    for (int r = share; share < shares && r < t.rows; r += shares) probability += (double)tile[r * stride + column];
-    __syncthreads();
-  }
-  double *to = partial + ((int64_t)m * LOSS_BLOCKS + blockIdx.x) * (EXPERTS_MOST + 1);
-  shared[threadIdx.x] = probability;
-  __syncthreads();
-  if (threadIdx.x < E) {
-    double sum = 0;
-    for (int i = 0; i < shares; i++) sum += shared[i * E + threadIdx.x];
-    to[threadIdx.x] = sum;
+    loss_rows_kernel(const BatchDims *n, const __grid_constant__ Sides s, const float *logits, const int32_t *counts,
+                     double *partial) {
+  enum { WARPS = THREADS / 32 };
+  __shared__ float fraction[MODALITIES * EXPERTS_MOST]; // of the modality's assignments, by group
+  __shared__ double sums[WARPS][LOSS_SUMS];
+  int text = n->n_text, used = text + n->n_image;
+  for (int g = threadIdx.x; g < s.E[TEXT] + s.E[IMAGE]; g += THREADS) {
+    int m = g < s.E[TEXT] ? TEXT : IMAGE;
+    fraction[g] = __fdividef((float)counts[g], (float)side_rows(n, m) * (float)s.K[m]);
   }
   __syncthreads();
-  squares = warp_sum_double(squares);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = squares;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double sum = 0;
-    for (int i = 0; i < THREADS / 32; i++) sum += shared[i];
-    to[E] = sum;
+  int row = blockIdx.x * TILE + threadIdx.x / QUAD, q = threadIdx.x % QUAD, m = row < text ? TEXT : IMAGE;
+  int E = row < used ? s.E[m] : 0; // the quads of filler rows go along with the warp's shuffles
+  const float *x = logits + s.base[m] + (int64_t)row * s.E[m], *f = fraction + (m == TEXT ? 0 : s.E[TEXT]);
+  float top = -INFINITY, sum = 0, load = 0;
+  for (int e = q; e < E; e += QUAD) top = fmaxf(top, x[e]);
+  top = quad_max(top);
+  for (int e = q; e < E; e += QUAD) {
+    float p = expf(x[e] - top);
+    sum += p;
+    load += f[e] * p;
   }
+  sum = quad_sum(sum);
+  load = quad_sum(load);
+  double lse = (double)(top + logf(sum)), value[2] = {(double)__fdividef(load, sum), lse * lse};
+#pragma unroll
+  for (int k = 0; k < LOSS_SUMS; k++) {
+    double v = warp_sum_double(E && q == 0 && k / 2 == m ? value[k % 2] : 0);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][k] = v;
+  }
+  __syncthreads();
+  if (threadIdx.x >= LOSS_SUMS) return;
+  double total = 0;
+  for (int w = 0; w < WARPS; w++) total += sums[w][threadIdx.x];
+  partial[blockIdx.x * LOSS_SUMS + threadIdx.x] = total;
 }
 
 static __global__ void __launch_bounds__(THREADS)
-    loss_total_kernel(const BatchDims *n, const __grid_constant__ Sides s, const double *partial, const int32_t *counts,
-                      double balance, double z, double *load, Metrics *metrics) {
-  __shared__ double shared[2][THREADS / 32];
-  int groups = s.E[TEXT] + s.E[IMAGE];
-  for (int g = threadIdx.x; g < groups; g += THREADS) load[g] += counts[g];
+    loss_total_kernel(const BatchDims *n, const __grid_constant__ Sides s, int blocks, const double *partial,
+                      const int32_t *counts, double balance, double z, double *load, Metrics *metrics) {
+  enum { SHARES = THREADS / LOSS_SUMS };
+  __shared__ double sums[SHARES][LOSS_SUMS];
+  int k = threadIdx.x % LOSS_SUMS;
+  double sum = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x / LOSS_SUMS; i < blocks; i += SHARES) sum += partial[i * LOSS_SUMS + k];
+  sums[threadIdx.x / LOSS_SUMS][k] = sum;
+  for (int g = threadIdx.x; g < s.E[TEXT] + s.E[IMAGE]; g += THREADS) load[g] += counts[g];
+  __syncthreads();
+  if (threadIdx.x) return;
+  double total[2] = {0, 0}; // balance, z
   for (int m = 0; m < MODALITIES; m++) {
-    int E = s.E[m];
     int rows = side_rows(n, m);
     if (rows == 0) continue;
-    double by_row = 1 / (double)rows, sum[2] = {0, 0}; // balance, z
-    double by_assignment = by_row / s.K[m];
-    for (int e = threadIdx.x / 32; e <= E; e += THREADS / 32) { // a warp a column
-      const double *from = partial + (int64_t)m * LOSS_BLOCKS * (EXPERTS_MOST + 1) + e;
-      double column = 0;
-#pragma unroll
-      for (int i = 0; i < LOSS_BLOCKS; i += 32) column += from[(i + threadIdx.x % 32) * (EXPERTS_MOST + 1)];
-      column = warp_sum_double(column);
-      if (e < E)
-        sum[0] += counts[(m == TEXT ? 0 : s.E[TEXT]) + e] * by_assignment * (column * by_row);
-      else
-        sum[1] += column * by_row;
+    double side[2] = {0, 0}, scale = n->router_scale / (double)rows;
+    for (int i = 0; i < SHARES; i++) {
+      side[0] += sums[i][2 * m];
+      side[1] += sums[i][2 * m + 1];
     }
-    __syncthreads();
-    for (int k = 0; threadIdx.x % 32 == 0 && k < 2; k++) shared[k][threadIdx.x / 32] = sum[k];
-    __syncthreads();
-    if (threadIdx.x) continue;
-    double total[2] = {0, 0}, scale = n->router_scale;
-    for (int k = 0; k < 2; k++)
-      for (int i = 0; i < THREADS / 32; i++) total[k] += shared[k][i];
-    metrics->balance += scale * balance * E * total[0];
-    metrics->z += scale * z * total[1];
+    total[0] += scale * balance * s.E[m] * side[0];
+    total[1] += scale * z * side[1];
   }
+  metrics->balance += total[0];
+  metrics->z += total[1];
 }
 
 extern "C" void cuda_ROUTER_LOSS(const KernelCall *c) {
   const Dims *d = c->dims;
-  const float *logits = (const float *)c->in[0];
   Route route;
   route_bind(&route, d, (int32_t *)c->in[1]);
   Metrics *metrics = (Metrics *)c->out[0];
   double *load = (double *)(metrics + 1) + (int64_t)c->args->router.layer * (d->E[TEXT] + d->E[IMAGE]);
-  double *partial = (double *)c->scratch; // [MODALITIES][LOSS_BLOCKS][EXPERTS_MOST + 1]
-  CUDA_ALLOW_SHARED(loss_partial_kernel, tile_bytes(d));
-  CUDA_LAUNCH(loss_partial_kernel, dim3(LOSS_BLOCKS, MODALITIES), THREADS, tile_bytes(d), call_stream(c),
-              c->batch->dims, sides_of(d), logits, partial);
-  CUDA_LAUNCH(loss_total_kernel, 1, THREADS, 0, call_stream(c), c->batch->dims, sides_of(d), partial, route.count,
-              c->args->router.balance, c->args->router.z, load, metrics);
+  double *partial = (double *)c->scratch; // [blocks][LOSS_SUMS]
+  int blocks = ceil_div(d->T, TILE);
+  CUDA_LAUNCH(loss_rows_kernel, blocks, THREADS, 0, call_stream(c), c->batch->dims, sides_of(d),
+              (const float *)c->in[0], route.count, partial);
+  CUDA_LAUNCH(loss_total_kernel, 1, THREADS, 0, call_stream(c), c->batch->dims, sides_of(d), blocks, partial,
+              route.count, c->args->router.balance, c->args->router.z, load, metrics);
 }
 
 size_t router_scratch(OpKind kind, const Dims *d, const OpArgs *args) {
   (void)args;
   if (kind == OP_ROUTER_FWD) return (size_t)tiles_most(d->T, TILE) * (size_t)counts_stride_of(d);
-  if (kind == OP_ROUTER_LOSS) return (size_t)MODALITIES * LOSS_BLOCKS * (EXPERTS_MOST + 1) * sizeof(double);
+  if (kind == OP_ROUTER_LOSS) return (size_t)ceil_div(d->T, TILE) * LOSS_SUMS * sizeof(double);
   return kind == OP_ROUTER_BWD ? router_bwd_scratch(d) : 0;
 }

@@ -1,4 +1,4 @@
-// What the router's forward and backward kernels share: tiles of rows, and softmax over a row's experts.
+// What the router's forward and backward kernels share: tiles of rows, and quads of threads.
 //
 // Rows are worked on in tiles of one modality each. Four neighbouring threads, a quad, share a row's experts: lane q of
 // the four has experts q, q + 4, .. A tile's logits stand in shared memory with rows of logit_stride floats, an odd
@@ -82,29 +82,6 @@ static __device__ inline float quad_max(float v) {
 static __device__ inline float quad_sum(float v) {
   v += __shfl_xor_sync(0xffffffffu, v, 1);
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
-// The tile's logits [rows, E] from global to shared memory.
-static __device__ inline void load_logits(const Sides &s, RowTile t, const float *logits, float *tile) {
-  int E = s.E[t.side], stride = logit_stride(E);
-  const float *from = logits + s.base[t.side] + (int64_t)t.first * E;
-  for (int i = threadIdx.x; i < t.rows * E; i += ROUTER_THREADS) tile[i / E * stride + i % E] = from[i];
-}
-
-// row [E] = softmax(row), by the four threads of a quad; returns log sum exp.
-static __device__ inline float softmax_quad(float *row, int E, int q) {
-  float top = -INFINITY, sum = 0;
-  for (int e = q; e < E; e += QUAD) top = fmaxf(top, row[e]);
-  top = quad_max(top);
-  for (int e = q; e < E; e += QUAD) {
-    float p = expf(row[e] - top);
-    row[e] = p;
-    sum += p;
-  }
-  sum = quad_sum(sum);
-  float share = 1 / sum;
-  for (int e = q; e < E; e += QUAD) row[e] *= share;
-  return top + logf(sum);
 }
 
 // A larger tile than 48 KiB only with more than 180 experts.

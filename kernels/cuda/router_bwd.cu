@@ -17,6 +17,29 @@ typedef struct LogitScales {
   double balance, z; // args.router
 } LogitScales;
 
+// The tile's logits [rows, E] from global to shared memory.
+static __device__ inline void load_logits(const Sides &s, RowTile t, const float *logits, float *tile) {
+  int E = s.E[t.side], stride = logit_stride(E);
+  const float *from = logits + s.base[t.side] + (int64_t)t.first * E;
+  for (int i = threadIdx.x; i < t.rows * E; i += THREADS) tile[i / E * stride + i % E] = from[i];
+}
+
+// row [E] = softmax(row), by the four threads of a quad; returns log sum exp.
+static __device__ inline float softmax_quad(float *row, int E, int q) {
+  float top = -INFINITY, sum = 0;
+  for (int e = q; e < E; e += QUAD) top = fmaxf(top, row[e]);
+  top = quad_max(top);
+  for (int e = q; e < E; e += QUAD) {
+    float p = expf(row[e] - top);
+    row[e] = p;
+    sum += p;
+  }
+  sum = quad_sum(sum);
+  float share = 1 / sum;
+  for (int e = q; e < E; e += QUAD) row[e] *= share;
+  return top + logf(sum);
+}
+
 // First expert whose slots end behind `slot`: ends [E] never decrease.
 static __device__ inline int expert_of(const int *ends, int E, int slot) {
   int low = 0, high = E - 1;
@@ -48,15 +71,15 @@ static __global__ void __launch_bounds__(THREADS)
     ends[e] = route.begin[g] + route.count[g];
   }
   load_logits(s, t, logits, tile);
+  int row = threadIdx.x / QUAD, q = threadIdx.x % QUAD;
+  int64_t at = (int64_t)(t.first + (row < t.rows ? row : 0)) * s.kmax;
+  float mean_load = 0, dot = 0;
+  for (int j = 0; j < K; j++) dot += weights[at + j] * dweights[at + j];
   __syncthreads();
 
-  int row = threadIdx.x / QUAD, q = threadIdx.x % QUAD;
-  float *p = tile + row * stride;
-  float lse = softmax_quad(p, E, q), mean_load = 0, dot = 0;
+  float *p = tile + row * stride, lse = softmax_quad(p, E, q);
   for (int e = q; e < E; e += QUAD) mean_load += fraction[e] * p[e];
   mean_load = quad_sum(mean_load);
-  int64_t at = (int64_t)(t.first + (row < t.rows ? row : 0)) * s.kmax;
-  for (int j = 0; j < K; j++) dot += weights[at + j] * dweights[at + j];
   // A single choice is weighted by its full-softmax probability, which every logit moves.
   float spread = K == 1 ? dot : 0;
   for (int e = q; e < E; e += QUAD) p[e] *= balance * (fraction[e] - mean_load) + z * 2 * lse - spread;
@@ -96,7 +119,7 @@ template <int GROUPS> struct GradShared {
 // column 8 (n / 2) + 2 j + n % 2: then a thread's numbers are eight neighbours, one 16-byte access of add and of dh.
 // dWr^T [128, E]: a warp has 16 columns of h and all experts, and keeps its sums over the tiles in registers.
 template <int GROUPS>
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(THREADS, GROUPS == 2 ? 3 : 2)
     gradient_kernel(const BatchDims *n, const __grid_constant__ Sides s, int block_rows, int first_group,
                     const bf16 *dlogits, int groups_stride, const bf16 *h, const bf16 *wr0, const bf16 *wr1,
                     const bf16 *add, bf16 *dh, float *partial) {
@@ -117,20 +140,6 @@ static __global__ void __launch_bounds__(THREADS, 2)
   int E = s.E[t.side], groups = ceil_div(E, 8) - first_group;
   groups = groups < GROUPS ? groups : GROUPS;
   if (groups <= 0) return;
-  const bf16 *wr = t.side == TEXT ? wr0 : wr1;
-  for (int i = threadIdx.x; i < groups * 4 * 32; i += THREADS) {
-    int l = i % 32, e = (first_group + i / 128) * 8 + l % 4 * 2;
-    uint32_t pair[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      int column = c0 + i / 32 % 4 * 32 + l / 8 * 8 + 2 * j + l / 4 % 2;
-      float a = e < E && column < C ? __bfloat162float(wr[(int64_t)e * C + column]) : 0;
-      float b = e + 1 < E && column < C ? __bfloat162float(wr[(int64_t)(e + 1) * C + column]) : 0;
-      pair[j] = pack2(a, b);
-    }
-    shared->wr[i] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
-  }
-
   // Starts the copies of tile `i` into its stage; rows past the end and columns past C become zeros.
   auto stage_tile = [&](int i) {
     GradStage<GROUPS> *to = &shared->stage[i % 2];
@@ -155,10 +164,23 @@ static __global__ void __launch_bounds__(THREADS, 2)
   int tiles = ceil_div(t.rows, TILE), row = warp % 4 * 16 + g, column = c0 + warp / 4 * 64 + q * 8;
   int matrix = lane / 8, line = lane % 8; // which row of which 8 x 8 matrix this lane points ldmatrix to
   stage_tile(0);
+  const bf16 *wr = t.side == TEXT ? wr0 : wr1;
+  for (int i = threadIdx.x; i < groups * 4 * 32; i += THREADS) {
+    int l = i % 32, e = (first_group + i / 128) * 8 + l % 4 * 2;
+    uint32_t pair[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      int column = c0 + i / 32 % 4 * 32 + l / 8 * 8 + 2 * j + l / 4 % 2;
+      float a = e < E && column < C ? __bfloat162float(wr[(int64_t)e * C + column]) : 0;
+      float b = e + 1 < E && column < C ? __bfloat162float(wr[(int64_t)(e + 1) * C + column]) : 0;
+      pair[j] = pack2(a, b);
+    }
+    shared->wr[i] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+  }
   for (int i = 0; i < tiles; i++) {
     if (i + 1 < tiles) stage_tile(i + 1);
     // dh starts as add: rows `row` and row + 8, columns `column` .. + 7 and 32 further.
-    int64_t at[2] = {(int64_t)(t.first + i * TILE + row) * C, (int64_t)(t.first + i * TILE + row + 8) * C};
+    int64_t at = (int64_t)(t.first + i * TILE + row) * C + column;
     const bool inside[2] = {i * TILE + row < t.rows, i * TILE + row + 8 < t.rows};
     uint4 add8[2][2]; // [32 columns][row]
 #pragma unroll
@@ -166,7 +188,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         bool there = add && inside[k] && column + half * 32 < C;
-        add8[half][k] = there ? *(const uint4 *)(add + at[k] + column + half * 32) : make_uint4(0, 0, 0, 0);
+        add8[half][k] = there ? *(const uint4 *)(add + at + k * 8 * C + half * 32) : make_uint4(0, 0, 0, 0);
       }
     }
     if (i + 1 < tiles)
@@ -206,11 +228,11 @@ static __global__ void __launch_bounds__(THREADS, 2)
         float x[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) x[j] = acc[half][j / 2][k * 2 + j % 2];
-        if (inside[k] && column + half * 32 < C) store8(dh + at[k] + column + half * 32, x);
+        if (inside[k] && column + half * 32 < C) store8(dh + at + k * 8 * C + half * 32, x);
       }
     }
 
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < TILE; k += 16) {
       uint32_t a[4]; // h^T: (16 columns, 16 rows)
       int r = k + matrix / 2 * 8 + line;

@@ -1,7 +1,7 @@
 // Whole-slab ops: copies, and what happens to parameters once a step.
 //
 // The update ops walk all parameters with few launches: up to BATCH_SPANS of them travel in a kernel's arguments, cut
-// into chunks of CHUNK elements that the blocks share out; a chunk finds its parameter by binary search.
+// into chunks of CHUNK elements of which each block takes one; a chunk finds its parameter by binary search.
 #include "kernels/cuda/cuda.h"
 #include "kernels/master.h"
 
@@ -142,11 +142,6 @@ static __device__ inline int64_t chunk_single(Chunk c, Eights e) {
   return at < c.end ? at : -1;
 }
 
-static int grid_for_chunks(int chunks, int blocks_per_sm) {
-  int most = cuda_sm_count() * blocks_per_sm;
-  return chunks < most ? chunks : most;
-}
-
 // ---- GRAD_NORM ----
 
 // Over a block of THREADS; thread 0 gets the result. In a fixed order.
@@ -166,22 +161,19 @@ static __device__ double block_sum_double(double v, double *shared) {
 static __global__ void __launch_bounds__(THREADS)
     square_kernel(const float *grads, const __grid_constant__ SpanBatch batch, double *sums) {
   __shared__ double shared[THREADS / 32];
-  int chunks = batch.first_chunk[batch.n];
-  for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
-    Chunk c = chunk_of(batch, i);
-    Eights e = chunk_eights(c);
-    double sum = 0, sum2 = 0;
+  Chunk c = chunk_of(batch, blockIdx.x);
+  Eights e = chunk_eights(c);
+  double sum = 0, sum2 = 0;
 #pragma unroll 8
-    for (int64_t at = e.begin + threadIdx.x * 4; at < e.end; at += THREADS * 4) {
-      float4 g = __ldcs((const float4 *)(grads + at));
-      sum += (double)g.x * (double)g.x + (double)g.y * (double)g.y;
-      sum2 += (double)g.z * (double)g.z + (double)g.w * (double)g.w;
-    }
-    int64_t single = chunk_single(c, e);
-    if (single >= 0) sum += (double)grads[single] * (double)grads[single];
-    sum = block_sum_double(sum + sum2, shared);
-    if (threadIdx.x == 0) sums[i] = sum;
+  for (int64_t at = e.begin + threadIdx.x * 4; at < e.end; at += THREADS * 4) {
+    float4 g = __ldcs((const float4 *)(grads + at));
+    sum += (double)g.x * (double)g.x + (double)g.y * (double)g.y;
+    sum2 += (double)g.z * (double)g.z + (double)g.w * (double)g.w;
   }
+  int64_t single = chunk_single(c, e);
+  if (single >= 0) sum += (double)grads[single] * (double)grads[single];
+  sum = block_sum_double(sum + sum2, shared);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 // Block p: partial[p] = sum over the chunks of parameter p.
@@ -233,7 +225,7 @@ extern "C" void cuda_GRAD_NORM(const KernelCall *c) {
   for (int p = 0; p < n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
-    if (chunks) CUDA_LAUNCH(square_kernel, grid_for_chunks(chunks, 8), THREADS, 0, call_stream(c), grads, batch, sums);
+    if (chunks) CUDA_LAUNCH(square_kernel, chunks, THREADS, 0, call_stream(c), grads, batch, sums);
     CUDA_LAUNCH(square_total_kernel, batch.n, THREADS, 0, call_stream(c), batch, sums, partial + p);
     sums += chunks;
   }
@@ -327,16 +319,13 @@ static __global__ void __launch_bounds__(THREADS)
   if (status->skip) return;
   AdamConstants k = adam_constants(scalars, status);
   float decay = (float)(scalars->lr * scalars->weight_decay);
-  int chunks = batch.first_chunk[batch.n];
-  for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
-    Chunk c = chunk_of(batch, i);
-    float shrink = batch.span[c.param].decay ? decay : 0;
-    Eights e = chunk_eights(c);
-    for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8)
-      adam_eight(k, shrink, at, grads, weights, ms, vs, rests);
-    int64_t single = chunk_single(c, e);
-    if (single >= 0) adam_one(k, shrink, single, grads, weights, ms, vs, rests);
-  }
+  Chunk c = chunk_of(batch, blockIdx.x);
+  float shrink = batch.span[c.param].decay ? decay : 0;
+  Eights e = chunk_eights(c);
+  for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8)
+    adam_eight(k, shrink, at, grads, weights, ms, vs, rests);
+  int64_t single = chunk_single(c, e);
+  if (single >= 0) adam_one(k, shrink, single, grads, weights, ms, vs, rests);
 }
 
 extern "C" void cuda_ADAMW(const KernelCall *c) {
@@ -345,7 +334,7 @@ extern "C" void cuda_ADAMW(const KernelCall *c) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
-      CUDA_LAUNCH(adamw_kernel, grid_for_chunks(chunks, 8), THREADS, 0, call_stream(c), (const float *)c->in[0],
+      CUDA_LAUNCH(adamw_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in[0],
                   (const UpdateStatus *)c->in[1], (const StepScalars *)c->in[2], batch, (uint16_t *)c->out[0],
                   (float *)c->out[1], (float *)c->out[2], (uint16_t *)c->out[3]);
   }
@@ -358,23 +347,20 @@ static __global__ void __launch_bounds__(THREADS)
                const __grid_constant__ SpanBatch batch, float *emas) {
   if (status->skip) return;
   float rate = (float)(1 - scalars->ema_decay);
-  int chunks = batch.first_chunk[batch.n];
-  for (int i = blockIdx.x; i < chunks; i += gridDim.x) {
-    Chunk c = chunk_of(batch, i);
-    Eights e = chunk_eights(c);
+  Chunk c = chunk_of(batch, blockIdx.x);
+  Eights e = chunk_eights(c);
 #pragma unroll 2
-    for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8) {
-      float ema[8], w[8];
-      load_floats(emas + at, ema);
-      join8(__ldcs((const uint4 *)(weights + at)), rests ? __ldcs((const uint4 *)(rests + at)) : make_uint4(0, 0, 0, 0),
-            w);
+  for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8) {
+    float ema[8], w[8];
+    load_floats(emas + at, ema);
+    join8(__ldcs((const uint4 *)(weights + at)), rests ? __ldcs((const uint4 *)(rests + at)) : make_uint4(0, 0, 0, 0),
+          w);
 #pragma unroll
-      for (int j = 0; j < 8; j++) ema[j] += rate * (w[j] - ema[j]);
-      store_floats(emas + at, ema);
-    }
-    int64_t at = chunk_single(c, e);
-    if (at >= 0) emas[at] += rate * (master_join(weights[at], rests ? rests[at] : 0) - emas[at]);
+    for (int j = 0; j < 8; j++) ema[j] += rate * (w[j] - ema[j]);
+    store_floats(emas + at, ema);
   }
+  int64_t at = chunk_single(c, e);
+  if (at >= 0) emas[at] += rate * (master_join(weights[at], rests ? rests[at] : 0) - emas[at]);
 }
 
 extern "C" void cuda_EMA(const KernelCall *c) {
@@ -383,7 +369,7 @@ extern "C" void cuda_EMA(const KernelCall *c) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
-      CUDA_LAUNCH(ema_kernel, grid_for_chunks(chunks, 8), THREADS, 0, call_stream(c), (const uint16_t *)c->in[0],
+      CUDA_LAUNCH(ema_kernel, chunks, THREADS, 0, call_stream(c), (const uint16_t *)c->in[0],
                   (const UpdateStatus *)c->in[1], (const StepScalars *)c->in[2], (const uint16_t *)c->in[3], batch,
                   (float *)c->out[0]);
   }
