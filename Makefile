@@ -75,7 +75,7 @@ TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif
 
-.PHONY: all demo demo-emoji test test-long test-gpu bench-gpu gpu-tests check-asan check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
+.PHONY: all demo demo-emoji demo-icons test test-long test-gpu bench-gpu gpu-tests check-asan check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
 all: train
 
 ifeq ($(SANITIZE)$(COVERAGE),)
@@ -186,9 +186,14 @@ bench-gpu: gpu-tests
 gpu-tests: $(if $(HAVE_CUDA),train $(CUDA_TESTS))
 
 # ---- demos ----
+# Drawn shapes on a CPU; where there is a GPU, the small model on icons.
 demo: deps-demo
 	@$(MAKE) --no-print-directory train
-	@scripts/demo.sh shapes
+	@scripts/demo.sh
+
+demo-icons: deps-icons
+	@$(MAKE) --no-print-directory train
+	@scripts/demo.sh icons
 
 demo-emoji: deps-emoji
 	@$(MAKE) --no-print-directory train

@@ -94,7 +94,7 @@ def test_terminal(runs):
     check(re.search(r"\r\x1b\[K\[#{30}\] 6/6  0:00 left", text), f"no full bar:\n{text}")
     glued = re.findall(r"\d:\d\d left(?!\r)[^\r]+", text)
     check(not glued, f"lines that do not erase the bar: {glued}")
-    shares = [float(share) for share in re.findall(r" +[\d.]+ +([\d.]+)% +[\d.]+\r", text)]
+    shares = [float(share) for share in re.findall(r" +[\d.]+ +([\d.]+)% +[\d.]+ +[\d.]+\r", text)]
     check(len(shares) > 10 and abs(sum(shares) - 100) < 0.1 * len(shares), f"the profile's shares: {shares}")
     check(shares == sorted(shares, reverse=True), f"not by share: {shares}")
 
