@@ -105,6 +105,29 @@ template <int n> static __device__ inline void fragments_zero(float (&c)[n][4]) 
   for (int i = 0; i < n; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0;
 }
 
+// c [32, keys] = a b^T: a a warp's 32 rows of a tile of `rows`, b a tile of keys, by their places.
+template <int D, int rows, int keys>
+static __device__ inline void rows_product(float (&c)[2][keys / 8][4], uint32_t a_place, uint32_t b_place) {
+  fragments_zero(c[0]);
+  fragments_zero(c[1]);
+#pragma unroll
+  for (int step = 0; step < D / 16; step++) {
+    uint32_t a[2][4];
+    fragment_a<D, rows>(a[0], a_place, 0, step);
+    fragment_a<D, rows>(a[1], a_place, 16, step);
+#pragma unroll
+    for (int n = 0; n < keys / 8; n += 2) {
+      uint32_t b[4];
+      fragments_b<D, keys>(b, b_place, 8 * n, step);
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        mma_add(c[m][n], a[m], b);
+        mma_add(c[m][n + 1], a[m], b + 2);
+      }
+    }
+  }
+}
+
 // Rounds scale[half] * c [16, D], rows [row, row + 16), into a tile. scale[0] is for rows g, scale[1] for g + 8.
 template <int D, int rows>
 static __device__ inline void tile_store(bf16 *tile, int row, const float c[D / 8][4], const float scale[2]) {

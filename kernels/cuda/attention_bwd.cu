@@ -146,29 +146,6 @@ static __device__ inline void dq_write(const float (&dq)[D / 8][4], DqShared<D, 
 
 enum { DQ_QUERIES = 128, DQ_KEYS = 32, DQ_ROWS = DQ_QUERIES / WARPS };
 
-// c [32, DQ_KEYS] = a b^T: a a warp's rows of a query tile, b a key tile, by their places.
-template <int D>
-static __device__ inline void dq_product(float (&c)[2][DQ_KEYS / 8][4], uint32_t a_place, uint32_t b_place) {
-  fragments_zero(c[0]);
-  fragments_zero(c[1]);
-#pragma unroll
-  for (int step = 0; step < D / 16; step++) {
-    uint32_t a[2][4];
-    fragment_a<D, DQ_QUERIES>(a[0], a_place, 0, step);
-    fragment_a<D, DQ_QUERIES>(a[1], a_place, 16, step);
-#pragma unroll
-    for (int n = 0; n < DQ_KEYS / 8; n += 2) {
-      uint32_t b[4];
-      fragments_b<D, DQ_KEYS>(b, b_place, 8 * n, step);
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-        mma_add(c[m][n], a[m], b);
-        mma_add(c[m][n + 1], a[m], b + 2);
-      }
-    }
-  }
-}
-
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_backward_queries(BackwardCall c) {
   extern __shared__ __align__(1024) char shared[];
   auto s = (DqShared<D, DQ_QUERIES, DQ_KEYS> *)shared;
@@ -189,12 +166,12 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
     uint32_t place = tile_place<D, DQ_QUERIES>(s->q) + row * tile_pitch<D>(), k_place = tile_place<D, DQ_KEYS>(tile->k);
     float p[2][DQ_KEYS / 8][4], dp[2][DQ_KEYS / 8][4];
     uint32_t ds[2][DQ_KEYS / 8][2];
-    dq_product<D>(p, place, k_place);
+    rows_product<D, DQ_QUERIES, DQ_KEYS>(p, place, k_place);
 #pragma unroll
     for (int m = 0; m < 2; m++)
       query_probability(p[m], s->lse2 + row + 16 * m + g, c.shape.scale * LOG2E, view, tile->q_start, tile->q_end,
                         query + 16 * m + g);
-    dq_product<D>(dp, place + sizeof s->q, tile_place<D, DQ_KEYS>(tile->v));
+    rows_product<D, DQ_QUERIES, DQ_KEYS>(dp, place + sizeof s->q, tile_place<D, DQ_KEYS>(tile->v));
 #pragma unroll
     for (int m = 0; m < 2; m++) query_gradient(ds[m], p[m], dp[m], s->delta + row + 16 * m + g);
 #pragma unroll

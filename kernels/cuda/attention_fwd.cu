@@ -134,28 +134,6 @@ static __device__ inline void rows_write(const Rows<D> *r, ForwardShared<D> *s, 
 
 // ---- with warps: warp w holds queries 32 w + 16 m .. ----
 
-// scores [32, KEYS] = q k^T; q, k: places of the warp's first blocks.
-template <int D> static __device__ inline void score_tile(float (&score)[2][KEYS / 8][4], uint32_t q, uint32_t k) {
-  fragments_zero(score[0]);
-  fragments_zero(score[1]);
-#pragma unroll
-  for (int step = 0; step < D / 16; step++) {
-    uint32_t a[2][4];
-    fragment_a<D, QUERIES>(a[0], q, 0, step);
-    fragment_a<D, QUERIES>(a[1], q, 16, step);
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n += 2) {
-      uint32_t b[4];
-      fragments_b<D, KEYS>(b, k, 8 * n, step);
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-        mma_add(score[m][n], a[m], b);
-        mma_add(score[m][n + 1], a[m], b + 2);
-      }
-    }
-  }
-}
-
 // o += p v; v: the place of the tile's first block. Two neighbouring fragments of pairs are an A fragment.
 template <int D>
 static __device__ inline void value_tile(Rows<D> r[2], const uint32_t (&p)[2][KEYS / 8][2], uint32_t v) {
@@ -193,7 +171,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
     if (view == TILE_HIDDEN) continue;
     float score[2][KEYS / 8][4];
     uint32_t p[2][KEYS / 8][2];
-    score_tile<D>(score, tile_place<D, QUERIES>(s->q) + row * tile_pitch<D>(), tile_place<D, KEYS>(tile->k));
+    rows_product<D, QUERIES, KEYS>(score, tile_place<D, QUERIES>(s->q) + row * tile_pitch<D>(), tile_place<D, KEYS>(tile->k));
 #pragma unroll
     for (int m = 0; m < 2; m++) {
       if (view == TILE_PARTLY) mask_rows(score[m], -INFINITY, tile->q_start, tile->q_end, query + 16 * m + g);
