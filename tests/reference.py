@@ -1,4 +1,4 @@
-"""Tessera's model in PyTorch: the whole of DESIGN.md section 5 in one file, for comparison with the engine.
+"""Tessera's model in PyTorch: all of it in one file, for comparison with the engine.
 
 It works in any float type (float64 for parity, float32 as a baseline for speed) and leaves gradients to autograd.
 Sizes: n used tokens of a pack, n_text + n_image of them; C dim, H query heads, G kv heads, D head_dim, P = 3 patch^2,
@@ -89,7 +89,7 @@ class Sizes:
 
 
 def sizes_from_config(config):
-    """Sizes from a resolved config (a dict, DESIGN section 8)."""
+    """Sizes from a resolved config (a dict, as ./train --print-config shows it)."""
     m = config["model"]
     pair = lambda key: (m["text"][key], m["image"][key])
     return Sizes(
@@ -190,7 +190,7 @@ def patches_noised(a, seed, stream=STREAM_NOISE):
 
 
 class Pack:
-    """The arrays of DESIGN section 4 as tensors, with what attention needs worked out once. `a` maps array names to
+    """The arrays of kernels/batch.h as tensors, with what attention needs worked out once. `a` maps array names to
     numpy arrays; longer ones are cut to their used length. `dtype` is the float type the model will run in."""
 
     def __init__(self, a, dtype):

@@ -24,7 +24,7 @@ CASES = {
 
 
 def mask_is_the_engines(a):
-    """Dense mask of DESIGN section 4, which the fast model's must equal. bool [T, T]."""
+    """Dense mask that kernels/batch.h defines, which the fast model's must equal. bool [T, T]."""
     q, k = np.ogrid[: len(a["row"]), : len(a["row"])]
     full = (a["doc_start"][q] <= k) & (k < a["kv_end"][q]) & (q < a["q_end"][k])
     fast = (a["doc_start"][q] <= k) & (k < a["kv_end"][q])

@@ -57,7 +57,7 @@ KINDS = ("text", "one token", "image only", "caption to image", "unconditional",
 
 
 def pack_documents(documents, s, filler=0):
-    """The arrays of DESIGN section 4 for documents [(draw, document)], as a dump has them."""
+    """The arrays of kernels/batch.h for documents [(draw, document)], as a dump has them."""
     boi, eoi = s.V - 2, s.V - 1
     slots, segments = [], [dict(kind=0, start=0, len=0, ordinal=0, doc=0, time=0.0, cap=(0, 0))]
     patches = []
