@@ -24,7 +24,9 @@ HAVE_CMOCKA := $(call probe,'#include <stdarg.h>' '#include <stddef.h>' '#includ
 # The CUDA backend is built where nvcc is and its libraries link; without it, or with CUDA=0, the binary runs on the CPU
 # alone. Sanitizers and coverage look at host code.
 CUDA_SOURCES := $(if $(SANITIZE)$(COVERAGE)$(filter 0,$(CUDA)),,$(wildcard kernels/cuda/*.cu))
-HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell command -v nvcc >/dev/null 2>&1 && printf 'int main(void) { return 0; }' > /tmp/tessera-probe-$$$$.cu && nvcc -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.cu -lcudart_static >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$*))
+# nvcc itself says where its libraries are (it may be a script or a link to a compiler elsewhere).
+CUDA_LIBS := $(if $(CUDA_SOURCES),$(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^.* LIBRARIES= *//p' | tr -d '"') -lcudart_static -lstdc++ -ldl -lrt)
+HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell printf 'int main(void) { return cudaFree(0) != 0; }' > /tmp/tessera-probe-$$$$.cu && nvcc -c -o /tmp/tessera-probe-$$$$.o /tmp/tessera-probe-$$$$.cu >/dev/null 2>&1 && $(CC) -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.o $(CUDA_LIBS) -lpthread >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$*))
 endif
 
 # ---- flags ----
@@ -58,7 +60,7 @@ OBJ := $(ENGINE:%.c=$(BUILD)/%.o) $(KERNELS:%.c=$(BUILD)/%.o)
 ifdef HAVE_CUDA
 OBJ += $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
 CFLAGS_ALL += -DTESSERA_CUDA
-LIBS += $(addprefix -L,$(wildcard $(dir $(realpath $(shell command -v nvcc)))../lib64)) -lcudart_static -lstdc++ -ldl -lrt
+LIBS += $(CUDA_LIBS)
 endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
