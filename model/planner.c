@@ -81,6 +81,70 @@ static void bytes_print(FILE *out, double bytes) {
     fprintf(out, " %9.2f GB", bytes * 1e-9);
 }
 
+static int64_t occupied(const Tensor *x) {
+  return x->space == SPACE_ARENA && x->first >= 0 ? (max_i64(x->bytes, 1) + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN
+                                                  : 0;
+}
+
+static int share_compare(const void *pa, const void *pb) {
+  const PeakShare *a = pa, *b = pb;
+  return a->bytes != b->bytes ? (a->bytes < b->bytes) - (a->bytes > b->bytes) : strcmp(a->name, b->name);
+}
+
+Peak planner_peak(const Program *p) {
+  int64_t *change = xcalloc((size_t)p->n_ops + 2, sizeof *change); // at each op position, n_ops for outputs included
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (!occupied(x)) continue;
+    change[x->first] += occupied(x);
+    change[x->last + 1] -= occupied(x);
+  }
+  Peak peak = {0};
+  int64_t alive = 0;
+  for (int i = 0; i <= p->n_ops; i++) {
+    alive += change[i];
+    if (alive > peak.bytes) peak.bytes = alive, peak.op = i;
+  }
+  free(change);
+  PeakShare *share = xcalloc((size_t)p->n_tensors + 1, sizeof *share);
+  int n = 0;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (!occupied(x) || x->first > peak.op || x->last < peak.op) continue;
+    int k = 0;
+    while (k < n && strcmp(share[k].name, x->name) != 0) k++;
+    if (k == n) share[n++] = (PeakShare){.name = x->name};
+    share[k].count++;
+    share[k].bytes += occupied(x);
+  }
+  qsort(share, (size_t)n, sizeof *share, share_compare);
+  peak.n_shares = n < PEAK_SHARES ? n : PEAK_SHARES;
+  memcpy(peak.share, share, (size_t)peak.n_shares * sizeof *share);
+  free(share);
+  return peak;
+}
+
+static void peak_print(const Program *p, FILE *out) {
+  Peak peak = planner_peak(p);
+  if (!peak.bytes) return;
+  int at = peak.op < p->n_ops ? peak.op : p->n_ops - 1;
+  fprintf(out, "alive at the fullest moment, op %d %s", at, op_info[p->ops[at].kind].name);
+  if (p->ops[at].layer >= 0) fprintf(out, " of layer %d", p->ops[at].layer);
+  fputs(":\n", out);
+  for (int i = 0; i < peak.n_shares; i++) {
+    const PeakShare *s = &peak.share[i];
+    fprintf(out, "  %-25s %3d x", s->name, s->count);
+    bytes_print(out, (double)s->bytes / s->count);
+    fputs(" =", out);
+    bytes_print(out, (double)s->bytes);
+    peak.bytes -= s->bytes;
+    fputc('\n', out);
+  }
+  fprintf(out, "  %-46s", "others");
+  bytes_print(out, (double)peak.bytes);
+  fputc('\n', out);
+}
+
 void planner_print(const Program *p, void *out_file) {
   FILE *out = out_file;
   double bytes[SAVED_COUNT][POLICIES] = {{0}}, total[POLICIES] = {0}, rest = 0;
@@ -115,4 +179,5 @@ void planner_print(const Program *p, void *out_file) {
           p->live_bytes ? (double)p->arena_bytes / (double)p->live_bytes : 1.0, "host slab");
   bytes_print(out, (double)p->host_bytes);
   fputc('\n', out);
+  peak_print(p, out);
 }

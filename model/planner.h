@@ -16,9 +16,25 @@ int policy_allowed(Saved saved, Policy policy);
 // an unknown name or a policy the tensor cannot have, listing what is allowed.
 int policy_table_set(PolicyTable *t, const char *saved, const char *policy, Error *err);
 
+// The moment of a finished program at which most of its arena is alive, and what that is: the tensors by name, the
+// largest sums first.
+enum { PEAK_SHARES = 6 };
+typedef struct PeakShare {
+  const char *name; // of the program's tensors
+  int count;
+  int64_t bytes; // of `count` tensors together, as they occupy the arena
+} PeakShare;
+typedef struct Peak {
+  int op;        // position
+  int64_t bytes; // live_bytes of the program
+  int n_shares;
+  PeakShare share[PEAK_SHARES];
+} Peak;
+Peak planner_peak(const Program *p);
+
 // The memory table of --plan for a finished program, appended to `out_file` (a FILE *): per saved kind the bytes kept,
 // recomputed and offloaded over all layers (of tensors the backward pass asks for, and all that are offloaded), then
-// everything else in the arena, then the arena's peak against the largest sum of tensors alive at once, and the host
-// slab.
+// everything else in the arena, then the arena's peak against the largest sum of tensors alive at once, the host slab,
+// and what is alive at the peak.
 void planner_print(const Program *p, void *out_file);
 #endif

@@ -2,7 +2,7 @@
 """Compares the engine with PyTorch on one GPU: the slow parts as ops of their own, and whole training steps.
 
     make bench-gpu                              everything, about eight minutes with PyTorch's compilation
-    tests/bench_gpu.py BUILD SECTION...         some of: ceilings adaln attention moe step:small step:medium step:base
+    tests/bench_gpu.py BUILD SECTION...         some of: adaln attention moe step:small step:medium step:base
 
 Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
 engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
@@ -51,6 +51,7 @@ class Timed:
     """Calls captured in one graph, LAUNCHES of them in turn. round(): median milliseconds of one."""
 
     def __init__(self, calls):
+        self.calls = calls  # the graph reads tensors that only they hold
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -163,15 +164,14 @@ class Table:
         return mine
 
 
-def ceilings(table, build):
+def ceilings(table):
     x = [torch.randn(1 << 28, device="cuda").to(torch.bfloat16) for _ in range(2)]
     copy = Timed([lambda: x[0].copy_(x[1])])
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = Timed([lambda: a @ b])
     table.bandwidth = 2 * x[0].nbytes / copy.round() * 1e3
     table.flops = 2 * 8192**3 / product.round() * 1e3
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
-    print(f"ceilings: copy {table.bandwidth / 1e12:.2f} TB/s (read and write)", end=", ")
+    print(f"\nceilings: copy {table.bandwidth / 1e12:.2f} TB/s (read and write)", end=", ")
     print(f"product of 8192^3 {table.flops / 1e12:.0f} TFLOP/s", flush=True)
 
 
@@ -424,7 +424,21 @@ block masks ready on the device, the same number of text tokens in each. The eng
 AdamW states, EMA; data read, decoded and packed as it trains."""
 
 
-SECTIONS = {"ceilings": ceilings, "adaln": adaln, "attention": attention, "moe": moe}
+SECTIONS = {"adaln": adaln, "attention": attention, "moe": moe}
+
+
+def section(name, build):
+    """Runs one section in this process."""
+    if name.startswith("step:"):
+        print(ABOUT_STEPS, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            step(name[5:], Path(folder))
+        return
+    # backward passes are timed again and again on one forward pass
+    torch._functorch.config.donated_buffer = False
+    table = Table()
+    ceilings(table)
+    SECTIONS[name](table, build)
 
 
 def main():
@@ -433,24 +447,18 @@ def main():
     parser.add_argument("build", help="build folder with tests/cuda_peer")
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(names))
     options = parser.parse_args()
-    for section in options.sections:
-        if section not in names:
-            parser.error(f"there is no section {section}: {' '.join(names)}")
+    for name in options.sections:
+        if name not in names:
+            parser.error(f"there is no section {name}: {' '.join(names)}")
     asked = options.sections or names
-    # backward passes are timed again and again on one forward pass
-    torch._functorch.config.donated_buffer = False
-    table = Table()
-    ceilings(table, options.build)
-    for name, run in SECTIONS.items():
-        if name in asked and run is not ceilings:
-            run(table, options.build)
-    whole = [name[5:] for name in asked if name.startswith("step:")]
-    if whole:
-        torch.cuda.empty_cache()
-        print(ABOUT_STEPS, flush=True)
-    for name in whole:
-        with tempfile.TemporaryDirectory() as folder:
-            step(name, Path(folder))
+    if len(asked) == 1:
+        section(asked[0], options.build)
+        return
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
+    # A process each: after an error on the device none of its process can go on.
+    failed = [name for name in asked if subprocess.run([sys.executable, __file__, options.build, name]).returncode]
+    if failed:
+        sys.exit(f"bench_gpu: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ case_of() { # SITUATION EXIT_CODE COMMAND PATTERN...
     fi
   done
   count=$((count + 1))
+  # A table that precedes an error takes no room here.
+  if grep -q '^error:' <<<"$text" && grep -q '^program .* ops$' <<<"$text"; then
+    text="(the memory table)"$'\n'$(sed -n '/^error:/,$p' <<<"$text")
+  fi
   printf '| %s | <code>%s</code> | <code>%s</code> | %s |\n' \
     "$situation" "$(escape <<<"$command")" "$(escape <<<"$text")" "$rc" >>"$table"
 }
@@ -114,7 +118,8 @@ section 'Runs'
 mkdir -p .cache/shapes
 cp "$root/.cache/shapes/shapes.tar" .cache/shapes
 case_of 'a use before the training' 2 './train configs/demo.json --sample "a red circle"' 'train it first'
-case_of 'less memory than the model needs' 2 './train configs/demo.json --set memory.budget_gb=0.01' 'budget_gb' '--tokens'
+case_of 'less memory than the model needs' 2 './train configs/demo.json --set memory.budget_gb=0.01' 'budget_gb' '--tokens' \
+  'alive at the fullest moment' 'the largest: [0-9]* x '
 # A run of a model so small that two steps take no time.
 sed 's/"dim": 128, "layers": 4, "heads": 4/"dim": 16, "layers": 1, "heads": 2/; s/"every": 500, "keep/"every": 1, "keep/' \
   configs/demo.json >tiny.json

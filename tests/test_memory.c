@@ -127,6 +127,7 @@ static void test_plan_table(void **state) {
   for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     char name[32], unit[3];
     double a, b, c;
+    if (strncmp(line, "alive", 5) == 0) break;
     if (sscanf(line, " %31s %lf MB - -", name, &a) == 2 && strcmp(name, "x") == 0) {
       assert_true(a == 8.0);
       seen++;
@@ -145,6 +146,35 @@ static void test_plan_table(void **state) {
   free(text);
   program_free(p);
   policy_table_free(&policy);
+}
+
+// What is named at the peak is what is alive there, whatever was recorded.
+static void test_peak(void **state) {
+  (void)state;
+  for (uint64_t seed = 1; seed <= 40; seed++) {
+    PolicyTable policy = random_policy(seed);
+    Sketch k = sketch_new(seed, &policy);
+    const Program *p = k.p;
+    Peak peak = planner_peak(p);
+    assert_int_equal(peak.bytes, p->live_bytes);
+    assert_in_range(peak.n_shares, 1, PEAK_SHARES);
+    for (int i = 0; i < peak.n_shares; i++) {
+      int64_t bytes = 0;
+      int count = 0;
+      for (TensorId t = 0; t < p->n_tensors; t++) {
+        const Tensor *x = &p->tensors[t];
+        if (x->space != SPACE_ARENA || x->first < 0 || x->first > peak.op || x->last < peak.op) continue;
+        if (strcmp(x->name, peak.share[i].name) != 0) continue;
+        bytes += (max_i64(x->bytes, 1) + 255) / 256 * 256;
+        count++;
+      }
+      assert_int_equal(peak.share[i].bytes, bytes);
+      assert_int_equal(peak.share[i].count, count);
+      if (i) assert_true(peak.share[i].bytes <= peak.share[i - 1].bytes);
+    }
+    sketch_free(&k);
+    policy_table_free(&policy);
+  }
 }
 
 // ---- costs ----
@@ -176,6 +206,7 @@ int main(void) {
       cmocka_unit_test(test_arena_empty),
       cmocka_unit_test(test_policy_table),
       cmocka_unit_test(test_plan_table),
+      cmocka_unit_test(test_peak),
       cmocka_unit_test(test_costs),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -92,15 +92,29 @@ static int choose_policy(Engine *e, Error *err) {
 static const char *const memory_policy_name[] = {
     [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
 
+// "the largest: 8 x expert h, 0.201 GB", of what fills the arena.
+static void name_largest(const Engine *e, char *text, size_t size) {
+  const Program *fullest = NULL;
+  const Program *all[ENGINE_FORWARD_PROGRAMS + 2] = {e->first.program, e->later.program};
+  for (int i = 0; i < e->n_forward; i++) all[2 + i] = e->forward[i].m.program;
+  for (int i = 0; i < e->n_forward + 2; i++)
+    if (all[i] && (!fullest || all[i]->arena_bytes > fullest->arena_bytes)) fullest = all[i];
+  Peak peak = planner_peak(fullest);
+  snprintf(text, size, "the largest: %d x %s, %.3f GB", peak.share[0].count, peak.share[0].name,
+           (double)peak.share[0].bytes / 1e9);
+}
+
 int engine_check_budget(const Engine *e, Error *err) {
   int64_t budget = budget_bytes(e), need = total_bytes(e);
   int64_t activations = e->bytes[SPACE_ARENA] + e->bytes[SPACE_HOST];
   if (need <= budget) return 0;
+  char largest[128];
+  name_largest(e, largest, sizeof largest);
   return error_set(err, "lower data.micro_batch_tokens (--tokens) or raise memory.budget_gb; --plan shows the table",
-                   "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s), %.3f GB more "
-                   "than the %.3f GB of memory.budget_gb%s",
+                   "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s; %s), %.3f GB "
+                   "more than the %.3f GB of memory.budget_gb%s",
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
-                   memory_policy_name[e->chosen], (double)(need - budget) / 1e9, (double)budget / 1e9,
+                   memory_policy_name[e->chosen], largest, (double)(need - budget) / 1e9, (double)budget / 1e9,
                    e->config->memory.budget_gb > 0 ? ""
                    : e->model.backend->queues      ? " auto, what the device has free"
                                                    : " auto, four fifths of the machine's memory");
@@ -259,16 +273,22 @@ static void unpin(Engine *e) {
 
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
-  if (engine_check_budget(e, err) != 0) return -1;
+  if (engine_check_budget(e, err) != 0) {
+    engine_print_plan(e, stderr);
+    return -1;
+  }
   for (int s = 0; s < SPACE_COUNT; s++) {
     int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
     if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;
     e->bases.of[s] = space_allocate(b, (Space)s, e->bytes[s]);
     if (e->bases.of[s]) continue;
+    char largest[128];
+    name_largest(e, largest, sizeof largest);
     engine_print_plan(e, stderr);
     return error_set(err,
                      "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
-                     "out of memory: %s needs %.3f GB", space_label[s], (double)e->bytes[s] / 1e9);
+                     "out of memory: %s needs %.3f GB%s%s", space_label[s], (double)e->bytes[s] / 1e9,
+                     s == SPACE_ARENA ? "; " : "", s == SPACE_ARENA ? largest : "");
   }
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for two packs");
