@@ -1,0 +1,32 @@
+// The CPU backend behind queues that behave as a GPU's: what is given to a lane runs later, lanes run against each
+// other in a random order that only events limit, graphs are captured and launched. For tests of what the engine and a
+// replay must order; one thread, no device.
+#ifndef TESSERA_QUEUED_CPU_H
+#define TESSERA_QUEUED_CPU_H
+
+#include "kernels/kernels.h"
+
+#include <stdint.h>
+
+// What does not work, so that a test can see that it would notice.
+typedef enum QueuedFault {
+  FAULT_NONE,
+  FAULT_WAIT,  // lanes do not wait for events
+  FAULT_FINISH // the host does not
+} QueuedFault;
+
+// Forgets all queues and counts. Work given to a lane now and then makes some lane run on, as `seed` says.
+void queued_cpu_start(uint64_t seed, QueuedFault fault);
+// Runs everything, as a synchronization of the device does.
+void queued_cpu_drain(void);
+
+typedef struct QueuedCounts {
+  int64_t allocations; // of device and pinned host memory
+  int64_t captures, launches;
+  int64_t uploads, downloads; // for which the host waits
+  int64_t open_ranges;        // begun and not ended
+} QueuedCounts;
+QueuedCounts queued_cpu_counts(void);
+
+extern const Backend backend_queued_cpu;
+#endif
