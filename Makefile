@@ -96,6 +96,8 @@ probes:
 	    echo "error: there is no compiler $(firstword $(CC)); 'make deps' installs gcc, make CC=... takes another"; \
 	  fi; exit 2; }
 	@printf 'openblas %s, cjson %s, pcre2 %s, stb %s, openmp %s, cuda %s, cmocka %s (tests only)\n' "$(or $(HAVE_OPENBLAS),NO)" "$(or $(HAVE_CJSON),NO)" "$(or $(HAVE_PCRE2),NO)" "$(or $(HAVE_STB),NO)" "$(or $(HAVE_OPENMP),NO)" "$(or $(HAVE_CUDA),no)" "$(or $(HAVE_CMOCKA),NO)"
+	@test -n "$(HAVE_CUDA)$(if $(CUDA_SOURCES),,cpu)" || ! command -v nvcc >/dev/null || \
+	  echo "no CUDA backend: nvcc is there, but what it compiles does not link with libcudart_static"
 	@test -n "$(HAVE_OPENBLAS)" -a -n "$(HAVE_CJSON)" -a -n "$(HAVE_PCRE2)" -a -n "$(HAVE_STB)" -a -n "$(HAVE_OPENMP)" || { \
 	  echo "error: a library is missing (NO above); 'make deps' installs all of them"; exit 2; }
 
