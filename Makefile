@@ -48,7 +48,8 @@ endif
 CFLAGS_ALL := $(BASE) $(WARN) $(INSTRUMENT) $(CFLAGS)
 # Compute capabilities to build for: 90a is Hopper (H100, H200); make CUDA_ARCH="80 89 90a" adds others.
 CUDA_ARCH ?= 90a
-NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo $(foreach arch,$(CUDA_ARCH),-gencode=arch=compute_$(arch),code=sm_$(arch)) \
+# Plain 90 has none of Hopper's matrix instructions.
+NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo $(foreach arch,$(CUDA_ARCH:90=90a),-gencode=arch=compute_$(arch),code=sm_$(arch)) \
   -Xcompiler -Wall,-Wextra
 LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
 

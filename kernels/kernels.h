@@ -367,12 +367,13 @@ struct Backend {
   // What the device can do a second: bytes of a large copy, read and written; FLOPs by its data sheet. NULL: not known.
   void (*peaks)(double *bytes, double *flops);
   int64_t (*memory)(void);      // bytes that a run may plan with
-  void *(*alloc)(size_t bytes); // zeroed device memory, aligned to 256; NULL when there is not enough
+  void *(*alloc)(size_t bytes); // device memory of any content, aligned to 256; NULL when there is not enough
   void (*release)(void *p);
-  void *(*host_alloc)(size_t bytes); // zeroed memory of the host that copy lanes reach at full speed; NULL likewise
+  void *(*host_alloc)(size_t bytes); // memory of the host that copy lanes reach at full speed, likewise
   void (*host_release)(void *p);
   void (*upload)(void *device, const void *host, size_t bytes);   // in order with the ops of the compute lane
   void (*download)(void *host, const void *device, size_t bytes); // after all ops so far
+  void (*clear)(void *device, size_t bytes);                      // to zeros, in order with the ops of the compute lane
   void (*choose)(Backend *b, KernelChoice choice); // changes b's table accordingly; NULL: there is one way only
 };
 

@@ -133,14 +133,14 @@ static void peak_print(const Program *p, FILE *out) {
   fputs(":\n", out);
   for (int i = 0; i < peak.n_shares; i++) {
     const PeakShare *s = &peak.share[i];
-    fprintf(out, "  %-25s %3d x", s->name, s->count);
+    fprintf(out, "  %-32s %3d x", s->name, s->count);
     bytes_print(out, (double)s->bytes / s->count);
     fputs(" =", out);
     bytes_print(out, (double)s->bytes);
     peak.bytes -= s->bytes;
     fputc('\n', out);
   }
-  fprintf(out, "  %-46s", "others");
+  fprintf(out, "  %-53s", "others");
   bytes_print(out, (double)peak.bytes);
   fputc('\n', out);
 }

@@ -1,13 +1,12 @@
-// Times one call of the CUDA backend: captured in a graph, over copies of its operands that together exceed the L2
-// cache, against the floor that its FLOPs and the bytes it must move set.
-#include "tests/cuda_case.h"
+#include "tests/cuda_bench.h"
 #include "base/base.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { COPIES = 6, LAUNCHES = 12, SAMPLES = 9 };
-static const double l2_bytes = 50e6, bandwidth = 3.0e12, flop_rate = 800e12; // of an H100 SXM
+enum { COPIES = 6, LAUNCHES = 12, SAMPLES = 5 };
+static const size_t copies_bytes = 200u << 20;              // four times the L2 cache of an H100
+static const double bandwidth = 3.0e12, flop_rate = 800e12; // of an H100 SXM
 
 // (query, key) pairs that the mask allows.
 static double allowed_pairs(const CudaCase *c) {
@@ -87,54 +86,61 @@ static double call_bytes(const CudaCase *c, OpKind kind, const Value *in, const 
   return bytes;
 }
 
+TimedCall timed_call_new(const CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out) {
+  const Queues *q = backend_cuda.queues;
+  const KernelFn fn = c->backend->fn[kind];
+  DeviceCall copy[COPIES];
+  TimedCall t;
+  device_call_plan(&copy[0], c, kind, args, in, out);
+  size_t bytes = copy[0].bytes;
+  int copies = (int)min_i64(COPIES, (int64_t)(copies_bytes / bytes) + 1);
+  char *image = xmalloc(bytes);
+  device_call_image(&copy[0], c, 0, image);
+  t.memory = backend_cuda.alloc(bytes * (size_t)copies);
+  if (!t.memory) panic("%s: the device has no %zu MB to time it", op_info[kind].name, bytes * (size_t)copies >> 20);
+  for (int i = 0; i < copies; i++) {
+    if (i) copy[i] = copy[0];
+    device_call_bind(&copy[i], c, t.memory + (size_t)i * bytes);
+    backend_cuda.upload(t.memory + (size_t)i * bytes, image, bytes);
+  }
+  free(image);
+  fn(&copy[0].call); // loads the module, outside of the capture
+  q->capture_begin();
+  for (int i = 0; i < LAUNCHES; i++) fn(&copy[i % copies].call);
+  t.graph = q->capture_end();
+  return t;
+}
+
 static int compare_doubles(const void *a, const void *b) {
   double x = *(const double *)a, y = *(const double *)b;
   return (x > y) - (x < y);
 }
 
-// Median seconds of one launch.
-static double launch_seconds(const CudaCase *c, const DeviceCall *copy, int copies, OpKind kind) {
+double timed_call_seconds(const TimedCall *t) {
   const Queues *q = backend_cuda.queues;
-  const KernelFn fn = c->backend->fn[kind];
   double sample[SAMPLES];
-  fn(&copy[0].call); // loads the module, outside of the capture
-  q->capture_begin();
-  for (int i = 0; i < LAUNCHES; i++) fn(&copy[i % copies].call);
-  void *graph = q->capture_end();
-  q->graph_launch(graph);
+  q->graph_launch(t->graph);
   for (int s = 0; s < SAMPLES; s++) {
     q->record(LANE_COMPUTE, 0);
-    q->graph_launch(graph);
+    q->graph_launch(t->graph);
     q->record(LANE_COMPUTE, 1);
     sample[s] = q->seconds(0, 1) / LAUNCHES;
   }
-  q->graph_free(graph);
   qsort(sample, SAMPLES, sizeof *sample, compare_doubles);
   return sample[SAMPLES / 2];
 }
 
-void cuda_bench_call(CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out) {
-  if (!backend_cuda.queues) panic("the benchmark needs a device with queues");
-  DeviceCall copy[COPIES];
-  device_call_plan(&copy[0], c, kind, args, in, out);
-  size_t bytes = copy[0].bytes;
-  int copies = bytes > 4 * l2_bytes ? 1 : (int)(4 * l2_bytes / (double)bytes) + 1;
-  if (copies > COPIES) copies = COPIES;
-  char *image = xmalloc(bytes);
-  device_call_image(&copy[0], c, 0, image);
-  char *memory = backend_cuda.alloc(bytes * (size_t)copies);
-  if (!memory)
-    panic("%s: the device has no %zu MB for the benchmark", op_info[kind].name, bytes * (size_t)copies >> 20);
-  for (int i = 0; i < copies; i++) {
-    if (i) device_call_plan(&copy[i], c, kind, args, in, out);
-    device_call_bind(&copy[i], c, memory + (size_t)i * bytes);
-    backend_cuda.upload(memory + (size_t)i * bytes, image, bytes);
-  }
-  double seconds = launch_seconds(c, copy, copies, kind), flops = call_flops(c, kind, args);
-  double moved = call_bytes(c, kind, in, out), floor = fmax(moved / bandwidth, flops / flop_rate);
+void timed_call_free(TimedCall *t) {
+  backend_cuda.queues->graph_free(t->graph);
+  backend_cuda.release(t->memory);
+}
+
+void cuda_bench_call(const CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out) {
+  TimedCall t = timed_call_new(c, kind, args, in, out);
+  double seconds = timed_call_seconds(&t), flops = call_flops(c, kind, args), moved = call_bytes(c, kind, in, out);
+  double floor = fmax(moved / bandwidth, flops / flop_rate);
   printf("%-18s %-44.44s %9.4f ms %8.0f GB/s %7.1f TFLOP/s %5.1f%% of the floor\n", op_info[kind].name, c->what,
          seconds * 1e3, moved / seconds / 1e9, flops / seconds / 1e12, 100 * floor / seconds);
   fflush(stdout);
-  backend_cuda.release(memory);
-  free(image);
+  timed_call_free(&t);
 }

@@ -1,5 +1,6 @@
 #include "tests/cuda_case.h"
 #include "base/base.h"
+#include "tests/cuda_bench.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -86,9 +87,10 @@ void cuda_case_fail(CudaCase *c, OpKind kind, const char *fmt, ...) {
 
 // ---- operands ----
 
+static const size_t host_bytes[DT_COUNT] = {
+    [DT_ACT] = sizeof(real), [DT_REAL] = sizeof(real), [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8};
+
 static Value value_new(CudaCase *c, Dtype type, int64_t count) {
-  static const size_t host_bytes[DT_COUNT] = {
-      [DT_ACT] = sizeof(real), [DT_REAL] = sizeof(real), [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8};
   return (Value){.data = case_bytes(&c->ops, (size_t)count * host_bytes[type], 0xFF),
                  .dtype = type,
                  .count = count,
@@ -168,12 +170,8 @@ Value value_metrics(CudaCase *c) {
 }
 
 Value value_copy(CudaCase *c, Value v) {
-  Value copy = value_new(c, v.dtype, v.count);
-  void *data = copy.data;
-  static const size_t host_bytes[DT_COUNT] = {4, 4, 4, 1, 8};
-  memcpy(data, v.data, (size_t)v.count * host_bytes[v.dtype]);
-  copy = v;
-  copy.data = data;
+  Value copy = v;
+  copy.data = memcpy(value_new(c, v.dtype, v.count).data, v.data, (size_t)v.count * host_bytes[v.dtype]);
   return copy;
 }
 
@@ -201,8 +199,7 @@ void device_call_plan(DeviceCall *d, const CudaCase *c, OpKind kind, const OpArg
   for (int i = 0; i < OP_MAX_OUT; i++)
     if (out[i].data) d->out_at[i] = region_take(&d->bytes, device_bytes(&out[i]));
   d->pack = region_take(&d->bytes, batch_bind(&(Batch){0}, dims_batch_shape(&c->ops.dims), NULL));
-  size_t scratch = c->backend->scratch_bytes ? c->backend->scratch_bytes(kind, &c->ops.dims, &d->args) : 0;
-  d->scratch = region_take(&d->bytes, scratch);
+  d->scratch = region_take(&d->bytes, c->backend->scratch_bytes(kind, &c->ops.dims, &d->args));
 }
 
 static void operand_image(const Value *v, char *image) {
@@ -233,8 +230,8 @@ void device_call_image(const DeviceCall *d, const CudaCase *c, int poison, char 
 
 void device_call_bind(DeviceCall *d, const CudaCase *c, char *base) {
   batch_bind(&d->batch, dims_batch_shape(&c->ops.dims), base + d->pack.at);
-  d->call = (KernelCall){.batch = &d->batch, .dims = &c->ops.dims, .args = &d->args};
-  if (backend_cuda.queues) d->call.stream = backend_cuda.queues->stream(LANE_COMPUTE);
+  d->call = (KernelCall){
+      .batch = &d->batch, .dims = &c->ops.dims, .args = &d->args, .stream = backend_cuda.queues->stream(LANE_COMPUTE)};
   if (d->scratch.bytes) d->call.scratch = base + d->scratch.at;
   for (int i = 0; i < OP_MAX_IN; i++)
     if (d->in[i].data) d->call.in[i] = base + d->in_at[i].at;

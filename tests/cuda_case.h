@@ -135,7 +135,4 @@ void device_call_plan(DeviceCall *d, const CudaCase *c, OpKind kind, const OpArg
                       const Value *out);
 void device_call_image(const DeviceCall *d, const CudaCase *c, int poison, char *image);
 void device_call_bind(DeviceCall *d, const CudaCase *c, char *base);
-
-// Times a call on rotating copies of its operands and prints a line (cuda_bench.c).
-void cuda_bench_call(CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out);
 #endif

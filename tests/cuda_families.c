@@ -453,7 +453,7 @@ void run_heads(CudaCase *c, const CudaShape *shape) {
     if (!cuda_case_wants(c, option == 0)) continue;
     bool accumulate = option == 1, loss_only = option == 2;
     // One odd length of a chunk and one that takes all rows, beside the backend's own.
-    int chunk = option == 1 ? min_i64(d->T, 72 + 8 * case_int(&c->ops, 0, 20)) : option == 2 ? d->T : d->T;
+    int chunk = option == 1 ? (int)min_i64(d->T, 72 + 8 * case_int(&c->ops, 0, 20)) : d->T;
     if (option == 0 && backend_cuda.head_chunk < d->T) chunk = backend_cuda.head_chunk;
     Value work = value_out(c, DT_REAL, chunk, d->V);
     work.anything = true;

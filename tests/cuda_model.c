@@ -1,10 +1,10 @@
 // Whole-model gradients on the GPU against the CPU backend whose DT_ACT results are rounded to bf16, at random
 // parameters.
 //
-//   cuda_model [SEED]    exit code 1 when something differs more than it may
+//   cuda_model [SEED]    exit code 1 when something differs more than it may, 2 without a GPU
 //
 // A small difference in a router's logits can send a row to another expert, after which nothing compares. So the CPU's
-// choices are forced on the GPU where they differ, in a replay op by op; how often they would differ is printed from a
+// choices are forced on the GPU where they differ, in a replay op by op; how often they would differ is known from a
 // second replay that chooses freely. Then: that replay has the same bits as graphs, and graphs under random memory
 // policies, with their copies delayed at random, have the same gradient bits as keeping everything.
 #include "tests/cuda_shapes.h"
@@ -18,6 +18,8 @@
 enum { LARGE = 1024, POLICIES = 50 };
 static const double least_cosine[2] = {0.99, 0.999}; // of parameters with fewer elements than LARGE, and of others
 static const double norm_tolerance = 0.01;
+// Rows whose choice rounding may change. It was 0.1 to 0.7% where all were free; a router that is wrong changes most.
+static const double most_differing = 0.05;
 
 typedef struct ModelConfig {
   const char *name;
@@ -226,19 +228,20 @@ static void compare_metrics(ModelTest *t, Metrics want) {
   Metrics got = read_metrics(&t->cuda);
   const struct {
     const char *name;
-    double got, want;
-  } of[] = {{"nll of text", got.nll[0], want.nll[0]},
-            {"nll of captions", got.nll[1], want.nll[1]},
-            {"targets", got.targets[0] + got.targets[1], want.targets[0] + want.targets[1]},
-            {"flow", got.flow, want.flow},
-            {"flow elements", got.flow_elems, want.flow_elems},
-            {"balance", got.balance, want.balance},
-            {"router z", got.z, want.z}};
+    double got, want, tolerance;
+  } of[] = {{"nll of text", got.nll[0], want.nll[0], norm_tolerance},
+            {"nll of captions", got.nll[1], want.nll[1], norm_tolerance},
+            {"targets of text", got.targets[0], want.targets[0], 0},
+            {"targets of captions", got.targets[1], want.targets[1], 0},
+            {"flow", got.flow, want.flow, norm_tolerance},
+            {"flow elements", got.flow_elems, want.flow_elems, 0},
+            {"balance", got.balance, want.balance, norm_tolerance},
+            {"router z", got.z, want.z, norm_tolerance}};
   printf("  losses, relative to the CPU's:");
   for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
     double error = of[i].want != 0 ? of[i].got / of[i].want - 1 : of[i].got;
     printf("%s %s %+.1e", i ? "," : "", of[i].name, error);
-    if (!(fabs(error) <= norm_tolerance)) fail(t, "losses", of[i].name, error);
+    if (!(fabs(error) <= of[i].tolerance)) fail(t, "losses", of[i].name, error);
   }
   printf("\n");
 }
@@ -376,6 +379,8 @@ static int test_model(int config, uint64_t seed) {
   int free_differ = cuda_step(t, t->cuda.first.program, false);
   printf("  rows that chose other experts: %.3f%% where the layers before were forced, %.3f%% where all were free\n",
          100.0 * differ / rows, 100.0 * free_differ / rows);
+  double most = fmax(differ, free_differ) / rows;
+  if (!(most <= most_differing)) fail(t, "routers", "part of the rows that chose other experts", most);
   float *op_by_op = read_grads(&t->cuda);
   int before = t->failures;
   for (int i = 0; i < 3; i++) {

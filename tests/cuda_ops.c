@@ -2,7 +2,7 @@
 // tolerances of tests/cuda_case.h, zeros where zeros are due, nothing written where nothing should be, the same bits
 // twice. The same for the kernels that a flag puts in their place, and AdaLN's numerical stability.
 //
-//   cuda_ops [--bench] [OP | FAMILY ...]    one line per op; exit code 1 when one fails
+//   cuda_ops [--bench] [OP | FAMILY ...]    one line per op; exit code 1 when one fails, 2 without a GPU
 //
 // --bench times each op instead, at the size of a layer of the base config. The calls run in a child process: an op
 // that brings it down, or hangs, is reported and left out, and the others go on.
@@ -117,7 +117,7 @@ static void run_family(const Run *run, int f) {
                 .report = report,
                 .wanted = run->wanted[f],
                 .bench = run->bench};
-  if (backend.choose) backend.choose(&backend, family->choice);
+  backend.choose(&backend, family->choice);
   for (int k = 0; k < OP_COUNT; k++)
     if (!report->crashed[k]) report->of[k] = (OpReport){0};
   const CudaShape *shapes = run->bench ? &cuda_bench_shape : cuda_shapes;
@@ -141,7 +141,7 @@ static int run_child(Run *run, int first) {
   if (child < 0) panic("cannot start a process");
   if (child == 0) {
     Error err;
-    if (backend_cuda.open && backend_cuda.open(&err) != 0) fatal(&err);
+    if (backend_cuda.open(&err) != 0) fatal(&err);
     for (int f = first; f < FAMILIES; f++)
       if (family_wanted(run, f)) run_family(run, f);
     exit(0);

@@ -1,7 +1,7 @@
 // Times ops of the CUDA backend for a comparison that another program leads (tests/bench_gpu.py): everything is made
 // ready first, then each op named on standard input is timed once, so that the rounds of both can take turns.
 //
-//   cuda_peer PACK_FILE KEY=VALUE... OP...
+//   cuda_peer PACK_FILE KEY=VALUE... OP...    exit code 2 without a GPU
 //
 // Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), side (images are side x side patches). The pack is full:
 // documents of 32-96 text tokens, one image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE
@@ -9,27 +9,15 @@
 // seg_len [n_segments]. Then it prints "ready"; each line "OP" is answered by a line with the median milliseconds of
 // one launch, out of a captured graph, over copies of the operands that together exceed the L2 cache.
 #include "data/packer.h"
-#include "tests/cuda_case.h"
+#include "tests/cuda_bench.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { COPIES = 6, LAUNCHES = 12, SAMPLES = 5 };
-static const size_t copies_bytes = 200u << 20; // four times the L2 cache of an H100
-
-typedef struct Timed {
-  OpKind kind;
-  DeviceCall copy[COPIES];
-  char *memory;                         // of the copies
-  Value in[OP_MAX_IN], out[OP_MAX_OUT]; // what the copies point to
-  int copies;
-  void *graph; // of LAUNCHES calls
-} Timed;
-
 typedef struct Peer {
   CudaCase c;
-  Timed *timed[OP_COUNT]; // NULL: not asked for
+  TimedCall timed[OP_COUNT]; // graph NULL: not asked for
   bool wanted[OP_COUNT];
   int side;
 } Peer;
@@ -88,41 +76,8 @@ static void write_pack(const Peer *p, const char *path) {
 
 // ---- operands ----
 
-static void capture(Timed *t) {
-  const Queues *q = backend_cuda.queues;
-  for (int i = 0; i < t->copies; i++) backend_cuda.fn[t->kind](&t->copy[i].call); // loads the module too
-  q->capture_begin();
-  for (int i = 0; i < LAUNCHES; i++) backend_cuda.fn[t->kind](&t->copy[i % t->copies].call);
-  t->graph = q->capture_end();
-}
-
 static void add(Peer *p, OpKind kind, OpArgs args, const Value *in, const Value *out) {
-  CudaCase *c = &p->c;
-  if (!p->wanted[kind]) return;
-  Timed *t = p->timed[kind] = xcalloc(1, sizeof *t);
-  t->kind = kind;
-  memcpy(t->in, in, sizeof t->in);
-  memcpy(t->out, out, sizeof t->out);
-  device_call_plan(&t->copy[0], c, kind, &args, t->in, t->out);
-  size_t bytes = t->copy[0].bytes;
-  t->copies = (int)min_i64(COPIES, (int64_t)(copies_bytes / bytes) + 1);
-  char *image = xmalloc(bytes), *memory = t->memory = backend_cuda.alloc(bytes * (size_t)t->copies);
-  if (!memory) panic("%s: the device has no %zu MB", op_info[kind].name, bytes * (size_t)t->copies >> 20);
-  device_call_image(&t->copy[0], c, 0, image);
-  for (int i = 0; i < t->copies; i++) {
-    if (i) device_call_plan(&t->copy[i], c, kind, &args, t->in, t->out);
-    device_call_bind(&t->copy[i], c, memory + (size_t)i * bytes);
-    backend_cuda.upload(memory + (size_t)i * bytes, image, bytes);
-  }
-  free(image);
-  capture(t);
-}
-
-static void release(Timed *t) {
-  if (!t) return;
-  backend_cuda.queues->graph_free(t->graph);
-  backend_cuda.release(t->memory);
-  free(t);
+  if (p->wanted[kind]) p->timed[kind] = timed_call_new(&p->c, kind, &args, in, out);
 }
 
 static Value value_ones(CudaCase *c, int64_t n, float one) {
@@ -225,33 +180,19 @@ static OpKind op_named(const char *name) {
   exit(2);
 }
 
-static int compare_doubles(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
-// Median seconds of one launch.
-static double launch_seconds(const Timed *t) {
-  const Queues *q = backend_cuda.queues;
-  double sample[SAMPLES];
-  q->graph_launch(t->graph);
-  for (int s = 0; s < SAMPLES; s++) {
-    q->record(LANE_COMPUTE, 0);
-    q->graph_launch(t->graph);
-    q->record(LANE_COMPUTE, 1);
-    sample[s] = q->seconds(0, 1) / LAUNCHES;
-  }
-  qsort(sample, SAMPLES, sizeof *sample, compare_doubles);
-  return sample[SAMPLES / 2];
+static bool any_wanted(const Peer *p, OpKind first, OpKind last) {
+  bool any = false;
+  for (int k = first; k <= (int)last; k++) any |= p->wanted[k];
+  return any;
 }
 
 static void answer(const Peer *p) {
   char line[64];
   while (fgets(line, sizeof line, stdin)) {
     line[strcspn(line, "\n")] = 0;
-    const Timed *t = p->timed[op_named(line)];
-    if (!t) panic("%s was not asked for on the command line", line);
-    printf("%.6f\n", launch_seconds(t) * 1e3);
+    const TimedCall *t = &p->timed[op_named(line)];
+    if (!t->graph) panic("%s was not asked for on the command line", line);
+    printf("%.6f\n", timed_call_seconds(t) * 1e3);
     fflush(stdout);
   }
 }
@@ -291,14 +232,17 @@ int main(int argc, char **argv) {
   d->segments = d->T / (p.side * p.side + 36) + 16; // whole images, and the few smaller ones at the end
   make_pack(&p);
   write_pack(&p, argv[1]);
-  if (backend_cuda.open && backend_cuda.open(&err) != 0) fatal(&err);
-  if (p.wanted[OP_ADALN_FWD] || p.wanted[OP_ADALN_BWD]) add_adaln(&p);
-  if (p.wanted[OP_ATTENTION_FWD] || p.wanted[OP_ATTENTION_BWD]) add_attention(&p);
-  if (p.wanted[OP_EXPERT_UP_FWD]) add_experts(&p);
+  if (backend_cuda.open(&err) != 0) fatal(&err);
+  if (any_wanted(&p, OP_ADALN_FWD, OP_ADALN_BWD)) add_adaln(&p);
+  if (any_wanted(&p, OP_ATTENTION_FWD, OP_ATTENTION_BWD)) add_attention(&p);
+  if (any_wanted(&p, OP_ROUTER_FWD, OP_EXPERT_UP_WGRAD)) add_experts(&p);
   op_case_free(&p.c.ops);
+  for (int k = 0; k < OP_COUNT; k++)
+    if (p.wanted[k] && !p.timed[k].graph) panic("cuda_peer does not time %s", op_info[k].name);
   printf("ready\n");
   fflush(stdout);
   answer(&p);
-  for (int k = 0; k < OP_COUNT; k++) release(p.timed[k]);
+  for (int k = 0; k < OP_COUNT; k++)
+    if (p.timed[k].graph) timed_call_free(&p.timed[k]);
   return 0;
 }

@@ -34,6 +34,9 @@ const CudaShape cuda_shapes[] = {
     {"idle experts", PACK_MIXED, ROUTE_EVEN,
      {.T = 1000, .segments = 100, .C = 256, .H = 8, .G = 2, .D = 32, .P = 48, .V = 2048, .Z = 64, .L = 2,
       .E = BOTH(64, 16), .K = BOTH(4, 8), .F = BOTH(32, 40), .S = BOTH(0, 0)}},
+    {"many experts", PACK_LONG, ROUTE_ANY, // more than one pass of the router's kernels takes
+     {.T = 900, .segments = 24, .C = 128, .H = 2, .G = 2, .D = 32, .P = 48, .V = 512, .Z = 64, .L = 1,
+      .E = BOTH(192, 72), .K = BOTH(8, 3), .F = BOTH(16, 24), .S = BOTH(0, 0)}},
     {"wide", PACK_FULL, ROUTE_ANY,
      {.T = 137, .segments = 16, .C = 4096, .H = 32, .G = 8, .D = 128, .P = 768, .V = 2048, .Z = 256, .L = 1,
       .E = BOTH(4, 2), .K = BOTH(2, 1), .F = BOTH(264, 520), .S = BOTH(0, 0)}},

@@ -196,10 +196,12 @@ static void queue_graph_free(void *graph) {
 
 // ---- memory ----
 
+// Filled with NaN bytes: nothing may be read before it is written.
 static void *device_alloc(size_t bytes) {
   if (device.capture) panic("queued CPU: an allocation within a capture");
   device.counts.allocations++;
-  return backend_cpu.alloc(bytes);
+  void *p = backend_cpu.alloc(bytes);
+  return p ? memset(p, 0xFF, bytes) : NULL;
 }
 
 static void device_release(void *p) {
@@ -217,6 +219,11 @@ static void device_download(void *to, const void *from, size_t bytes) {
   device.counts.downloads++;
   lane_finish(LANE_COMPUTE);
   memcpy(to, from, bytes);
+}
+
+static void device_clear(void *at, size_t bytes) {
+  lane_finish(LANE_COMPUTE);
+  memset(at, 0, bytes);
 }
 
 // ---- for tests ----
@@ -271,6 +278,7 @@ const Backend backend_queued_cpu = {
     .host_release = device_release,
     .upload = device_upload,
     .download = device_download,
+    .clear = device_clear,
     .fn =
         {
 #define OP_ROW(name, in, out) [OP_##name] = queued_##name,

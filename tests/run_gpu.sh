@@ -139,10 +139,12 @@ says() { # EXIT_CODE PATTERN... -- COMMAND...
 }
 
 out_of_memory() {
-  says 2 'are needed' 'more than the 0.010 GB of memory.budget_gb' 'hint:' -- \
+  says 2 'alive at the fullest moment' 'are needed' 'the largest: .* x ' 'more than the 0.010 GB of memory.budget_gb' \
+    'hint:' -- \
     "$train" configs/demo.json --device cuda --run-dir "$work/budget" --set memory.budget_gb=0.01 || return
   # A budget that no GPU has: here the device itself says no, and a table names what was to be allocated.
-  says 2 'activations (arena) .* bytes' 'weights .* bytes' 'out of memory: activations (arena) needs .* GB' 'hint:' -- \
+  says 2 'activations (arena) .* bytes' 'weights .* bytes' 'hint:' \
+    'out of memory: activations (arena) needs .* GB; the largest: .* x ' -- \
     "$train" configs/demo.json --device cuda --run-dir "$work/huge" --memory keep --tokens 4194304 \
     --set model.layers=16 --set memory.budget_gb=1000000 || return
   grep 'out of memory' "$work/said"
@@ -176,7 +178,6 @@ sanitizer() { # TOOL SECONDS FLAG... -- FLAG_OF_TRAIN...
   fi
   grep -E '^=========|error' "$work/said" | head -60
   echo "exit code $rc; ${summary:-no summary}"
-  [ $rc -ne 0 ]
   return 1
 }
 
@@ -185,18 +186,18 @@ memcheck() {
   sanitizer memcheck 120 -- --memory offload --set eval.every=3 --set eval.documents=4 --set eval.samples=2 \
     --set eval.sampler_steps=2
 }
+# Device memory is not cleared when it is allocated, and here no tensor's memory is another's before it.
 initcheck() {
   sanitizer initcheck 120 -- --memory offload
 }
-# racecheck follows barriers of threads. What the mbarriers of the Hopper kernels (named *_sm90) order, it does not see:
-# those are apart, and what it says of them fails nothing.
+# racecheck follows barriers of threads. What the mbarriers of the Hopper kernels (named *_sm90) order it does not see,
+# so that its word on them, good or bad, means nothing: they are left out, and the second check says so.
 racecheck() {
   sanitizer racecheck 120 --kernel-name-exclude kns=sm90 -- --steps 1
 }
 racecheck_sm90() {
-  sanitizer racecheck 60 --kernel-name kns=sm90 -- --steps 1 >"$work/sm90" && cat "$work/sm90" && return
-  cat "$work/sm90"
-  echo "kernels with mbarriers: $(tail -1 "$work/sm90")"
+  echo "not checked: racecheck cannot follow the mbarriers of the kernels named *_sm90; ops, model and same_bits compare" \
+    "the bits of their results over many runs"
   return 77
 }
 

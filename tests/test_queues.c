@@ -84,6 +84,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   OptimizerState state = {0};
   if (engine_record(&e, c, backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
   engine_slab_write(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
+  engine_slab_write(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
   o.elements = (size_t)e.model.params.total;
   o.metrics_bytes = (size_t)e.bytes[SPACE_METRICS];
   o.nll_bytes = (size_t)e.slots * sizeof *o.nll;

@@ -290,6 +290,9 @@ int engine_allocate(Engine *e, Error *err) {
                      "out of memory: %s needs %.3f GB%s%s", space_label[s], (double)e->bytes[s] / 1e9,
                      s == SPACE_ARENA ? "; " : "", s == SPACE_ARENA ? largest : "");
   }
+  // All else is written before it is read.
+  if (e->bases.of[SPACE_ADAM_M]) b->clear(e->bases.of[SPACE_ADAM_M], (size_t)e->bytes[SPACE_ADAM_M]);
+  if (e->bases.of[SPACE_ADAM_V]) b->clear(e->bases.of[SPACE_ADAM_V], (size_t)e->bytes[SPACE_ADAM_V]);
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for two packs");
   e->bases.separate = !e->config->memory.arena;

@@ -71,6 +71,28 @@ template <int rows> static __device__ inline void line_load(void *line, const vo
   if (i < rows) copy4_async(shared_address(line) + 4 * i, (const int32_t *)from + (in ? i : 0), in);
 }
 
+// What a block that takes a tile of queries is for: head blockIdx % H of query tile blockIdx / H.
+typedef struct QueryBlock {
+  int head, kv_head, first; // its queries begin at `first`
+  int key, key_end;         // keys that some of them may see: either bound never decreases with the query
+} QueryBlock;
+
+// Keys and values of one kv head, as they stream past.
+template <int D, int keys> struct __align__(1024) KeyTile {
+  bf16 k[keys * D], v[keys * D];
+  int32_t q_start[keys], q_end[keys]; // zeros past the last key: an empty interval
+};
+
+// Starts copying keys [key, end), as many as the tile holds. Call: ForwardCall or BackwardCall.
+template <int threads, int D, int keys, class Call>
+static __device__ inline void load_keys(KeyTile<D, keys> *tile, const Call &c, int key, int end, int kv_head) {
+  int64_t at = ((int64_t)key * c.shape.G + kv_head) * D;
+  tile_load<D, keys, threads>(tile->k, c.k + at, c.shape.G * D, end - key);
+  tile_load<D, keys, threads>(tile->v, c.v + at, c.shape.G * D, end - key);
+  line_load<keys>(tile->q_start, c.b.q_start + key, end - key);
+  line_load<keys>(tile->q_end, c.b.q_end + key, end - key);
+}
+
 // Fragments come from 16 x 16 blocks of a tile: rows [row, row + 16), columns [16 k, 16 k + 16). `place` is where the
 // lane finds its part of block (0, 0), a shared address; that of any other block is an exclusive or and a sum away.
 template <int D, int rows> static __device__ inline uint32_t tile_place(const bf16 *tile) {

@@ -26,46 +26,27 @@ typedef struct BackwardCall {
 
 // ---- dq: a block takes `queries` queries of one head; tiles of `keys` keys stream past, two in shared memory ----
 
-template <int D, int keys> struct __align__(1024) KeyTile {
-  bf16 k[keys * D], v[keys * D];
-  int32_t q_start[keys], q_end[keys]; // zeros past the last key: an empty interval
-};
 template <int D, int queries, int keys> struct DqShared {
   bf16 q[queries * D], dout[queries * D];
   KeyTile<D, keys> tiles[2];
   float lse2[queries], delta[queries]; // lse log2(e), +inf for filler
 };
 
-// What a block is for. Block: head blockIdx % H of query tile blockIdx / H.
-typedef struct DqBlock {
-  int head, kv_head, first; // its queries begin at `first`
-  int key, key_end;         // keys that some of them may see: either bound never decreases with the query
-} DqBlock;
-
-template <int D, int keys>
-static __device__ inline void load_keys(KeyTile<D, keys> *tile, const BackwardCall &c, int key, int end, int kv_head) {
-  int64_t at = ((int64_t)key * c.shape.G + kv_head) * D;
-  tile_load<D, keys, THREADS>(tile->k, c.k + at, c.shape.G * D, end - key);
-  tile_load<D, keys, THREADS>(tile->v, c.v + at, c.shape.G * D, end - key);
-  line_load<keys>(tile->q_start, c.b.q_start + key, end - key);
-  line_load<keys>(tile->q_end, c.b.q_end + key, end - key);
-}
-
 // Copies the queries and dO, finds delta, and starts copying the first tile of keys. As many threads as a row has
 // chunks share a row.
 template <int D, int queries, int keys>
-static __device__ inline DqBlock dq_begin(DqShared<D, queries, keys> *s, const BackwardCall &c) {
+static __device__ inline QueryBlock dq_begin(DqShared<D, queries, keys> *s, const BackwardCall &c) {
   const int H = c.shape.H, T = c.shape.T, chunks = D / 8, step = THREADS / chunks;
   int head = blockIdx.x % H, first = blockIdx.x / H * queries, used = batch_used(c.b);
   int key = c.b.doc_start[first], key_end = c.b.kv_end[min(first + queries, T) - 1], count = min(queries, used - first);
-  DqBlock block = {head, head / (H / c.shape.G), first, 0, 0};
+  QueryBlock block = {head, head / (H / c.shape.G), first, 0, 0};
   if (count <= 0) return block;
   block.key = key;
   block.key_end = min(key_end, used); // filler's end is its own place; before it the last document ends at `used`
   tile_load<D, queries, THREADS>(s->q, c.q + ((int64_t)first * H + head) * D, H * D, count);
   tile_gather<D, queries, THREADS>(s->dout, c.dout + head * D, c.b.row + first, H * D, count);
   copy_commit();
-  load_keys<D, keys>(&s->tiles[0], c, block.key, block.key_end, block.kv_head);
+  load_keys<THREADS>(&s->tiles[0], c, block.key, block.key_end, block.kv_head);
   copy_commit();
 
   int chunk = threadIdx.x % chunks, row = threadIdx.x / chunks;
@@ -129,7 +110,7 @@ static __device__ inline void query_gradient(uint32_t (&ds)[n][2], const float (
 // Writes 16 rows of dq from row `row` of the query tile, where they are staged: no other warp needs these rows now.
 template <int D, int queries, int keys>
 static __device__ inline void dq_write(const float (&dq)[D / 8][4], DqShared<D, queries, keys> *s, int row,
-                                       const DqBlock &block, const BackwardCall &c) {
+                                       const QueryBlock &block, const BackwardCall &c) {
   const float scale[2] = {c.shape.scale, c.shape.scale};
   tile_store<D, queries>(s->q, row, dq, scale);
   __syncwarp();
@@ -149,7 +130,7 @@ enum { DQ_QUERIES = 128, DQ_KEYS = 32, DQ_ROWS = DQ_QUERIES / WARPS };
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_backward_queries(BackwardCall c) {
   extern __shared__ __align__(1024) char shared[];
   auto s = (DqShared<D, DQ_QUERIES, DQ_KEYS> *)shared;
-  DqBlock block = dq_begin(s, c);
+  QueryBlock block = dq_begin(s, c);
   int row = threadIdx.x / 32 * DQ_ROWS, query = block.first + row, g = (threadIdx.x & 31) >> 2, stage = 0;
   float dq[2][D / 8][4];
   fragments_zero(dq[0]);
@@ -158,7 +139,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
     copy_wait<0>();
     __syncthreads(); // the tile is there, and no warp still reads the other stage
     if (key + DQ_KEYS < block.key_end)
-      load_keys<D, DQ_KEYS>(&s->tiles[stage ^ 1], c, key + DQ_KEYS, block.key_end, block.kv_head);
+      load_keys<THREADS>(&s->tiles[stage ^ 1], c, key + DQ_KEYS, block.key_end, block.kv_head);
     copy_commit();
     const KeyTile<D, DQ_KEYS> *tile = &s->tiles[stage];
     TileView view = tile_view<DQ_KEYS>(tile->q_start, tile->q_end, query, query + DQ_ROWS - 1);
@@ -200,7 +181,7 @@ static __global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) attention_bac
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   auto s = (DqShared<D, GROUP_ROWS, GROUP_ROWS> *)shared;
-  DqBlock block = dq_begin(s, c);
+  QueryBlock block = dq_begin(s, c);
   int row = threadIdx.x / 32 * 16, lane_row = row + ((threadIdx.x & 31) >> 2), stage = 0;
   float dq[D / 8][4];
   fragments_zero(dq);
@@ -209,7 +190,7 @@ static __global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) attention_bac
     fence_async_proxy();
     __syncthreads(); // the tile is there for the tensor cores, and no warp still reads the other stage
     if (key + GROUP_ROWS < block.key_end)
-      load_keys<D, GROUP_ROWS>(&s->tiles[stage ^ 1], c, key + GROUP_ROWS, block.key_end, block.kv_head);
+      load_keys<THREADS>(&s->tiles[stage ^ 1], c, key + GROUP_ROWS, block.key_end, block.kv_head);
     copy_commit();
     const KeyTile<D, GROUP_ROWS> *tile = &s->tiles[stage];
     TileView view = tile_view<GROUP_ROWS>(tile->q_start, tile->q_end, block.first, block.first + GROUP_ROWS - 1);

@@ -8,13 +8,9 @@
 
 enum { QUERIES = 128, KEYS = 64, WARPS = 4, THREADS = 32 * WARPS };
 
-template <int D> struct __align__(1024) KeyTile {
-  bf16 k[KEYS * D], v[KEYS * D];
-  int32_t q_start[KEYS], q_end[KEYS]; // zeros past the last key: an empty interval
-};
 template <int D> struct ForwardShared {
   bf16 q[QUERIES * D];
-  KeyTile<D> keys[2];
+  KeyTile<D, KEYS> keys[2];
   float sum[4][THREADS]; // each lane's share of its rows' sums of p: all registers are taken when D is 128
 };
 
@@ -27,33 +23,17 @@ typedef struct ForwardCall {
   Batch b;
 } ForwardCall;
 
-// What a block is for. Block: head blockIdx % H of query tile blockIdx / H.
-typedef struct ForwardBlock {
-  int head, kv_head, first; // its queries begin at `first`
-  int key, key_end;         // keys that some of them may see: either bound never decreases with the query
-} ForwardBlock;
-
-// Starts copying keys [key, key + KEYS).
-template <int D>
-static __device__ inline void load_keys(KeyTile<D> *tile, const ForwardCall &c, int key, int end, int kv_head) {
-  int64_t at = ((int64_t)key * c.shape.G + kv_head) * D;
-  tile_load<D, KEYS, THREADS>(tile->k, c.k + at, c.shape.G * D, end - key);
-  tile_load<D, KEYS, THREADS>(tile->v, c.v + at, c.shape.G * D, end - key);
-  line_load<KEYS>(tile->q_start, c.b.q_start + key, end - key);
-  line_load<KEYS>(tile->q_end, c.b.q_end + key, end - key);
-}
-
 // Starts copying the queries and the first tile of keys.
-template <int D> static __device__ inline ForwardBlock block_begin(ForwardShared<D> *s, const ForwardCall &c) {
+template <int D> static __device__ inline QueryBlock block_begin(ForwardShared<D> *s, const ForwardCall &c) {
   const int H = c.shape.H;
   int head = blockIdx.x % H, first = blockIdx.x / H * QUERIES, used = batch_used(c.b);
   int key = c.b.doc_start[first], key_end = c.b.kv_end[min(first + QUERIES, c.shape.T) - 1];
-  ForwardBlock block = {head, head / (H / c.shape.G), first, 0, 0};
+  QueryBlock block = {head, head / (H / c.shape.G), first, 0, 0};
   if (first < used) {
     block.key = key;
     block.key_end = min(key_end, used); // filler's end is its own place; before it the last document ends at `used`
     tile_load<D, QUERIES, THREADS>(s->q, c.q + ((int64_t)first * H + head) * D, H * D, used - first);
-    load_keys<D>(&s->keys[0], c, block.key, block.key_end, block.kv_head);
+    load_keys<THREADS>(&s->keys[0], c, block.key, block.key_end, block.kv_head);
   }
   copy_commit();
 #pragma unroll
@@ -154,7 +134,7 @@ static __device__ inline void value_tile(Rows<D> r[2], const uint32_t (&p)[2][KE
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_forward(ForwardCall c) {
   extern __shared__ __align__(1024) char shared[];
   ForwardShared<D> *s = (ForwardShared<D> *)shared;
-  ForwardBlock block = block_begin<D>(s, c);
+  QueryBlock block = block_begin<D>(s, c);
   const int set = QUERIES / WARPS;
   int row = threadIdx.x / 32 * set, query = block.first + row, g = (threadIdx.x & 31) >> 2;
   Rows<D> rows[2];
@@ -164,14 +144,16 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
   for (int key = block.key; key < block.key_end; key += KEYS, stage ^= 1) {
     copy_wait<0>();
     __syncthreads(); // the tile is there, and no warp still reads the other stage
-    if (key + KEYS < block.key_end) load_keys<D>(&s->keys[stage ^ 1], c, key + KEYS, block.key_end, block.kv_head);
+    if (key + KEYS < block.key_end)
+      load_keys<THREADS>(&s->keys[stage ^ 1], c, key + KEYS, block.key_end, block.kv_head);
     copy_commit();
-    const KeyTile<D> *tile = &s->keys[stage];
+    const KeyTile<D, KEYS> *tile = &s->keys[stage];
     TileView view = tile_view<KEYS>(tile->q_start, tile->q_end, query, query + set - 1);
     if (view == TILE_HIDDEN) continue;
     float score[2][KEYS / 8][4];
     uint32_t p[2][KEYS / 8][2];
-    rows_product<D, QUERIES, KEYS>(score, tile_place<D, QUERIES>(s->q) + row * tile_pitch<D>(), tile_place<D, KEYS>(tile->k));
+    rows_product<D, QUERIES, KEYS>(score, tile_place<D, QUERIES>(s->q) + row * tile_pitch<D>(),
+                                   tile_place<D, KEYS>(tile->k));
 #pragma unroll
     for (int m = 0; m < 2; m++) {
       if (view == TILE_PARTLY) mask_rows(score[m], -INFINITY, tile->q_start, tile->q_end, query + 16 * m + g);
@@ -191,7 +173,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
 // What the 64 queries of set m make of a tile of scores: the mask, the softmax.
 template <int D>
 static __device__ inline void group_softmax(Rows<D> *r, float (&score)[KEYS / 8][4], uint32_t (&p)[KEYS / 8][2],
-                                            const KeyTile<D> *tile, TileView view, int query, ForwardShared<D> *s,
+                                            const KeyTile<D, KEYS> *tile, TileView view, int query, ForwardShared<D> *s,
                                             int m, float scale2) {
   wgmma_keep(score);
   int row = query + 64 * m + (threadIdx.x / 32) * 16 + ((threadIdx.x & 31) >> 2);
@@ -201,7 +183,7 @@ static __device__ inline void group_softmax(Rows<D> *r, float (&score)[KEYS / 8]
 
 // A tile that only set m sees.
 template <int D, int m>
-static __device__ inline void group_one(Rows<D> rows[2], const KeyTile<D> *tile, TileView view, int query,
+static __device__ inline void group_one(Rows<D> rows[2], const KeyTile<D, KEYS> *tile, TileView view, int query,
                                         ForwardShared<D> *s, float scale2) {
   float score[KEYS / 8][4];
   uint32_t p[KEYS / 8][2];
@@ -215,8 +197,8 @@ static __device__ inline void group_one(Rows<D> rows[2], const KeyTile<D> *tile,
 
 // A tile that both sets see: the tensor cores work for one set while the other takes its softmax.
 template <int D>
-static __device__ inline void group_both(Rows<D> rows[2], const KeyTile<D> *tile, const TileView view[2], int query,
-                                         ForwardShared<D> *s, float scale2) {
+static __device__ inline void group_both(Rows<D> rows[2], const KeyTile<D, KEYS> *tile, const TileView view[2],
+                                         int query, ForwardShared<D> *s, float scale2) {
   float score[2][KEYS / 8][4];
   uint32_t p[2][KEYS / 8][2];
   start_scores<D, QUERIES>(score[0], s->q, tile->k);
@@ -237,7 +219,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   ForwardShared<D> *s = (ForwardShared<D> *)shared;
-  ForwardBlock block = block_begin<D>(s, c);
+  QueryBlock block = block_begin<D>(s, c);
   float scale2 = c.shape.scale * LOG2E;
   Rows<D> rows[2];
   rows_begin(&rows[0]);
@@ -247,9 +229,10 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
     copy_wait<0>();
     fence_async_proxy();
     __syncthreads(); // the tile is there for the tensor cores, and no warp still reads the other stage
-    if (key + KEYS < block.key_end) load_keys<D>(&s->keys[stage ^ 1], c, key + KEYS, block.key_end, block.kv_head);
+    if (key + KEYS < block.key_end)
+      load_keys<THREADS>(&s->keys[stage ^ 1], c, key + KEYS, block.key_end, block.kv_head);
     copy_commit();
-    const KeyTile<D> *tile = &s->keys[stage];
+    const KeyTile<D, KEYS> *tile = &s->keys[stage];
     int query = block.first;
     TileView view[2] = {tile_view<KEYS>(tile->q_start, tile->q_end, query, query + 63),
                         tile_view<KEYS>(tile->q_start, tile->q_end, query + 64, query + 127)};

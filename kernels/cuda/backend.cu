@@ -22,10 +22,22 @@ void cuda_check(cudaError_t status, const char *what, const char *file, int line
 }
 
 int cuda_sm_count(void) {
-  return gpu.sm_count;
+  return gpu.sm_count ? gpu.sm_count : 132;
+}
+
+void cuda_allow_shared(const void *kernel, const char *name, size_t bytes) {
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+  if (status == cudaSuccess) return;
+  int most = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  panic("%s needs %zu bytes of shared memory a block, this GPU has %d: %s", name, bytes, most,
+        cudaGetErrorString(status));
 }
 
 // ---- the device ----
+
+// Any kernel, for what the build has code for.
+__global__ void build_probe(void) {}
 
 static int cuda_open(Error *err) {
   if (gpu.sm_count) return 0;
@@ -44,11 +56,14 @@ static int cuda_open(Error *err) {
   if (status != cudaSuccess || devices == 0)
     return error_set(err, use_cpu, "--device cuda: no GPU is visible: %s",
                      status == cudaSuccess ? "the driver lists none" : cudaGetErrorString(status));
+  status = cudaSetDevice(0);
+  if (status != cudaSuccess) { // another process has it, or its memory, to itself
+    error_set(err, use_cpu, "--device cuda: the GPU cannot be used: %s", cudaGetErrorString(status));
+    return -2;
+  }
   cudaDeviceProp prop;
   cudaFuncAttributes loaded;
-  CUDA_CHECK(cudaSetDevice(0));
   CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
-  extern __global__ void build_probe(void);
   if (cudaFuncGetAttributes(&loaded, (const void *)build_probe) != cudaSuccess) {
     error_set(err, "make CUDA_ARCH=... builds for others; --device cpu trains on the processor",
               "--device cuda: this build has no code for %s (compute capability %d.%d)", prop.name, prop.major,
@@ -61,8 +76,6 @@ static int cuda_open(Error *err) {
   return 0;
 }
 
-__global__ void build_probe(void) {}
-
 // What is free now, less room for the driver's own needs (graphs, module code). Without a GPU, a plan is for one that
 // has all it asks for.
 static int64_t cuda_memory(void) {
@@ -71,7 +84,8 @@ static int64_t cuda_memory(void) {
     cudaGetLastError();
     return INT64_MAX;
   }
-  return (int64_t)free_bytes - ((int64_t)512 << 20);
+  const size_t own = (size_t)512 << 20;
+  return free_bytes > own ? (int64_t)(free_bytes - own) : 0;
 }
 
 static cudaEvent_t event_at(int number) {
@@ -85,7 +99,7 @@ static cudaEvent_t event_at(int number) {
 
 // Dense bf16 FLOPs a clock and multiprocessor, by architecture.
 static double tensor_flops(int major, int minor) {
-  return major >= 9 ? 4096 : minor == 9 ? 1024 : 2048;
+  return major >= 9 ? 4096 : minor ? 1024 : 2048; // 8.0 is the data centre's chip of its generation
 }
 
 static void cuda_peaks(double *bytes, double *flops) {
@@ -115,14 +129,19 @@ static void cuda_peaks(double *bytes, double *flops) {
   cudaFree(b);
 }
 
+// Whether there was enough memory: the caller says better what did not fit. Any call may also return the error of a
+// kernel before it, which ends the process here.
+static int was_allocated(cudaError_t status) {
+  if (status == cudaSuccess) return 1;
+  cudaGetLastError();
+  CUDA_CHECK(cudaDeviceSynchronize());
+  return 0;
+}
+
+// Not cleared: compute-sanitizer's initcheck shall see what is read before it was written.
 static void *cuda_alloc(size_t bytes) {
   void *p = NULL;
-  if (cudaMalloc(&p, bytes) != cudaSuccess) {
-    cudaGetLastError(); // the caller says what did not fit
-    return NULL;
-  }
-  CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream[LANE_COMPUTE]));
-  return p;
+  return was_allocated(cudaMalloc(&p, bytes)) ? p : NULL;
 }
 
 static void cuda_release(void *p) {
@@ -131,12 +150,7 @@ static void cuda_release(void *p) {
 
 static void *cuda_host_alloc(size_t bytes) {
   void *p = NULL;
-  if (cudaMallocHost(&p, bytes) != cudaSuccess) {
-    cudaGetLastError();
-    return NULL;
-  }
-  memset(p, 0, bytes);
-  return p;
+  return was_allocated(cudaMallocHost(&p, bytes)) ? p : NULL;
 }
 
 static void cuda_host_release(void *p) {
@@ -152,6 +166,10 @@ static void cuda_upload(void *device, const void *host, size_t bytes) {
 static void cuda_download(void *host, const void *device, size_t bytes) {
   CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream[LANE_COMPUTE]));
   CUDA_CHECK(cudaStreamSynchronize(gpu.stream[LANE_COMPUTE]));
+}
+
+static void cuda_clear(void *device, size_t bytes) {
+  CUDA_CHECK(cudaMemsetAsync(device, 0, bytes, gpu.stream[LANE_COMPUTE]));
 }
 
 // ---- queues ----
@@ -244,16 +262,6 @@ static ScratchFn scratch_family(OpKind kind) {
   case OP_ROUTER_LOSS:
   case OP_ROUTER_BWD:
     return router_scratch;
-  case OP_COND_FWD:
-  case OP_COND_BWD:
-  case OP_MOD_FWD:
-  case OP_MOD_BWD:
-    return cond_scratch;
-  case OP_EMBED_FWD:
-  case OP_EMBED_BWD:
-  case OP_POOL_FWD:
-  case OP_POOL_BWD:
-    return embed_scratch;
   case OP_NOISE:
   case OP_FLOW_LOSS:
     return flow_scratch;
@@ -336,6 +344,7 @@ static Backend backend_make(void) {
   b.host_release = cuda_host_release;
   b.upload = cuda_upload;
   b.download = cuda_download;
+  b.clear = cuda_clear;
   b.choose = cuda_choose;
   return b;
 }

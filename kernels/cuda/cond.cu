@@ -243,8 +243,3 @@ extern "C" void cuda_MOD_BWD(const KernelCall *c) {
   CUDA_LAUNCH(mod_bwd_kernel, ceil_div(d->M, MOD_EIGHTS * 8), THREADS, 0, call_stream(c), c->batch->dims, d->M,
               c->args->span.accumulate, (const bf16 *)c->in[0], (float *)c->out[0]);
 }
-
-size_t cond_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
-  (void)kind, (void)dims, (void)args;
-  return 0;
-}

@@ -1,9 +1,9 @@
 // What the CUDA kernels share: types, launches that are checked, reductions, 16-byte accesses.
 //
 // Activations and weights are bf16, everything else fp32; arithmetic is fp32. Widths (C, F, S, Z, P, V, H D, G D) are
-// multiples of 8, so that every row begins on 16 bytes; head_dim is 32, 64 or 128; at most 256 experts a modality, 8 of
-// them per token. engine_record refuses other models on this backend. Nothing here uses float atomics: the same inputs
-// give the same bits.
+// multiples of 8, so that every row begins on 16 bytes; C is at most 4096; head_dim is 32, 64 or 128; at most 256 experts
+// a modality, 8 of them per token. engine_backend refuses other models on this backend. Nothing here uses float atomics:
+// the same inputs give the same bits.
 #ifndef TESSERA_CUDA_H
 #define TESSERA_CUDA_H
 
@@ -28,14 +28,15 @@ void cuda_check(cudaError_t status, const char *what, const char *file, int line
   } while (0)
 
 // A kernel that wants more than 48 KiB of dynamic shared memory says so before each launch (cheap, legal in a capture).
-#define CUDA_ALLOW_SHARED(kernel, bytes)                                                                               \
-  CUDA_CHECK(cudaFuncSetAttribute((const void *)(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)))
+// Ends the process where a multiprocessor has less.
+void cuda_allow_shared(const void *kernel, const char *name, size_t bytes);
+#define CUDA_ALLOW_SHARED(kernel, bytes) cuda_allow_shared((const void *)(kernel), #kernel, (bytes))
 
 static inline cudaStream_t call_stream(const KernelCall *c) {
   return (cudaStream_t)c->stream;
 }
 
-// Multiprocessors of the current device; asked once (backend.cu).
+// Multiprocessors of the GPU; before it is opened, as for a plan, those of an H100.
 int cuda_sm_count(void);
 
 static __host__ __device__ inline int64_t ceil_div64(int64_t a, int64_t b) {
@@ -77,11 +78,6 @@ static __device__ inline float warp_sum(float v) {
   for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
   return v;
 }
-static __device__ inline float warp_max(float v) {
-#pragma unroll
-  for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
-  return v;
-}
 static __device__ inline double warp_sum_double(double v) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
@@ -108,16 +104,14 @@ static __device__ inline float sigmoid(float x) {
 OP_LIST(OP_DECLARE)
 #undef OP_DECLARE
 
-// Scratch that an op of each family needs (Backend.scratch_bytes): bytes, 0 for ops that need none.
+// Scratch that an op of each family needs (Backend.scratch_bytes): bytes, 0 for ops that need none. Other ops need none.
 size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // LINEAR_*
 size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // EXPERT_*
 size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // HEAD_*
-size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args);     // ADALN_*
+size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args);     // ADALN_*, COMBINE_ADALN_*
 size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // QKNORM_ROPE_*
 size_t attention_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_*
 size_t router_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // ROUTER_*
-size_t cond_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // TIME_FEATURES, SILU_*, COND_*, MOD_*
-size_t embed_scratch(OpKind kind, const Dims *dims, const OpArgs *args);     // EMBED_*, POOL_*
 size_t flow_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // NOISE, FLOW_LOSS
 size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // GRAD_NORM, ADAMW, EMA
 #endif

@@ -213,8 +213,3 @@ extern "C" void cuda_POOL_BWD(const KernelCall *c) {
   CUDA_LAUNCH(pool_bwd_kernel, c->dims->segments, POOL_THREADS, 0, call_stream(c), *c->batch, c->dims->C,
               (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
 }
-
-size_t embed_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
-  (void)kind, (void)dims, (void)args;
-  return 0;
-}

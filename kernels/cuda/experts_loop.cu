@@ -51,6 +51,13 @@ static void library_check(cublasStatus_t status, const char *what, int line) {
 }
 #define LIBRARY_CHECK(call) library_check((call), #call, __LINE__)
 
+// The same for what the library may refuse because of the shape.
+static void product_check(cublasStatus_t status, const char *what, const Product *p) {
+  if (status != CUBLAS_STATUS_SUCCESS)
+    panic("--moe-gemm loop: %s of an expert's %s, [%d, %d] = [%d, %d] x [%d, %d]: %s", what,
+          p->weights ? "weight gradient" : "rows", p->n, p->m, p->n, p->k, p->k, p->m, cublasLtGetStatusString(status));
+}
+
 static void layout_init(cublasLtMatrixLayoutOpaque_t *layout, cudaDataType_t type, int rows, int columns) {
   LIBRARY_CHECK(cublasLtMatrixLayoutInit(layout, type, (uint64_t)rows, (uint64_t)columns, rows));
 }
@@ -89,9 +96,10 @@ static const cublasLtMatmulAlgo_t *algorithm_of(const Product *p) {
   cublasLtMatmulHeuristicResult_t best;
   int found = 0;
   describe(p, &d);
-  LIBRARY_CHECK(
-      cublasLtMatmulAlgoGetHeuristic(loop.handle, &d.product, &d.a, &d.b, &d.d, &d.d, &wish, 1, &best, &found));
-  LIBRARY_CHECK(found ? best.state : CUBLAS_STATUS_NOT_SUPPORTED);
+  cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(loop.handle, &d.product, &d.a, &d.b, &d.d, &d.d, &wish, 1, &best, &found);
+  if (status == CUBLAS_STATUS_SUCCESS) status = found ? best.state : CUBLAS_STATUS_NOT_SUPPORTED;
+  product_check(status, "cublasLtMatmulAlgoGetHeuristic", p);
   return &loop.algorithm.emplace(key, best.algo).first->second;
 }
 
@@ -126,7 +134,7 @@ static void product(const Product *p, const bf16 *a, const bf16 *b, int add, voi
   // What is best for more rows need not take fewer.
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)
     status = product_run(p, p, a, b, beta, out, workspace, stream);
-  library_check(status, "cublasLtMatmul", __LINE__);
+  product_check(status, "cublasLtMatmul", p);
 }
 
 // ---- slots, as the host knows them ----

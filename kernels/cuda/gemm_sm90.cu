@@ -474,7 +474,9 @@ static void map_encode(EncodeTiled encode, CUtensorMap *map, const bf16 *base, i
   CUresult status = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, z ? 3 : 2, (void *)base, dims, strides, box, step,
                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) CUDA_CHECK(cudaErrorInvalidValue);
+  if (status != CUDA_SUCCESS)
+    panic("grouped product: no tensor map of bf16 [%d, %d, %d] at %p in boxes [%d, 64] (CUresult %d)", z ? z : 1, y, x,
+          (const void *)base, box_y, (int)status);
 }
 
 static Maps maps_encode(const GemmLaunch *l, int kind, int bn) {

@@ -6,6 +6,12 @@
 
 #include "kernels/cuda/mma.h"
 
+// Kernels in these instructions are empty in code for other targets, and the host takes code for compute capability 9.0
+// to have them: without this, code for plain sm_90 would run and compute nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "build for 90a, not 90 (make CUDA_ARCH=90a): only sm_90a has warpgroup products"
+#endif
+
 // ---- barriers in shared memory that count arrivals and bytes ----
 
 static __device__ inline void barrier_init(uint32_t barrier, int arrivals) {

@@ -264,7 +264,6 @@ extern "C" void cuda_ROUTER_FWD(const KernelCall *c) {
 }
 
 // ---- losses ----
-
 //
 // With f_e known, a modality's balance loss is a sum over rows: E sum_r (sum_e f_e p_re) / rows. So a row gives two
 // numbers, that and lse^2; each block adds those of its TILE rows.
