@@ -37,7 +37,7 @@ except ImportError as error:
     sys.exit(77)
 
 ROUNDS = 5
-LAUNCHES, SAMPLES = 12, 5  # as tests/cuda_peer.c
+LAUNCHES, SAMPLES = 12, 5  # as tests/cuda_bench.c
 COPIES_BYTES = 200 << 20  # operands of all copies together: four times the L2 cache of an H100
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
