@@ -1,5 +1,7 @@
 #include "tests/cuda_families.h"
 
+#include "base/philox.h"
+
 static const int one[MODALITIES] = {1, 1};
 
 // ---- whole spans ----
