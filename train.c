@@ -22,9 +22,14 @@ static void set_threads(const Config *c) {
     omp_set_num_threads((int)max_i64(1, cores / max_i64(1, processes)));
 }
 
-// 1 when a micro-batch of `tokens` slots fits, 0 when it does not, -1 when the config refuses that many; *c is the
-// config with it. *err is set unless it fits.
-static int tokens_fit(const Options *o, const char *file, int64_t tokens, Config *c, Error *err) {
+// The backend to measure a config for: a plan needs no device.
+static const Backend *backend_for(const Options *o, const Config *c, Error *err) {
+  return o->plan ? engine_plan_backend(c, err) : engine_backend(c, err);
+}
+
+// 1 when a micro-batch of `tokens` slots fits the backend, 0 when it does not, -1 when the config refuses that many; *c
+// is the config with it. *err is set unless it fits.
+static int tokens_fit(const Options *o, const char *file, const Backend *b, int64_t tokens, Config *c, Error *err) {
   const char **sets = xmalloc((size_t)(o->n_sets + 1) * sizeof *sets);
   char *last = xasprintf("data.micro_batch_tokens=%lld", (long long)tokens);
   for (int i = 0; i < o->n_sets; i++) sets[i] = o->sets[i];
@@ -32,8 +37,7 @@ static int tokens_fit(const Options *o, const char *file, int64_t tokens, Config
   int bad = config_load(c, file, sets, o->n_sets + 1, err), fits = 0;
   if (!bad) {
     Engine e = {0};
-    const Backend *b = engine_backend(c, err);
-    bad = !b || engine_record(&e, c, b, 1, err) != 0;
+    bad = engine_record(&e, c, b, 1, err) != 0;
     fits = !bad && engine_check_budget(&e, err) == 0;
     engine_free(&e);
   }
@@ -49,12 +53,14 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   int64_t low = c->data.micro_batch_tokens, high = low; // low: the most known to fit, or the config refuses so few
   Config tried;
   Error why;
-  int fits = tokens_fit(o, file, low, &tried, err);
+  const Backend *b = backend_for(o, c, err);
+  if (!b) return -1;
+  int fits = tokens_fit(o, file, b, low, &tried, err);
   if (fits < 0) return -1;
   if (fits) {
-    for (high = 2 * low; tokens_fit(o, file, high, &tried, &why) == 1; high *= 2) low = high;
+    for (high = 2 * low; tokens_fit(o, file, b, high, &tried, &why) == 1; high *= 2) low = high;
   } else {
-    for (low = high / 2; low > 0 && (fits = tokens_fit(o, file, low, &tried, &why)) == 0; low /= 2) {
+    for (low = high / 2; low > 0 && (fits = tokens_fit(o, file, b, low, &tried, &why)) == 0; low /= 2) {
       *err = why;
       high = low;
     }
@@ -63,7 +69,7 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   while (high - low > TOKEN_STEP) {
     int64_t middle = (low + high) / 2 / TOKEN_STEP * TOKEN_STEP;
     if (middle <= low) break;
-    int one = tokens_fit(o, file, middle, &tried, &why);
+    int one = tokens_fit(o, file, b, middle, &tried, &why);
     if (one == 1 || (one < 0 && !fits)) {
       low = middle;
       fits = one == 1;
@@ -77,7 +83,7 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
     return error_prefix(err, "--tokens max: nothing fits; with %lld slots", (long long)high);
   }
   log_info("--tokens max: %lld token slots a micro-batch", (long long)low);
-  return tokens_fit(o, file, low, c, err) == 1 ? 0 : -1;
+  return tokens_fit(o, file, b, low, c, err) == 1 ? 0 : -1;
 }
 
 // OpenMP threads that wait for each other spin for milliseconds by default: on cores shared with anything else a step
@@ -107,11 +113,11 @@ static int refuse_checkpoint(const char *folder, Error *err) {
 }
 
 // A folder that holds no config.
-static int refuse_folder(const char *folder, Error *err) {
-  return error_set(err,
-                   "CONFIG is a JSON file as in configs/, or the folder of a run, which ./train makes (runs/NAME) and "
-                   "where it keeps config.json, tokenizer.bpe and its checkpoints",
-                   "%s is a folder, but not that of a run: it has no config.json", folder);
+static void refuse_folder(const char *folder, Error *err) {
+  error_set(err,
+            "CONFIG is a JSON file as in configs/, or the folder of a run, which ./train makes (runs/NAME) and "
+            "where it keeps config.json, tokenizer.bpe and its checkpoints",
+            "%s is a folder, but not that of a run: it has no config.json", folder);
 }
 
 // Says what a run's config of an older version could not say.
@@ -130,7 +136,8 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
   char *file = folder ? xasprintf("%s/config.json", o->config) : o->config ? xstrdup(o->config) : NULL;
   if (folder && access(file, F_OK) != 0) {
     free(file);
-    return refuse_folder(o->config, err);
+    refuse_folder(o->config, err);
+    return -1;
   }
   int bad = config_load(c, file, o->sets, o->n_sets, err);
   if (!bad && folder) name_new_keys(c, file);
@@ -175,6 +182,7 @@ int main(int argc, char **argv) {
   } else if (o.plan) {
     bad = print_plan(&c, &err);
   } else {
+    if (options_check_outputs(&o, run, &err) != 0) fatal(&err);
     set_threads(&c);
     Trainer *t = trainer_open(&c, &o, run, &err);
     if (!t)

@@ -225,28 +225,21 @@ void image_from_patches(const uint8_t *patches, int patch, Image *image) {
         memcpy(image->rgb + (size_t)(top + y) * stride + 3 * (size_t)left, patches, run);
 }
 
-typedef struct Bytes {
-  uint8_t *at;
-  size_t n;
-} Bytes;
-
-static void bytes_append(void *context, void *data, int n) {
-  Bytes *b = context;
-  b->at = xrealloc(b->at, b->n + (size_t)n);
-  memcpy(b->at + b->n, data, (size_t)n);
-  b->n += (size_t)n;
+static void stream_write(void *stream, void *data, int n) {
+  fwrite(data, 1, (size_t)n, stream);
 }
 
 uint8_t *image_encode_png(const Image *image, size_t *bytes, Error *err) {
-  Bytes png = {0};
-  if (image->width < 1 || image->height < 1 ||
-      !stbi_write_png_to_func(bytes_append, &png, image->width, image->height, 3, image->rgb, 3 * image->width)) {
-    free(png.at);
-    error_set(err, NULL, "cannot encode an image of %d x %d pixels as PNG", image->width, image->height);
-    return NULL;
-  }
-  *bytes = png.n;
-  return png.at;
+  char *png = NULL;
+  FILE *f = open_memstream(&png, bytes);
+  if (!f) panic("out of memory: a PNG");
+  int made = image->width > 0 && image->height > 0 &&
+             stbi_write_png_to_func(stream_write, f, image->width, image->height, 3, image->rgb, 3 * image->width);
+  if (fclose(f) != 0) panic("out of memory: a PNG");
+  if (made) return (uint8_t *)png;
+  free(png);
+  error_set(err, NULL, "cannot encode an image of %d x %d pixels as PNG", image->width, image->height);
+  return NULL;
 }
 
 int image_write_png(const char *path, const Image *image, Error *err) {

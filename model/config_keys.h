@@ -16,8 +16,10 @@ typedef struct Key {
   size_t offset, bytes; // of the field; KEY_INT is 4 or 8 bytes
   const char *preset;   // default value, written as after --set
   double min, max;      // numbers; KEY_STRING: fewest characters
-  const char *words;    // KEY_ENUM: values in order, "a|b"; KEY_STRING: all that is allowed; numbers: a name for 0
-  const char *flag;     // of the command line
+  // KEY_ENUM: values in order, "a|b"; KEY_STRING: all that is allowed; KEY_POLICIES: the policies; KEY_BOOL: other
+  // names of false and true; numbers: a name for 0.
+  const char *words;
+  const char *flag; // of the command line
   const char *help;
 } Key;
 

@@ -59,12 +59,12 @@ static int has_slot_rows(OpKind kind, const char *name, const Dims *d, double wi
 // The share of an operand that the op touches at these extents.
 static double operand_used(const Program *p, const Op *op, int is_out, int i, const Extents *x) {
   const Dims *d = &p->dims;
-  const Tensor *t = &p->tensors[is_out ? op->out[i] : op->in[i]];
+  TensorId t = is_out ? op->out[i] : op->in[i];
   Operands o = op_operands(op->kind);
   const char *name = is_out ? o.out[i].name : o.in[i].name;
   double rows = (x->text + x->image) / d->T, segments = x->segments / d->segments, width[MODALITIES];
-  if ((is_out ? op->out[i] : op->in[i]) == NO_TENSOR) return 0;
-  if (t->space != SPACE_ARENA && t->space != SPACE_INPUT) return 1;
+  if (t == NO_TENSOR) return 0;
+  if (p->tensors[t].space != SPACE_ARENA && p->tensors[t].space != SPACE_INPUT) return 1;
   if (has_slot_rows(op->kind, name, d, width)) {
     double most = d->T * fmax(width[TEXT], width[IMAGE]);
     return most > 0 ? by_modality(x, width[TEXT], width[IMAGE]) / most : 0;

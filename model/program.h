@@ -4,7 +4,7 @@
 //   schedule reloads move earlier, offloaded ranges live on a little longer            (program_finish, in this order)
 //   arena    lifetimes over op order -> an offset for every tensor, exact peak         (arena.c)
 //   waits    what each op must wait for on other lanes, from overlaps of addresses     (waits.c)
-//   replay   for each op: run it (CPU: in recorded order)
+//   replay   for each op: run it, or give it to its lane's queue; as a graph, once for all replays    (replay.c)
 //
 // Lanes are in order. Between lanes nothing is ordered but by waits, and waits follow from what ops read and write.
 #ifndef TESSERA_PROGRAM_H

@@ -58,7 +58,7 @@ for k in rounds:
         rates.setdefault(shape, []).append((float(middle), float(best)))
     mean_step = sum(s["seconds"] for s in steps) / len(steps) * 1e3
     profiles.append({op: (float(ms), float(ms) / mean_step) for op, ms in
-                     re.findall(r"^(\S+) +([\d.]+) +[\d.]+% +[\d.]+$", text("profile", k), re.M)})
+                     re.findall(r"^(\S+) +[\d.]+ +([\d.]+) +[\d.]+% +[\d.]+ +[\d.]+$", text("profile", k), re.M)})
 
 ratios = [t / e for t, e in zip(torch, engine)]
 print(f"configs/demo.json, {os.cpu_count()} cores, {tokens:.0f} tokens a step, medians of {len(rounds)} rounds "

@@ -31,6 +31,15 @@ CUDA_VISIBLE_DEVICES='' refused 'device cuda:' configs/demo.json --device cuda
 for flag in --from --init --dump --out --run-dir; do
   refused "$flag needs a value, and got --resume" configs/demo.json $flag --resume
 done
+: >"$dir/file"
+for flag in --trace --dump '--eval --out' '--sample x --out'; do # unquoted: flags of their own
+  refused "cannot write $dir/file/x.png: Not a directory" configs/demo.json "${run[@]}" $flag "$dir/file/x.png"
+done
+refused "--trace: cannot write $dir: Is a directory" configs/demo.json "${run[@]}" --trace "$dir"
+refused "--trace: cannot write $dir/no/trace: No such file" configs/demo.json "${run[@]}" --trace "$dir/no/trace"
+refused "--out: cannot write $dir/no/x.png: No such file" configs/demo.json "${run[@]}" --eval --out "$dir/no/x.png"
+refused "--dump: cannot write $dir/file: Not a directory" configs/demo.json "${run[@]}" --dump "$dir/file"
+refused 'go with training alone' configs/demo.json "${run[@]}" --eval --trace "$dir/trace"
 refused 'data.sources' configs/base.json "${run[@]}"
 refused 'no/shapes.tar' configs/demo.json "${run[@]}" --set 'data.sources=[{"type":"webdataset","path":"no/shapes.tar"}]'
 refused 'no checkpoint' configs/demo.json "${run[@]}" --eval
@@ -38,7 +47,7 @@ refused 'budget' configs/base.json --plan --set memory.budget_gb=1
 grep -q 'activations (arena)' "$dir/out" # the table all the same
 refused 'memory.per_tensor' configs/demo.json --plan --set 'memory.per_tensor={"x":"recompute"}'
 refused 'nothing fits' configs/demo.json --tokens max --plan --set memory.budget_gb=0.05
-[ ! -e "$dir/run" ] || { echo "a refused run left its folder"; exit 1; }
+[ ! -e "$dir/run" ] && [ ! -e "$dir/no" ] && [ ! -s "$dir/file" ] || { echo "a refused run left its folder"; exit 1; }
 
 for config in configs/*.json; do
   "$train" "$config" --plan --set memory.budget_gb=1000 >"$dir/plan"
@@ -78,7 +87,21 @@ refused 'elsewhere has no checkpoint' "$dir/run" --run-dir "$dir/elsewhere" --ev
 mv "$dir/elsewhere" "$dir/moved"
 "$train" "$dir/moved" --sample "a small red circle" 2>"$dir/log"
 [ -s "$dir/moved/samples/drawn.png" ] && [ ! -e "$dir/elsewhere" ]
-"$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" 2>"$dir/log"
+"$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" --memory offload \
+  --trace "$dir/tuned/trace.json" 2>"$dir/log"
+# The trace, in a folder that was made first: every lane has ops, and those of the compute lane lie in their program.
+"${PYTHON:-/usr/bin/python3}" - "$dir/tuned/trace.json" <<'P'
+import json, sys
+events = json.load(open(sys.argv[1]))["traceEvents"]
+lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+assert list(lanes.values()) == ["compute", "device to host", "host to device"], lanes
+slices = [(e["tid"], e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X"]
+programs = [s for s in slices if s[3].startswith(("train", "update"))]
+assert [p[3] for p in programs] == ["train first", "update with ema"], programs
+ops = [s for s in slices if s not in programs]
+assert {op[0] for op in ops} == set(lanes)
+assert all(any(p[1] <= op[1] and op[2] <= p[2] for p in programs) for op in ops)
+P
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
 [ -f "$dir/run/ckpt-3/state.json" ]
 echo "command line: all as it should be"

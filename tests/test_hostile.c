@@ -9,6 +9,7 @@
 #include "base/philox.h"
 #include "data/loader.h"
 #include "tests/archive.h"
+#include "tests/bytes.h"
 #include "tests/jpeg_bytes.h"
 #include "tests/slow.h"
 
@@ -527,21 +528,9 @@ static void test_many_members(void **state) {
 
 // ---- damaged images
 
-typedef struct Bytes {
-  uint8_t *at;
-  size_t n;
-} Bytes;
-
-static void bytes_append(void *context, void *data, int n) {
-  Bytes *b = context;
-  b->at = xrealloc(b->at, b->n + (size_t)n);
-  memcpy(b->at + b->n, data, (size_t)n);
-  b->n += (size_t)n;
-}
-
 static Bytes bytes_copy(const uint8_t *from, size_t n) {
-  Bytes b = {xmalloc(n), n};
-  memcpy(b.at, from, n);
+  Bytes b = {0};
+  bytes_append(&b, from, n);
   return b;
 }
 
@@ -631,13 +620,12 @@ static void test_jpeg_mutations(void **state) {
 // The file without its segments of one kind (a scan's coded bytes included), or with them `times` times.
 static Bytes jpeg_repeat(const uint8_t *from, size_t n, int marker, int times) {
   Bytes out = {0};
-  bytes_append(&out, (void *)(uintptr_t)from, 2);
+  bytes_append(&out, from, 2);
   for (size_t p = 2; p + 2 <= n;) {
     size_t end = from[p + 1] == 0xD9 ? p + 2 : p + 2 + (size_t)(from[p + 2] << 8 | from[p + 3]);
     if (from[p + 1] == 0xDA)
       while (from[end] != 0xFF || from[end + 1] == 0) end++;
-    for (int k = from[p + 1] == marker ? times : 1; k > 0; k--)
-      bytes_append(&out, (void *)(uintptr_t)(from + p), (int)(end - p));
+    for (int k = from[p + 1] == marker ? times : 1; k > 0; k--) bytes_append(&out, from + p, end - p);
     p = end;
   }
   return out;

@@ -6,6 +6,7 @@
 #include <cmocka.h>
 
 #include "data/image.h"
+#include "tests/bytes.h"
 #include "tests/jpeg_bytes.h"
 
 #include <stdio.h>
@@ -30,62 +31,50 @@ static Image image_random(int width, int height) {
   return image;
 }
 
-typedef struct Buffer {
-  uint8_t *at;
-  size_t n;
-} Buffer;
-
-static void buffer_add(void *context, void *data, int n) {
-  Buffer *b = context;
-  b->at = xrealloc(b->at, b->n + (size_t)n);
-  memcpy(b->at + b->n, data, (size_t)n);
-  b->n += (size_t)n;
-}
-
-static void buffer_add_u32(Buffer *b, uint32_t v) {
+static void bytes_append_u32(Bytes *b, uint32_t v) {
   uint8_t bytes[4] = {(uint8_t)(v >> 24), (uint8_t)(v >> 16), (uint8_t)(v >> 8), (uint8_t)v};
-  buffer_add(b, bytes, 4);
+  bytes_append(b, bytes, 4);
 }
 
-static void png_chunk(Buffer *png, const char *type, const void *data, size_t n) {
-  buffer_add_u32(png, (uint32_t)n);
+static void png_chunk(Bytes *png, const char *type, const void *data, size_t n) {
+  bytes_append_u32(png, (uint32_t)n);
   size_t start = png->n;
-  buffer_add(png, (void *)(uintptr_t)type, 4);
-  if (n) buffer_add(png, (void *)(uintptr_t)data, (int)n);
+  bytes_append(png, type, 4);
+  bytes_append(png, data, n);
   uint32_t crc = ~0u;
   for (size_t i = start; i < png->n; i++) {
     crc ^= png->at[i];
     for (int k = 0; k < 8; k++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
   }
-  buffer_add_u32(png, ~crc);
+  bytes_append_u32(png, ~crc);
 }
 
 // A PNG of any colour type from unfiltered rows, deflated as one stored block.
-static Buffer png_make(uint32_t width, uint32_t height, int depth, int colour_type, const char *palette,
-                       size_t palette_bytes, const char *transparency, size_t transparency_bytes, const uint8_t *rows,
-                       size_t row_bytes, uint32_t rows_present) {
-  Buffer png = {0}, header = {0}, raw = {0}, z = {0};
-  buffer_add(&png, (void *)(uintptr_t) "\x89PNG\r\n\x1a\n", 8);
-  buffer_add_u32(&header, width);
-  buffer_add_u32(&header, height);
+static Bytes png_make(uint32_t width, uint32_t height, int depth, int colour_type, const char *palette,
+                      size_t palette_bytes, const char *transparency, size_t transparency_bytes, const uint8_t *rows,
+                      size_t row_bytes, uint32_t rows_present) {
+  Bytes png = {0}, header = {0}, raw = {0}, z = {0};
+  bytes_append(&png, "\x89PNG\r\n\x1a\n", 8);
+  bytes_append_u32(&header, width);
+  bytes_append_u32(&header, height);
   uint8_t rest[5] = {(uint8_t)depth, (uint8_t)colour_type, 0, 0, 0};
-  buffer_add(&header, rest, 5);
+  bytes_append(&header, rest, 5);
   png_chunk(&png, "IHDR", header.at, header.n);
   if (palette) png_chunk(&png, "PLTE", palette, palette_bytes);
   if (transparency) png_chunk(&png, "tRNS", transparency, transparency_bytes);
   for (uint32_t y = 0; y < rows_present; y++) {
-    buffer_add(&raw, (void *)(uintptr_t) "\0", 1);
-    buffer_add(&raw, (void *)(uintptr_t)(rows + y * row_bytes), (int)row_bytes);
+    bytes_append(&raw, "\0", 1);
+    bytes_append(&raw, rows + y * row_bytes, row_bytes);
   }
   uint8_t stored[7] = {0x78, 1, 1, (uint8_t)raw.n, (uint8_t)(raw.n >> 8), (uint8_t)~raw.n, (uint8_t)(~raw.n >> 8)};
-  buffer_add(&z, stored, 7);
+  bytes_append(&z, stored, 7);
   uint32_t a = 1, b = 0;
   for (size_t i = 0; i < raw.n; i++) {
     a = (a + raw.at[i]) % 65521;
     b = (b + a) % 65521;
   }
-  if (raw.n) buffer_add(&z, raw.at, (int)raw.n);
-  buffer_add_u32(&z, b << 16 | a);
+  bytes_append(&z, raw.at, raw.n);
+  bytes_append_u32(&z, b << 16 | a);
   png_chunk(&png, "IDAT", z.at, z.n);
   png_chunk(&png, "IEND", NULL, 0);
   free(header.at);
@@ -94,7 +83,7 @@ static Buffer png_make(uint32_t width, uint32_t height, int depth, int colour_ty
   return png;
 }
 
-static void expect_pixels(const Buffer *png, int width, int height, const uint8_t *rgb) {
+static void expect_pixels(const Bytes *png, int width, int height, const uint8_t *rgb) {
   Error err;
   Image image;
   int w, h;
@@ -114,7 +103,7 @@ static void test_png_round_trip(void **state) {
   for (int trial = 0; trial < 50; trial++) {
     Image image = image_random(rng_in(1, 40), rng_in(1, 40));
     Error err;
-    Buffer png;
+    Bytes png;
     png.at = image_encode_png(&image, &png.n, &err);
     assert_non_null(png.at);
     expect_pixels(&png, image.width, image.height, image.rgb);
@@ -132,7 +121,7 @@ static void test_write_file(void **state) {
   Error err;
   Image image = image_random(9, 7);
   assert_int_equal(image_write_png(path, &image, &err), 0);
-  Buffer png;
+  Bytes png;
   png.at = (uint8_t *)file_read(path, 1 << 20, &png.n, &err);
   assert_non_null(png.at);
   expect_pixels(&png, 9, 7, image.rgb);
@@ -146,7 +135,7 @@ static void test_write_file(void **state) {
 static void test_colour_types(void **state) {
   (void)state;
   // Grey, 8 bit and 1 bit.
-  Buffer png = png_make(2, 1, 8, 0, NULL, 0, NULL, 0, (const uint8_t[]){10, 200}, 2, 1);
+  Bytes png = png_make(2, 1, 8, 0, NULL, 0, NULL, 0, (const uint8_t[]){10, 200}, 2, 1);
   expect_pixels(&png, 2, 1, (const uint8_t[]){10, 10, 10, 200, 200, 200});
   free(png.at);
   png = png_make(3, 1, 1, 0, NULL, 0, NULL, 0, (const uint8_t[]){0xA0}, 1, 1);
@@ -191,8 +180,8 @@ static void test_palettes(void **state) {
       for (int c = 0; c < 3 && entry < entries; c++)
         rgb[3 * i + c] = (uint8_t)(((uint8_t)colours[3 * entry + c] * a + 255 * (255 - a) + 127) / 255);
     }
-    Buffer png = png_make((uint32_t)width, (uint32_t)height, depth, 3, colours, 3 * (size_t)entries,
-                          alphas ? alpha : NULL, (size_t)alphas, rows, row_bytes, (uint32_t)height);
+    Bytes png = png_make((uint32_t)width, (uint32_t)height, depth, 3, colours, 3 * (size_t)entries,
+                         alphas ? alpha : NULL, (size_t)alphas, rows, row_bytes, (uint32_t)height);
     Error err;
     Image image;
     if (beyond) {
@@ -215,8 +204,8 @@ static void test_palettes(void **state) {
   for (int i = 0; i < 4; i++) {
     Error err;
     Image image;
-    Buffer png = png_make(1, 1, bad[i].depth, 3, bad[i].colours ? many : NULL, 3 * bad[i].colours,
-                          bad[i].alphas ? many : NULL, bad[i].alphas, (const uint8_t[]){0, 0}, 2, 1);
+    Bytes png = png_make(1, 1, bad[i].depth, 3, bad[i].colours ? many : NULL, 3 * bad[i].colours,
+                         bad[i].alphas ? many : NULL, bad[i].alphas, (const uint8_t[]){0, 0}, 2, 1);
     assert_int_equal(image_decode(png.at, png.n, IMAGE_MAX_PIXELS, &image, &err), -1);
     assert_null(image.rgb);
     free(png.at);
@@ -225,8 +214,8 @@ static void test_palettes(void **state) {
 
 static void test_jpeg(void **state) {
   (void)state;
-  const Buffer files[2] = {{(uint8_t *)(uintptr_t)JPEG_BASELINE, sizeof(JPEG_BASELINE)},
-                           {(uint8_t *)(uintptr_t)JPEG_PROGRESSIVE, sizeof(JPEG_PROGRESSIVE)}};
+  const Bytes files[2] = {{(uint8_t *)(uintptr_t)JPEG_BASELINE, sizeof(JPEG_BASELINE)},
+                          {(uint8_t *)(uintptr_t)JPEG_PROGRESSIVE, sizeof(JPEG_PROGRESSIVE)}};
   for (int f = 0; f < 2; f++) {
     Error err;
     Image image;
@@ -266,7 +255,7 @@ static void test_long_huffman_table(void **state) {
 static void test_pixel_cap(void **state) {
   (void)state;
   uint8_t row[3] = {1, 2, 3};
-  Buffer png = png_make(30000, 20000, 8, 2, NULL, 0, NULL, 0, row, 3, 1);
+  Bytes png = png_make(30000, 20000, 8, 2, NULL, 0, NULL, 0, row, 3, 1);
   Error err;
   int w, h;
   assert_int_equal(image_info(png.at, png.n, &w, &h, &err), 0);
@@ -294,13 +283,13 @@ static void test_damage(void **state) {
   (void)state;
   Image image = image_random(19, 13), out;
   Error err;
-  Buffer file[3] = {{0},
-                    {(uint8_t *)(uintptr_t)JPEG_BASELINE, sizeof(JPEG_BASELINE)},
-                    {(uint8_t *)(uintptr_t)JPEG_PROGRESSIVE, sizeof(JPEG_PROGRESSIVE)}};
+  Bytes file[3] = {{0},
+                   {(uint8_t *)(uintptr_t)JPEG_BASELINE, sizeof(JPEG_BASELINE)},
+                   {(uint8_t *)(uintptr_t)JPEG_PROGRESSIVE, sizeof(JPEG_PROGRESSIVE)}};
   file[0].at = image_encode_png(&image, &file[0].n, &err);
   int refused = 0;
   for (int trial = 0; trial < 3000; trial++) {
-    const Buffer *f = &file[trial % 3];
+    const Bytes *f = &file[trial % 3];
     size_t n = rng() % 3 ? f->n : rng() % f->n;
     uint8_t *bytes = xmalloc(n + 1); // heap, exact size: sanitizers see every read past the end
     memcpy(bytes, f->at, n);

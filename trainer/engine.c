@@ -62,10 +62,14 @@ static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
 
 // What counts against the budget. All programs share one arena and one host slab; on the CPU the slab is the same
 // memory as the rest, beside a device it is not.
+static int counts(const Engine *e, Space space) {
+  return space != SPACE_HOST || !e->model.backend->queues;
+}
+
 static int64_t total_bytes(const Engine *e) {
   int64_t sum = 0;
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (s != SPACE_HOST || !e->model.backend->queues) sum += e->bytes[s];
+    if (counts(e, (Space)s)) sum += e->bytes[s];
   return sum;
 }
 
@@ -106,7 +110,7 @@ static void name_largest(const Engine *e, char *text, size_t size) {
 
 int engine_check_budget(const Engine *e, Error *err) {
   int64_t budget = budget_bytes(e), need = total_bytes(e);
-  int64_t activations = e->bytes[SPACE_ARENA] + e->bytes[SPACE_HOST];
+  int64_t activations = e->bytes[SPACE_ARENA] + (counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
   if (need <= budget) return 0;
   char largest[128];
   name_largest(e, largest, sizeof largest);
@@ -444,7 +448,8 @@ void engine_print_plan(const Engine *e, FILE *f) {
           memory_policy_name[e->chosen]);
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bytes[s]) continue;
-    fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", space_label[s], (long long)e->bytes[s], (double)e->bytes[s] / 1e6);
+    fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", space_label[s], (long long)e->bytes[s], (double)e->bytes[s] / 1e6,
+            counts(e, (Space)s) ? "" : " of the host, not in the total");
   }
   int64_t total = total_bytes(e);
   fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", "total", (long long)total, (double)total / 1e6);

@@ -2,8 +2,12 @@
 
 #include "model/config.h"
 
+#include <errno.h>
+#include <libgen.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 const char options_help[] =
     "usage: ./train CONFIG.json [flags]     CONFIG may be a run folder: its config and newest checkpoint\n"
@@ -22,7 +26,7 @@ const char options_help[] =
     "  --dump DIR            write one step (packs, noise, weights, losses, every gradient) as safetensors and exit\n"
     "  --tokens max          the largest micro-batch that fits memory.budget_gb under the memory policy\n"
     "  --profile             print time and rate per kind of op when training ends\n"
-    "  --trace FILE          write a Chrome trace (Perfetto) of one step, ops by lane\n"
+    "  --trace FILE          write a Chrome trace of one step (Perfetto opens it): ops by lane\n"
     "  --print-config        print the resolved config with where each value came from\n"
     "  --set KEY=VALUE       set any key of the config, e.g. --set train.lr=1e-3\n"
     "  --help                this text\n";
@@ -100,13 +104,59 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
   if (count_set(3, (bool[]){o->resume, o->from != NULL, o->init != NULL}) > 1)
     return error_set(err, "--resume takes the newest, --from one given checkpoint, --init only its weights",
                      "--resume, --from and --init exclude each other");
-  if (count_set(5, (bool[]){o->plan, o->dump != NULL, o->sample != NULL, o->describe != NULL, o->eval}) > 1)
+  int uses = count_set(5, (bool[]){o->plan, o->dump != NULL, o->sample != NULL, o->describe != NULL, o->eval});
+  if (uses > 1)
     return error_set(err, "run them one after the other",
                      "--plan, --dump, --sample, --describe and --eval exclude each other");
+  if (uses && (o->profile || o->trace))
+    return error_set(err, "they time the steps of a run that trains", "--profile and --trace go with training alone");
   if (o->out && !o->sample && !o->eval)
     return error_set(err, "--sample \"a caption\" --out FILE.png", "--out goes with --sample or --eval");
   if (o->count > 1 && !o->sample)
     return error_set(err, "--sample \"a caption\" --count 8", "--count goes with --sample");
+  return 0;
+}
+
+bool options_out_is_file(const char *out) {
+  static const char suffix[] = ".png";
+  size_t n = strlen(out), k = sizeof suffix - 1;
+  return n >= k && strcmp(out + n - k, suffix) == 0;
+}
+
+// What is in the way of writing a file, or of making a folder with its parents and files in it; 0: nothing. `made`: a
+// folder that will be there by then, or NULL.
+static int write_obstacle(const char *path, bool is_folder, const char *made) {
+  struct stat st;
+  if (stat(path, &st) == 0) {
+    if (S_ISDIR(st.st_mode) != is_folder) return is_folder ? ENOTDIR : EISDIR;
+    return access(path, is_folder ? W_OK | X_OK : W_OK) == 0 ? 0 : errno;
+  }
+  if (errno != ENOENT) return errno;
+  if (!*path) return ENOENT;
+  char *copy = xstrdup(path), *parent = dirname(copy);
+  int obstacle = ENOENT;
+  if (is_folder || (made && strcmp(parent, made) == 0) || access(parent, F_OK) == 0)
+    obstacle = write_obstacle(parent, true, NULL);
+  free(copy);
+  return obstacle;
+}
+
+int options_check_outputs(const Options *o, const char *run, Error *err) {
+  const struct {
+    const char *flag, *path, *made;
+    bool is_folder;
+  } outputs[] = {{"--dump", o->dump, NULL, true},
+                 {"--out", o->out, NULL, o->out && !options_out_is_file(o->out)},
+                 {"--trace", o->trace, run, false}};
+  for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
+    if (!outputs[i].path) continue;
+    int obstacle = write_obstacle(outputs[i].path, outputs[i].is_folder, outputs[i].made);
+    if (obstacle)
+      return error_set(err,
+                       outputs[i].is_folder ? "name a folder that can be written, or made"
+                                            : "name a file that can be written, in a folder that is there",
+                       "%s: cannot write %s: %s", outputs[i].flag, outputs[i].path, strerror(obstacle));
+  }
   return 0;
 }
 

@@ -3,6 +3,7 @@
 #include "base/json.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,17 +16,16 @@ struct Profile {
   const Backend *backend;
   OpTime *times; // [ops of the longest program]
   bool table;
-  int64_t first_step, last_step; // -1: none timed yet
+  int64_t first_step, last_step; // timed; none yet where the last is before the first
   KindCost kind[OP_COUNT];
   const char *trace_path;
-  int64_t trace_step;
   FILE *trace;
   double trace_begin;          // host clock at the beginning of the traced step
   double replay_began;         // likewise of the replay under way
   double bandwidth, flop_rate; // what the device can do, per second; 0: not known
 };
 
-Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t trace_step) {
+Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first) {
   const Program *programs[] = {e->first.program, e->later.program, e->update, e->update_ema};
   int most = 0;
   for (size_t i = 0; i < sizeof programs / sizeof *programs; i++)
@@ -34,15 +34,19 @@ Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t tr
   *p = (Profile){.backend = e->model.backend,
                  .times = xcalloc((size_t)most, sizeof *p->times),
                  .table = table,
-                 .first_step = -1,
-                 .trace_path = trace,
-                 .trace_step = trace_step};
+                 .first_step = first,
+                 .last_step = first - 1,
+                 .trace_path = trace};
   if (table && p->backend->peaks) p->backend->peaks(&p->bandwidth, &p->flop_rate);
   return p;
 }
 
+static bool is_traced(const Profile *p, int64_t step) {
+  return p->trace_path && step == p->first_step;
+}
+
 OpTime *profile_times(Profile *p, int64_t step) {
-  if (!p || (!p->table && (!p->trace_path || step != p->trace_step))) return NULL;
+  if (!p || step < p->first_step || (!p->table && !is_traced(p, step))) return NULL;
   p->replay_began = time_now();
   return p->times;
 }
@@ -66,31 +70,55 @@ static void add_costs(Profile *p, const Program *program, const Extents *x) {
 static const char *const lane_name[LANE_COUNT] = {
     [LANE_COMPUTE] = "compute", [LANE_D2H] = "device to host", [LANE_H2D] = "host to device"};
 
-// The file of the traced step, opened at its first replay. Chrome's trace event format: times in microseconds.
+// The file of the traced step, opened at its first replay. Chrome's trace event format: a process for the step, a
+// thread for each lane, times in microseconds.
 static int trace_open(Profile *p, Error *err) {
   if (p->trace) return 0;
   p->trace = fopen(p->trace_path, "w");
   if (!p->trace)
     return error_set(err, "check the path and permissions", "--trace %s: %s", p->trace_path, strerror(errno));
   p->trace_begin = p->replay_began;
-  fputs("{\"displayTimeUnit\": \"ms\", \"traceEvents\": [", p->trace);
+  fprintf(p->trace,
+          "{\"displayTimeUnit\": \"ms\", \"traceEvents\": [\n"
+          "{\"ph\": \"M\", \"name\": \"process_name\", \"pid\": 1, \"args\": {\"name\": \"step %lld, %s\"}}",
+          (long long)p->first_step + 1, p->backend->name);
   for (int l = 0; l < LANE_COUNT; l++)
     fprintf(p->trace,
-            "%s\n{\"ph\": \"M\", \"name\": \"thread_name\", \"pid\": 1, \"tid\": %d, \"args\": {\"name\": \"%s\"}}",
-            l ? "," : "", l, lane_name[l]);
+            ",\n{\"ph\": \"M\", \"name\": \"thread_name\", \"pid\": 1, \"tid\": %d, \"args\": {\"name\": \"%s\"}},\n"
+            "{\"ph\": \"M\", \"name\": \"thread_sort_index\", \"pid\": 1, \"tid\": %d, \"args\": {\"sort_index\": %d}}",
+            l, lane_name[l], l, l);
   return 0;
 }
 
-static void trace_replay(Profile *p, const Program *program) {
-  double offset = p->replay_began - p->trace_begin;
+// A slice of a lane from `begin` to `end`, in seconds of the step; its args are still open. The ends are rounded rather
+// than the length, so that slices that touch or nest in seconds do so in the file.
+static void trace_slice(FILE *f, Lane lane, const char *name, double begin, double end) {
+  double from = round(1e9 * begin), to = round(1e9 * end);
+  fprintf(f, ",\n{\"ph\": \"X\", \"pid\": 1, \"tid\": %d, \"name\": \"%s\", \"ts\": %.3f, \"dur\": %.3f, \"args\": {",
+          (int)lane, name, from / 1e3, (to - from) / 1e3);
+}
+
+// One replay: a slice of the program's name on the compute lane, and in it and beside it those of its ops.
+static void trace_replay(Profile *p, const Program *program, const Extents *x) {
+  double offset = p->replay_began - p->trace_begin, length = 0;
+  for (int i = 0; i < program->n_ops; i++) length = fmax(length, p->times[i].end);
+  // A nanosecond longer than its last op: viewers add decimals, and of equal ends the inner one may come out later.
+  trace_slice(p->trace, LANE_COMPUTE, program->name, offset, offset + length + 1e-9);
+  if (x->text + x->image > 0) // of a pack
+    fprintf(p->trace, "\"text rows\": %.0f, \"image rows\": %.0f, \"images\": %.0f", x->text, x->image, x->segments);
+  fputs("}}", p->trace);
   for (int i = 0; i < program->n_ops; i++) {
     const Op *op = &program->ops[i];
     TensorId named = op->out[0] != NO_TENSOR ? op->out[0] : op->in[0];
-    fprintf(p->trace, ",\n{\"ph\": \"X\", \"pid\": 1, \"tid\": %d, \"name\": \"%s\", \"ts\": %.3f, \"dur\": %.3f, ",
-            (int)op->lane, op_info[op->kind].name, 1e6 * (offset + p->times[i].begin),
-            1e6 * (p->times[i].end - p->times[i].begin));
-    fprintf(p->trace, "\"args\": {\"program\": \"%s\", \"layer\": %d, \"tensor\": ", program->name, op->layer);
+    double flops, bytes, seconds = p->times[i].end - p->times[i].begin;
+    op_cost(program, op, x, &flops, &bytes);
+    Lane lane = program->one_queue ? LANE_COMPUTE : op->lane; // as it ran
+    trace_slice(p->trace, lane, op_info[op->kind].name, offset + p->times[i].begin, offset + p->times[i].end);
+    fputs("\"tensor\": ", p->trace);
     json_write_string(p->trace, named == NO_TENSOR ? "" : program->tensors[named].name);
+    if (op->layer >= 0) fprintf(p->trace, ", \"layer\": %d", op->layer);
+    if (seconds > 0)
+      fprintf(p->trace, ", \"GB/s\": %.1f, \"GFLOP/s\": %.1f", bytes / seconds / 1e9, flops / seconds / 1e9);
     fputs("}}", p->trace);
   }
 }
@@ -102,20 +130,18 @@ static int trace_close(Profile *p, Error *err) {
   bad |= fclose(p->trace);
   p->trace = NULL;
   if (bad) return error_set(err, "check space on the disk", "--trace %s: it could not be written", p->trace_path);
-  log_info("trace of step %lld: %s (open it in Perfetto or chrome://tracing)", (long long)p->trace_step, p->trace_path);
+  log_info("trace of step %lld: %s (open it in Perfetto or speedscope)", (long long)p->first_step + 1, p->trace_path);
   return 0;
 }
 
 int profile_note(Profile *p, const Program *program, const Extents *extents, int64_t step, Error *err) {
   static const Extents none;
-  if (p->table) {
-    if (p->first_step < 0) p->first_step = step;
-    p->last_step = step;
-    add_costs(p, program, extents ? extents : &none);
-  }
-  if (!p->trace_path || step != p->trace_step) return 0;
+  const Extents *x = extents ? extents : &none;
+  p->last_step = step;
+  if (p->table) add_costs(p, program, x);
+  if (!is_traced(p, step)) return 0;
   if (trace_open(p, err) != 0) return -1;
-  trace_replay(p, program);
+  trace_replay(p, program, x);
   return 0;
 }
 
@@ -132,7 +158,7 @@ static void print_table(Profile *p) {
     char floor[16] = "";
     if (k->seconds <= 0) break;
     if (p->bandwidth > 0) snprintf(floor, sizeof floor, " %6.1f%%", 100 * k->floor / k->seconds);
-    log_info("%-18s %6.0f %9.3f %5.1f%% %9.1f %9.1f%s", op_info[most].name, (double)k->calls / steps,
+    log_info("%-18s %6.4g %9.3f %5.1f%% %9.1f %9.1f%s", op_info[most].name, (double)k->calls / steps,
              1e3 * k->seconds / steps, 100 * k->seconds / total, k->bytes / k->seconds / 1e9,
              k->flops / k->seconds / 1e9, floor);
     k->seconds = 0;
@@ -146,7 +172,9 @@ static void print_table(Profile *p) {
 
 int profile_close(Profile *p, Error *err) {
   if (!p) return 0;
-  if (p->table && p->first_step >= 0) print_table(p);
+  int timed = p->last_step >= p->first_step;
+  if (p->table && timed) print_table(p);
+  if (!timed) log_warn("the run ended before step %lld: no step was timed", (long long)p->first_step + 1);
   int bad = trace_close(p, err);
   free(p->times);
   free(p);

@@ -1,6 +1,7 @@
 // --profile and --trace: when each op ran, as a table by kind of op and as a Chrome trace of one step.
 //
-// A timed step runs op by op, without captured graphs, and is waited for; times of ops are those of the device.
+// A timed step runs op by op, without captured graphs, and is waited for; times of ops are those of the device. Costs
+// are those of the packs that were replayed, not of their capacity.
 #ifndef TESSERA_PROFILE_H
 #define TESSERA_PROFILE_H
 
@@ -8,9 +9,9 @@
 
 typedef struct Profile Profile;
 
-// table: every step is timed. trace: the file for the trace of step `trace_step`, or NULL. The engine is borrowed; all
-// its training programs must be recorded.
-Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t trace_step);
+// first: the first step to be timed, one that has nothing left to warm up. table: so is every step after it. trace: the
+// file for a trace of that step, or NULL; borrowed, as is the engine, whose training programs must be recorded.
+Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first);
 // Where the replay of a program in this step leaves its times; NULL: it is not timed. p may be NULL: then so are all.
 OpTime *profile_times(Profile *p, int64_t step);
 // Notes the replay that has just filled those times, of a pack with these extents (NULL: of the update). -1 with *err

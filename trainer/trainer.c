@@ -392,10 +392,16 @@ static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   return bad;
 }
 
+// Where this run stops: the schedule's last step, or the one of --stop-at.
+static int64_t end_step(const Trainer *t) {
+  int64_t steps = t->config->train.steps;
+  return t->options->stop_at ? min_i64(t->options->stop_at, steps) : steps;
+}
+
 // Steps until the end, with what is due on the way.
 static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
-  int64_t end = t->options->stop_at ? min_i64(t->options->stop_at, c->train.steps) : c->train.steps;
+  int64_t end = end_step(t);
   t->clock = time_now();
   while (t->state.step < end) {
     if (train_step(t, loader, report, profile, err) != 0) return -1;
@@ -437,10 +443,9 @@ int trainer_train(Trainer *t, Error *err) {
     loader_close(loader);
     return -1;
   }
-  int64_t end = t->options->stop_at ? min_i64(t->options->stop_at, c->train.steps) : c->train.steps;
-  Profile *profile = NULL; // the traced step is one that has nothing left to warm up, if there is one
-  if (t->options->profile || t->options->trace)
-    profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end - 1));
+  Profile *profile = NULL; // from a step on that has nothing left to warm up, if there is one
+  if (!trained && (t->options->profile || t->options->trace))
+    profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
   // A trained run that was killed in its last evaluation still owes it.
   int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, report, profile, err)) != 0;
   report_close(report);

@@ -188,14 +188,9 @@ static int write_sheet(const char *path, const Drawings *d, Error *err) {
   return bad;
 }
 
-static int has_suffix(const char *s, const char *suffix) {
-  size_t n = strlen(s), k = strlen(suffix);
-  return n >= k && strcmp(s + n - k, suffix) == 0;
-}
-
 // A file that ends in .png gets the drawing or a sheet, anything else is a folder of PNGs.
 static int write_drawings(const char *out, const Drawings *d, Error *err) {
-  if (!has_suffix(out, ".png")) return write_folder(out, d, err);
+  if (!options_out_is_file(out)) return write_folder(out, d, err);
   return d->n * d->count == 1 ? image_write_png(out, &d->image[0], err) : write_sheet(out, d, err);
 }
 
