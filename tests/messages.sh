@@ -118,6 +118,7 @@ section 'Runs'
 mkdir -p .cache/shapes
 cp "$root/.cache/shapes/shapes.tar" .cache/shapes
 case_of 'a use before the training' 2 './train configs/demo.json --sample "a red circle"' 'train it first'
+case_of 'a trace that cannot be written' 2 './train configs/demo.json --trace traces/step.json' '--trace: cannot write'
 case_of 'less memory than the model needs' 2 './train configs/demo.json --set memory.budget_gb=0.01' 'budget_gb' '--tokens' \
   'alive at the fullest moment' 'the largest: [0-9]* x '
 # A run of a model so small that two steps take no time.
