@@ -141,7 +141,7 @@ static void test_captions(void **state) {
   }
   Tokenizer *tokenizer = tokenizer_load(NULL, VOCAB, &err);
   LoaderConfig config = loader_config(source, 3, tokenizer);
-  double start = time_now();
+  double start = cpu_seconds();
   Loader *loader = loader_open(&config, NULL, &err);
   if (!loader) fail_msg("%s", err.text);
   for (int i = 0; i < 5; i++) {
@@ -153,7 +153,7 @@ static void test_captions(void **state) {
     loader_release(loader, pack);
   }
   assert_true(loader_stats(loader).stream.truncated > 0);
-  assert_true(time_now() - start < 20 * TIMES_SLOWER);
+  assert_true(cpu_seconds() - start < 20 * TIMES_SLOWER);
   loader_close(loader);
   for (int i = 0; i < 3; i++) source_close(source[i]);
   tokenizer_free(tokenizer);
@@ -510,13 +510,13 @@ static void test_many_members(void **state) {
   (void)state;
   big_shard_write("many.tar", 50000);
   set_time(at("many.tar"), 1000000000);
-  double start = time_now();
+  double start = cpu_seconds();
   Source *walked = open_source("webdataset", "many.tar", NULL);
-  double walk = time_now() - start;
-  start = time_now();
+  double walk = cpu_seconds() - start;
+  start = cpu_seconds();
   Source *cached = open_source("webdataset", "many.tar", NULL);
-  double again = time_now() - start;
-  print_message("100,000 members: indexed in %.2f s, from the cache in %.3f s\n", walk, again);
+  double again = cpu_seconds() - start;
+  print_message("100,000 members: indexed in %.2f s of the processor, from the cache in %.3f s\n", walk, again);
   assert_int_equal(access(at(".many.tar.index"), F_OK), 0);
   assert_int_equal(source_count(walked), 50000 - 50000 / 7);
   expect_same_source(walked, cached);

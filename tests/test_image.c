@@ -8,6 +8,7 @@
 #include "data/image.h"
 #include "tests/bytes.h"
 #include "tests/jpeg_bytes.h"
+#include "tests/slow.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -262,9 +263,9 @@ static void test_pixel_cap(void **state) {
   assert_int_equal(w, 30000);
   assert_int_equal(h, 20000);
   Image image;
-  double start = time_now();
+  double start = cpu_seconds();
   assert_int_equal(image_decode(png.at, png.n, IMAGE_MAX_PIXELS, &image, &err), -1);
-  assert_true(time_now() - start < 1);
+  assert_true(cpu_seconds() - start < 1);
   assert_null(image.rgb);
   assert_non_null(strstr(err.text, "30000 x 20000"));
   free(png.at);

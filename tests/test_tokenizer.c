@@ -421,11 +421,11 @@ static void test_long_word(void **state) {
   size_t n = 1500000;
   char *text = xmalloc(n);
   memset(text, 'a', n);
-  double start = time_now();
+  double start = cpu_seconds();
   expect_round_trip(t, text, n);
   for (size_t i = 1; i + 1 < n; i += 2) memcpy(text + i, "\xc3\xa9", 2); // a character across the 1 MiB mark
   expect_round_trip(t, text, n);
-  assert_true(time_now() - start < 8 * TIMES_SLOWER);
+  assert_true(cpu_seconds() - start < 8 * TIMES_SLOWER);
   free(text);
   tokenizer_free(t);
 }
