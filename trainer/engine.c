@@ -275,12 +275,23 @@ static void unpin(Engine *e) {
     if (all[i]) e->model.backend->host_release(all[i]);
 }
 
+// Says which of the choices made are another backend's.
+static void name_idle_choices(const Engine *e) {
+  const Backend *b = e->model.backend;
+  const Config *c = e->config;
+  if (!b->choose && (c->kernels.adaln != ADALN_FUSED || c->kernels.moe_gemm != MOE_GEMM_GROUPED))
+    log_info("kernels.adaln and kernels.moe_gemm change nothing on the %s", b->name);
+  if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph))
+    log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
+}
+
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
   if (engine_check_budget(e, err) != 0) {
     engine_print_plan(e, stderr);
     return -1;
   }
+  name_idle_choices(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
     int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
     if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;
