@@ -60,7 +60,8 @@ done
 max_tokens() { "$train" configs/demo.json "$@" --tokens max --plan --set memory.budget_gb=0.1 2>&1 |
   sed -n 's/^--tokens max: \([0-9]*\) .*/\1/p'; }
 most=$(max_tokens --tokens 256)
-[ "$most" -gt 256 ] && [ "$(max_tokens --tokens 8192)" = "$most" ]
+[ "$most" -gt 256 ]
+[ "$(max_tokens --tokens 8192)" = "$most" ]
 "$train" configs/demo.json --plan --set memory.budget_gb=0.1 --tokens "$most" >"$dir/plan"
 refused 'budget' configs/demo.json --plan --set memory.budget_gb=0.1 --tokens $((most + 64))
 "$train" --help | grep -q -- 'train.warmup_steps'
@@ -69,24 +70,32 @@ refused 'budget' configs/demo.json --plan --set memory.budget_gb=0.1 --tokens $(
 [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
 short=(--set data.micro_batch_tokens=256 --set eval.documents=16 --set eval.samples=2 --set eval.sampler_steps=2)
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 2 2>"$dir/log"
-[ -f "$dir/run/samples/step-000002.png" ] && [ -f "$dir/run/ckpt-2/state.json" ]
+[ -f "$dir/run/samples/step-000002.png" ]
+[ -f "$dir/run/ckpt-2/state.json" ]
 refused 'already holds checkpoints' configs/demo.json "${run[@]}" "${short[@]}" --steps 2
 "$train" "$dir/run" --eval --out "$dir/drawings" >"$dir/eval.json" 2>"$dir/log"
-grep -q '"flow"' "$dir/eval.json" && [ -f "$dir/drawings/captions.tsv" ]
+grep -q '"flow"' "$dir/eval.json"
+[ -f "$dir/drawings/captions.tsv" ]
 "$train" "$dir/run" --sample "a small red circle" --out "$dir/one.png" 2>"$dir/log"
 "$train" "$dir/run" --describe "$dir/one.png" >"$dir/caption" 2>"$dir/log"
 printf 'a red square\na blue circle\n' | "$train" "$dir/run" --sample - --out "$dir/two.png" 2>"$dir/log"
-[ -s "$dir/one.png" ] && [ -s "$dir/two.png" ]
+[ -s "$dir/one.png" ]
+[ -s "$dir/two.png" ]
 refused 'cannot' "$dir/run" --describe no/such.png
 refused 'train.steps' "$dir/run" --set train.steps=0
 refused 'ckpt-2 is a checkpoint' "$dir/run/ckpt-2" --sample "a small red circle"
 # A run folder's config in another folder: the flag counts, the folder that the saved config names does not.
 refused 'elsewhere has no checkpoint' "$dir/run" --run-dir "$dir/elsewhere" --eval
 "$train" "$dir/run" --run-dir "$dir/elsewhere" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
-[ -f "$dir/elsewhere/ckpt-3/state.json" ] && [ ! -e "$dir/run/ckpt-3" ]
+[ -f "$dir/elsewhere/ckpt-3/state.json" ]
+[ ! -e "$dir/run/ckpt-3" ]
 mv "$dir/elsewhere" "$dir/moved"
 "$train" "$dir/moved" --sample "a small red circle" 2>"$dir/log"
-[ -s "$dir/moved/samples/drawn.png" ] && [ ! -e "$dir/elsewhere" ]
+[ -s "$dir/moved/samples/drawn.png" ]
+[ ! -e "$dir/elsewhere" ]
+"$train" configs/demo.json --run-dir "$dir/idle" "${short[@]}" --steps 1 --device cpu --adaln unfused --graph off 2>"$dir/log"
+grep -q 'kernels.moe_gemm change nothing on the cpu' "$dir/log"
+grep -q 'kernels.graph change nothing' "$dir/log"
 "$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" --memory offload \
   --trace "$dir/tuned/trace.json" 2>"$dir/log"
 # The trace, in a folder that was made first: every lane has ops, and those of the compute lane lie in their program.
