@@ -63,8 +63,8 @@ static int change_compare(const void *pa, const void *pb) {
   return a->position < b->position ? -1 : a->position > b->position;
 }
 
-// The largest sum of bytes alive at one position.
-static int64_t live_bound(const Candidate *c, int n) {
+// The largest sum of bytes alive at one position, and the first such position.
+static int64_t live_bound(const Candidate *c, int n, int *fullest) {
   Change *change = xmalloc((size_t)n * 2 * sizeof *change);
   for (int i = 0; i < n; i++) {
     change[2 * i] = (Change){c[i].first, c[i].bytes};
@@ -72,15 +72,19 @@ static int64_t live_bound(const Candidate *c, int n) {
   }
   qsort(change, (size_t)n * 2, sizeof *change, change_compare);
   int64_t live = 0, most = 0;
+  *fullest = 0;
   for (int i = 0; i < 2 * n; i++) {
     live += change[i].bytes;
-    if (i + 1 == 2 * n || change[i + 1].position != change[i].position) most = max_i64(most, live);
+    if (i + 1 < 2 * n && change[i + 1].position == change[i].position) continue;
+    if (live <= most) continue;
+    most = live;
+    *fullest = change[i].position;
   }
   free(change);
   return most;
 }
 
-int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live) {
+int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *fullest) {
   static int (*const orders[])(const void *, const void *) = {size_compare, start_compare};
   Candidate *c = xmalloc((size_t)n * sizeof *c);
   Candidate **by_offset = xmalloc((size_t)n * sizeof *by_offset);
@@ -88,7 +92,10 @@ int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live) {
     int64_t bytes = (items[i].bytes + align - 1) / align * align;
     c[i] = (Candidate){.bytes = bytes, .first = items[i].first, .last = items[i].last, .rank = i};
   }
-  if (live) *live = live_bound(c, n);
+  int at;
+  int64_t bound = live_bound(c, n, &at);
+  if (live) *live = bound;
+  if (fullest) *fullest = at;
   int64_t best = INT64_MAX;
   for (size_t o = 0; o < sizeof orders / sizeof *orders; o++) {
     if (n) qsort(c, (size_t)n, sizeof *c, orders[o]);

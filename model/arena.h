@@ -11,7 +11,7 @@ typedef struct ArenaItem {
 
 // Gives every item an offset so that no two items whose lifetimes meet overlap. Tries greedy by size and first fit by
 // start, keeps the better; the same items always give the same offsets. Sizes count rounded up to `align`. Returns the
-// peak: the largest offset + bytes (0 for no items). *live (may be NULL): the lower bound, the largest sum of bytes
-// alive at one position.
-int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live);
+// peak: the largest offset + bytes (0 for no items). *live: the lower bound, the largest sum of bytes alive at one
+// position; *fullest: the first such position (0 for no items). Either may be NULL.
+int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *fullest);
 #endif

@@ -81,44 +81,25 @@ static void bytes_print(FILE *out, double bytes) {
     fprintf(out, " %9.2f GB", bytes * 1e-9);
 }
 
-static int64_t occupied(const Tensor *x) {
-  return x->space == SPACE_ARENA && x->first >= 0 ? (max_i64(x->bytes, 1) + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN
-                                                  : 0;
-}
-
 static int share_compare(const void *pa, const void *pb) {
   const PeakShare *a = pa, *b = pb;
   return a->bytes != b->bytes ? (a->bytes < b->bytes) - (a->bytes > b->bytes) : strcmp(a->name, b->name);
 }
 
 Peak planner_peak(const Program *p) {
-  int64_t *change = xcalloc((size_t)p->n_ops + 2, sizeof *change); // at each op position, n_ops for outputs included
-  for (TensorId t = 0; t < p->n_tensors; t++) {
-    const Tensor *x = &p->tensors[t];
-    if (!occupied(x)) continue;
-    change[x->first] += occupied(x);
-    change[x->last + 1] -= occupied(x);
-  }
-  Peak peak = {0};
-  int64_t alive = 0;
-  for (int i = 0; i <= p->n_ops; i++) {
-    alive += change[i];
-    if (alive > peak.bytes) peak.bytes = alive, peak.op = i;
-  }
-  free(change);
   PeakShare *share = xcalloc((size_t)p->n_tensors + 1, sizeof *share);
   int n = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
-    if (!occupied(x) || x->first > peak.op || x->last < peak.op) continue;
+    if (x->space != SPACE_ARENA || x->first < 0 || x->first > p->fullest || x->last < p->fullest) continue;
     int k = 0;
     while (k < n && strcmp(share[k].name, x->name) != 0) k++;
     if (k == n) share[n++] = (PeakShare){.name = x->name};
     share[k].count++;
-    share[k].bytes += occupied(x);
+    share[k].bytes += (max_i64(x->bytes, 1) + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
   }
   qsort(share, (size_t)n, sizeof *share, share_compare);
-  peak.n_shares = n < PEAK_SHARES ? n : PEAK_SHARES;
+  Peak peak = {.n_shares = n < PEAK_SHARES ? n : PEAK_SHARES};
   memcpy(peak.share, share, (size_t)peak.n_shares * sizeof *share);
   free(share);
   return peak;
@@ -126,10 +107,11 @@ Peak planner_peak(const Program *p) {
 
 static void peak_print(const Program *p, FILE *out) {
   Peak peak = planner_peak(p);
-  if (!peak.bytes) return;
-  int at = peak.op < p->n_ops ? peak.op : p->n_ops - 1;
-  fprintf(out, "alive at the fullest moment, op %d %s", at, op_info[p->ops[at].kind].name);
-  if (p->ops[at].layer >= 0) fprintf(out, " of layer %d", p->ops[at].layer);
+  int64_t others = p->live_bytes;
+  if (!others) return;
+  const Op *op = &p->ops[p->fullest];
+  fprintf(out, "alive at the fullest moment, op %d %s", p->fullest, op_info[op->kind].name);
+  if (op->layer >= 0) fprintf(out, " of layer %d", op->layer);
   fputs(":\n", out);
   for (int i = 0; i < peak.n_shares; i++) {
     const PeakShare *s = &peak.share[i];
@@ -137,11 +119,11 @@ static void peak_print(const Program *p, FILE *out) {
     bytes_print(out, (double)s->bytes / s->count);
     fputs(" =", out);
     bytes_print(out, (double)s->bytes);
-    peak.bytes -= s->bytes;
+    others -= s->bytes;
     fputc('\n', out);
   }
   fprintf(out, "  %-53s", "others");
-  bytes_print(out, (double)peak.bytes);
+  bytes_print(out, (double)others);
   fputc('\n', out);
 }
 

@@ -16,8 +16,7 @@ int policy_allowed(Saved saved, Policy policy);
 // an unknown name or a policy the tensor cannot have, listing what is allowed.
 int policy_table_set(PolicyTable *t, const char *saved, const char *policy, Error *err);
 
-// The moment of a finished program at which most of its arena is alive, and what that is: the tensors by name, the
-// largest sums first.
+// What is alive where a finished program's arena is fullest: the tensors by name, the largest sums first.
 enum { PEAK_SHARES = 6 };
 typedef struct PeakShare {
   const char *name; // of the program's tensors
@@ -25,8 +24,6 @@ typedef struct PeakShare {
   int64_t bytes; // of `count` tensors together, as they occupy the arena
 } PeakShare;
 typedef struct Peak {
-  int op;        // position
-  int64_t bytes; // live_bytes of the program
   int n_shares;
   PeakShare share[PEAK_SHARES];
 } Peak;

@@ -109,6 +109,7 @@ struct Program {
   int n_ops;
   int64_t arena_bytes, host_bytes; // exact, after program_finish
   int64_t live_bytes;              // the largest sum of live tensors: a lower bound of arena_bytes
+  int fullest;                     // the op position at which they are alive
   int64_t scratch_bytes;           // the most that one of its ops uses
   int one_queue;                   // the copy lanes' ops go to the compute lane's queue, in recorded order
   int use_graph;                   // replays launch a graph, captured at the first replay after program_bind
@@ -185,8 +186,8 @@ typedef struct OpTime {
 
 // Runs the ops in recorded order; makes no allocation. times: [n_ops], or NULL. A backend with queues gets all ops at
 // once, each lane's in its own queue with the waits between them, and may still be at work when this returns; with
-// `times` it is waited for, and no graph is used. When built with
-// AddressSanitizer, an op can touch its own operands and no other byte of the arena and the host slab.
+// `times` it is waited for, and no graph is used. When built with AddressSanitizer, an op can touch its own operands
+// and no other byte of the arena and the host slab.
 void program_replay(Program *p, OpTime *times);
 
 // Replays in a random order that lanes and waits allow. Every range of the arena and the host slab holds NaN bytes

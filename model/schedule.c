@@ -79,7 +79,7 @@ void schedule_lifetimes(Program *p) {
   }
 }
 
-static int64_t space_place(Program *p, Space space, int64_t *live) {
+static int64_t space_place(Program *p, Space space, int64_t *live, int *fullest) {
   ArenaItem *items = xmalloc((size_t)p->n_tensors * sizeof *items);
   int n = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
@@ -87,7 +87,7 @@ static int64_t space_place(Program *p, Space space, int64_t *live) {
     if (x->space != space || x->first < 0) continue;
     items[n++] = (ArenaItem){.first = x->first, .last = x->last, .bytes = max_i64(x->bytes, 1)};
   }
-  int64_t peak = arena_place(items, n, ARENA_ALIGN, live);
+  int64_t peak = arena_place(items, n, ARENA_ALIGN, live, fullest);
   n = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
     Tensor *x = &p->tensors[t];
@@ -98,6 +98,6 @@ static int64_t space_place(Program *p, Space space, int64_t *live) {
 }
 
 void schedule_place(Program *p) {
-  p->arena_bytes = space_place(p, SPACE_ARENA, &p->live_bytes);
-  p->host_bytes = space_place(p, SPACE_HOST, NULL);
+  p->arena_bytes = space_place(p, SPACE_ARENA, &p->live_bytes, &p->fullest);
+  p->host_bytes = space_place(p, SPACE_HOST, NULL, NULL);
 }
