@@ -201,6 +201,22 @@ def speed_panel(steps, x_max):
     return Panel("Throughput, tokens per second", note, lines, x_max, floor=0)
 
 
+def page_svg(title, about, panels, columns):
+    """The text of an SVG with panels in rows of `columns`, under a title and a line about them."""
+    rows = -(-len(panels) // columns)
+    width, height = columns * (PANEL_W + 12), HEAD + rows * PANEL_H + 16
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+           f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{FAINT}">',
+           f'<rect width="{width}" height="{height}" fill="white"/>',
+           f'<text x="{LEFT}" y="30" {BOLD} font-size="18">{html.escape(title)}</text>',
+           f'<text x="{LEFT}" y="48">{html.escape(about)}</text>']
+    for i, panel in enumerate(panels):
+        x, y = i % columns * (PANEL_W + 12), HEAD + i // columns * (PANEL_H + 8)
+        svg.append(f'<g transform="translate({x} {y})">')
+        svg += panel.svg() + ["</g>"]
+    return "\n".join(svg + ["</svg>"]) + "\n"
+
+
 def main():
     if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
         print(__doc__.strip())
@@ -215,17 +231,9 @@ def main():
     clock = f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
     about = (f"{x_max:,} steps, {label(tokens)} tokens in {clock}; a line is the mean of neighbouring steps, its band "
              "their range; a number says where its line ends")
-    width, height = 2 * PANEL_W + 24, HEAD + 2 * PANEL_H + 16
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-           f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{FAINT}">',
-           f'<rect width="{width}" height="{height}" fill="white"/>',
-           f'<text x="{LEFT}" y="30" {BOLD} font-size="18">{html.escape(run.resolve().name)}</text>',
-           f'<text x="{LEFT}" y="48">{html.escape(about)}</text>']
-    for i, panel in enumerate(panels):
-        svg.append(f'<g transform="translate({i % 2 * (PANEL_W + 12)} {HEAD + i // 2 * (PANEL_H + 8)})">')
-        svg += panel.svg() + ["</g>"]
+    page = page_svg(run.resolve().name, about, panels, 2)
     try:
-        out.write_text("\n".join(svg + ["</svg>"]) + "\n", encoding="utf-8")
+        out.write_text(page, encoding="utf-8")
     except OSError as e:
         fail(f"cannot write {out}: {e.strerror}", "give a second argument: a file in a folder you may write to")
     print(out)

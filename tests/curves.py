@@ -7,7 +7,6 @@ Losses are means over WINDOW neighbouring steps, since a single step's follow it
 differences of each, relative to the first run's, that of their means over the run, and the evaluations side by side;
 draws the curves. Exit code 1 when one of them is more than LOSSES allows.
 """
-import html
 import sys
 from pathlib import Path
 
@@ -41,16 +40,8 @@ def draw(runs, names, curves, out):
         lines = [(name, color, [(x, y, y, y) for x, y in curves[key][i]])
                  for i, (name, color) in enumerate(zip(names, (plot.ORANGE, plot.BLUE)))]
         panels.append(plot.Panel(title, f"mean of {WINDOW} steps", lines, max(x for x, _ in runs[0][0]), log=True))
-    width, height = len(panels) * (plot.PANEL_W + 12), plot.HEAD + plot.PANEL_H + 16
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-           f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{plot.FAINT}">',
-           f'<rect width="{width}" height="{height}" fill="white"/>',
-           f'<text x="{plot.LEFT}" y="30" {plot.BOLD} font-size="18">{html.escape(" and ".join(names))}</text>',
-           f'<text x="{plot.LEFT}" y="48">the same steps of the same model</text>']
-    for i, panel in enumerate(panels):
-        svg.append(f'<g transform="translate({i * (plot.PANEL_W + 12)} {plot.HEAD})">')
-        svg += panel.svg() + ["</g>"]
-    Path(out).write_text("\n".join(svg + ["</svg>"]) + "\n", encoding="utf-8")
+    page = plot.page_svg(" and ".join(names), "the same steps of the same model", panels, len(panels))
+    Path(out).write_text(page, encoding="utf-8")
 
 
 def main():
