@@ -12,7 +12,7 @@ enum { EVENTS = 1 << 14 };
 // A record or a wait is of a version of its event: a wait is for the record that was the latest when it was queued.
 typedef enum ItemKind { ITEM_OP, ITEM_RECORD, ITEM_WAIT, ITEM_GRAPH } ItemKind;
 
-typedef struct Graph Graph;
+typedef struct Work Work;
 typedef struct Item {
   ItemKind kind;
   OpKind op;
@@ -20,7 +20,7 @@ typedef struct Item {
   OpArgs args;
   int event;
   int64_t version;
-  Graph *graph;
+  Work *graph;
 } Item;
 
 typedef struct List {
@@ -29,18 +29,14 @@ typedef struct List {
 } List;
 
 // Lanes with work, and how often each event was recorded, as queued and as run.
-typedef struct Work {
+struct Work {
   List lane[LANE_COUNT];
   int64_t recorded[EVENTS], done[EVENTS];
-} Work;
-
-struct Graph {
-  Work work;
 };
 
 static struct {
   Work work;
-  Graph *capture; // what is being captured
+  Work *capture; // the graph that is being captured
   uint64_t seed, draws;
   QueuedFault fault;
   int favoured;
@@ -72,7 +68,7 @@ static void item_run(Work *w, const Item *item) {
     w->done[item->event] = item->version;
     device.time[item->event] = device.clock;
   } else if (item->kind == ITEM_GRAPH) {
-    Work *inner = &item->graph->work;
+    Work *inner = item->graph;
     for (int l = 0; l < LANE_COUNT; l++) inner->lane[l].next = 0;
     memset(inner->done, 0, sizeof inner->done);
     work_finish(inner);
@@ -108,8 +104,12 @@ static void lane_finish(Lane lane) {
 
 // ---- queueing ----
 
+static Work *present_work(void) {
+  return device.capture ? device.capture : &device.work;
+}
+
 static void push(Lane lane, Item item) {
-  List *l = &(device.capture ? &device.capture->work : &device.work)->lane[lane];
+  List *l = &present_work()->lane[lane];
   if (l->n == l->capacity) {
     l->capacity = 2 * l->capacity + 16;
     l->of = xrealloc(l->of, (size_t)l->capacity * sizeof *l->of);
@@ -139,17 +139,13 @@ static void *queue_stream(Lane lane) {
   return &lanes[lane];
 }
 
-static Work *present_work(int event) {
-  if (event >= EVENTS) panic("queued CPU: event %d", event);
-  return device.capture ? &device.capture->work : &device.work;
-}
-
 static void queue_record(Lane lane, int event) {
-  push(lane, (Item){.kind = ITEM_RECORD, .event = event, .version = ++present_work(event)->recorded[event]});
+  if (event >= EVENTS) panic("queued CPU: event %d", event);
+  push(lane, (Item){.kind = ITEM_RECORD, .event = event, .version = ++present_work()->recorded[event]});
 }
 
 static void queue_wait(Lane lane, int event) {
-  int64_t version = present_work(event)->recorded[event];
+  int64_t version = present_work()->recorded[event];
   if (device.capture && !version) panic("queued CPU: a captured lane waits for what was not captured");
   push(lane, (Item){.kind = ITEM_WAIT, .event = event, .version = version});
 }
@@ -176,10 +172,10 @@ static void queue_capture_begin(void) {
 }
 
 static void *queue_capture_end(void) {
-  Graph *g = device.capture;
+  Work *graph = device.capture;
   device.capture = NULL;
   device.counts.captures++;
-  return g;
+  return graph;
 }
 
 static void queue_graph_launch(void *graph) {
@@ -188,10 +184,10 @@ static void queue_graph_launch(void *graph) {
 }
 
 static void queue_graph_free(void *graph) {
-  Graph *g = graph;
+  Work *work = graph;
   queued_cpu_drain();
-  for (int l = 0; l < LANE_COUNT; l++) free(g->work.lane[l].of);
-  free(g);
+  for (int l = 0; l < LANE_COUNT; l++) free(work->lane[l].of);
+  free(work);
 }
 
 // ---- memory ----
