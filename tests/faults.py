@@ -519,7 +519,7 @@ def test_leaks(work):
     trainer.end(0, timeout=120)
     first, later = seen[0], seen[1:]
     growth = max(kb for _, kb, _ in later) - first[1]
-    check(growth < 2048, f"resident memory grew by {growth} kB: {seen}")
+    check(growth < 1024, f"resident memory grew by {growth} kB: {seen}")
     # A checkpoint or a sheet may be open at any moment, but not two.
     check(max(fd for _, _, fd in later) <= min(fd for _, _, fd in seen) + 2, f"open descriptors: {seen}")
     return (f"2,000 steps: {first[1] / 1024:.1f} MB resident, {growth:+d} kB since step {first[0]}, "
