@@ -123,6 +123,36 @@ sys.exit(not worst <= AT_MOST)
 P
 }
 
+# ---- what a step asks of the driver ----
+
+# Two graphs and a few copies: nothing is allocated, and the host waits only for what earlier steps left behind.
+driver_calls() {
+  [ -f "$build/tests/cuda_calls.so" ] || { echo "there is no cuda_calls.so: it needs CUPTI (CUDA toolkit)" && return 77; }
+  CUDA_INJECTION64_PATH=$build/tests/cuda_calls.so CUDA_CALLS=$work/calls \
+    demo calls --device cuda --stop-at 60 --set eval.every=0 --set eval.documents=0 || return
+  "$python" - "$work/calls" <<'P'
+import re, statistics, sys
+from collections import Counter
+
+STEPS = 30  # of the last ones; the final checkpoint follows them
+lines = open(sys.argv[1]).read().split("\n")
+calls = [line for line in lines if line and not line.startswith("graph ")]
+graphs = sorted(tuple(map(int, line.split()[1:])) for line in lines if line.startswith("graph "))
+launches = [i for i, name in enumerate(calls) if name.startswith("cuGraphLaunch")]
+assert len(launches) == len(graphs) == 120, f"{len(launches)} graphs launched and {len(graphs)} traced in 60 steps"
+steps = Counter(calls[launches[-2 * STEPS - 1] + 1 : launches[-1] + 1])
+waits = [name for name in steps if re.search("Alloc|Free|Create|Instantiate|Synchronize|Memcpy(?!.*Async)", name)]
+print("a step: " + ", ".join(f"{n / STEPS:g} {name}" for name, n in steps.most_common()))
+between = [begin - end for (_, end), (begin, _) in zip(graphs, graphs[1:])][-2 * STEPS :]
+took = statistics.median(end - begin for begin, end in graphs[-2 * STEPS :: 2])
+print(f"from a step's passes ({took / 1e3:.0f} us) to its update {statistics.median(between[1::2]) / 1e3:.1f} us, "
+      f"to the next step's passes {statistics.median(between[::2]) / 1e3:.1f} us (medians, traced)")
+# The pack's pinned buffer of two steps before, and the results of the step before.
+bad = [name for name in waits if name != "cuEventSynchronize"] or steps["cuEventSynchronize"] > 2 * STEPS
+sys.exit(f"a step allocates or waits: {bad}" if bad else 0)
+P
+}
+
 # ---- messages ----
 
 # A command that must end with an exit code and say each pattern, and not by a signal.
@@ -221,6 +251,7 @@ check resume limited 120 tests/resume.sh "$build" --device cuda
 check same_curves same_curves
 check use_run use_run
 check ablations ablations
+check driver_calls driver_calls
 check out_of_memory out_of_memory
 check no_gpu no_gpu
 check memcheck memcheck
