@@ -8,40 +8,30 @@
 // ---- forward ----
 
 template <class L, bool BRANCH>
-static __global__ void __launch_bounds__(ADALN_ROW_THREADS) adaln_forward(const AdalnForward f, const bf16 *from) {
-  int lane = threadIdx.x % L::LANES, vectors = f.C / 8;
-  int64_t r = (int64_t)blockIdx.x * (ADALN_ROW_THREADS / L::LANES) + threadIdx.x / L::LANES;
-  if (r >= f.T) return;
-  int64_t at = r * f.C + 8 * lane;
+static __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) adaln_forward(const AdalnForward f, const bf16 *from) {
+  const AdalnRow row = adaln_row_of<L>(f);
+  if (row.r >= f.T) return;
 
-  // Rows are asked for first, wherever they lead; filler is told apart while they are on their way.
-  uint4 x[L::VEC], branch[L::VEC];
-#pragma unroll
-  for (int v = 0; v < L::VEC; v++) x[v] = load_once(f.x + at + 8 * v * L::LANES, lane + v * L::LANES < vectors);
-  if (BRANCH) {
-#pragma unroll
-    for (int v = 0; v < L::VEC; v++) branch[v] = load_once(from + at + 8 * v * L::LANES, lane + v * L::LANES < vectors);
-  }
-  const bf16 *mod = f.mod + f.segment[r] * f.M + 8 * lane;
-  int n_text = f.dims->n_text;
-  if (r >= n_text + f.dims->n_image) {
-    adaln_row_filler<L>(f, r, lane);
+  // Everything is asked for at once: what leads to other loads first, then the row, wherever it leads. Filler is told
+  // apart while it is on its way.
+  int segment = __ldg(f.segment + row.r), n_text = __ldg(&f.dims->n_text), n_image = __ldg(&f.dims->n_image);
+  uint4 x[L::VEC], branch[L::VEC], gate[L::VEC], shift[L::VEC], scale[L::VEC];
+  adaln_row_load<L>(x, f.x, row);
+  if (BRANCH) adaln_row_load<L>(branch, from, row);
+  if (row.r >= n_text + n_image) {
+    adaln_row_filler<L>(f, row);
     return;
   }
+  const bf16 *mod = f.mod + segment * f.M;
+  if (BRANCH) adaln_mod_load<L>(gate, mod + f.gate, row);
+  adaln_mod_load<L>(shift, mod + f.shift, row);
+  adaln_mod_load<L>(scale, mod + f.scale, row);
 
   float sum = 0;
 #pragma unroll
-  for (int v = 0; v < L::VEC; v++) {
-    bool there = lane + v * L::LANES < vectors;
-    if (BRANCH) {
-      float gate[8];
-      load_mod8(mod + f.gate + 8 * v * L::LANES, there, gate);
-      x[v] = adaln_residual(x[v], gate, branch[v]);
-      if (there) *reinterpret_cast<uint4 *>(f.xnew + at + 8 * v * L::LANES) = x[v];
-    }
-    sum = adaln_add8(sum, x[v]);
-  }
-  adaln_row_norm<L>(f, x, sum, mod, r, lane, n_text);
+  for (int v = 0; v < L::VEC; v++)
+    sum = BRANCH ? adaln_row_residual<L>(f, row, v, x[v], gate[v], branch[v], sum) : adaln_add8(sum, x[v]);
+  adaln_row_norm<L>(f, row, x, sum, shift, scale, n_text);
 }
 
 extern "C" void cuda_ADALN_FWD(const KernelCall *c) {
@@ -49,11 +39,11 @@ extern "C" void cuda_ADALN_FWD(const KernelCall *c) {
   const bf16 *branch = (const bf16 *)c->in[1]; // [T, C] or NULL
   adaln_layout(f.C, [&](auto layout) {
     using L = decltype(layout);
-    int grid = ceil_div(f.T, ADALN_ROW_THREADS / L::LANES);
+    int grid = ceil_div(f.T, L::ROWS);
     if (branch)
-      CUDA_LAUNCH((adaln_forward<L, true>), grid, ADALN_ROW_THREADS, 0, call_stream(c), f, branch);
+      CUDA_LAUNCH((adaln_forward<L, true>), grid, L::THREADS, 0, call_stream(c), f, branch);
     else
-      CUDA_LAUNCH((adaln_forward<L, false>), grid, ADALN_ROW_THREADS, 0, call_stream(c), f, branch);
+      CUDA_LAUNCH((adaln_forward<L, false>), grid, L::THREADS, 0, call_stream(c), f, branch);
   });
 }
 

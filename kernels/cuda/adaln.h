@@ -83,21 +83,32 @@ static __device__ void adaln_piece_store(float *slot, const float sums[SUMS][8],
   __syncthreads();
 }
 
-// 8 bf16 that nobody in this block will read again: they go past L1, which the modulation rows then keep. Zeros where
-// !there. Volatile, so that loads stay where they are written: ahead of what they are to overlap with.
+// 16 bytes by a load that is not moved away from where it is written, ahead of what it is to overlap with; zeros where
+// !there.
+#define ADALN_LOAD(load, v, p, there)                                                                                  \
+  asm volatile("{\n\t"                                                                                                 \
+               ".reg .pred there;\n\t"                                                                                 \
+               "setp.ne.s32 there, %5, 0;\n\t"                                                                         \
+               "mov.b32 %0, 0;\n\t"                                                                                    \
+               "mov.b32 %1, 0;\n\t"                                                                                    \
+               "mov.b32 %2, 0;\n\t"                                                                                    \
+               "mov.b32 %3, 0;\n\t"                                                                                    \
+               "@there " load " {%0, %1, %2, %3}, [%4];\n\t"                                                           \
+               "}"                                                                                                     \
+               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)                                                        \
+               : "l"(p), "r"((int)(there)))
+
+// 8 bf16 that nobody in this block will read again: they go past L1, which the modulation rows then keep.
 static __device__ inline uint4 load_once(const bf16 *p, bool there) {
   uint4 v;
-  asm volatile("{\n\t"
-               ".reg .pred there;\n\t"
-               "setp.ne.s32 there, %5, 0;\n\t"
-               "mov.b32 %0, 0;\n\t"
-               "mov.b32 %1, 0;\n\t"
-               "mov.b32 %2, 0;\n\t"
-               "mov.b32 %3, 0;\n\t"
-               "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
-               "}"
-               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-               : "l"(p), "r"((int)there));
+  ADALN_LOAD("ld.global.nc.L1::no_allocate.v4.u32", v, p, there);
+  return v;
+}
+
+// 8 bf16 of a modulation row.
+static __device__ inline uint4 load_kept(const bf16 *p, bool there) {
+  uint4 v;
+  ADALN_LOAD("ld.global.nc.v4.u32", v, p, there);
   return v;
 }
 

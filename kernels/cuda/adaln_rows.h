@@ -5,9 +5,7 @@
 
 #include "kernels/cuda/adaln.h"
 
-// ---- forward: one or two warps a row ----
-
-enum { ADALN_ROW_THREADS = 256 };
+// ---- forward: a warp a row, or a block ----
 
 typedef struct AdalnForward {
   const bf16 *x;          // [T, C]
@@ -44,106 +42,84 @@ static inline AdalnForward adaln_forward_of(const KernelCall *c, const void *x, 
   return f;
 }
 
-// How a row lies in the registers of its WARPS warps: a lane holds VEC times 8 columns, 8 (lane + v lanes) ..; which
-// fixes the order of its sums.
+// How a row lies in the registers of its WARPS warps: a lane holds VEC times 8 columns, from 8 lane on and every
+// 8 LANES further; which fixes the order of its sums. Rows of a warp share a block; several warps have a block of their
+// own, so as to meet at its one barrier: a barrier by number would take all 16 of a block, which few blocks fit with.
 template <int VEC_, int WARPS_> struct AdalnLayout {
-  static constexpr int VEC = VEC_, WARPS = WARPS_, LANES = 32 * WARPS_;
+  static constexpr int VEC = VEC_, WARPS = WARPS_, LANES = 32 * WARPS;
+  static constexpr int ROWS = WARPS == 1 ? 4 : 1, THREADS = ROWS * LANES; // of a block
+  static constexpr int BLOCKS = 640 / THREADS;                            // of a multiprocessor, at least
 };
 
-// Calls launch(layout) with the layout of rows of C columns.
+// Calls launch(layout) with the layout of rows of C columns: at most 4 vectors a lane, so that many rows are on their way
+// at once.
 template <class Launch> static void adaln_layout(int C, Launch launch) {
-  int vectors = ceil_div(C, 256); // of 8 columns for each lane of a warp
-  if (vectors <= 1)
+  if (C <= 256)
     launch(AdalnLayout<1, 1>());
-  else if (vectors <= 2)
+  else if (C <= 512)
     launch(AdalnLayout<2, 1>());
-  else if (vectors <= 3)
+  else if (C <= 768)
     launch(AdalnLayout<3, 1>());
-  else if (vectors <= 4)
+  else if (C <= 1024)
     launch(AdalnLayout<4, 1>());
-  else if (vectors <= 6)
-    launch(AdalnLayout<6, 1>());
-  else if (vectors <= 8)
-    launch(AdalnLayout<8, 1>());
-  else if (vectors <= 12)
-    launch(AdalnLayout<6, 2>());
+  else if (C <= 1536)
+    launch(AdalnLayout<3, 2>());
+  else if (C <= 2048)
+    launch(AdalnLayout<4, 2>());
+  else if (C <= 3072)
+    launch(AdalnLayout<3, 4>());
   else
-    launch(AdalnLayout<8, 2>());
+    launch(AdalnLayout<4, 4>());
 }
 
-// Sum over the row's lanes. With two warps they exchange through their own two floats of shared memory and meet at the
-// row's own barrier.
-template <int WARPS> static __device__ inline float adaln_row_sum(float v, float *shared) {
-  v = warp_sum(v);
-  if (WARPS == 1) return v;
-  int warp = threadIdx.x >> 5;
-  if ((threadIdx.x & 31) == 0) shared[warp] = v;
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / WARPS), "n"(32 * WARPS) : "memory");
-  float sum = 0;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += shared[warp / WARPS * WARPS + w];
-  return sum;
+// The row of a warp or block, and the lane's place in it.
+typedef struct AdalnRow {
+  int64_t r;
+  int lane, C;
+} AdalnRow;
+
+template <class L> static __device__ inline AdalnRow adaln_row_of(const AdalnForward &f) {
+  return {(int64_t)blockIdx.x * L::ROWS + threadIdx.x / L::LANES, (int)threadIdx.x % L::LANES, f.C};
 }
 
-// Zeros in a row of `to` [T, C], which may be NULL; `at`: the lane's first element.
-template <class L> static __device__ inline void adaln_row_zero(bf16 *to, int64_t at, int lane, int vectors) {
-  if (!to) return;
-  for (int v = 0; v < L::VEC; v++)
-    if (lane + v * L::LANES < vectors) *reinterpret_cast<uint4 *>(to + at + 8 * v * L::LANES) = make_uint4(0, 0, 0, 0);
+// The first of the lane's columns v.
+template <class L> static __device__ inline int adaln_column(const AdalnRow &row, int v) {
+  return 8 * (row.lane + v * L::LANES);
 }
 
-// All outputs but a branch of the filler row r.
-template <class L> static __device__ inline void adaln_row_filler(const AdalnForward &f, int64_t r, int lane) {
-  int64_t at = r * f.C + 8 * lane;
-  adaln_row_zero<L>(f.xnew, at, lane, f.C / 8);
-  adaln_row_zero<L>(f.h, at, lane, f.C / 8);
-  if (lane == 0) f.mean[r] = f.rstd[r] = 0;
-}
-
-// mean, rstd and h of row r from xnew, as it is stored, and the sum of the lane's columns of it, in their order. The
-// arithmetic is spelled out, so that h is the same to the bit wherever xnew came from. `mod`: the segment's row of the
-// table, at the lane's first column.
+// The lane's columns of the row of `from` [T, C], which is NULL for zeros.
 template <class L>
-static __device__ inline void adaln_row_norm(const AdalnForward &f, const uint4 (&xnew)[L::VEC], float sum,
-                                             const bf16 *mod, int64_t r, int lane, int n_text) {
-  __shared__ float shared[2][ADALN_ROW_THREADS / 32];
-  int vectors = f.C / 8;
-  int64_t at = r * f.C + 8 * lane;
-  float mean = __fmul_rn(adaln_row_sum<L::WARPS>(sum, shared[0]), f.inv_dim), squares = 0;
+static __device__ inline void adaln_row_load(uint4 (&to)[L::VEC], const bf16 *from, const AdalnRow &row) {
 #pragma unroll
   for (int v = 0; v < L::VEC; v++) {
-    if (lane + v * L::LANES >= vectors) continue;
-    float a[8];
-    unpack8(xnew[v], a);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float d = __fsub_rn(a[i], mean);
-      squares = __fmaf_rn(d, d, squares);
-    }
+    int column = adaln_column<L>(row, v);
+    to[v] = load_once(from + row.r * row.C + column, from && column < row.C);
   }
-  float variance = __fmul_rn(adaln_row_sum<L::WARPS>(squares, shared[1]), f.inv_dim);
-  float rstd = rsqrtf(__fadd_rn(variance, ADALN_EPS));
-  if (lane == 0) {
-    f.mean[r] = mean;
-    f.rstd[r] = rstd;
-  }
+}
 
-  bool silu = f.silu_image && r >= n_text;
+// The lane's columns of a row of the modulation table, from `mod` on.
+template <class L>
+static __device__ inline void adaln_mod_load(uint4 (&to)[L::VEC], const bf16 *mod, const AdalnRow &row) {
 #pragma unroll
-  for (int v = 0; v < L::VEC; v++) {
-    bool there = lane + v * L::LANES < vectors;
-    float a[8], shift[8], scale[8];
-    load_mod8(mod + f.shift + 8 * v * L::LANES, there, shift);
-    load_mod8(mod + f.scale + 8 * v * L::LANES, there, scale);
-    unpack8(xnew[v], a);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float xhat = __fmul_rn(__fsub_rn(a[i], mean), rstd);
-      a[i] = __fmaf_rn(__fadd_rn(1.0f, scale[i]), xhat, shift[i]);
-      if (silu) a[i] = __fmul_rn(a[i], sigmoid(a[i]));
-    }
-    if (there) store8(f.h + at + 8 * v * L::LANES, a);
-  }
+  for (int v = 0; v < L::VEC; v++) to[v] = load_kept(mod + adaln_column<L>(row, v), adaln_column<L>(row, v) < row.C);
+}
+
+// The lane's columns v of the row of `to` [T, C].
+template <class L> static __device__ inline void adaln_row_store(bf16 *to, const AdalnRow &row, int v, uint4 x) {
+  int column = adaln_column<L>(row, v);
+  if (column < row.C) *reinterpret_cast<uint4 *>(to + row.r * row.C + column) = x;
+}
+
+// Zeros in the row of `to` [T, C], which may be NULL.
+template <class L> static __device__ inline void adaln_row_zero(bf16 *to, const AdalnRow &row) {
+  for (int v = 0; to && v < L::VEC; v++) adaln_row_store<L>(to, row, v, make_uint4(0, 0, 0, 0));
+}
+
+// All outputs but a branch of a filler row.
+template <class L> static __device__ inline void adaln_row_filler(const AdalnForward &f, const AdalnRow &row) {
+  adaln_row_zero<L>(f.xnew, row);
+  adaln_row_zero<L>(f.h, row);
+  if (row.lane == 0) f.mean[row.r] = f.rstd[row.r] = 0;
 }
 
 // The sum of a lane's 8 columns is added to `sum`.
@@ -153,6 +129,73 @@ static __device__ inline float adaln_add8(float sum, uint4 x) {
 #pragma unroll
   for (int i = 0; i < 8; i++) sum = __fadd_rn(sum, a[i]);
   return sum;
+}
+
+// x + gate * branch in x and xnew; the sum of the lane's columns v of it is added to `sum`.
+template <class L>
+static __device__ inline float adaln_row_residual(const AdalnForward &f, const AdalnRow &row, int v, uint4 &x,
+                                                  uint4 gate, uint4 branch, float sum) {
+  float g[8];
+  unpack8(gate, g);
+  x = adaln_residual(x, g, branch);
+  adaln_row_store<L>(f.xnew, row, v, x);
+  return adaln_add8(sum, x);
+}
+
+// Sum over the row's lanes; several warps exchange through their floats of shared memory.
+template <class L> static __device__ inline float adaln_row_sum(float v, float *shared) {
+  v = warp_sum(v);
+  if (L::WARPS == 1) return v;
+  if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = v;
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < L::WARPS; w++) sum += shared[w];
+  return sum;
+}
+
+// mean, rstd and h of a row from xnew, as it is stored, the sum of the lane's columns of it, in their order, and the
+// segment's shift and scale. The arithmetic is spelled out, so that h is the same to the bit wherever xnew came from:
+// what one op has made, another rebuilds.
+template <class L>
+static __device__ inline void adaln_row_norm(const AdalnForward &f, const AdalnRow &row, const uint4 (&xnew)[L::VEC],
+                                             float sum, const uint4 (&shift)[L::VEC], const uint4 (&scale)[L::VEC],
+                                             int n_text) {
+  __shared__ float shared[2][L::WARPS];
+  float mean = __fmul_rn(adaln_row_sum<L>(sum, shared[0]), f.inv_dim), squares = 0;
+#pragma unroll
+  for (int v = 0; v < L::VEC; v++) {
+    if (adaln_column<L>(row, v) >= row.C) continue;
+    float a[8];
+    unpack8(xnew[v], a);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float d = __fsub_rn(a[i], mean);
+      squares = __fmaf_rn(d, d, squares);
+    }
+  }
+  float variance = __fmul_rn(adaln_row_sum<L>(squares, shared[1]), f.inv_dim);
+  float rstd = rsqrtf(__fadd_rn(variance, ADALN_EPS));
+  if (row.lane == 0) {
+    f.mean[row.r] = mean;
+    f.rstd[row.r] = rstd;
+  }
+
+  bool silu = f.silu_image && row.r >= n_text;
+#pragma unroll
+  for (int v = 0; v < L::VEC; v++) {
+    float a[8], add[8], times[8];
+    unpack8(xnew[v], a);
+    unpack8(shift[v], add);
+    unpack8(scale[v], times);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float xhat = __fmul_rn(__fsub_rn(a[i], mean), rstd);
+      a[i] = __fmaf_rn(__fadd_rn(1.0f, times[i]), xhat, add[i]);
+      if (silu) a[i] = __fmul_rn(a[i], sigmoid(a[i]));
+    }
+    adaln_row_store<L>(f.h, row, v, pack8(a));
+  }
 }
 
 // ---- backward: a thread owns 8 columns and walks down the rows of its block's run ----

@@ -8,9 +8,7 @@
 
 #include <limits.h>
 
-static constexpr unsigned ALL = 0xffffffffu; // lanes of a warp
-enum { TOGETHER = 4 };                       // experts whose rows are asked for together
-enum { COMBINE_THREADS = 64 }; // of a forward block: few, so that blocks are at different stages of their rows
+enum { TOGETHER = 4 }; // experts whose rows are asked for together; few models have more for a token
 
 typedef struct Combine {
   const bf16 *y[MODALITIES]; // [slots, C] views
@@ -37,100 +35,149 @@ static Combine combine_of(const KernelCall *c, const void *weights, const void *
   return s;
 }
 
-// A row's assignments by ascending expert, which is the order of the slots: lane n of a warp holds the n-th of k.
+// Of a row's modality: experts of a token, and where their rows begin.
+static __device__ inline int combine_experts(const Combine &s, int64_t r, int n_text) {
+  return r < n_text ? s.K[TEXT] : s.K[IMAGE];
+}
+static __device__ inline const bf16 *combine_slots(const Combine &s, int64_t r, int n_text) {
+  return r < n_text ? s.y[TEXT] : s.y[IMAGE];
+}
+
+// Assignments of a row, in registers of every thread.
 typedef struct Picks {
-  int slot, k;
-  float weight;
+  int slot[TOGETHER];
+  float weight[TOGETHER];
 } Picks;
 
-// Whole warps, all of the same row.
-static __device__ inline Picks picks_load(const Combine &s, int64_t r, int n_text) {
-  const int lane = threadIdx.x & 31;
-  Picks p = {0, r < n_text ? s.K[TEXT] : s.K[IMAGE], 1};
-  const int mine = lane < p.k ? __ldg(s.slot + r * s.kmax + lane) : INT_MAX;
-  const float weight = lane < p.k && s.weights ? __ldg(s.weights + r * s.kmax + lane) : 1;
-  for (int n = 0, last = -1; n < p.k; n++) {
-    const int next = __reduce_min_sync(ALL, mine > last ? mine : INT_MAX);
-    const float w = __shfl_sync(ALL, weight, __ffs(__ballot_sync(ALL, mine == next)) - 1);
-    if (lane == n) {
-      p.slot = next;
-      p.weight = w;
-    }
-    last = next;
+// The first assignments of row r in the router's order, whether or not they are used.
+static __device__ inline Picks picks_load(const Combine &s, const float *weights, int64_t r) {
+  Picks p;
+#pragma unroll
+  for (int n = 0; n < TOGETHER; n++) {
+    p.slot[n] = n < s.kmax ? __ldg(s.slot + r * s.kmax + n) : INT_MAX;
+    p.weight[n] = n < s.kmax && weights ? __ldg(weights + r * s.kmax + n) : 1;
   }
   return p;
 }
 
-// 8 columns of what a row's sum is made of, on their way: those of the experts from `first` on.
+// The assignment with the lesser slot goes to a.
+static __device__ inline void picks_order(int *slot_a, float *weight_a, int *slot_b, float *weight_b) {
+  const int slot = *slot_a;
+  const float weight = *weight_a;
+  const bool swap = slot > *slot_b;
+  *slot_a = swap ? *slot_b : slot;
+  *weight_a = swap ? *weight_b : weight;
+  *slot_b = swap ? slot : *slot_b;
+  *weight_b = swap ? weight : *weight_b;
+}
+
+// Of row r's k assignments the TOGETHER least with slots after `after`.
+static __device__ inline Picks picks_next(const Combine &s, const float *weights, int64_t r, int k, int after) {
+  Picks p;
+#pragma unroll
+  for (int n = 0; n < TOGETHER; n++) {
+    p.slot[n] = INT_MAX;
+    p.weight[n] = 0;
+  }
+  for (int j = 0; j < k; j++) {
+    int slot = __ldg(s.slot + r * s.kmax + j);
+    float weight = weights ? __ldg(weights + r * s.kmax + j) : 1;
+    if (slot <= after) continue;
+#pragma unroll
+    for (int n = 0; n < TOGETHER; n++) picks_order(&p.slot[n], &p.weight[n], &slot, &weight);
+  }
+  return p;
+}
+
+// By ascending expert, which is the order of the slots: the first TOGETHER of row r's k assignments, from what
+// picks_load has loaded of it where that is all of them.
+static __device__ inline void picks_sort(Picks *p, const Combine &s, const float *weights, int64_t r, int k) {
+  if (k > TOGETHER) {
+    *p = picks_next(s, weights, r, k, -1);
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < TOGETHER; n++)
+    if (n >= k) p->slot[n] = INT_MAX;
+#pragma unroll
+  for (int last = TOGETHER - 1; last; last--)
+#pragma unroll
+    for (int n = 0; n < last; n++) picks_order(&p->slot[n], &p->weight[n], &p->slot[n + 1], &p->weight[n + 1]);
+}
+
+// 8 columns, from `column` on, of the rows of at most k picks, on their way. `y`: the view's first row.
 typedef struct Parts {
   uint4 y[TOGETHER];
 } Parts;
 
-static __device__ inline void parts_load(Parts *parts, int first, const Combine &s, const Picks &p, bool text, int C,
-                                         int column, bool there) {
-  const bf16 *y = (text ? s.y[TEXT] : s.y[IMAGE]) + column;
+static __device__ inline void parts_load(Parts *parts, const bf16 *y, const Picks &p, int k, int C, int column) {
 #pragma unroll
-  for (int n = 0; n < TOGETHER; n++)
-    parts->y[n] = load_once(y + (int64_t)__shfl_sync(ALL, p.slot, first + n) * C, there && first + n < p.k);
+  for (int n = 0; n < TOGETHER; n++) parts->y[n] = load_once(y + (int64_t)p.slot[n] * C + column, column < C && n < k);
 }
 
 // The same additions as EXPERT_COMBINE's.
-static __device__ inline void parts_add(float sum[8], const Parts &parts, int first, const Picks &p) {
+static __device__ inline void parts_add(float sum[8], const Parts &parts, const Picks &p, int k) {
 #pragma unroll
   for (int n = 0; n < TOGETHER; n++) {
-    if (first + n >= p.k) break;
-    const float weight = __shfl_sync(ALL, p.weight, first + n);
+    if (n >= k) break;
     float x[8];
     unpack8(parts.y[n], x);
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum[i] = fmaf(weight, x[i], sum[i]);
+    for (int i = 0; i < 8; i++) sum[i] = fmaf(p.weight[n], x[i], sum[i]);
+  }
+}
+
+// The parts of a row's k picks after those in p; all is waited for, in turn.
+static __device__ inline void parts_add_rest(float sum[8], const Combine &s, const float *weights, const bf16 *y,
+                                             Picks p, int64_t r, int k, int C, int column) {
+  for (int left = k - TOGETHER; left > 0; left -= TOGETHER) {
+    p = picks_next(s, weights, r, k, p.slot[TOGETHER - 1]);
+    Parts parts;
+    parts_load(&parts, y, p, left, C, column);
+    parts_add(sum, parts, p, left);
   }
 }
 
 // ---- forward ----
 
 template <class L>
-static __global__ void __launch_bounds__(COMBINE_THREADS)
+static __global__ void __launch_bounds__(L::THREADS)
     combine_adaln_forward(const AdalnForward f, const Combine s, bf16 *b2) {
-  int lane = threadIdx.x % L::LANES, vectors = f.C / 8;
-  int64_t r = (int64_t)blockIdx.x * (COMBINE_THREADS / L::LANES) + threadIdx.x / L::LANES;
-  if (r >= f.T) return;
-  int64_t at = r * f.C + 8 * lane;
-  uint4 x[L::VEC];
-#pragma unroll
-  for (int v = 0; v < L::VEC; v++) x[v] = load_once(f.x + at + 8 * v * L::LANES, lane + v * L::LANES < vectors);
-  int n_text = f.dims->n_text;
-  if (r >= n_text + f.dims->n_image) {
-    adaln_row_zero<L>(b2, at, lane, vectors);
-    adaln_row_filler<L>(f, r, lane);
+  const AdalnRow row = adaln_row_of<L>(f);
+  if (row.r >= f.T) return;
+  Picks picks = picks_load(s, s.weights, row.r);
+  int segment = __ldg(f.segment + row.r), n_text = __ldg(&f.dims->n_text), n_image = __ldg(&f.dims->n_image);
+  uint4 x[L::VEC], add[L::VEC], gate[L::VEC], shift[L::VEC], scale[L::VEC];
+  adaln_row_load<L>(x, f.x, row);
+  adaln_row_load<L>(add, s.add, row);
+  if (row.r >= n_text + n_image) {
+    adaln_row_zero<L>(b2, row);
+    adaln_row_filler<L>(f, row);
     return;
   }
 
-  const Picks picks = picks_load(s, r, n_text);
-  const bf16 *mod = f.mod + f.segment[r] * f.M + 8 * lane;
+  const int k = combine_experts(s, row.r, n_text);
+  const bf16 *y = combine_slots(s, row.r, n_text), *mod = f.mod + segment * f.M;
+  picks_sort(&picks, s, s.weights, row.r, k);
+  Parts parts[L::VEC];
+#pragma unroll
+  for (int v = 0; v < L::VEC; v++) parts_load(&parts[v], y, picks, k, f.C, adaln_column<L>(row, v));
+  adaln_mod_load<L>(gate, mod + f.gate, row);
   float sum = 0;
 #pragma unroll
   for (int v = 0; v < L::VEC; v++) {
-    int column = 8 * (lane + v * L::LANES);
-    bool there = column < f.C;
-    float gate[8], b[8];
-    uint4 add = load_once(s.add + at + 8 * v * L::LANES, there && s.add);
-    Parts parts;
-    parts_load(&parts, 0, s, picks, r < n_text, f.C, column, there);
-    load_mod8(mod + f.gate + 8 * v * L::LANES, there, gate);
-    unpack8(add, b);
-    parts_add(b, parts, 0, picks);
-    for (int first = TOGETHER; first < picks.k; first += TOGETHER) {
-      parts_load(&parts, first, s, picks, r < n_text, f.C, column, there);
-      parts_add(b, parts, first, picks);
-    }
+    float b[8];
+    unpack8(add[v], b);
+    parts_add(b, parts[v], picks, k);
+    if (k > TOGETHER) parts_add_rest(b, s, s.weights, y, picks, row.r, k, f.C, adaln_column<L>(row, v));
     uint4 branch = pack8(b);
-    if (there && b2) *reinterpret_cast<uint4 *>(b2 + at + 8 * v * L::LANES) = branch;
-    x[v] = adaln_residual(x[v], gate, branch);
-    if (there) *reinterpret_cast<uint4 *>(f.xnew + at + 8 * v * L::LANES) = x[v];
-    sum = adaln_add8(sum, x[v]);
+    if (b2) adaln_row_store<L>(b2, row, v, branch);
+    sum = adaln_row_residual<L>(f, row, v, x[v], gate[v], branch, sum);
   }
-  adaln_row_norm<L>(f, x, sum, mod, r, lane, n_text);
+  // Only now, when the parts' registers are free.
+  adaln_mod_load<L>(shift, mod + f.shift, row);
+  adaln_mod_load<L>(scale, mod + f.scale, row);
+  adaln_row_norm<L>(f, row, x, sum, shift, scale, n_text);
 }
 
 extern "C" void cuda_COMBINE_ADALN_FWD(const KernelCall *c) {
@@ -139,44 +186,47 @@ extern "C" void cuda_COMBINE_ADALN_FWD(const KernelCall *c) {
   bf16 *b2 = (bf16 *)c->out[0]; // [T, C] or NULL
   adaln_layout(f.C, [&](auto layout) {
     using L = decltype(layout);
-    int grid = ceil_div(f.T, COMBINE_THREADS / L::LANES);
-    CUDA_LAUNCH(combine_adaln_forward<L>, grid, COMBINE_THREADS, 0, call_stream(c), f, s, b2);
+    CUDA_LAUNCH(combine_adaln_forward<L>, ceil_div(f.T, L::ROWS), L::THREADS, 0, call_stream(c), f, s, b2);
   });
 }
 
 // ---- backward ----
 
-// dh as the sum over the experts.
+// dh as the sum over the experts. Rows are asked for with their slots at hand: those of the row `groups` further, which
+// is next but at a piece's end, are on their way since the row before.
 typedef struct CombinedGradient {
   Combine s;
+  int groups, last; // last: T - 1
 
   typedef struct Ahead {
-    Picks picks;
-    Parts parts; // of the first experts; the others', which few models have, are asked for when they are due
+    Picks picks, next; // next: not sorted
+    int next_row = -1;
+    Parts parts; // of the first experts; the others' are asked for when they are due
     uint4 add;
   } Ahead;
   __device__ inline void load(Ahead *ahead, int r, int n_text, int C, int column, bool there) const {
-    ahead->picks = picks_load(s, r, n_text);
-    parts_load(&ahead->parts, 0, s, ahead->picks, r < n_text, C, column, there);
+    const int k = combine_experts(s, r, n_text);
+    ahead->picks = ahead->next_row == r ? ahead->next : picks_load(s, NULL, r);
+    ahead->next_row = min(r + groups, last);
+    ahead->next = picks_load(s, NULL, ahead->next_row);
+    picks_sort(&ahead->picks, s, NULL, r, k);
+    parts_load(&ahead->parts, combine_slots(s, r, n_text), ahead->picks, k, C, column);
     ahead->add = load_once(s.add + (int64_t)r * C + column, there);
   }
-  __device__ inline uint4 value(const Ahead &ahead, int r, int n_text, int C, int column, bool there) const {
+  __device__ inline uint4 value(const Ahead &ahead, int r, int n_text, int C, int column, bool) const {
+    const int k = combine_experts(s, r, n_text);
     float sum[8];
     unpack8(ahead.add, sum);
-    parts_add(sum, ahead.parts, 0, ahead.picks);
-    for (int first = TOGETHER; first < ahead.picks.k; first += TOGETHER) {
-      Parts parts;
-      parts_load(&parts, first, s, ahead.picks, r < n_text, C, column, there);
-      parts_add(sum, parts, first, ahead.picks);
-    }
+    parts_add(sum, ahead.parts, ahead.picks, k);
+    if (k > TOGETHER) parts_add_rest(sum, s, NULL, combine_slots(s, r, n_text), ahead.picks, r, k, C, column);
     return pack8(sum);
   }
 } CombinedGradient;
 
 extern "C" void cuda_COMBINE_ADALN_BWD(const KernelCall *c) {
   const AdalnBackward b = adaln_backward_of(c, c->in + 3);
-  const CombinedGradient dh = {combine_of(c, NULL, c->in[2])};
   const AdalnRuns runs = adaln_runs(b.C);
+  const CombinedGradient dh = {combine_of(c, NULL, c->in[2]), runs.groups, b.T - 1};
   CUDA_LAUNCH((adaln_backward<CombinedGradient, true, false>), runs.blocks, 32 * runs.warps * runs.groups, 0,
               call_stream(c), b, dh);
   adaln_backward_sums(c, &b);
