@@ -107,10 +107,10 @@ static __device__ inline LogSum log_sum_join(LogSum a, LogSum b) {
   return j;
 }
 
-// Over the block; every thread gets the result. The tree is fixed.
+// Over the block, of 2^n warps; every thread gets the result. The tree is fixed.
 static __device__ LogSum block_log_sum(LogSum s) {
   __shared__ LogSum warp[WARPS];
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   for (int d = 16; d; d >>= 1) {
     const LogSum other = {__shfl_xor_sync(0xffffffffu, s.top, d), __shfl_xor_sync(0xffffffffu, s.sum, d)};
     s = log_sum_join(s, other);
@@ -118,48 +118,69 @@ static __device__ LogSum block_log_sum(LogSum s) {
   __syncthreads(); // the last use of warp[] is over
   if (lane == 0) warp[threadIdx.x / 32] = s;
   __syncthreads();
-  s = warp[lane % WARPS];
-  for (int d = WARPS / 2; d; d >>= 1) {
+  s = warp[lane & (warps - 1)];
+  for (int d = warps / 2; d; d >>= 1) {
     const LogSum other = {__shfl_xor_sync(0xffffffffu, s.top, d), __shfl_xor_sync(0xffffffffu, s.sum, d)};
     s = log_sum_join(s, other);
   }
   return s;
 }
 
-static __device__ inline void load_logits(const float *p, float x[8]) {
-  const float4 lo = reinterpret_cast<const float4 *>(p)[0], hi = reinterpret_cast<const float4 *>(p)[1];
-  x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w, x[4] = hi.x, x[5] = hi.y, x[6] = hi.z, x[7] = hi.w;
+// What a thread holds of a row of logits from `z` on: eight of every 8 blockDim columns;
+// -inf past the end of the row, which is `left` columns away.
+enum { CE_VECTORS = 4, CE_SPAN = 8 * CE_VECTORS };
+static __device__ inline void load_logits(const float *z, int left, float x[CE_VECTORS][8]) {
+#pragma unroll
+  for (int k = 0; k < CE_VECTORS; k++) {
+    const int v = (k * (int)blockDim.x + (int)threadIdx.x) * 8;
+    const float4 nothing = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    const float4 *from = reinterpret_cast<const float4 *>(z + v);
+    const float4 lo = v < left ? from[0] : nothing, hi = v < left ? from[1] : nothing;
+    x[k][0] = lo.x, x[k][1] = lo.y, x[k][2] = lo.z, x[k][3] = lo.w;
+    x[k][4] = hi.x, x[k][5] = hi.y, x[k][6] = hi.z, x[k][7] = hi.w;
+  }
 }
 
-// A block takes a row of logits [V]: nll of its row, and dlogits [V] (or NULL) = softmax - onehot. The
-// second pass over the logits finds them in the L2 cache.
-static __global__ void __launch_bounds__(THREADS) cross_entropy(Batch b, const int32_t *index, const int32_t *count,
-                                                                int V, const float *logits, float *nll, bf16 *dlogits) {
-  const int rows = *count;
+static __device__ inline LogSum log_sum_add(LogSum s, const float x[CE_VECTORS][8]) {
+  float top = s.top, sum = 0;
+#pragma unroll
+  for (int i = 0; i < CE_SPAN; i++) top = fmaxf(top, x[i / 8][i % 8]);
+  const float pivot = top == -INFINITY ? 0 : top; // of nothing: -inf - -inf would be NaN
+#pragma unroll
+  for (int i = 0; i < CE_SPAN; i++) sum += __expf(x[i / 8][i % 8] - pivot);
+  return {top, sum + (s.sum != 0 ? s.sum * __expf(s.top - pivot) : 0)};
+}
+
+// A block takes a row of logits [V]: nll of its row, and dlogits [V] (or NULL) = softmax - onehot. The row stays in
+// registers between the two; one that is too long for them is read twice.
+static __global__ void __launch_bounds__(THREADS, 2)
+    cross_entropy(Batch b, const int32_t *index, const int32_t *count, int V, const float *logits, float *nll,
+                  bf16 *dlogits) {
+  const int rows = *count, span = CE_SPAN * blockDim.x;
   for (int i = blockIdx.x; i < rows; i += gridDim.x) {
     const int row = index[i], target = b.target[row];
     const float *z = logits + (int64_t)i * V;
+    const float hit = z[target];
     LogSum own = {-INFINITY, 0};
-    float x[8];
-    for (int v = threadIdx.x * 8; v < V; v += THREADS * 8) {
-      load_logits(z + v, x);
-      float top = own.top;
-#pragma unroll
-      for (int j = 0; j < 8; j++) top = fmaxf(top, x[j]);
-      float sum = own.sum != 0 ? own.sum * __expf(own.top - top) : 0;
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum += __expf(x[j] - top);
-      own = {top, sum};
+    float x[CE_VECTORS][8];
+    for (int first = 0; first < V; first += span) {
+      load_logits(z + first, V - first, x);
+      own = log_sum_add(own, x);
     }
     const LogSum all = block_log_sum(own);
-    if (threadIdx.x == 0) nll[row] = logf(all.sum) + all.top - z[target];
+    if (threadIdx.x == 0) nll[row] = logf(all.sum) + all.top - hit;
     if (!dlogits) continue;
     const float share = 1 / all.sum;
-    for (int v = threadIdx.x * 8; v < V; v += THREADS * 8) {
-      load_logits(z + v, x);
+    for (int first = 0; first < V; first += span) {
+      if (V > span) load_logits(z + first, V - first, x);
 #pragma unroll
-      for (int j = 0; j < 8; j++) x[j] = share * __expf(x[j] - all.top) - (v + j == target);
-      store8(dlogits + (int64_t)i * V + v, x);
+      for (int k = 0; k < CE_VECTORS; k++) {
+        const int v = first + (k * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (v >= V) break;
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[k][j] = share * __expf(x[k][j] - all.top) - (v + j == target);
+        store8(dlogits + (int64_t)i * V + v, x[k]);
+      }
     }
   }
 }
@@ -217,6 +238,16 @@ static void logits_product(const KernelCall *c, Gemm g, const int32_t *count, co
   gemm_rows(&g, call_stream(c));
 }
 
+// nll of the rows index[0 .. *count), and dlogits or NULL.
+static void rows_pass(const KernelCall *c, const int32_t *count, const int32_t *index, bf16 *dlogits) {
+  const int V = c->dims->V;
+  int threads = 128; // as many as hold a row, and no more: other rows' blocks load while one reduces
+  while (threads < THREADS && threads * CE_SPAN < V) threads *= 2;
+  const int grid = cuda_sm_count() * (2 * THREADS / threads);
+  CUDA_LAUNCH(cross_entropy, grid, threads, 0, call_stream(c), *c->batch, index, count, V, (const float *)c->out[4],
+              (float *)c->out[0], dlogits);
+}
+
 static void input_gradient(const KernelCall *c, const HeadScratch *scratch, const int32_t *count) {
   Gemm g = input_gemm(c->dims, c->args->head.chunk);
   g.scratch = scratch->gemm;
@@ -259,8 +290,7 @@ extern "C" void cuda_HEAD_CE(const KernelCall *c) {
   for (int at = 0; at < d->T; at += chunk) {
     const int32_t *count = s.count + at / chunk, *index = b.target_row + at;
     logits_product(c, forward, count, index, logits);
-    CUDA_LAUNCH(cross_entropy, grid, THREADS, 0, stream, b, index, count, d->V, logits, nll,
-                dh || dwout ? s.dlogits : NULL);
+    rows_pass(c, count, index, dh || dwout ? s.dlogits : NULL);
     if (dh) {
       input_gradient(c, &s, count);
       CUDA_LAUNCH(rows_scatter, grid, THREADS, 0, stream, index, count, d->C, s.dh, dh);
@@ -268,6 +298,13 @@ extern "C" void cuda_HEAD_CE(const KernelCall *c) {
     if (dwout) weight_gradient(c, &s, count, index, at > 0 || c->args->head.accumulate);
   }
   CUDA_LAUNCH(head_end, 1, THREADS, 0, stream, b, nll, (Metrics *)c->out[3]);
+}
+
+// The pass over logits that `work` holds already, by itself: what the benchmark times. All targets are in one chunk.
+extern "C" void cuda_HEAD_CE_rows(const KernelCall *c) {
+  HeadScratch s;
+  head_bind(&s, c->dims, c->args->head.chunk, c->scratch);
+  rows_pass(c, &c->batch->dims->n_target, c->batch->target_row, s.dlogits);
 }
 
 extern "C" void cuda_HEAD_LOGITS(const KernelCall *c) {
