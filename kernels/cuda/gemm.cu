@@ -247,9 +247,13 @@ static int side_inner(const GemmSide *s, int kind) {
   return kind == GEMM_TN ? s->rows / s->groups : s->K;
 }
 
-// A side's parts where sides of one group get `parts`.
-static int side_parts(const GemmSide *s, int kind, int parts) {
-  return s->groups == 1 ? parts : kind == GEMM_TN ? 0 : 1;
+// A side's parts where `parts` are best for sides of one group. Weight gradients are cut on the device, by the counts,
+// unless none of them can ask for it: too few rows, or as many tiles as there are shares.
+static int side_parts(const GemmSide *s, int kind, int bn, int parts) {
+  if (kind != GEMM_TN) return s->groups == 1 ? parts : 1;
+  bool whole = s->rows < 2 * GEMM_SHORTEST_PART * GEMM_SHARE_DEPTH;
+  whole |= s->groups == 1 && side_tiles(s, kind, bn) >= GEMM_SHARES;
+  return whole ? 1 : 0;
 }
 
 // What a launch takes. One side: whole rounds of tiles. Two: they fill each other's gaps but for the longest tiles.
@@ -294,15 +298,17 @@ static Plan plan_make(const Gemm *g, int kind) {
       double us = launch_us(g, kind, bn, parts);
       if (us < least) least = us, p.bn = bn, best = parts;
     }
-  bool shares = false;
+  size_t sums = 0; // floats of parts of weight gradients, if all groups were cut as far as they may be
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
     if (side_empty(s, kind)) continue;
-    p.parts[m] = side_parts(s, kind, best);
-    shares |= p.parts[m] == 0;
+    p.parts[m] = side_parts(s, kind, p.bn, best);
     if (p.parts[m] > 1) p.scratch += (size_t)best * gemm_tile_rows(s, kind) * s->N * sizeof(float);
+    if (p.parts[m] == 0)
+      sums += (size_t)(s->rows / GEMM_SHARE_DEPTH + s->groups) / GEMM_SHORTEST_PART * s->M * s->N;
   }
-  if (shares) p.scratch += (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn * sizeof(float);
+  const size_t most_sums = (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn;
+  p.scratch += (sums < most_sums ? sums : most_sums) * sizeof(float);
   return p;
 }
 

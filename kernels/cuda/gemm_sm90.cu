@@ -20,7 +20,11 @@ enum {
   THREADS = 3 * GROUP,
   BOX_BYTES = 64 * BK * 2,
   A_BYTES = GEMM_BM * BK * 2,
-  MAX_STAGES = 6
+  MAX_STAGES = 6,
+  STAGED_ROWS = 8, // of a warp's sums, on their way to memory: 64 columns in fp32 or 128 in bf16
+  FLOATS_PITCH = 64 + 8,
+  ROUNDED_PITCH = 128 + 8,
+  STAGED_BYTES = STAGED_ROWS * FLOATS_PITCH * 4
 };
 
 // 192 KiB of stages either way.
@@ -34,8 +38,9 @@ static constexpr __host__ __device__ int stage_count(int bn) {
 // Behind the stages in shared memory.
 typedef struct Control {
   GemmTiles tiles;
-  uint64_t full[MAX_STAGES];  // the stage has been filled
-  uint64_t empty[MAX_STAGES]; // the stage has been read
+  uint64_t full[MAX_STAGES];                                        // the stage has been filled
+  uint64_t empty[MAX_STAGES];                                       // the stage has been read
+  __align__(16) unsigned char staged[2 * GROUP / 32][STAGED_BYTES]; // by consumer warp
 } Control;
 
 typedef struct Maps {
@@ -147,7 +152,8 @@ static __device__ void produce(const GemmLaunch &l, const Maps &maps, Control *c
     const bf16 *rows[8];
     int a = -1, b = -1, next_a = -1, next_b = -1; // index entries of this pair of stages and of the next
     if (GATHER && KIND != GEMM_TN && gather_a) gather_rows(l, s, t, rows);
-    if (GATHER && KIND == GEMM_NN && s.swiglu.pre) prefetch_pre<BN>(s, t);
+    // Not before the consumers have begun with the tile: until then they store the last one.
+    const int begun = t.inner + min(stage_count(BN), ceil_div(t.inner_end - t.inner, BK) - 1) * BK;
     if (GATHER && KIND == GEMM_TN && gather_a) next_a = index_load(l, s.a_index, t.inner, t.inner_end);
     if (GATHER && KIND == GEMM_TN && gather_b) next_b = index_load(l, s.b_index, t.inner, t.inner_end);
     for (int inner = t.inner; inner < t.inner_end; inner += BK, ring.step(), second = !second) {
@@ -158,6 +164,7 @@ static __device__ void produce(const GemmLaunch &l, const Maps &maps, Control *c
         if (gather_b) next_b = index_load(l, s.b_index, inner + 2 * BK, t.inner_end);
       }
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
+      if (GATHER && KIND == GEMM_NN && s.swiglu.pre && inner == begun) prefetch_pre<BN>(s, t);
       if (threadIdx.x == 0) copy_boxes<KIND, BN>(maps, t, inner, stage, full, !gather_a, !gather_b);
       if (!GATHER) continue;
       if (KIND != GEMM_TN && gather_a) {
@@ -186,7 +193,8 @@ template <int BN> static __device__ inline void zero_tail(unsigned char *stage, 
 }
 
 // Products lie in the accumulators as the instruction leaves them: of each 8 columns lane q of a quad of lanes has 2 q
-// and the next, of row (lane / 4) and of that 8 further down. Memory is accessed 16 bytes a lane; quads exchange.
+// and the next, of row (lane / 4) and of that 8 further down. Memory is accessed 16 bytes a lane: what is added is
+// exchanged within quads, what is stored goes through shared memory, so that 16 lanes have one row and whole lines go out.
 
 // Lane q holds p[b] = M[q][b]; afterwards p[b] = M[b][q].
 static __device__ inline void transpose_quad(uint32_t p[4]) {
@@ -202,27 +210,6 @@ static __device__ inline void transpose_quad(uint32_t p[4]) {
       else
         p[b + d] = other;
     }
-  }
-}
-
-// x: 2 columns of each of two 8-column blocks, as accumulators lie; afterwards the 4 columns 4 q .. of those 16.
-static __device__ inline void gather_quad(float x[4]) {
-  int quad = threadIdx.x & 3;
-#pragma unroll
-  for (int i = 0; i < 2; i++) { // the lower two lanes get the first block's, the upper two the second's
-    float other = __shfl_xor_sync(0xffffffffu, quad & 2 ? x[i] : x[2 + i], 2);
-    if (quad & 2)
-      x[i] = other;
-    else
-      x[2 + i] = other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) { // even lanes have pairs 0, 2 of a block, odd lanes 1, 3
-    float other = __shfl_xor_sync(0xffffffffu, quad & 1 ? x[i] : x[2 + i], 1);
-    if (quad & 1)
-      x[i] = other;
-    else
-      x[2 + i] = other;
   }
 }
 
@@ -267,104 +254,201 @@ static __device__ inline void add_rows(const GemmSide &s, const GemmTile &t, con
   }
 }
 
-// fp32: a quad's 2 columns each are 32 bytes of a row.
+// ---- sums on their way to memory ----
+
+// A warp's 16 rows x BN columns go in steps of STAGED_ROWS rows and WIDTH columns, row after row. Afterwards lane
+// (16 r + c) has 16 bytes, c of 16, of rows r, r + 2, r + 4 and r + 6.
+template <int BN, int WIDTH> struct StoreSteps {
+  enum { ACROSS = BN / WIDTH, COUNT = 2 * ACROSS, PASSES = STAGED_ROWS / 2 };
+  int row, column;           // the lane's, of the first step and pass
+  int warp_row, tile_column; // where the warp begins
+  int rows_end, columns_end;
+  __device__ StoreSteps(const GemmSide &s, const GemmTile &t) {
+    int lane = threadIdx.x & 31;
+    warp_row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16;
+    tile_column = t.n;
+    row = warp_row + lane / 16;
+    column = t.n + lane % 16 * (WIDTH / 16);
+    rows_end = t.m_end, columns_end = s.N;
+  }
+  __device__ int row_of(int step, int pass) const {
+    return row + step / ACROSS * STAGED_ROWS + 2 * pass;
+  }
+  __device__ int column_of(int step) const {
+    return column + step % ACROSS * WIDTH;
+  }
+  __device__ bool in(int step, int pass) const {
+    return row_of(step, pass) < rows_end && column_of(step) < columns_end;
+  }
+  // Nothing of the step is the tile's; the same for all lanes.
+  __device__ bool empty(int step) const {
+    return warp_row + step / ACROSS * STAGED_ROWS >= rows_end || tile_column + step % ACROSS * WIDTH >= columns_end;
+  }
+};
+
+// Pitches keep 8 rows of 4 lanes, as they are written, in different banks.
+template <int BN> static __device__ inline void stage_floats(float *staged, int step, const float (&acc)[BN / 2]) {
+  int lane = threadIdx.x & 31, half = step / (BN / 64), block = step % (BN / 64) * 8; // blocks of 8 columns
+  float *to = staged + lane / 4 * FLOATS_PITCH + lane % 4 * 2;
+  __syncwarp(); // what was there has been read
+#pragma unroll
+  for (int b = 0; b < 8; b++) {
+    const float *sum = acc + 4 * (block + b) + 2 * half;
+    *(float2 *)(to + 8 * b) = make_float2(sum[0], sum[1]);
+  }
+  __syncwarp();
+}
+static __device__ inline float4 staged_floats(const float *staged, int pass) {
+  int lane = threadIdx.x & 31;
+  return *(const float4 *)(staged + (lane / 16 + 2 * pass) * FLOATS_PITCH + lane % 16 * 4);
+}
+
+template <int BN> static __device__ inline void stage_rounded(bf16 *staged, int step, const float (&acc)[BN / 2]) {
+  int lane = threadIdx.x & 31, half = step / (BN / 128), block = step % (BN / 128) * 16;
+  bf16 *to = staged + lane / 4 * ROUNDED_PITCH + lane % 4 * 2;
+  __syncwarp();
+#pragma unroll
+  for (int b = 0; b < 16; b++) {
+    const float *sum = acc + 4 * (block + b) + 2 * half;
+    *(uint32_t *)(to + 8 * b) = pack2(sum[0], sum[1]);
+  }
+  __syncwarp();
+}
+static __device__ inline uint4 staged_rounded(const bf16 *staged, int pass) {
+  int lane = threadIdx.x & 31;
+  return *(const uint4 *)(staged + (lane / 16 + 2 * pass) * ROUNDED_PITCH + lane % 16 * 8);
+}
+
+// fp32, and the SwiGLU of its pairs.
 template <int KIND, int BN>
-static __device__ inline void store_floats(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2]) {
+static __device__ inline void store_floats(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2],
+                                           float *staged) {
   const GemmSide &s = l.g.side[t.side];
-  const Rows r = rows_of(t);
-  bool add = KIND == GEMM_TN && l.g.accumulate && !t.partial, act = KIND != GEMM_TN && !t.partial && s.act;
-  int column = t.n + (threadIdx.x & 3) * 2;
+  using Steps = StoreSteps<BN, 64>;
+  const Steps steps(s, t);
+  const bool add = KIND == GEMM_TN && l.g.accumulate && !t.partial;
+  const bool act = KIND != GEMM_TN && !t.partial && s.act;
+  float *out = (float *)gemm_tile_out<KIND>(l, t);
+  auto load_old = [&](int step, float4 old[Steps::PASSES]) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float *to = (float *)gemm_tile_out<KIND>(l, t) + r.row[half] * s.N;
-    enum { BATCH = 16 }; // loads under way together
+    for (int i = 0; i < Steps::PASSES; i++)
+      old[i] = add && steps.in(step, i)
+                   ? *(const float4 *)(out + (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step))
+                   : make_float4(0, 0, 0, 0);
+  };
+  float4 next[Steps::PASSES]; // loaded while the step before is stored
+  load_old(0, next);
 #pragma unroll
-    for (int first = 0; first < BN / 8; first += BATCH) {
-      float2 old[BATCH];
+  for (int step = 0; step < Steps::COUNT; step++) {
+    float4 old[Steps::PASSES];
 #pragma unroll
-      for (int j = 0; j < BATCH; j++)
-        old[j] = add ? *(const float2 *)(to + min(column + 8 * (first + j), s.N - 2)) : make_float2(0, 0);
+    for (int i = 0; i < Steps::PASSES; i++) old[i] = next[i];
+    if (step + 1 < Steps::COUNT) load_old(step + 1, next);
+    if (steps.empty(step)) continue;
+    stage_floats<BN>(staged, step, acc);
 #pragma unroll
-      for (int j = 0; j < BATCH; j++) {
-        int c = column + 8 * (first + j);
-        float x = acc[4 * (first + j) + 2 * half], y = acc[4 * (first + j) + 2 * half + 1];
-        if (!r.in[half] || c >= s.N) continue;
-        *(float2 *)(to + c) = make_float2(x + old[j].x, y + old[j].y);
-        if (act) s.act[(r.row[half] * s.N + c) / 2] = __float2bfloat16_rn(swiglu(x, y));
-      }
+    for (int i = 0; i < Steps::PASSES; i++) {
+      const float4 x = staged_floats(staged, i);
+      if (!steps.in(step, i)) continue;
+      const int64_t at = (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step);
+      *(float4 *)(out + at) = make_float4(x.x + old[i].x, x.y + old[i].y, x.z + old[i].z, x.w + old[i].w);
+      if (act) *(uint32_t *)(s.act + at / 2) = pack2(swiglu(x.x, x.y), swiglu(x.z, x.w));
     }
   }
 }
 
-// bf16, 8 columns a lane, and the SwiGLU of their pairs.
+// bf16, and the SwiGLU of its pairs.
 template <int BN>
-static __device__ inline void store_rounded(const GemmSide &s, const GemmTile &t, float (&acc)[BN / 2]) {
-  const Rows r = rows_of(t);
-  int column = t.n + (threadIdx.x & 3) * 8;
+static __device__ inline void store_rounded(const GemmSide &s, const GemmTile &t, float (&acc)[BN / 2], bf16 *staged) {
+  using Steps = StoreSteps<BN, 128>;
+  const Steps steps(s, t);
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+  for (int step = 0; step < Steps::COUNT; step++) {
+    if (steps.empty(step)) continue;
+    stage_rounded<BN>(staged, step, acc);
 #pragma unroll
-    for (int j = 0; j < BN / 32; j++) {
-      uint32_t p[4];
-#pragma unroll
-      for (int b = 0; b < 4; b++) p[b] = pack2(acc[16 * j + 4 * b + 2 * half], acc[16 * j + 4 * b + 2 * half + 1]);
-      transpose_quad(p);
-      bool in = r.in[half] && column + 32 * j < s.N;
-      int64_t at = r.row[half] * s.N + column + 32 * j;
-      if (in) *(uint4 *)((bf16 *)s.c + at) = make_uint4(p[0], p[1], p[2], p[3]);
+    for (int i = 0; i < Steps::PASSES; i++) {
+      const uint4 v = staged_rounded(staged, i);
+      const bool in = steps.in(step, i);
+      const int64_t at = (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step);
+      if (in) *(uint4 *)((bf16 *)s.c + at) = v;
       if (!s.act) continue;
-      float a[4];
+      float x[8], a[4];
+      unpack8(v, x);
 #pragma unroll
-      for (int b = 0; b < 4; b++) a[b] = swiglu(__uint_as_float(p[b] << 16), __uint_as_float(p[b] & 0xffff0000u));
-      if (in) *(uint2 *)(s.act + at / 2) = make_uint2(pack2(a[0], a[1]), pack2(a[2], a[3]));
+      for (int b = 0; b < 4; b++) a[b] = swiglu(x[2 * b], x[2 * b + 1]);
+      if (in) store4(s.act + at / 2, a);
     }
+  }
 }
 
-// The SwiGLU backward of dA, 4 columns of 16 a lane.
+// Sums dot[i], pass i's, over the 8 lanes that hold GEMM_DOT_COLUMNS columns of a row, and stores the 8 rows together.
+template <typename Steps>
+static __device__ inline void store_dots(const GemmSide &s, const Steps &steps, int step,
+                                         const float dot[Steps::PASSES]) {
+  const int lane = threadIdx.x & 31, pass = lane >> 1 & 3; // of the sum that the lane ends up with
+  const bool upper = lane & 4, odd = lane & 2;
+  float even_pass = upper ? dot[2] : dot[0], odd_pass = upper ? dot[3] : dot[1];
+  even_pass += __shfl_xor_sync(0xffffffffu, upper ? dot[0] : dot[2], 4);
+  odd_pass += __shfl_xor_sync(0xffffffffu, upper ? dot[1] : dot[3], 4);
+  float sum = odd ? odd_pass : even_pass;
+  sum += __shfl_xor_sync(0xffffffffu, odd ? even_pass : odd_pass, 2);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  const int row = steps.row_of(step, pass), block = steps.column_of(step) / GEMM_DOT_COLUMNS;
+  if (lane % 2 == 0 && row < steps.rows_end && block * GEMM_DOT_COLUMNS < steps.columns_end)
+    s.swiglu.dot[(int64_t)block * s.rows + row] = sum;
+}
+
+// The SwiGLU backward of dA.
 template <int BN>
-static __device__ inline void store_backward(const GemmSide &s, const GemmTile &t, float (&acc)[BN / 2]) {
-  const Rows r = rows_of(t);
-  int column = t.n + (threadIdx.x & 3) * 4;
-  enum { BATCH = 4 }; // of 16 columns; loads under way together
+static __device__ inline void store_backward(const GemmSide &s, const GemmTile &t, float (&acc)[BN / 2],
+                                             float *staged) {
+  using Steps = StoreSteps<BN, 64>;
+  const Steps steps(s, t);
+  const int lane = threadIdx.x & 31;
+  auto load_pre = [&](int step, uint4 pre[Steps::PASSES]) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const float w = s.swiglu.weight[s.a_index[r.row[half]]];
-    const bf16 *pre = s.swiglu.pre + r.row[half] * s.N * 2;
+    for (int i = 0; i < Steps::PASSES; i++)
+      pre[i] = steps.in(step, i)
+                   ? *(const uint4 *)(s.swiglu.pre + 2 * ((int64_t)steps.row_of(step, i) * s.N + steps.column_of(step)))
+                   : make_uint4(0, 0, 0, 0);
+  };
+  uint4 next[Steps::PASSES]; // loaded while the step before is stored
+  load_pre(0, next);
+  const float weight = s.swiglu.weight[s.a_index[min(steps.warp_row + lane % 16, t.m_end - 1)]]; // of that row
 #pragma unroll
-    for (int first = 0; first < BN / 16; first += BATCH) {
-      uint4 v[BATCH];
+  for (int step = 0; step < Steps::COUNT; step++) {
+    uint4 pre[Steps::PASSES];
 #pragma unroll
-      for (int j = 0; j < BATCH; j++) v[j] = *(const uint4 *)(pre + 2 * min(column + 16 * (first + j), s.N - 4));
+    for (int i = 0; i < Steps::PASSES; i++) pre[i] = next[i];
+    if (step + 1 < Steps::COUNT) load_pre(step + 1, next);
+    if (steps.empty(step)) continue;
+    stage_floats<BN>(staged, step, acc);
+    float dot[Steps::PASSES];
 #pragma unroll
-      for (int j = 0; j < BATCH; j += 2) { // GEMM_DOT_COLUMNS
-        float dot = 0;
-#pragma unroll
-        for (int k = j; k < j + 2; k++) {
-          int block = 2 * (first + k), c = column + 8 * block; // of 8 columns
-          float da[4] = {acc[4 * block + 2 * half], acc[4 * block + 2 * half + 1], acc[4 * block + 4 + 2 * half],
-                         acc[4 * block + 4 + 2 * half + 1]};
-          gather_quad(da);
-          float x[8], dx[8], a[4];
-          unpack8(v[k], x);
-          float part = swiglu_backward4(x, da, w, dx, a);
-          bool in = r.in[half] && c < s.N;
-          dot += in ? part : 0;
-          int64_t at = r.row[half] * s.N + c;
-          if (in) store8(s.swiglu.dpre + 2 * at, dx);
-          if (in) store4(s.swiglu.sa + at, a);
-        }
-        int c = t.n + 16 * (first + j);
-        gemm_store_dot(s, r.row[half], c, r.in[half] && c < s.N, dot);
-      }
+    for (int i = 0; i < Steps::PASSES; i++) {
+      const float4 v = staged_floats(staged, i);
+      const float w = __shfl_sync(0xffffffffu, weight, steps.row_of(step, i) - steps.warp_row);
+      const float da[4] = {v.x, v.y, v.z, v.w};
+      float x[8], dx[8], a[4];
+      unpack8(pre[i], x);
+      const float part = swiglu_backward4(x, da, w, dx, a);
+      const bool in = steps.in(step, i);
+      dot[i] = in ? part : 0;
+      const int64_t at = (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step);
+      if (in) store8(s.swiglu.dpre + 2 * at, dx);
+      if (in) store4(s.swiglu.sa + at, a);
     }
+    store_dots(s, steps, step, dot);
   }
 }
 
 template <int KIND, int BN, bool GATHER>
-static __device__ inline void store_tile(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2]) {
+static __device__ inline void store_tile(const GemmLaunch &l, const GemmTile &t, float (&acc)[BN / 2],
+                                         unsigned char *staged) {
   const GemmSide &s = l.g.side[t.side];
   if (KIND == GEMM_NN && GATHER && s.swiglu.pre) {
-    store_backward<BN>(s, t, acc);
+    store_backward<BN>(s, t, acc, (float *)staged);
     return;
   }
   if (!t.partial && l.g.scale) {
@@ -375,9 +459,9 @@ static __device__ inline void store_tile(const GemmLaunch &l, const GemmTile &t,
   if (KIND != GEMM_TN && !t.partial && s.bias) add_rows<BN>(s, t, s.bias, true, acc);
   if (KIND != GEMM_TN && !t.partial && s.add) add_rows<BN>(s, t, s.add, false, acc);
   if (KIND == GEMM_TN || t.partial || l.g.c_float)
-    store_floats<KIND, BN>(l, t, acc);
+    store_floats<KIND, BN>(l, t, acc, (float *)staged);
   else
-    store_rounded<BN>(s, t, acc);
+    store_rounded<BN>(s, t, acc, (bf16 *)staged);
 }
 
 template <int KIND, int BN, bool GATHER>
@@ -420,7 +504,7 @@ static __device__ void consume(const GemmLaunch &l, Control *control, unsigned c
     wgmma_wait<0>();
     wgmma_keep(acc);
     if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
-    if (!idle) store_tile<KIND, BN, GATHER>(l, t, acc);
+    if (!idle) store_tile<KIND, BN, GATHER>(l, t, acc, control->staged[threadIdx.x / 32 - GROUP / 32]);
   }
 }
 

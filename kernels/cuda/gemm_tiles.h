@@ -21,12 +21,13 @@ enum {
   GEMM_SHARES = 132, // into how many shares the work is thought divided (an H100's multiprocessors); not the card's
                      //   own number, so that the result does not depend on it
   GEMM_SHARE_UNITS = 238, // most tiles of split groups, see gemm_tiles_build
-  GEMM_SHARE_DEPTH = 64   // rows that such parts are multiples of
+  GEMM_SHARE_DEPTH = 64,  // rows that such parts are multiples of,
+  GEMM_SHORTEST_PART = 8  //   and how many times as many they have at least
 };
 
 // A product as the kernels take it. The inner dimension may be cut into parts, each a tile of its own that stores its
-// plain fp32 sums to `partial`; another kernel adds them in order. gemm_rows: sides of one group only. gemm_weights
-// with several groups: a group whose rows are more than a multiprocessor's share of the launch, which the device finds
+// plain fp32 sums to `partial`; another kernel adds them in order. gemm_rows: sides of one group only, by their
+// capacity. gemm_weights: groups whose rows are more than a multiprocessor's share of the launch, which the device finds
 // out.
 typedef struct GemmLaunch {
   Gemm g;
@@ -54,7 +55,8 @@ typedef struct GemmTiles {
   int64_t partial[GEMM_MAX_GROUPS]; // by group: where its partial sums begin
   int16_t parts[GEMM_MAX_GROUPS];   // by group
   int16_t group[GEMM_MAX_GROUPS];   // by place
-  int share;                        // of a multiprocessor: tiles times GEMM_SHARE_DEPTH rows
+  int share;                        // rows that a part may have, over GEMM_SHARE_DEPTH
+  bool one_round;                   // no multiprocessor has more than one tile
 } GemmTiles;
 
 // One tile of C, and what is summed for it.
@@ -94,6 +96,13 @@ template <typename T> static __device__ inline void warp_running_sums(T *values,
   for (int i = begin; i < end; i++) values[i] = before += values[i];
 }
 
+// Into how many parts so many rows are cut: of at most `longest` GEMM_SHARE_DEPTHs, but not into shorter ones than are
+// worth sums of their own.
+static __device__ inline int gemm_even_parts(int count, int longest) {
+  int depth = ceil_div(count, GEMM_SHARE_DEPTH);
+  return max(1, min(ceil_div(depth, longest), depth / GEMM_SHORTEST_PART));
+}
+
 // Fills *t. All threads of the block take part; at least two warps of them.
 template <int KIND> static __device__ void gemm_tiles_build(const GemmLaunch &l, int bn, GemmTiles *t) {
   int groups = gemm_groups(l);
@@ -106,22 +115,31 @@ template <int KIND> static __device__ void gemm_tiles_build(const GemmLaunch &l,
   }
   __syncthreads();
   if (KIND == GEMM_TN && threadIdx.x < 32) {
+    int lane = (int)threadIdx.x;
     int64_t work = 0;
-    for (int i = threadIdx.x; i < groups; i += 32)
+    for (int i = lane; i < groups; i += 32)
       work += (int64_t)gemm_group_tiles<KIND>(l.g.side[gemm_group_side(l, i)], t->count[i], bn) *
               ceil_div(t->count[i], GEMM_SHARE_DEPTH);
 #pragma unroll
     for (int d = 16; d; d >>= 1) work += __shfl_xor_sync(0xffffffffu, work, d);
-    if (threadIdx.x == 0) t->share = (int)ceil_div64(work, GEMM_SHARES);
+    // A lane tries parts of up to 1 + lane / 64 shares: the shortest with which each multiprocessor has one at most.
+    int share = max(1, (int)ceil_div64(work, GEMM_SHARES)), longest = share + share * lane / 64, tiles = 0;
+    for (int i = 0; i < groups && tiles <= GEMM_SHARES; i++) {
+      int m = gemm_group_side(l, i), parts = l.parts[m] ? l.parts[m] : gemm_even_parts(t->count[i], longest);
+      tiles += gemm_group_tiles<KIND>(l.g.side[m], t->count[i], bn) * parts;
+    }
+    unsigned fits = __ballot_sync(0xffffffffu, tiles <= GEMM_SHARES);
+    if (lane == 0) t->one_round = fits != 0;
+    if (lane == (fits ? __ffs((int)fits) - 1 : 0)) t->share = longest;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < groups; i += blockDim.x) {
     int m = gemm_group_side(l, i), parts = l.parts[m];
     const GemmSide &s = l.g.side[m];
     if (KIND == GEMM_TN && parts == 0) {
-      // A tile longer than 1.3 shares is cut into parts of at most a share: at most 1.77 GEMM_SHARES such parts.
-      int depth = ceil_div(t->count[i], GEMM_SHARE_DEPTH);
-      parts = depth >= 16 && depth * 10LL > t->share * 13LL ? ceil_div(depth, t->share) : 1;
+      // In several rounds, a tile longer than 1.3 shares is cut: into at most 1.77 GEMM_SHARES such parts.
+      bool cut = t->one_round || ceil_div(t->count[i], GEMM_SHARE_DEPTH) * 10LL > t->share * 13LL;
+      parts = cut ? gemm_even_parts(t->count[i], t->share) : 1;
     }
     t->parts[i] = (int16_t)parts;
     t->partial[i] = parts > 1 ? parts * ((int64_t)gemm_tile_rows(&s, KIND) * s.N) : 0;
