@@ -2,7 +2,7 @@
 """Compares the engine with PyTorch on one GPU: the slow parts as ops of their own, and whole training steps.
 
     make bench-gpu                              everything, about eight minutes with PyTorch's compilation
-    tests/bench_gpu.py BUILD SECTION...         some of: adaln attention moe step:small step:medium step:base
+    tests/bench_gpu.py BUILD SECTION...         some of: adaln linear attention moe step:small step:medium step:base
 
 Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
 engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
@@ -164,14 +164,19 @@ class Table:
         return mine
 
 
-def ceilings(table):
+def ceilings(table, build):
+    """The copy is the faster one of PyTorch's and the engine's, which is cudaMemcpyAsync."""
     x = [torch.randn(1 << 28, device="cuda").to(torch.bfloat16) for _ in range(2)]
     copy = Timed([lambda: x[0].copy_(x[1])])
+    engine = Engine(build, {"T": 1024}, ["COPY"])
+    copies = {"PyTorch": 2 * x[0].nbytes / copy.round() * 1e3, "engine": 2 * (256 << 20) / engine.round("COPY") * 1e3}
+    engine.close()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = Timed([lambda: a @ b])
-    table.bandwidth = 2 * x[0].nbytes / copy.round() * 1e3
+    table.bandwidth = max(copies.values())
     table.flops = 2 * 8192**3 / product.round() * 1e3
-    print(f"\nceilings: copy {table.bandwidth / 1e12:.2f} TB/s (read and write)", end=", ")
+    rates = ", ".join(f"{whose} {rate / 1e12:.2f}" for whose, rate in copies.items())
+    print(f"\nceilings: copy {table.bandwidth / 1e12:.2f} TB/s (read and write; {rates})", end=", ")
     print(f"product of 8192^3 {table.flops / 1e12:.0f} TFLOP/s", flush=True)
 
 
@@ -230,6 +235,45 @@ def adaln(table, build):
         torch.cuda.empty_cache()
 
 
+# ---- projections ----------------------------------------------------------------------------------------------------
+
+# dim, widths of text and image rows, side of an image: base's qkv, output, shared experts; small's qkv
+LINEAR = ((2048, (3072, 3072), 16), (2048, (2048, 2048), 16), (2048, (2048, 4096), 16), (512, (1024, 1024), 8))
+
+
+def linear(table, build):
+    """PyTorch has the rows of text and image apart, and how many there are on the host. Weight gradients are fp32 where
+    its products can be."""
+    T = 16384
+    table.head(f"projections, weights by modality, {T} tokens; bare products, one call a modality")
+    products = {
+        "forward": ("LINEAR_FWD", lambda x, w, dy: F.linear(x, w)),
+        "input gradient": ("LINEAR_DGRAD", lambda x, w, dy: dy @ w),
+        "weight gradient": ("LINEAR_WGRAD", lambda x, w, dy: torch.mm(dy.t(), x, out_dtype=torch.float32)),
+    }
+    for C, out, side in LINEAR:
+        sizes = dict(T=T, C=C, side=side, I0=C, I1=C, O0=out[0], O1=out[1])
+        engine = Engine(build, sizes, [op for op, _ in products.values()])
+        rows = (engine.n_text, engine.n_image)
+        draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        n = copies_of(2 * T * (C + min(out)))
+        # of each copy and modality: x, w, dy
+        operands = [[(draw(r, C), draw(o, C), draw(r, o)) for r, o in zip(rows, out)] for _ in range(n)]
+        calls = lambda product: [lambda both=both: [product(*m) for m in both] for both in operands]
+        flops = sum(2.0 * r * C * o for r, o in zip(rows, out))
+        for name, (op, product) in products.items():
+            ways = {}
+            for library in ("cublas", "cublaslt"):
+                torch.backends.cuda.preferred_blas_library(library)
+                ways[library] = attempt(lambda: Timed(calls(product)))
+                if not ways[library] and op == "LINEAR_WGRAD":
+                    ways[library + " to bf16"] = attempt(lambda: Timed(calls(lambda x, w, dy: dy.t() @ x)))
+            table.row(f"{name}, {C} -> {out[0]}, {out[1]}", lambda: engine.round(op), ways, flops=flops)
+        engine.close()
+        del operands, ways
+        torch.cuda.empty_cache()
+
+
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 ATTENTION = ((32768, 16, 16, 128, 16), (32768, 16, 4, 128, 32), (8192, 16, 16, 128, 64), (32768, 16, 16, 64, 16))
@@ -252,15 +296,15 @@ def attention(table, build):
         inputs = [[leaf(H), leaf(G), leaf(G)] for _ in range(n)]
         arriving = [[draw(H)] for _ in range(n)]
         call = lambda q, k, v: (flex_attention(q, k, v, block_mask=mask, enable_gqa=H != G),)
-        ways = {
-            "flex": torch.compile(call, dynamic=False),
-            "flex autotuned": torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs"),
-        }
+        flex = torch.compile(call, dynamic=False)
+        # forward alone: to tune the backward pass takes minutes
+        tuned = torch.no_grad()(torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs"))
+        ways = {"flex": flex, "flex autotuned": tuned}
         name = f"T {T}, {H}/{G} x {D}, {side * side}-token images"
         forwards = {way: attempt(lambda f=f: Timed([lambda a=a: f(*a) for a in inputs])) for way, f in ways.items()}
         table.row(f"forward, {name}", lambda: engine.round("ATTENTION_FWD"), forwards, flops=4 * pairs * H * D)
         del forwards
-        backwards = {way: attempt(lambda f=f: Timed(backward_calls(f, inputs, arriving))) for way, f in ways.items()}
+        backwards = {"flex": attempt(lambda: Timed(backward_calls(flex, inputs, arriving)))}
         table.row(f"backward, {name}", lambda: engine.round("ATTENTION_BWD"), backwards, flops=10 * pairs * H * D)
         engine.close()
         del backwards
@@ -424,7 +468,7 @@ block masks ready on the device, the same number of text tokens in each. The eng
 AdamW states, EMA; data read, decoded and packed as it trains."""
 
 
-SECTIONS = {"adaln": adaln, "attention": attention, "moe": moe}
+SECTIONS = {"adaln": adaln, "linear": linear, "attention": attention, "moe": moe}
 
 
 def section(name, build):
@@ -437,7 +481,7 @@ def section(name, build):
     # backward passes are timed again and again on one forward pass
     torch._functorch.config.donated_buffer = False
     table = Table()
-    ceilings(table)
+    ceilings(table, build)
     SECTIONS[name](table, build)
 
 

@@ -17,6 +17,7 @@ TimedCall timed_call_new(const CudaCase *c, OpKind kind, const OpArgs *args, con
 double timed_call_seconds(const TimedCall *t);
 void timed_call_free(TimedCall *t);
 
-// Times a call and prints a line: against the floor that its FLOPs and the bytes it must move set.
+// Times a call and prints a line: against the floor that its FLOPs and the bytes it must move set; where the case's
+// backend has another way of the op in its table, against what that way's kernels read and write.
 void cuda_bench_call(const CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out);
 #endif

@@ -441,6 +441,22 @@ void run_swiglu(CudaCase *c, const CudaShape *shape) {
 
 // ---- heads and losses ----
 
+extern void cuda_HEAD_CE_rows(const KernelCall *call); // kernels/cuda/head.cu
+
+// Times the pass over the logits, which a comparison of the whole op covers.
+static void bench_head_rows(CudaCase *c, int chunk, Value h, Value wout) {
+  const Dims *d = &c->ops.dims;
+  const Backend *own = c->backend;
+  Backend part = *own;
+  part.fn[OP_HEAD_CE] = cuda_HEAD_CE_rows;
+  c->backend = &part;
+  cuda_case_variant(c, "%d targets, rows of %d logits alone", c->ops.batch.dims->n_target, d->V);
+  cuda_case_call(c, OP_HEAD_CE, ARGS(.head = {.chunk = chunk}), VALUES_IN(h, wout),
+                 VALUES_OUT(value_out(c, DT_REAL, d->T, 1), none, none, value_metrics(c),
+                            value_random(c, DT_REAL, chunk, d->V, 1)));
+  c->backend = own;
+}
+
 void run_heads(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
@@ -460,6 +476,7 @@ void run_heads(CudaCase *c, const CudaShape *shape) {
     cuda_case_call(c, OP_HEAD_CE, ARGS(.head = {.chunk = chunk, .accumulate = accumulate}), VALUES_IN(h, wout),
                    VALUES_OUT(value_out(c, DT_REAL, d->T, 1), loss_only ? none : value_out(c, DT_ACT, d->T, d->C),
                               loss_only ? none : gradient(c, d->V, d->C, accumulate), value_metrics(c), work));
+    if (c->bench && b->n_target <= chunk) bench_head_rows(c, chunk, h, wout);
   }
   cuda_case_variant(c, "%d targets", b->n_target);
   // It has the rows that are needed and no more; one where there are none, so that there is an operand.
@@ -472,11 +489,14 @@ void run_heads(CudaCase *c, const CudaShape *shape) {
 void run_flow(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
+  const Batch *b = &c->ops.batch;
   Value xhat = value_random(c, DT_ACT, d->T, d->P, 1);
-  xhat.used = (int64_t)c->ops.batch.dims->n_image * d->P;
+  xhat.used = 0;
+  for (int g = 1; g < b->dims->n_segments; g++)
+    if (b->seg_kind[g] == SEGMENT_NOISED) xhat.used += (int64_t)b->seg_len[g] * d->P;
   for (int loss_only = 0; loss_only < 2; loss_only++) {
     if (!cuda_case_wants(c, !loss_only)) continue;
-    cuda_case_variant(c, "%d images%s", c->ops.batch.dims->n_segments - 1, loss_only ? ", loss only" : "");
+    cuda_case_variant(c, "%d images%s", b->dims->n_segments - 1, loss_only ? ", loss only" : "");
     cuda_case_call(c, OP_FLOW_LOSS, ARGS(.flow = {.t_floor = 0.05}), VALUES_IN(xhat),
                    VALUES_OUT(loss_only ? none : value_out(c, DT_ACT, d->T, d->P),
                               value_out(c, DT_REAL, d->segments, 1), value_metrics(c)));

@@ -4,8 +4,9 @@
 //
 //   cuda_ops [--bench] [OP | FAMILY ...]    one line per op; exit code 1 when one fails, 2 without a GPU
 //
-// --bench times each op instead, at the size of a layer of the base config. The calls run in a child process: an op
-// that brings it down, or hangs, is reported and left out, and the others go on.
+// --bench times each op instead, at the size of a layer of the base config; products also at that of the small config.
+// The calls run in a child process: an op that brings it down, or hangs, is reported and left out, and the others go
+// on.
 #include "tests/cuda_families.h"
 
 #include "base/base.h"
@@ -25,12 +26,13 @@ typedef struct Family {
   double act_tolerance; // 0: ACT_TOLERANCE
   const char *mark;     // of its ops, where another family has them too
   bool apart;           // not for the ops' own sake: asked for by its name only, and not timed
+  bool both_timed;      // at all of cuda_bench_shapes: products, whose inner dimension decides what bounds them
 } Family;
 
 static const Family families[] = {
     {"copies", run_copies, {OP_COPY, OP_ZERO, OP_ADD, OP_CAST}, .n = 4},
     {"update", run_update, {OP_GRAD_NORM, OP_ADAMW, OP_EMA}, .n = 3},
-    {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, .n = 3},
+    {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, .n = 3, .both_timed = true},
     {"embedding", run_embedding, {OP_NOISE, OP_EMBED_FWD, OP_EMBED_BWD, OP_POOL_FWD, OP_POOL_BWD}, .n = 5},
     {"condition",
      run_conditions,
@@ -52,7 +54,8 @@ static const Family families[] = {
      run_experts,
      {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_COMBINE, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD,
       OP_EXPERT_UP_DGRAD, OP_EXPERT_UP_WGRAD},
-     .n = 7},
+     .n = 7,
+     .both_timed = true},
     {"experts_loop",
      run_experts,
      {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD, OP_EXPERT_UP_DGRAD,
@@ -120,8 +123,9 @@ static void run_family(const Run *run, int f) {
   backend.choose(&backend, family->choice);
   for (int k = 0; k < OP_COUNT; k++)
     if (!report->crashed[k]) report->of[k] = (OpReport){0};
-  const CudaShape *shapes = run->bench ? &cuda_bench_shape : cuda_shapes;
-  for (int s = 0; s < (run->bench ? 1 : n_cuda_shapes); s++) {
+  const CudaShape *shapes = run->bench ? cuda_bench_shapes : cuda_shapes;
+  const int timed = family->both_timed ? CUDA_BENCH_SHAPES : 1;
+  for (int s = 0; s < (run->bench ? timed : n_cuda_shapes); s++) {
     cuda_shape_open(&c, &shapes[s], (uint64_t)(f * 100 + s + 1));
     if (run->bench && family->mark) cuda_case_shape(&c, family->mark);
     family->run(&c, &shapes[s]);

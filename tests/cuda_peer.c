@@ -3,11 +3,12 @@
 //
 //   cuda_peer PACK_FILE KEY=VALUE... OP...    exit code 2 without a GPU
 //
-// Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), side (images are side x side patches). The pack is full:
-// documents of 32-96 text tokens, one image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE
-// receives its arrays as int32, one after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and
-// seg_len [n_segments]. Then it prints "ready"; each line "OP" is answered by a line with the median milliseconds of
-// one launch, out of a captured graph, over copies of the operands that together exceed the L2 cache.
+// Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), I0 I1 O0 O1 (LINEAR_*: widths of x and y by modality),
+// side (images are side x side patches). COPY copies 256 MiB. The pack is full: documents of 32-96 text tokens, one
+// image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE receives its arrays as int32, one
+// after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and seg_len [n_segments]. Then it prints
+// "ready"; each line "OP" is answered by a line with the median milliseconds of one launch, out of a captured graph,
+// over copies of the operands that together exceed the L2 cache.
 #include "data/packer.h"
 #include "tests/cuda_bench.h"
 
@@ -20,6 +21,7 @@ typedef struct Peer {
   TimedCall timed[OP_COUNT]; // graph NULL: not asked for
   bool wanted[OP_COUNT];
   int side;
+  int in[MODALITIES], out[MODALITIES];
 } Peer;
 
 // ---- the pack ----
@@ -84,6 +86,28 @@ static Value value_ones(CudaCase *c, int64_t n, float one) {
   Value v = value_random(c, DT_REAL, n, 1, 0);
   for (int64_t i = 0; i < n; i++) ((real *)v.data)[i] = (real)one;
   return v;
+}
+
+static void add_copy(Peer *p) {
+  const int64_t bytes = 256 << 20;
+  Value src = value_bytes(&p->c, case_bytes(&p->c.ops, (size_t)bytes, 0x5A), (size_t)bytes), dst = src;
+  dst.fresh = true;
+  add(p, OP_COPY, ARGS(.span = {.count = bytes}), VALUES_IN(src), VALUES_OUT(dst));
+}
+
+// Projections with weights for text rows and for image rows, without bias.
+static void add_linear(Peer *p) {
+  CudaCase *c = &p->c;
+  const int one[MODALITIES] = {1, 1};
+  OpArgs a = {.linear = {.extent = EXT_SPLIT, .in_dim = {p->in[0], p->in[1]}, .out_dim = {p->out[0], p->out[1]}}};
+  Value x = value_sided(c, DT_ACT, one, p->in, 1, true), dy = value_sided(c, DT_ACT, one, p->out, 1, true), w[2], dw[2];
+  for (int m = 0; m < 2; m++) {
+    w[m] = value_weight(c, p->out[m], p->in[m], p->in[m]);
+    dw[m] = value_out(c, DT_REAL, p->out[m], p->in[m]);
+  }
+  add(p, OP_LINEAR_FWD, a, VALUES_IN(x, w[0], w[1]), VALUES_OUT(value_sided(c, DT_ACT, one, p->out, 0, true)));
+  add(p, OP_LINEAR_DGRAD, a, VALUES_IN(dy, w[0], w[1]), VALUES_OUT(value_sided(c, DT_ACT, one, p->in, 0, true)));
+  add(p, OP_LINEAR_WGRAD, a, VALUES_IN(dy, x), VALUES_OUT(dw[0], dw[1]));
 }
 
 // The second site of a block: gate and residual of attention's branch, then LN and modulation.
@@ -164,9 +188,10 @@ static int *size_named(Peer *p, const char *key) {
   const struct {
     const char *key;
     int *size;
-  } sizes[] = {{"T", &d->T},     {"C", &d->C},     {"H", &d->H},      {"G", &d->G},     {"D", &d->D},
-               {"Z", &d->Z},     {"E0", &d->E[0]}, {"E1", &d->E[1]},  {"F0", &d->F[0]}, {"F1", &d->F[1]},
-               {"K0", &d->K[0]}, {"K1", &d->K[1]}, {"side", &p->side}};
+  } sizes[] = {{"T", &d->T},       {"C", &d->C},      {"H", &d->H},      {"G", &d->G},      {"D", &d->D},
+               {"Z", &d->Z},       {"E0", &d->E[0]},  {"E1", &d->E[1]},  {"F0", &d->F[0]},  {"F1", &d->F[1]},
+               {"K0", &d->K[0]},   {"K1", &d->K[1]},  {"I0", &p->in[0]}, {"I1", &p->in[1]}, {"O0", &p->out[0]},
+               {"O1", &p->out[1]}, {"side", &p->side}};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     if (strcmp(sizes[i].key, key) == 0) return sizes[i].size;
   fprintf(stderr, "cuda_peer: there is no size %s\n", key);
@@ -199,7 +224,10 @@ static void answer(const Peer *p) {
 
 int main(int argc, char **argv) {
   Report report = {0};
-  Peer p = {.c = {.backend = &backend_cuda, .report = &report, .wanted = p.wanted}, .side = 16};
+  Peer p = {.c = {.backend = &backend_cuda, .report = &report, .wanted = p.wanted},
+            .side = 16,
+            .in = {128, 128},
+            .out = {128, 128}};
   Dims *d = &p.c.ops.dims;
   Error err;
   if (argc < 4) {
@@ -233,6 +261,8 @@ int main(int argc, char **argv) {
   make_pack(&p);
   write_pack(&p, argv[1]);
   if (backend_cuda.open(&err) != 0) fatal(&err);
+  if (p.wanted[OP_COPY]) add_copy(&p);
+  if (any_wanted(&p, OP_LINEAR_FWD, OP_LINEAR_WGRAD)) add_linear(&p);
   if (any_wanted(&p, OP_ADALN_FWD, OP_ADALN_BWD)) add_adaln(&p);
   if (any_wanted(&p, OP_ATTENTION_FWD, OP_ATTENTION_BWD)) add_attention(&p);
   if (any_wanted(&p, OP_ROUTER_FWD, OP_EXPERT_UP_WGRAD)) add_experts(&p);

@@ -13,8 +13,8 @@ const CudaShape cuda_shapes[] = {
     {"demo", PACK_MIXED, ROUTE_ANY,
      {.T = 128, .segments = 12, .C = 128, .H = 4, .G = 2, .D = 32, .P = 192, .V = 512, .Z = 128, .L = 2,
       .E = BOTH(4, 4), .K = BOTH(2, 2), .F = BOTH(128, 192), .S = BOTH(0, 0)}},
-    {"least", PACK_MIXED, ROUTE_ANY,
-     {.T = 64, .segments = 6, .C = 128, .H = 1, .G = 1, .D = 32, .P = 48, .V = 512, .Z = 64, .L = 1,
+    {"least", PACK_MIXED, ROUTE_ANY, // but for a vocabulary that no block of HEAD_CE holds a row of
+     {.T = 64, .segments = 6, .C = 128, .H = 1, .G = 1, .D = 32, .P = 48, .V = 20000, .Z = 64, .L = 1,
       .E = BOTH(1, 2), .K = BOTH(1, 1), .F = BOTH(8, 16), .S = BOTH(8, 0)}},
     {"no filler", PACK_FULL, ROUTE_ANY,
      {.T = 259, .segments = 40, .C = 200, .H = 5, .G = 5, .D = 64, .P = 48, .V = 520, .Z = 72, .L = 1,
@@ -35,7 +35,7 @@ const CudaShape cuda_shapes[] = {
      {.T = 1000, .segments = 100, .C = 256, .H = 8, .G = 2, .D = 32, .P = 48, .V = 2048, .Z = 64, .L = 2,
       .E = BOTH(64, 16), .K = BOTH(4, 8), .F = BOTH(32, 40), .S = BOTH(0, 0)}},
     {"many experts", PACK_LONG, ROUTE_ANY, // more than one pass of the router's kernels takes
-     {.T = 900, .segments = 24, .C = 128, .H = 2, .G = 2, .D = 32, .P = 48, .V = 512, .Z = 64, .L = 1,
+     {.T = 900, .segments = 24, .C = 128, .H = 2, .G = 2, .D = 32, .P = 48, .V = 8000, .Z = 64, .L = 1,
       .E = BOTH(192, 72), .K = BOTH(8, 3), .F = BOTH(16, 24), .S = BOTH(0, 0)}},
     {"wide", PACK_FULL, ROUTE_ANY,
      {.T = 137, .segments = 16, .C = 4096, .H = 32, .G = 8, .D = 128, .P = 768, .V = 2048, .Z = 256, .L = 1,
@@ -51,10 +51,14 @@ const CudaShape cuda_shapes[] = {
       .E = BOTH(4, 4), .K = BOTH(2, 2), .F = BOTH(128, 192), .S = BOTH(64, 64)}},
 };
 
-const CudaShape cuda_bench_shape =
+const CudaShape cuda_bench_shapes[CUDA_BENCH_SHAPES] = {
     {"", PACK_TRAINING, ROUTE_ANY,
      {.T = 16384, .segments = 80, .C = 2048, .H = 16, .G = 4, .D = 128, .P = 768, .V = 16384, .Z = 512, .L = 20,
-      .E = BOTH(16, 8), .K = BOTH(4, 2), .F = BOTH(512, 1024), .S = BOTH(1024, 2048)}};
+      .E = BOTH(16, 8), .K = BOTH(4, 2), .F = BOTH(512, 1024), .S = BOTH(1024, 2048)}},
+    {"small", PACK_TRAINING, ROUTE_ANY,
+     {.T = 16384, .segments = 80, .C = 512, .H = 8, .G = 4, .D = 64, .P = 192, .V = 4096, .Z = 256, .L = 8,
+      .E = BOTH(8, 8), .K = BOTH(2, 2), .F = BOTH(384, 512), .S = BOTH(0, 0)}},
+};
 // clang-format on
 const int n_cuda_shapes = sizeof cuda_shapes / sizeof *cuda_shapes;
 

@@ -20,7 +20,9 @@ typedef struct CudaShape {
 
 extern const CudaShape cuda_shapes[];
 extern const int n_cuda_shapes;
-extern const CudaShape cuda_bench_shape; // a layer of the base config at 16384 tokens
+// A layer of the base config and one of the small config, both at 16384 tokens.
+enum { CUDA_BENCH_SHAPES = 2 };
+extern const CudaShape cuda_bench_shapes[CUDA_BENCH_SHAPES];
 
 // Sizes, pack and random stream of the case from a shape; the case's name too.
 void cuda_shape_open(CudaCase *c, const CudaShape *shape, uint64_t seed);
