@@ -51,8 +51,8 @@ template <int VEC_, int WARPS_> struct AdalnLayout {
   static constexpr int BLOCKS = 640 / THREADS;                            // of a multiprocessor, at least
 };
 
-// Calls launch(layout) with the layout of rows of C columns: at most 4 vectors a lane, so that many rows are on their way
-// at once.
+// Calls launch(layout) with the layout of rows of C columns: at most 4 vectors a lane, so that many rows are on their
+// way at once.
 template <class Launch> static void adaln_layout(int C, Launch launch) {
   if (C <= 256)
     launch(AdalnLayout<1, 1>());

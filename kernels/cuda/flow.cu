@@ -153,8 +153,8 @@ static __global__ void __launch_bounds__(LOSS_THREADS, 3)
   if (lane == 0) f.row_error[r] = sum;
 }
 
-// One block: seg_error, and the sums over segments into metrics. A warp has every LOSS_WARPS-th segment, 32 of them at a
-// time: a lane keeps one's numbers, all lanes add its rows.
+// One block: seg_error, and the sums over segments into metrics. A warp has every LOSS_WARPS-th segment, 32 of them at
+// a time: a lane keeps one's numbers, all lanes add its rows.
 static __global__ void __launch_bounds__(LOSS_THREADS)
     flow_total_kernel(const __grid_constant__ Batch b, const __grid_constant__ FlowLoss f) {
   __shared__ double flow_of[LOSS_WARPS], elements_of[LOSS_WARPS];

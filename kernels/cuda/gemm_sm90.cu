@@ -194,7 +194,8 @@ template <int BN> static __device__ inline void zero_tail(unsigned char *stage, 
 
 // Products lie in the accumulators as the instruction leaves them: of each 8 columns lane q of a quad of lanes has 2 q
 // and the next, of row (lane / 4) and of that 8 further down. Memory is accessed 16 bytes a lane: what is added is
-// exchanged within quads, what is stored goes through shared memory, so that 16 lanes have one row and whole lines go out.
+// exchanged within quads, what is stored goes through shared memory, so that 16 lanes have one row and whole lines go
+// out.
 
 // Lane q holds p[b] = M[q][b]; afterwards p[b] = M[b][q].
 static __device__ inline void transpose_quad(uint32_t p[4]) {

@@ -27,8 +27,8 @@ enum {
 
 // A product as the kernels take it. The inner dimension may be cut into parts, each a tile of its own that stores its
 // plain fp32 sums to `partial`; another kernel adds them in order. gemm_rows: sides of one group only, by their
-// capacity. gemm_weights: groups whose rows are more than a multiprocessor's share of the launch, which the device finds
-// out.
+// capacity. gemm_weights: groups whose rows are more than a multiprocessor's share of the launch, which the device
+// finds out.
 typedef struct GemmLaunch {
   Gemm g;
   int parts[MODALITIES];  // 0: as the counts want it
