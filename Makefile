@@ -193,7 +193,9 @@ gpu-tests: $(if $(HAVE_CUDA),train $(CUDA_TESTS) $(BUILD)/tests/cuda_calls.so)
 # CUPTI is a part of the toolkit that some distributions leave out: then its test is skipped.
 $(BUILD)/tests/cuda_calls.so: tests/cuda_calls.c | probes
 	@mkdir -p $(@D)
-	nvcc --shared -Xcompiler -fPIC,-Wall,-Wextra -o $@ $< -lcupti || echo 'no $@: there is no CUPTI'
+	@rm -f $@
+	@if echo '#include <cupti.h>' | nvcc -E -x cu - >/dev/null 2>&1; then \
+	  nvcc --shared -Xcompiler -fPIC,-Wall,-Wextra -o $@ $< -lcupti; else echo 'no $@: there is no CUPTI'; fi
 
 # ---- demos ----
 # Drawn shapes on a CPU; where there is a GPU, the small model on icons.

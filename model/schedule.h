@@ -16,6 +16,7 @@ void schedule_reloads(Program *p);
 // is wanted. A tensor that is read before anything has written it panics, naming op, operand and tensor.
 void schedule_lifetimes(Program *p);
 
-// Offsets of the arena's and the host slab's tensors from their lifetimes; arena_bytes, live_bytes, fullest, host_bytes.
+// Offsets of the arena's and the host slab's tensors from their lifetimes; arena_bytes, live_bytes, fullest,
+// host_bytes.
 void schedule_place(Program *p);
 #endif

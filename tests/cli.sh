@@ -98,7 +98,8 @@ grep -q 'kernels.moe_gemm change nothing on the cpu' "$dir/log"
 grep -q 'kernels.graph change nothing' "$dir/log"
 "$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" --memory offload \
   --trace "$dir/tuned/trace.json" 2>"$dir/log"
-# The trace, in a folder that was made first: every lane has ops, and those of the compute lane lie in their program.
+# The trace, in a folder that was made first: every lane has ops, those of the compute lane lie in
+# their program, and programs follow each other.
 "${PYTHON:-/usr/bin/python3}" - "$dir/tuned/trace.json" <<'P'
 import json, sys
 events = json.load(open(sys.argv[1]))["traceEvents"]
@@ -107,6 +108,7 @@ assert list(lanes.values()) == ["compute", "device to host", "host to device"], 
 slices = [(e["tid"], e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X"]
 programs = [s for s in slices if s[3].startswith(("train", "update"))]
 assert [p[3] for p in programs] == ["train first", "update with ema"], programs
+assert abs(programs[1][1] - programs[0][2]) < 0.01, programs
 ops = [s for s in slices if s not in programs]
 assert {op[0] for op in ops} == set(lanes)
 assert all(any(p[1] <= op[1] and op[2] <= p[2] for p in programs) for op in ops)

@@ -2,8 +2,9 @@
 //
 //   CUDA_INJECTION64_PATH=BUILD/tests/cuda_calls.so CUDA_CALLS=FILE ./train CONFIG ...
 //
-// FILE gets the names of all driver calls in their order, one a line, and of every graph when the GPU began and ended it
-// ("graph BEGIN END" in nanoseconds), which CUPTI knows only later: these lines come last. tests/run_gpu.sh reads it.
+// FILE gets the names of all driver calls in their order, one a line, and of every graph when the GPU began and ended
+// it ("graph BEGIN END" in nanoseconds), which CUPTI knows only later: these lines stand anywhere. tests/run_gpu.sh
+// reads it.
 #include <cupti.h>
 
 #include <stdio.h>
@@ -13,8 +14,7 @@ enum { BUFFER_BYTES = 1 << 20 };
 
 static FILE *out;
 
-static void call_noted(void *unused, CUpti_CallbackDomain domain, CUpti_CallbackId id,
-                       const CUpti_CallbackData *call) {
+static void call_noted(void *unused, CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUpti_CallbackData *call) {
   (void)unused, (void)domain, (void)id;
   if (call->callbackSite == CUPTI_API_ENTER) fprintf(out, "%s\n", call->functionName);
 }
@@ -38,7 +38,7 @@ static void buffer_filled(CUcontext context, uint32_t stream, uint8_t *buffer, s
 
 static void calls_end(void) {
   cuptiActivityFlushAll(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
-  fclose(out);
+  fflush(out); // left open: the program's own end may call the driver
 }
 
 // The driver calls this when it is first used.

@@ -20,8 +20,7 @@ struct Profile {
   KindCost kind[OP_COUNT];
   const char *trace_path;
   FILE *trace;
-  double trace_begin;          // host clock at the beginning of the traced step
-  double replay_began;         // likewise of the replay under way
+  double trace_end;            // seconds of the step that are in the trace
   double bandwidth, flop_rate; // what the device can do, per second; 0: not known
 };
 
@@ -47,7 +46,6 @@ static bool is_traced(const Profile *p, int64_t step) {
 
 OpTime *profile_times(Profile *p, int64_t step) {
   if (!p || step < p->first_step || (!p->table && !is_traced(p, step))) return NULL;
-  p->replay_began = time_now();
   return p->times;
 }
 
@@ -77,7 +75,6 @@ static int trace_open(Profile *p, Error *err) {
   p->trace = fopen(p->trace_path, "w");
   if (!p->trace)
     return error_set(err, "check the path and permissions", "--trace %s: %s", p->trace_path, strerror(errno));
-  p->trace_begin = p->replay_began;
   fprintf(p->trace,
           "{\"displayTimeUnit\": \"ms\", \"traceEvents\": [\n"
           "{\"ph\": \"M\", \"name\": \"process_name\", \"pid\": 1, \"args\": {\"name\": \"step %lld, %s\"}}",
@@ -98,12 +95,14 @@ static void trace_slice(FILE *f, Lane lane, const char *name, double begin, doub
           (int)lane, name, from / 1e3, (to - from) / 1e3);
 }
 
-// One replay: a slice of the program's name on the compute lane, and in it and beside it those of its ops.
+// One replay: a slice of the program's name on the compute lane, and in it and beside it those of its ops. It begins
+// where the replay before ended: what lies between the two is the reading of times.
 static void trace_replay(Profile *p, const Program *program, const Extents *x) {
-  double offset = p->replay_began - p->trace_begin, length = 0;
+  double offset = p->trace_end, length = 0;
   for (int i = 0; i < program->n_ops; i++) length = fmax(length, p->times[i].end);
   // A nanosecond longer than its last op: viewers add decimals, and of equal ends the inner one may come out later.
-  trace_slice(p->trace, LANE_COMPUTE, program->name, offset, offset + length + 1e-9);
+  p->trace_end += length + 1e-9;
+  trace_slice(p->trace, LANE_COMPUTE, program->name, offset, p->trace_end);
   if (x->text + x->image > 0) // of a pack
     fprintf(p->trace, "\"text rows\": %.0f, \"image rows\": %.0f, \"images\": %.0f", x->text, x->image, x->segments);
   fputs("}}", p->trace);

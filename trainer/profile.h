@@ -10,7 +10,8 @@
 typedef struct Profile Profile;
 
 // first: the first step to be timed, one that has nothing left to warm up. table: so is every step after it. trace: the
-// file for a trace of that step, or NULL; borrowed, as is the engine, whose training programs must be recorded.
+// file for a trace of that step, in which its replays follow each other without the reading of times between them, or
+// NULL; borrowed, as is the engine, whose training programs must be recorded.
 Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first);
 // Where the replay of a program in this step leaves its times; NULL: it is not timed. p may be NULL: then so are all.
 OpTime *profile_times(Profile *p, int64_t step);

@@ -68,6 +68,54 @@ static __device__ inline void fragment_load(uint32_t tile, int row, int k, uint3
     load_matrix_transposed(f, tile + tile_offset<false>(k + right * 8 + r, (row >> 3) + up));
 }
 
+// ---- the end of a tile: bias, add, rounding, SwiGLU either way ----
+
+// Columns col, col + 1 (col even) of a row of C from their products.
+static __device__ inline void gemm_store_pair(const GemmLaunch &l, const GemmSide &s, int64_t row, int col, float x,
+                                              float y) {
+  int64_t at = row * s.N + col;
+  if (s.bias) {
+    float2 b = __bfloat1622float2(*(const __nv_bfloat162 *)(s.bias + col));
+    x += b.x, y += b.y;
+  }
+  if (s.add) {
+    float2 b = __bfloat1622float2(*(const __nv_bfloat162 *)(s.add + at));
+    x += b.x, y += b.y;
+  }
+  if (l.g.c_float) {
+    *(float2 *)((float *)s.c + at) = make_float2(x, y);
+  } else {
+    __nv_bfloat162 rounded = __floats2bfloat162_rn(x, y);
+    *(__nv_bfloat162 *)((bf16 *)s.c + at) = rounded;
+    x = __low2float(rounded), y = __high2float(rounded);
+  }
+  if (s.act) s.act[at / 2] = __float2bfloat16_rn(swiglu(x, y));
+}
+
+// The (gate, up) pairs of columns col, col + 1 (col even) of a row.
+static __device__ inline uint2 gemm_pre_load(const GemmSide &s, int64_t row, int col) {
+  return *(const uint2 *)(s.swiglu.pre + (row * s.N + col) * 2);
+}
+
+// Stores dpre and sa of those columns from x, y = dA; returns <dA, a>.
+static __device__ inline float gemm_store_backward(const GemmSide &s, int64_t row, int col, float w, uint2 pre, float x,
+                                                   float y) {
+  int64_t at = row * s.N + col;
+  SwigluGrad g = swiglu_backward(__uint_as_float(pre.x << 16), __uint_as_float(pre.x & 0xffff0000u), x);
+  SwigluGrad h = swiglu_backward(__uint_as_float(pre.y << 16), __uint_as_float(pre.y & 0xffff0000u), y);
+  *(uint2 *)(s.swiglu.dpre + 2 * at) = make_uint2(pack2(w * g.dgate, w * g.dup), pack2(w * h.dgate, w * h.dup));
+  *(uint32_t *)(s.swiglu.sa + at) = pack2(w * g.a, w * h.a);
+  return x * g.a + y * h.a;
+}
+
+// Stores `dot`, summed over the quad of lanes that hold GEMM_DOT_COLUMNS columns of a row from `col`. All lanes take
+// part; `in`: row and column are the tile's.
+static __device__ inline void gemm_store_dot(const GemmSide &s, int64_t row, int col, bool in, float dot) {
+  dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+  dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+  if (in && (threadIdx.x & 3) == 0) s.swiglu.dot[(int64_t)(col / GEMM_DOT_COLUMNS) * s.rows + row] = dot;
+}
+
 // A warp's columns are GEMM_DOT_COLUMNS.
 static __device__ void tile_store_backward(const GemmSide &s, const GemmTile &t, float acc[4][4][4]) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = t.n + (warp >> 1) * 32;
@@ -251,7 +299,7 @@ static int side_inner(const GemmSide *s, int kind) {
 // unless none of them can ask for it: too few rows, or as many tiles as there are shares.
 static int side_parts(const GemmSide *s, int kind, int bn, int parts) {
   if (kind != GEMM_TN) return s->groups == 1 ? parts : 1;
-  bool whole = s->rows < 2 * GEMM_SHORTEST_PART * GEMM_SHARE_DEPTH;
+  bool whole = s->rows <= (2 * GEMM_SHORTEST_PART - 1) * GEMM_SHARE_DEPTH;
   whole |= s->groups == 1 && side_tiles(s, kind, bn) >= GEMM_SHARES;
   return whole ? 1 : 0;
 }

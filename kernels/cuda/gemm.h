@@ -61,7 +61,7 @@ void gemm_rows(const Gemm *g, cudaStream_t stream);
 void gemm_weights(const Gemm *g, cudaStream_t stream);
 
 // Bytes of g->scratch; they depend on groups, rows, M, N and K alone (pointers are not looked at). Usually 0 for
-// gemm_rows; not for gemm_weights, any of whose groups may turn out to be long.
+// gemm_rows; for gemm_weights only where no counts could make parts of a group worth while.
 size_t gemm_rows_scratch(const Gemm *g);
 size_t gemm_weights_scratch(const Gemm *g);
 #endif

@@ -152,7 +152,8 @@ static __device__ void produce(const GemmLaunch &l, const Maps &maps, Control *c
     const bf16 *rows[8];
     int a = -1, b = -1, next_a = -1, next_b = -1; // index entries of this pair of stages and of the next
     if (GATHER && KIND != GEMM_TN && gather_a) gather_rows(l, s, t, rows);
-    // Not before the consumers have begun with the tile: until then they store the last one.
+    // Not before the consumers have begun with the tile, if it is longer than the ring: until then they store the
+    // last one.
     const int begun = t.inner + min(stage_count(BN), ceil_div(t.inner_end - t.inner, BK) - 1) * BK;
     if (GATHER && KIND == GEMM_TN && gather_a) next_a = index_load(l, s.a_index, t.inner, t.inner_end);
     if (GATHER && KIND == GEMM_TN && gather_b) next_b = index_load(l, s.b_index, t.inner, t.inner_end);
@@ -214,14 +215,14 @@ static __device__ inline void transpose_quad(uint32_t p[4]) {
   }
 }
 
-// Rows of the thread's sums within the tile's side; both are read, also where they are not the tile's.
+// Rows of the thread's sums within the tile's side; both are read, so they are the tile's last where they would lie
+// behind it.
 typedef struct Rows {
-  int64_t row[2]; // clamped
-  bool in[2];
+  int64_t row[2];
 } Rows;
 static __device__ inline Rows rows_of(const GemmTile &t) {
   int row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2);
-  Rows r = {{min(row, t.m_end - 1), min(row + 8, t.m_end - 1)}, {row < t.m_end, row + 8 < t.m_end}};
+  Rows r = {{min(row, t.m_end - 1), min(row + 8, t.m_end - 1)}};
   return r;
 }
 
