@@ -5,6 +5,7 @@
 // in; b2, xnew, h out) and 2 more with a shared expert, backward 2 (K + 6) (K rows of dslot, the router's gradient,
 // dxnew, x, branch in; dx, dbranch out) and the sums over segments.
 #include "kernels/cuda/adaln_rows.h"
+#include "kernels/cuda/experts.h"
 
 #include <limits.h>
 
@@ -21,15 +22,13 @@ typedef struct Combine {
 static Combine combine_of(const KernelCall *c, const void *weights, const void *add) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  Route route;
-  route_bind(&route, d, (int32_t *)(uintptr_t)c->in[1]);
   Combine s = {};
-  s.slot = route.slot;
+  s.slot = route_of(c, 1).slot;
   s.weights = (const float *)weights;
   s.add = (const bf16 *)add;
   s.kmax = dims_kmax(d);
   for (int m = 0; m < MODALITIES; m++) {
-    s.y[m] = (const bf16 *)c->in[0] + two_sided_base(d->T, d->K, C, m);
+    s.y[m] = (const bf16 *)c->in[0] + slots_at(d, C, 1, m);
     s.K[m] = d->K[m];
   }
   return s;
@@ -43,7 +42,8 @@ static __device__ inline const bf16 *combine_slots(const Combine &s, int64_t r, 
   return r < n_text ? s.y[TEXT] : s.y[IMAGE];
 }
 
-// Assignments of a row, in registers of every thread.
+// Assignments of a row, in registers of every thread. `weights` below is the Combine's, or a NULL that the compiler
+// sees: the gradient's sum has none, and no registers for them.
 typedef struct Picks {
   int slot[TOGETHER];
   float weight[TOGETHER];

@@ -1,5 +1,5 @@
-// What the two ways of computing the experts share (experts.cu: grouped products; experts_loop.cu: a library product
-// an expert): where an op's routes and per-assignment buffers lie.
+// What the ops on assignments share (experts.cu: grouped products; experts_loop.cu: a library product an expert;
+// combine_adaln.cu): where an op's routes and per-assignment buffers lie.
 #ifndef TESSERA_CUDA_EXPERTS_H
 #define TESSERA_CUDA_EXPERTS_H
 

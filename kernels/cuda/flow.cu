@@ -39,7 +39,8 @@ static __device__ inline float uniform_of(uint32_t v) {
 }
 
 // philox_normal2 with approximate functions, whose error (about 2^-21, 6e-4 next to 0) is below what bf16 resolves of
-// noised pixels. The exact ones would take longer than the memory. fabsf: the error of a logarithm near 0 may have either sign.
+// noised pixels. The exact ones would take longer than the memory. fabsf: the error of a logarithm near 0 may have
+// either sign.
 static __device__ inline void normal2_approx(uint32_t a, uint32_t b, float *n0, float *n1) {
   float radius = sqrt_approx(fabsf(1.3862943611198906f * log2_approx(uniform_of(a)))), sine, cosine;
   __sincosf(6.2831853071795864769f * uniform_of(b), &sine, &cosine);

@@ -215,26 +215,17 @@ static __device__ inline void transpose_quad(uint32_t p[4]) {
   }
 }
 
-// Rows of the thread's sums within the tile's side; both are read, so they are the tile's last where they would lie
-// behind it.
-typedef struct Rows {
-  int64_t row[2];
-} Rows;
-static __device__ inline Rows rows_of(const GemmTile &t) {
-  int row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2);
-  Rows r = {{min(row, t.m_end - 1), min(row + 8, t.m_end - 1)}};
-  return r;
-}
-
 // Adds rows of `from` [., N] (bias: a single row) to the sums.
 template <int BN>
 static __device__ inline void add_rows(const GemmSide &s, const GemmTile &t, const bf16 *from, bool single,
                                        float (&acc)[BN / 2]) {
-  const Rows r = rows_of(t);
+  int first_row = t.m + ((int)threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2);
+  // Of the thread's sums; behind the tile's last row, that row again.
+  const int64_t rows[2] = {min(first_row, t.m_end - 1), min(first_row + 8, t.m_end - 1)};
   int column = t.n + (threadIdx.x & 3) * 8;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const bf16 *row = from + (single ? 0 : r.row[half] * s.N);
+    const bf16 *row = from + (single ? 0 : rows[half] * s.N);
     enum { BATCH = 4 }; // loads under way together
 #pragma unroll
     for (int first = 0; first < BN / 32; first += BATCH) {
@@ -281,6 +272,10 @@ template <int BN, int WIDTH> struct StoreSteps {
   }
   __device__ bool in(int step, int pass) const {
     return row_of(step, pass) < rows_end && column_of(step) < columns_end;
+  }
+  // Where that is in a tensor of N columns.
+  __device__ int64_t at(int step, int pass, int N) const {
+    return (int64_t)row_of(step, pass) * N + column_of(step);
   }
   // Nothing of the step is the tile's; the same for all lanes.
   __device__ bool empty(int step) const {
@@ -334,9 +329,7 @@ static __device__ inline void store_floats(const GemmLaunch &l, const GemmTile &
   auto load_old = [&](int step, float4 old[Steps::PASSES]) {
 #pragma unroll
     for (int i = 0; i < Steps::PASSES; i++)
-      old[i] = add && steps.in(step, i)
-                   ? *(const float4 *)(out + (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step))
-                   : make_float4(0, 0, 0, 0);
+      old[i] = add && steps.in(step, i) ? *(const float4 *)(out + steps.at(step, i, s.N)) : make_float4(0, 0, 0, 0);
   };
   float4 next[Steps::PASSES]; // loaded while the step before is stored
   load_old(0, next);
@@ -352,7 +345,7 @@ static __device__ inline void store_floats(const GemmLaunch &l, const GemmTile &
     for (int i = 0; i < Steps::PASSES; i++) {
       const float4 x = staged_floats(staged, i);
       if (!steps.in(step, i)) continue;
-      const int64_t at = (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step);
+      const int64_t at = steps.at(step, i, s.N);
       *(float4 *)(out + at) = make_float4(x.x + old[i].x, x.y + old[i].y, x.z + old[i].z, x.w + old[i].w);
       if (act) *(uint32_t *)(s.act + at / 2) = pack2(swiglu(x.x, x.y), swiglu(x.z, x.w));
     }
@@ -372,7 +365,7 @@ static __device__ inline void store_rounded(const GemmSide &s, const GemmTile &t
     for (int i = 0; i < Steps::PASSES; i++) {
       const uint4 v = staged_rounded(staged, i);
       const bool in = steps.in(step, i);
-      const int64_t at = (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step);
+      const int64_t at = steps.at(step, i, s.N);
       if (in) *(uint4 *)((bf16 *)s.c + at) = v;
       if (!s.act) continue;
       float x[8], a[4];
@@ -411,9 +404,8 @@ static __device__ inline void store_backward(const GemmSide &s, const GemmTile &
   auto load_pre = [&](int step, uint4 pre[Steps::PASSES]) {
 #pragma unroll
     for (int i = 0; i < Steps::PASSES; i++)
-      pre[i] = steps.in(step, i)
-                   ? *(const uint4 *)(s.swiglu.pre + 2 * ((int64_t)steps.row_of(step, i) * s.N + steps.column_of(step)))
-                   : make_uint4(0, 0, 0, 0);
+      pre[i] =
+          steps.in(step, i) ? *(const uint4 *)(s.swiglu.pre + 2 * steps.at(step, i, s.N)) : make_uint4(0, 0, 0, 0);
   };
   uint4 next[Steps::PASSES]; // loaded while the step before is stored
   load_pre(0, next);
@@ -437,7 +429,7 @@ static __device__ inline void store_backward(const GemmSide &s, const GemmTile &
       const float part = swiglu_backward4(x, da, w, dx, a);
       const bool in = steps.in(step, i);
       dot[i] = in ? part : 0;
-      const int64_t at = (int64_t)steps.row_of(step, i) * s.N + steps.column_of(step);
+      const int64_t at = steps.at(step, i, s.N);
       if (in) store8(s.swiglu.dpre + 2 * at, dx);
       if (in) store4(s.swiglu.sa + at, a);
     }
