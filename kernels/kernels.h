@@ -364,6 +364,8 @@ struct Backend {
   size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
   const Queues *queues;    // NULL: an op has run when its function returns (CPU)
   int (*open)(Error *err); // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.
+  double (*sheet_flops)(void);
   // What the device can do a second: bytes of a large copy, read and written; FLOPs by its data sheet. NULL: not known.
   void (*peaks)(double *bytes, double *flops);
   int64_t (*memory)(void);      // bytes that a run may plan with
