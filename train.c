@@ -1,8 +1,10 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
+#include "base/standard.h"
 #include "model/config.h"
 #include "model/config_history.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
+#include "trainer/signals.h"
 #include "trainer/trainer.h"
 
 #include <omp.h>
@@ -154,11 +156,10 @@ static int print_plan(const Config *c, Error *err) {
   int bad = !b || engine_record(&e, c, b, 1, err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
-    fflush(stdout);
-    bad = engine_check_budget(&e, err);
+    bad = standard_flush(err) != 0 || engine_check_budget(&e, err) != 0;
   }
   engine_free(&e);
-  return bad;
+  return bad ? -1 : 0;
 }
 
 int main(int argc, char **argv) {
@@ -166,12 +167,14 @@ int main(int argc, char **argv) {
   Config c;
   Error err;
   char *run = NULL;
+  standard_open();
   shorten_spinning(argv);
   if (options_parse(&o, argc, argv, &err) != 0) fatal(&err);
   if (o.help || (!o.config && !o.print_config)) {
     fputs(options_help, stdout);
     fputs("\n", stdout);
     config_help(stdout);
+    if (standard_flush(&err) != 0) fatal(&err);
     options_free(&o);
     return o.help ? 0 : 2;
   }
@@ -200,7 +203,9 @@ int main(int argc, char **argv) {
     trainer_close(t);
   }
   if (bad) fatal_code(&err, code);
+  if (standard_flush(&err) != 0) fatal(&err);
   free(run);
   options_free(&o);
+  signals_die();
   return 0;
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The command line: what must be refused is refused with exit code 2, a message and nothing created; what needs no data
 # works without any.
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -27,7 +27,8 @@ refused 'no/such.json' no/such.json
 refused 'train.lr' configs/demo.json --set train.lr=-1
 refused 'train.steps' configs/demo.json --set train.stepz=1
 CUDA_VISIBLE_DEVICES='' refused 'device cuda:' configs/demo.json --device cuda
-"$train" configs/demo.json --device cuda --print-config | grep -q 'run.device .*flag .*cuda'
+"$train" configs/demo.json --device cuda --print-config >"$dir/config"
+grep -q 'run.device .*flag .*cuda' "$dir/config"
 for flag in --from --init --dump --out --run-dir; do
   refused "$flag needs a value, and got --resume" configs/demo.json $flag --resume
 done
@@ -64,7 +65,22 @@ most=$(max_tokens --tokens 256)
 [ "$(max_tokens --tokens 8192)" = "$most" ]
 "$train" configs/demo.json --plan --set memory.budget_gb=0.1 --tokens "$most" >"$dir/plan"
 refused 'budget' configs/demo.json --plan --set memory.budget_gb=0.1 --tokens $((most + 64))
-"$train" --help | grep -q -- 'train.warmup_steps'
+"$train" --help >"$dir/help"
+grep -q -- 'train.warmup_steps' "$dir/help"
+
+# What is asked for and cannot be written is an error, on a full device as on a closed descriptor.
+unwritten() { # ARGS...
+  local rc to
+  for to in /dev/full closed; do
+    rc=0
+    if [ $to = closed ]; then "$train" "$@" >&- 2>"$dir/out" || rc=$?; else "$train" "$@" >$to 2>"$dir/out" || rc=$?; fi
+    [ $rc -eq 2 ] && grep -q 'error: cannot write to standard output' "$dir/out" && grep -q 'hint:' "$dir/out" ||
+      { echo "to $to: exit code $rc, expected 2 and an error from: $*" && cat "$dir/out" && exit 1; }
+  done
+}
+unwritten --help
+unwritten configs/demo.json --print-config
+unwritten configs/demo.json --plan
 
 # A short run, its lock and its refusal to be overwritten; then its uses.
 [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
@@ -79,6 +95,8 @@ grep -q '"flow"' "$dir/eval.json"
 "$train" "$dir/run" --sample "a small red circle" --out "$dir/one.png" 2>"$dir/log"
 "$train" "$dir/run" --describe "$dir/one.png" >"$dir/caption" 2>"$dir/log"
 printf 'a red square\na blue circle\n' | "$train" "$dir/run" --sample - --out "$dir/two.png" 2>"$dir/log"
+unwritten "$dir/run" --eval
+unwritten "$dir/run" --describe "$dir/one.png"
 [ -s "$dir/one.png" ]
 [ -s "$dir/two.png" ]
 refused 'cannot' "$dir/run" --describe no/such.png
@@ -115,4 +133,16 @@ assert all(any(p[1] <= op[1] and op[2] <= p[2] for p in programs) for op in ops)
 P
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
 [ -f "$dir/run/ckpt-3/state.json" ]
+
+# Closed descriptors: what is said goes nowhere, least of all into a file of the run.
+for closed in '2>&-' '<&- 2>&-' '<&- >&- 2>&-'; do
+  rm -rf "$dir/closed"
+  rc=0
+  (eval "exec $closed" && exec "$train" configs/demo.json --run-dir "$dir/closed" "${short[@]}" --steps 2) || rc=$?
+  said=$(grep -rlaE '^(step |eval of|run folder)' "$dir/closed" || true)
+  if [ $rc -ne 0 ] || [ -n "$said" ] || [ ! -f "$dir/closed/ckpt-2/state.json" ] ||
+    grep -qvE '^[0-9]+$' "$dir/closed/lock" || grep -qv '^{.*}$' "$dir/closed/metrics.jsonl"; then
+    echo "$closed: exit code $rc, the log is in: $said" && exit 1
+  fi
+done
 echo "command line: all as it should be"

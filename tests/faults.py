@@ -5,7 +5,7 @@ goes on to the same bits as one that nothing happened to.
     tests/faults.py [--kills N] [--leaks] [--train ./train] [--seed N]
 
 kill -9 at N random moments, half of them in the middle of a save; damaged, missing, foreign checkpoints; a full disk
-and a file-size limit; a run that diverges; SIGINT, SIGTERM and SIGHUP, once and twice, under nohup, and a log that
+and a file-size limit; a run that diverges; SIGINT, SIGTERM and SIGHUP, once and twice, in an evaluation, under nohup, and a log that
 nobody reads any more; two runs on one folder; images that cannot be decoded, counted over resumes; the time to start
 and to wait for data. --leaks: also 2,000 steps with flat memory and no descriptor lost. Standard library alone; exit
 code 1 on the first thing that is not as it should be. The last line says what was counted.
@@ -49,7 +49,7 @@ class Trainer:
 
     all = []
 
-    def __init__(self, run, *flags, tiny=True, within=(), limit=None, **keys):
+    def __init__(self, run, *flags, tiny=True, within=(), limit=None, ignored=(), **keys):
         sets = dict(self.tiny) if tiny else {}
         sets.update((name.replace("__", "."), value) for name, value in keys.items())
         command = [*within, str(self.binary), "configs/demo.json", "--run-dir", str(run), *map(str, flags)]
@@ -59,12 +59,15 @@ class Trainer:
         self.log_path = self.work / f"{self.run.name}.log"
         self.command = " ".join(command)
 
-        def set_limit():
+        def before():
+            # As in a terminal: these tests may run under nohup or in the background, where both are ignored.
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=set_limit)
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=before)
         self.all.append(self)
 
     def log(self):
@@ -344,7 +347,7 @@ def test_signals(work, reference, rng):
         trainer.wait_log(f"step +{rng.randrange(2, STEPS // 2)} ")
         trainer.signal(number)
         began = time.monotonic()
-        log = trainer.end(0, "stopped by a signal after step")
+        log = trainer.end(-number, "stopped by a signal after step")
         took = time.monotonic() - began
         step = int(re.search(r"stopped by a signal after step (\d+)", log)[1])
         check(step < STEPS and checkpoints(run) == [step], f"{run}: {checkpoints(run)} after step {step}")
@@ -355,11 +358,43 @@ def test_signals(work, reference, rng):
         trainer.wait_log(f"step +{step + 2} ")
         trainer.signal(signal.SIGTERM, signal.SIGINT)
         code = trainer.wait(10)
-        check(code in (130, 143), f"two signals at once: exit code {code}, expected 130 or 143")
+        check(code in (-signal.SIGTERM, -signal.SIGINT), f"two signals at once: exit code {code}, expected -15 or -2")
         verify(run, reference, step)
         Trainer(run, "--resume", "--stop-at", STEPS).end(0)
         same(run, STEPS, reference)
-    return "SIGINT and SIGTERM save, a second one stops at once"
+    return "SIGINT and SIGTERM save and end the process, a second one at once"
+
+
+def test_stop_in_evaluation(work, reference):
+    """An evaluation that would take hours is left at once, saved first, and the last one is owed still."""
+    run, slow = work / "evaluated", {"eval__sampler_steps": 1000, "eval__samples": 8, "eval__documents": 8,
+                                     "checkpoint__every": 0, "data__threads": 1}
+    def stop(*flags, **keys):
+        trainer = Trainer(run, *flags, **slow, **keys)
+        trainer.wait_log("image experts: ")  # the figures are said, drawing begins
+        time.sleep(0.1)
+        began = time.monotonic()
+        trainer.signal(signal.SIGTERM)
+        trainer.end(-signal.SIGTERM, "stopped by a signal after step")
+        took = time.monotonic() - began
+        check(took < 5, f"{took:.1f} s from a signal in the evaluation to the end")
+        check(not any("eval" in row for row in metrics(run)), f"{run}: an evaluation that was left is in metrics.jsonl")
+
+    stop("--stop-at", STEPS, eval__every=3)
+    check(checkpoints(run) == [3], f"{run}: {checkpoints(run)} after a signal in the evaluation at step 3")
+    same(run, 3, reference)
+    shutil.rmtree(run)
+    stop(train__steps=2)
+    check(checkpoints(run) == [2], f"{run}: {checkpoints(run)} after a signal in the last evaluation")
+    Trainer(run, "--resume", **{**slow, "train__steps": 2, "eval__sampler_steps": 2}).end(0, "drawings: ")
+    check([row["step"] for row in metrics(run) if "eval" in row] == [2], f"{run}: the evaluation is not made up for")
+
+    # SIGINT as a shell leaves it to a job in the background: ignored.
+    trainer = Trainer(run, "--from", run / "ckpt-2", "--stop-at", STEPS, ignored=(signal.SIGINT,), checkpoint__every=0)
+    trainer.wait_log("step +3 ")
+    trainer.signal(signal.SIGINT)
+    trainer.end(0)
+    return "a signal ends an evaluation too, and an ignored SIGINT nothing"
 
 
 def test_hangup(work, reference):
@@ -370,8 +405,10 @@ def test_hangup(work, reference):
         trainer.wait_log("step +2 ")
         trainer.signal(signal.SIGHUP)
         trainer.process.send_signal(signal.SIGHUP)
-        log = trainer.end(0)
+        code = trainer.wait(60)
+        log = trainer.log()
         stopped = re.search(r"stopped by a signal after step (\d+)", log)
+        check(code == (-signal.SIGHUP if stopped else 0), f"{run}: exit code {code}\n{log[-2000:]}")
         if stopped:
             break
         check(checkpoints(run)[-1] == STEPS, f"{run}: ended by SIGHUP, but not saved:\n{log[-2000:]}")
@@ -582,7 +619,8 @@ def main():
         tests = [
             (test_kills, reference, rng, options.kills, whole), (test_damage, reference, other, rng),
             (test_size_limit, reference), (test_full_disk, reference), (test_divergence, reference),
-            (test_signals, reference, rng), (test_hangup, reference), (test_lock, reference),
+            (test_signals, reference, rng), (test_stop_in_evaluation, reference), (test_hangup, reference),
+            (test_lock, reference),
             (test_bad_images, samples), (test_start,), (test_data_wait, samples),
         ]
         if options.leaks:

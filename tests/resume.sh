@@ -41,8 +41,8 @@ wait "$pid" || rc=$?
 pid=
 saved=$(cd "$dir/parts" && echo ckpt-*)
 first=${saved#ckpt-}
-if [ "$rc" -ne 0 ] || [ ! -f "$dir/parts/ckpt-$first/state.json" ]; then
-  echo "SIGTERM: exit code $rc and $saved, expected 0 and one checkpoint"
+if [ "$rc" -ne 143 ] || [ ! -f "$dir/parts/ckpt-$first/state.json" ]; then
+  echo "SIGTERM: exit code $rc and $saved, expected 143 and one checkpoint"
   tail -5 "$dir/log"
   exit 1
 fi

@@ -3,6 +3,7 @@
 #include "base/json.h"
 #include "data/loader.h"
 #include "trainer/forward.h"
+#include "trainer/signals.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -178,7 +179,8 @@ static int set_run(EvalSet *s, Error *err) {
   float *error = xmalloc((size_t)e->segments * sizeof *error); // [SEG]
   int taken = 0;
   for (int at = 0; at < s->n; at += taken) {
-    taken = forward_pack_fill(&pack, e, MODE_EVAL, s->list + at, s->n - at, EVAL_SEED, err);
+    int stopped = signals_check(err) != 0;
+    taken = stopped ? -1 : forward_pack_fill(&pack, e, MODE_EVAL, s->list + at, s->n - at, EVAL_SEED, err);
     if (taken < 0) break;
     const ModelProgram *m = &pack.program->m;
     engine_run(e, m, pack.block, NULL);

@@ -2,6 +2,7 @@
 
 #include "base/philox.h"
 #include "trainer/forward.h"
+#include "trainer/signals.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -156,9 +157,10 @@ static void group_velocity(DrawGroup *g, Engine *e, const float *z, double t, co
   for (int64_t i = 0; i < all; i++) v[i] = (u[i] + w * (c[i] - u[i]) - z[i]) * scale;
 }
 
-static void group_integrate(DrawGroup *g, Engine *e, const SamplerOptions *o) {
+static int group_integrate(DrawGroup *g, Engine *e, const SamplerOptions *o, Error *err) {
   int64_t all = g->images * g->elements;
   for (int s = 0; s < o->steps; s++) {
+    if (signals_check(err) != 0) return -1;
     double t = (double)s / o->steps, next = (double)(s + 1) / o->steps;
     float dt = (float)(next - t);
     group_velocity(g, e, g->z, t, o, g->v[0]);
@@ -170,6 +172,7 @@ static void group_integrate(DrawGroup *g, Engine *e, const SamplerOptions *o) {
     group_velocity(g, e, g->probe, next, o, g->v[1]);
     for (int64_t i = 0; i < all; i++) g->z[i] += dt * 0.5f * (g->v[0][i] + g->v[1][i]);
   }
+  return 0;
 }
 
 // z [n] as the normals of image `index`.
@@ -215,8 +218,8 @@ int sampler_draw(Engine *e, const Tokenizer *t, const char *const *captions, int
     failed = group_make(&g, e, t, captions + at, grid, err) != 0;
     if (!failed) {
       for (int i = 0; i < g.images; i++) noise_fill(g.z + i * g.elements, g.elements, seed, (uint64_t)(at + i));
-      group_integrate(&g, e, options);
-      for (int i = 0; i < g.images; i++)
+      failed = group_integrate(&g, e, options, err) != 0;
+      for (int i = 0; i < g.images && !failed; i++)
         drawn[at + i] = image_from_flow(g.z + i * g.elements, grid, e->config->model.patch);
     }
     at += g.images;
@@ -346,7 +349,7 @@ static int writing_run(Engine *e, const Tokenizer *t, Writing *w, int n, int fir
       list[open++] = &w[i].doc;
     }
     if (!open) break;
-    failed = forward_pack_fill(&pack, e, MODE_WRITE, list, open, 0, err) < 0;
+    failed = signals_check(err) != 0 || forward_pack_fill(&pack, e, MODE_WRITE, list, open, 0, err) < 0;
     if (failed) break;
     pack_next_logits(e, &pack, logits);
     for (int i = 0; i < open; i++) {

@@ -19,7 +19,8 @@ SamplerOptions sampler_options(const Config *c);
 // Draws n images of grid.rows x grid.columns patches from their captions (cut to data.max_caption tokens; an empty one
 // draws unconditionally). z starts as normals of (seed, image index, STREAM_SAMPLE) and follows
 // v = (x^ - z) / max(1 - t, t_floor), with Heun's method and a last Euler step, or Euler's. out [n] is filled with new
-// images (free with image_free). -1 with *err set, out untouched, when an image and its caption do not fit the engine.
+// images (free with image_free). -1 with *err set, out untouched, when an image and its caption do not fit the engine,
+// or when a signal asks to stop (trainer/signals.h).
 int sampler_draw(Engine *e, const Tokenizer *t, const char *const *captions, int n, ImageGrid grid, uint64_t seed,
                  const SamplerOptions *options, Image *out, Error *err);
 
@@ -32,7 +33,7 @@ typedef struct WriterOptions {
 WriterOptions writer_options(const Config *c);
 
 // Writes captions for n images, whose sides are multiples of the patch (image_fit). out [n] receives malloc'd strings.
-// -1 with *err set, out untouched, when an image does not fit.
+// -1 with *err set, out untouched, when an image does not fit or a signal asks to stop.
 int sampler_describe(Engine *e, const Tokenizer *t, const Image *images, int n, uint64_t seed,
                      const WriterOptions *options, char **out, Error *err);
 

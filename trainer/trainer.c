@@ -6,46 +6,14 @@
 #include "trainer/profile.h"
 #include "trainer/report.h"
 #include "trainer/run_folder.h"
+#include "trainer/signals.h"
 
 #include <inttypes.h>
 #include <libgen.h>
 #include <math.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-// Set by the first signal to end: finish the step, save, leave. After it SIGINT and SIGTERM stop at once.
-static volatile sig_atomic_t stop_asked;
-
-static void ask_stop(int signal_number) {
-  if (stop_asked) _exit(128 + signal_number);
-  stop_asked = 1;
-}
-
-// The terminal or the reader of the log is gone. Both may say so several times (the kernel and the shell each send
-// SIGHUP, every lost line brings SIGPIPE), which asks for no more haste than once.
-static void note_hangup(int signal_number) {
-  (void)signal_number;
-  stop_asked = 1;
-}
-
-static void catch_hangup(int signal_number) {
-  struct sigaction hangup = {.sa_handler = note_hangup, .sa_flags = SA_RESTART}, before;
-  // One that is ignored stays so: nohup lets a run outlive its terminal.
-  if (sigaction(signal_number, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-    sigaction(signal_number, &hangup, NULL);
-}
-
-static void catch_signals(void) {
-  // A signal that comes while a checkpoint is written must not make that fail.
-  struct sigaction stop = {.sa_handler = ask_stop, .sa_flags = SA_RESTART}, ignore = {.sa_handler = SIG_IGN};
-  sigaction(SIGINT, &stop, NULL);
-  sigaction(SIGTERM, &stop, NULL);
-  catch_hangup(SIGHUP);
-  catch_hangup(SIGPIPE);
-  sigaction(SIGXFSZ, &ignore, NULL); // a file at its size limit is an error like a full disk
-}
 
 // ---- opening ----
 
@@ -366,30 +334,32 @@ static int save(Trainer *t, Loader *loader, int last, Error *err) {
   return -1;
 }
 
+// The line of the figures comes last: a run that is killed or stopped in its evaluation owes it still.
 static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
   Evaluation figures;
   trainer_load_items(t);
   if (trainer_measure(t, &figures, err) != 0) return -1;
-  report_evaluation(report, &figures, t->state.step);
   if (t->config->eval.samples > 0 && t->n_held_out + t->n_training > 0) {
     char *path = xasprintf("%s/samples/step-%06lld.png", t->run, (long long)t->state.step);
     if (trainer_write_sheet(t, path, err) == 0) {
       log_info("drawings: %s", path);
       report_drawings(report, path, t->state.step);
-    } else {
+    } else if (!signals_stop()) {
       log_warn("no drawings: %s", err->text); // a picture is not worth a run
     }
     free(path);
   }
-  return last ? trainer_read_captions(t, 8, err) : 0;
+  if (signals_check(err) != 0 || (last && trainer_read_captions(t, 8, err) != 0)) return -1;
+  report_evaluation(report, &figures, t->state.step);
+  return 0;
 }
 
-// The quality figures and drawings of the EMA, where there is one.
+// The quality figures and drawings of the EMA, where there is one. One that a signal stops is no failure.
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   engine_use_ema(&t->engine, 1);
   int bad = evaluate_weights(t, report, last, err);
   engine_use_ema(&t->engine, 0);
-  return bad;
+  return signals_stop() ? 0 : bad;
 }
 
 // Where this run stops: the schedule's last step, or the one of --stop-at.
@@ -406,22 +376,21 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profil
   while (t->state.step < end) {
     if (train_step(t, loader, report, profile, err) != 0) return -1;
     int64_t done = t->state.step;
-    int last = done == c->train.steps, stopping = stop_asked, leaving = stopping || done == end;
+    int last = done == c->train.steps, leaving = signals_stop() || done == end, saved = 0;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
     int evaluation_due = last || (c->eval.every && done % c->eval.every == 0);
     if (!leaving && !save_due && !evaluation_due) continue;
     if (collect_step(t, report, err) != 0) return -1;
     // Saved before it is evaluated: an evaluation takes long enough to be killed in. Not while steps are being skipped:
     // good checkpoints would make way for the state that may be the cause.
-    if (leaving || (save_due && !t->state.optimizer.skipped_in_row))
+    if (leaving || (save_due && !t->state.optimizer.skipped_in_row)) {
       if (save(t, loader, leaving, err) != 0) return -1;
-    if (!stopping && evaluation_due)
-      if (evaluate_step(t, report, last, err) != 0) return -1;
-    t->clock = time_now();
-    if (stopping) {
-      log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)done);
-      return 0;
+      saved = 1;
     }
+    if (evaluation_due && !signals_stop() && evaluate_step(t, report, last, err) != 0) return -1;
+    t->clock = time_now();
+    if (!signals_stop()) continue;
+    return saved ? 0 : save(t, loader, 1, err); // unsaved: it came in the evaluation
   }
   return 0;
 }
@@ -434,7 +403,7 @@ int trainer_train(Trainer *t, Error *err) {
     log_info("%s is already at step %lld of %d: nothing to do", t->run, (long long)from, c->train.steps);
     return 0;
   }
-  catch_signals();
+  signals_catch();
   t->lock = run_folder_prepare(t->run, c, t->options, t->tokenizer, from, err);
   if (t->lock < 0) return -1;
   Loader *loader = open_loader(t, err);
@@ -451,6 +420,8 @@ int trainer_train(Trainer *t, Error *err) {
   report_close(report);
   Error unwritten;
   if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;
+  if (!bad && signals_stop())
+    log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)t->state.step);
   LoaderStats stats = loader_stats(loader);
   if (!bad && stats.packs)
     log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,

@@ -13,9 +13,10 @@ typedef struct Trainer Trainer;
 Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error *err);
 void trainer_close(Trainer *t);
 
-// Trains to train.steps or --stop-at, with evaluations, grids and checkpoints on the way; on SIGINT, SIGTERM,
-// SIGHUP or SIGPIPE finishes the step, saves and returns. Locks and fills the run's folder. Returns 0; -1 with *err
-// when it could not begin; 1 with *err when a step, a checkpoint or an evaluation failed.
+// Trains to train.steps or --stop-at, with evaluations, grids and checkpoints on the way; on SIGINT, SIGTERM, SIGHUP or
+// SIGPIPE finishes the step, or leaves the evaluation, saves and returns: signals_die then ends the process. Locks and
+// fills the run's folder. Returns 0; -1 with *err when it could not begin; 1 with *err when a step, a checkpoint or an
+// evaluation failed.
 int trainer_train(Trainer *t, Error *err);
 // --dump: one step. Without a checkpoint every parameter is made random first, since at initialisation almost every
 // gradient is zero.
