@@ -54,6 +54,24 @@ void op_case_init(OpCase *c, uint64_t seed) {
   }
 }
 
+void op_case_init_large(OpCase *c, int number) {
+  op_case_init(c, 9000 + (uint64_t)number);
+  Dims *d = &c->dims;
+  d->T = (const int[LARGE_CASES]){331, 407, 290}[number];
+  d->C = (const int[LARGE_CASES]){133, 70, 195}[number]; // blocks of 64
+  d->Z = 67;
+  d->V = (const int[LARGE_CASES]){270, 90, 131}[number];
+  d->P = 3 * 25;
+  d->L = 1;
+  d->M = 8 * d->C; // blocks of 256
+  d->segments = 24;
+  c->image_side = 11;
+}
+
+bool op_case_is_large(const OpCase *c) {
+  return c->image_side > 4;
+}
+
 void op_case_free(OpCase *c) {
   for (int i = 0; i < c->n_owned; i++) free(c->owned[i]);
   free(c->owned);
@@ -157,7 +175,8 @@ static void doc_end(Layout *l) {
 static bool put_document(Layout *l, PackKind pack) {
   OpCase *c = l->c;
   int left = c->dims.T - l->used, left_segments = c->dims.segments - 1 - l->segments;
-  int h = case_int(c, 1, 4), w = case_int(c, 1, 4), n = case_int(c, 1, 9);
+  int side = c->image_side ? c->image_side : 4;
+  int h = case_int(c, 1, side), w = case_int(c, 1, side), n = case_int(c, 1, 9);
   int kind = pack == PACK_TEXT ? case_int(c, 0, 1) : pack == PACK_IMAGE ? 2 : case_int(c, 0, 6);
   int images = kind < 2 ? 0 : kind == 6 ? 3 : 1, need = 3 * n + 12 + images * h * w;
   if (left < need || left_segments < images) return false;
@@ -379,6 +398,34 @@ bool same_bits(const void *a, const void *b, size_t bytes) {
   return memcmp(a, b, bytes) == 0;
 }
 
+// The same along a random direction of length 1: a wrong block of a large gradient is as visible as a wrong gradient of
+// that size. Relative to what a direction finds on average, |grad| / sqrt(n).
+static double direction_error(OpCase *c, double (*loss)(void *), void *context, double *x, const real *grad,
+                              int64_t n) {
+  const double h = 1e-3;
+  double *kept = xmalloc((size_t)n * sizeof *kept), *direction = xmalloc((size_t)n * sizeof *direction);
+  double squares = 0, got = 0, size = 0, side[2];
+  for (int64_t i = 0; i < n; i++) {
+    direction[i] = case_normal(c);
+    squares += direction[i] * direction[i];
+  }
+  memcpy(kept, x, (size_t)n * sizeof *kept);
+  for (int64_t i = 0; i < n; i++) {
+    direction[i] /= sqrt(squares);
+    got += (double)grad[i] * direction[i];
+    size += (double)grad[i] * (double)grad[i];
+  }
+  for (int s = 0; s < 2; s++) {
+    for (int64_t i = 0; i < n; i++) x[i] = kept[i] + (s ? -h : h) * direction[i];
+    side[s] = loss(context);
+  }
+  memcpy(x, kept, (size_t)n * sizeof *kept);
+  free(kept);
+  free(direction);
+  double want = (side[0] - side[1]) / (2 * h), scale = fmax(sqrt(size / (double)n), fabs(want));
+  return scale > 0 ? fabs(got - want) / scale : 0;
+}
+
 double gradient_error(OpCase *c, double (*loss)(void *), void *context, double *x, const real *grad, int64_t n,
                       int max_checked) {
   const double h = 1e-5;
@@ -397,6 +444,10 @@ double gradient_error(OpCase *c, double (*loss)(void *), void *context, double *
     got[k] = grad[i];
   }
   double error = relative_error(got, want, checked);
+  for (int k = 0; k < 3 && checked < n; k++) {
+    double along = direction_error(c, loss, context, x, grad, n);
+    if (!(along <= error)) error = along; // NaN too
+  }
   free(got);
   free(want);
   return error;

@@ -22,6 +22,7 @@ typedef enum PackKind {
 typedef struct OpCase {
   Dims dims;
   Batch batch;
+  int image_side; // patches of an image's side, at most; 0: 4
   uint64_t rng;
   void **owned;
   int n_owned;
@@ -36,6 +37,11 @@ double case_normal(OpCase *c);
 // Small random sizes, odd ones included. All of T, C, V, Z, .. may be overwritten before op_case_pack; keep H a
 // multiple of G, D even, K[m] <= E[m], M = 6CL + 2C.
 void op_case_init(OpCase *c, uint64_t seed);
+// Sizes beyond every block that a kernel cuts its work into, the last block of each an odd rest: 2 blocks of rows and
+// columns at least, images larger than a block of rows too. The router's blocks of 512 columns are for its own test.
+enum { LARGE_CASES = 3 };
+void op_case_init_large(OpCase *c, int number); // 0 .. LARGE_CASES - 1
+bool op_case_is_large(const OpCase *c);
 // Builds the pack for c->dims. May be called again, after changing the sizes too.
 void op_case_pack(OpCase *c, PackKind kind);
 void op_case_free(OpCase *c);
@@ -68,7 +74,7 @@ bool same_bits(const void *a, const void *b, size_t bytes);
 
 // Relative error of `grad` = d loss / d x against central differences with step 1e-5 of a scalar function that reads x,
 // which is perturbed and restored. `loss` computes in double: a reference, or in the double build the op itself. When
-// n exceeds max_checked, that many random elements are compared.
+// n exceeds max_checked, that many random elements are compared, and all of them along random directions.
 double gradient_error(OpCase *c, double (*loss)(void *), void *context, double *x, const real *grad, int64_t n,
                       int max_checked);
 

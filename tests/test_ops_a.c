@@ -15,6 +15,21 @@
 enum { CASES = 20, CHECKED = 60 };
 static const int ONE[MODALITIES] = {1, 1};
 
+// Case number `round` of a test, with its pack: `small` of small sizes, then the large ones.
+static void make_case(OpCase *c, int round, int small) {
+  static const PackKind large[LARGE_CASES] = {PACK_MIXED, PACK_TEXT, PACK_FULL};
+  if (round < small)
+    op_case_init(c, (uint64_t)round);
+  else
+    op_case_init_large(c, round - small);
+  op_case_pack(c, round < small ? (PackKind)(round % PACK_KINDS) : large[round - small]);
+}
+
+// Elements of a gradient that are compared one by one; every one counts along random directions.
+static int checked(const OpCase *c) {
+  return op_case_is_large(c) ? 6 : CHECKED;
+}
+
 #define assert_close(got, want, n) assert_true(relative_error(got, want, n) < CASE_TOL)
 
 // A reference: fn computes out[] from in[], both in double; loss = sum of <seed, out>.
@@ -50,7 +65,7 @@ static void ref_output(Ref *f, int k, int64_t n, const real *seed) {
 }
 
 static void assert_gradient(Ref *f, int k, const real *grad, int64_t n) {
-  assert_true(gradient_error(f->c, ref_loss, f, f->in[k], grad, n, CHECKED) < CASE_GRAD_TOL);
+  assert_true(gradient_error(f->c, ref_loss, f, f->in[k], grad, n, checked(f->c)) < CASE_GRAD_TOL);
 }
 
 // NaN in rows [from, to) of a [., width] tensor.
@@ -159,10 +174,11 @@ static void assert_zero_outside(const OpCase *c, Extent extent, const int width[
 
 static void linear_case(OpCase *c, Extent extent, int same_width, int with_bias) {
   OpArgs a = {.linear = {.extent = extent}}, add = a;
-  int *in = a.linear.in_dim, *out = a.linear.out_dim;
+  int *in = a.linear.in_dim, *out = a.linear.out_dim, large = op_case_is_large(c);
+  int least = large ? 65 : 1, most = large ? 100 : 40;
   for (int m = 0; m < (extent == EXT_SPLIT ? 2 : 1); m++) {
-    in[m] = m && same_width ? in[0] : case_int(c, 1, 40);
-    out[m] = m && same_width ? out[0] : case_int(c, 1, 40);
+    in[m] = m && same_width ? in[0] : case_int(c, least, most);
+    out[m] = m && same_width ? out[0] : case_int(c, least, most);
   }
   if (extent == EXT_SPLIT && !same_width) (case_int(c, 0, 1) ? in : out)[case_int(c, 0, 1)] = 0;
   add = a;
@@ -211,10 +227,9 @@ static void linear_case(OpCase *c, Extent extent, int same_width, int with_bias)
 
 static void test_linear(void **state) {
   (void)state;
-  for (int round = 0; round < 2 * CASES; round++) {
+  for (int round = 0; round < 2 * CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    make_case(&c, round, 2 * CASES);
     int same = case_int(&c, 0, 1);
     linear_case(&c, EXT_ROWS, 1, 0);
     linear_case(&c, EXT_SPLIT, same, same && case_int(&c, 0, 1));
@@ -244,10 +259,9 @@ static void ref_embed(Ref *f) { // E, image rows -> x, pooled
 
 static void test_embed(void **state) {
   (void)state;
-  for (int round = 0; round < 2 * CASES; round++) {
+  for (int round = 0; round < 2 * CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    make_case(&c, round, 2 * CASES);
     const BatchDims *b = c.batch.dims;
     int64_t C = c.dims.C, n = c.dims.T * C, nE = c.dims.V * C, ns = c.dims.segments * C;
     int64_t used = b->n_text + b->n_image;
@@ -285,10 +299,9 @@ static void test_embed(void **state) {
 
 static void test_noise(void **state) {
   (void)state;
-  for (int round = 0; round < CASES; round++) {
+  for (int round = 0; round < CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    make_case(&c, round, CASES);
     const Batch *b = &c.batch;
     int64_t P = c.dims.P, n = c.dims.T * P, image = b->dims->n_text, end = image + b->dims->n_image;
     double *want = case_zeros(&c, n);
@@ -376,7 +389,7 @@ static void cond_case(OpCase *c) {
   void *grads[OP_MAX_OUT] = {dc, case_poison(c, 2 * Z)};
   op_run(c, OP_COND_BWD, span_args(0, 0), OP_IN(da, sum), grads);
   assert_true(all_zero(dc, Z) && all_zero(dc + used, n - used));
-  if (used > Z) assert_true(gradient_error(c, ref_loss, &f, f.in[0] + Z, dc + Z, used - Z, CHECKED) < CASE_GRAD_TOL);
+  if (used > Z) assert_true(gradient_error(c, ref_loss, &f, f.in[0] + Z, dc + Z, used - Z, checked(c)) < CASE_GRAD_TOL);
   assert_gradient(&f, 2, grads[1], 2 * Z);
   assert_accumulates(c, OP_COND_BWD, span_args(0, 1), OP_IN(da, sum), grads, (int64_t[OP_MAX_OUT]){n, 2 * Z}, 2);
 }
@@ -418,10 +431,9 @@ static void time_case(OpCase *c) {
 
 static void test_condition(void **state) {
   (void)state;
-  for (int round = 0; round < CASES; round++) {
+  for (int round = 0; round < CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    make_case(&c, round, CASES);
     silu_case(&c);
     cond_case(&c);
     mod_case(&c);
@@ -494,10 +506,10 @@ static void adaln_case(OpCase *c, int with_branch, int with_dxnew, int silu_imag
   const real *from = a.adaln.x_is_new ? xnew : x;
   op_run(c, OP_ADALN_BWD, a, OP_IN(dh, dxnew, from, branch, mod, mean, rstd), OP_OUT(dx, dbranch, dmod));
   assert_true(all_zero(dx + used * C, n - used * C));
-  assert_true(gradient_error(c, ref_loss, &f, f.in[0], dx, used * C, CHECKED) < CASE_GRAD_TOL);
+  assert_true(gradient_error(c, ref_loss, &f, f.in[0], dx, used * C, checked(c)) < CASE_GRAD_TOL);
   if (branch) {
     assert_true(all_zero(dbranch + used * C, n - used * C));
-    assert_true(gradient_error(c, ref_loss, &f, f.in[1], dbranch, used * C, CHECKED) < CASE_GRAD_TOL);
+    assert_true(gradient_error(c, ref_loss, &f, f.in[1], dbranch, used * C, checked(c)) < CASE_GRAD_TOL);
   }
   for (int64_t i = 0; i < nm; i++) { // other columns and rows keep their bits; the gradient there is zero
     int64_t column = i % M - site;
@@ -506,21 +518,23 @@ static void adaln_case(OpCase *c, int with_branch, int with_dxnew, int silu_imag
     assert_true(same_bits(&dmod[i], &before[i], sizeof dmod[i]));
     dmod[i] = 0;
   }
-  assert_true(gradient_error(c, ref_loss, &f, f.in[2], dmod, used_mod, 4 * CHECKED) < CASE_GRAD_TOL);
+  assert_true(gradient_error(c, ref_loss, &f, f.in[2], dmod, used_mod, 4 * checked(c)) < CASE_GRAD_TOL);
   if (used) assert_true(norm_of(dmod, nm) > 0);
 }
 
 static void test_adaln(void **state) {
   (void)state;
-  for (int round = 0; round < 2 * CASES; round++) {
+  for (int round = 0; round < 2 * CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    if (round % 4 == 0) { // more than one block of columns
+    make_case(&c, round, 2 * CASES);
+    if (round % 4 == 0 && !op_case_is_large(&c)) { // more than one block of columns
       c.dims.C = case_int(&c, 65, 140);
       c.dims.L = 1;
       c.dims.M = 8 * c.dims.C;
+      op_case_pack(&c, (PackKind)(round % PACK_KINDS));
     }
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    for (int branch = 0; branch < 2 && op_case_is_large(&c); branch++)
+      adaln_case(&c, branch, branch, !branch, case_int(&c, 0, 1));
     adaln_case(&c, case_int(&c, 0, 1), case_int(&c, 0, 1), case_int(&c, 0, 1), case_int(&c, 0, 1));
     op_case_free(&c);
   }
@@ -544,10 +558,9 @@ static void ref_head(Ref *f) { // h, wout -> nll, logits of the target rows
 
 static void test_head(void **state) {
   (void)state;
-  for (int round = 0; round < 2 * CASES; round++) {
+  for (int round = 0; round < 2 * CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    make_case(&c, round, 2 * CASES);
     const BatchDims *b = c.batch.dims;
     int64_t T = c.dims.T, C = c.dims.C, V = c.dims.V, n = T * C;
     OpArgs a = {.head = {.chunk = round % 3 ? case_int(&c, 1, 20) : (int)T}}, add = a;
@@ -577,7 +590,7 @@ static void test_head(void **state) {
       assert_true(fabs(metrics.nll[k] - want.nll[k]) <= CASE_TOL * want.nll[k]);
       assert_true(metrics.targets[k] == want.targets[k]);
     }
-    assert_true(gradient_error(&c, ref_loss, &f, f.in[0], dh, b->n_text * C, CHECKED) < CASE_GRAD_TOL);
+    assert_true(gradient_error(&c, ref_loss, &f, f.in[0], dh, b->n_text * C, checked(&c)) < CASE_GRAD_TOL);
     assert_gradient(&f, 1, dw, V * C);
     if (b->n_target) assert_true(norm_of(dh, n) > 0 && norm_of(dw, V * C) > 0);
 
@@ -612,10 +625,9 @@ static void ref_flow(Ref *f) { // xhat -> weighted squared errors [T, P], plain 
 
 static void test_flow(void **state) {
   (void)state;
-  for (int round = 0; round < CASES; round++) {
+  for (int round = 0; round < CASES + LARGE_CASES; round++) {
     OpCase c;
-    op_case_init(&c, (uint64_t)round);
-    op_case_pack(&c, (PackKind)(round % PACK_KINDS));
+    make_case(&c, round, CASES);
     const BatchDims *b = c.batch.dims;
     int64_t P = c.dims.P, n = c.dims.T * P, S = c.dims.segments;
     OpArgs a = {.flow = {.t_floor = 0.05}};
@@ -641,7 +653,7 @@ static void test_flow(void **state) {
       if (c.batch.segment[r] == 0 || c.batch.seg_kind[c.batch.segment[r]] == SEGMENT_CLEAN)
         assert_true(all_zero(dxhat + r * P, P));
     assert_true(gradient_error(&c, ref_loss, &f, f.in[0] + b->n_text * P, dxhat + b->n_text * P, b->n_image * P,
-                               CHECKED) < CASE_GRAD_TOL);
+                               checked(&c)) < CASE_GRAD_TOL);
     op_run(&c, OP_FLOW_LOSS, a, OP_IN(xhat), OP_OUT(NULL, error2, &loss_only));
     assert_true(same_bits(error, error2, (size_t)S * sizeof *error) && same_bits(&metrics, &loss_only, sizeof metrics));
     op_case_free(&c);

@@ -228,7 +228,7 @@ static void long_documents(OpCase *c, int longest) {
   Batch *b = &c->batch;
   int at = 0, used = c->dims.T - case_int(c, 0, 20);
   while (at < used) {
-    int start = at, want = at + case_int(c, 1, longest), end = want < used ? want : used;
+    int start = at, want = at + (longest < used ? case_int(c, 1, longest) : used), end = want < used ? want : used;
     while (at < end) {
       int kind = case_int(c, 0, 3), n = case_int(c, 1, 150), stop = at + n < end ? at + n : end; // 2: clean, 3: noised
       for (int s = at; s < stop; s++) {
@@ -249,21 +249,25 @@ static void long_documents(OpCase *c, int longest) {
   b->dims->n_text = used;
 }
 
-// Documents of many tiles, on both sides of the length where the backward pass changes its way.
+// Documents of many tiles, on both sides of the length where the backward pass changes its way, with one kv head and
+// several, each of one query head and several, and widths on both sides of a tile's.
 static void test_attention_long(void **state) {
   (void)state;
-  const int longest[] = {140, 300, 500, 5000, 5000, 700};
-  for (int seed = 0; seed < 6; seed++) {
+  static const struct {
+    int longest, G, R, D; // R query heads to a kv head
+  } shape[] = {{140, 1, 1, 6},  {300, 1, 2, 32},  {500, 1, 4, 6},   {5000, 1, 2, 32}, {5000, 1, 1, 6},
+               {700, 1, 3, 32}, {5000, 2, 1, 18}, {5000, 3, 2, 10}, {5000, 2, 3, 66}, {500, 3, 2, 34}};
+  for (int seed = 0; seed < (int)(sizeof shape / sizeof *shape); seed++) {
     OpCase box, *c = &box;
     op_case_init(c, (uint64_t)(1000 + seed));
     Dims *d = &c->dims;
     d->T = seed < 2 ? 300 : case_int(c, 530, 800);
-    d->D = seed % 2 ? 32 : 6;
-    d->G = 1;
-    d->H = (const int[]){1, 2, 4, 2, 1, 3}[seed];
+    d->D = shape[seed].D;
+    d->G = shape[seed].G;
+    d->H = shape[seed].G * shape[seed].R;
     op_case_pack(c, PACK_EMPTY);
     c->batch.dims->seed_lo = (uint32_t)(1000 + seed);
-    long_documents(c, longest[seed]);
+    long_documents(c, shape[seed].longest);
     check_attention(c, 0);
     op_case_free(c);
   }
@@ -277,6 +281,11 @@ static void test_attention_many_heads(void **state) {
   c->dims.G = 1;
   c->dims.H = 70;
   c->dims.D = 4;
+  op_case_pack(c, PACK_MIXED);
+  c->batch.dims->seed_lo = 77;
+  check_attention(c, 5);
+  c->dims.G = 2;
+  c->dims.H = 2 * 35; // a tile of one query and 29 rows to spare
   op_case_pack(c, PACK_MIXED);
   c->batch.dims->seed_lo = 77;
   check_attention(c, 5);

@@ -113,18 +113,37 @@ static void send_to_first_expert(const OpCase *c, real *h, real *wr) {
   for (int64_t i = 0; i < (int64_t)d->T * d->C; i++) h[i] = (real)fabs((double)h[i]);
 }
 
+// More rows of each modality and more columns than the gradients' blocks hold, and rests that are odd.
+static void large_router_case(OpCase *c, int number) {
+  Dims *d = &c->dims;
+  op_case_init_large(c, number);
+  d->C = (const int[LARGE_CASES]){531, 70, 1030}[number];
+  for (int m = 0; m < MODALITIES; m++) {
+    d->K[m] = 1 + (number + m) % 3;
+    d->E[m] = d->K[m] + 2 + m;
+  }
+  d->M = 8 * d->C;
+  op_case_pack(c, PACK_EMPTY);
+  c->batch.dims->n_text = (const int[LARGE_CASES]){141, 260, 129}[number]; // a router looks at no more of a pack
+  c->batch.dims->n_image = (const int[LARGE_CASES]){170, 130, 140}[number];
+  c->batch.dims->seed_lo = (uint32_t)(SEEDS + number);
+}
+
 static void test_router(void **state) {
   (void)state;
-  for (int seed = 0; seed < SEEDS; seed++) {
+  for (int seed = 0; seed < SEEDS + LARGE_CASES; seed++) {
     OpCase box, *c = &box;
-    make_case(c, seed);
+    if (seed < SEEDS)
+      make_case(c, seed);
+    else
+      large_router_case(c, seed - SEEDS);
     const Dims *d = &c->dims;
     const int one[2] = {1, 1};
     int kmax = dims_kmax(d), groups = d->E[0] + d->E[1];
     int64_t T = d->T, C = d->C, nl = two_sided_size(d->T, one, d->E), nw = T * kmax, nx = T * C;
     real *h = case_random(c, nx, 1), *wr[2];
     for (int m = 0; m < 2; m++) {
-      wr[m] = case_random(c, d->E[m] * C, 0.5);
+      wr[m] = case_random(c, d->E[m] * C, seed < SEEDS ? 0.5 : 0.1);
       if (seed % 6 == 3) send_to_first_expert(c, h, wr[m]);
     }
     size_t route_bytes = (size_t)route_bind(&(Route){0}, d, NULL) * sizeof(int32_t);
@@ -180,9 +199,10 @@ static void test_router(void **state) {
     run_same(c, OP_ROUTER_BWD, args, in, OP_OUT(dh, dwr[0], dwr[1]), sizes);
     int64_t used = used_rows(c) * C;
     assert_true(all_zero(dh + used, nx - used));
-    assert_small(gradient_error(c, router_loss, &f, f.h, dh, nx, 80), CASE_GRAD_TOL);
+    assert_small(gradient_error(c, router_loss, &f, f.h, dh, nx, seed < SEEDS ? 80 : 6), CASE_GRAD_TOL);
     for (int k = 0; k < 2; k++)
-      assert_small(gradient_error(c, router_loss, &f, f.wr[k], dwr[k], d->E[k] * C, 40), CASE_GRAD_TOL);
+      assert_small(gradient_error(c, router_loss, &f, f.wr[k], dwr[k], d->E[k] * C, seed < SEEDS ? 40 : 6),
+                   CASE_GRAD_TOL);
 
     args.router.accumulate = 1;
     real *start[2] = {case_random(c, d->E[0] * C, 3), case_random(c, d->E[1] * C, 3)};
@@ -408,26 +428,28 @@ static void test_experts(void **state) {
   }
 }
 
-// More rows and columns than one block of any kind holds.
+// More rows and columns than one block of any kind holds, of each modality.
 static void test_experts_large(void **state) {
   (void)state;
-  OpCase box, *c = &box;
-  op_case_init(c, 50);
-  Dims *d = &c->dims;
-  d->T = 650;
-  d->C = 530;
-  d->segments = 100;
-  for (int m = 0; m < 2; m++) {
-    d->E[m] = 2;
-    d->K[m] = 1 + m;
-    d->F[m] = 3 + m;
+  for (int m = TEXT; m <= IMAGE; m++) {
+    OpCase box, *c = &box;
+    op_case_init(c, 50);
+    Dims *d = &c->dims;
+    d->T = 650;
+    d->C = 530;
+    d->segments = 100;
+    for (int k = 0; k < 2; k++) {
+      d->E[k] = 2 + (k != m);
+      d->K[k] = 1 + (k != m);
+      d->F[k] = 3 + k;
+    }
+    op_case_pack(c, PACK_EMPTY);
+    c->batch.dims->n_text = m == TEXT ? 620 : 21; // experts look at no more of a pack than this
+    c->batch.dims->n_image = m == TEXT ? 21 : 620;
+    c->batch.dims->seed_lo = 50;
+    check_experts(c, 6, true); // 620 rows on one expert: two chunks of a weight gradient
+    op_case_free(c);
   }
-  op_case_pack(c, PACK_EMPTY);
-  c->batch.dims->n_text = 620; // experts look at no more of a pack than this
-  c->batch.dims->n_image = 20;
-  c->batch.dims->seed_lo = 50;
-  check_experts(c, 6, true); // 620 rows on one expert: two chunks of a weight gradient
-  op_case_free(c);
 }
 
 // ---- the sum over the experts with the site that follows ----
@@ -476,6 +498,11 @@ static void test_combine_adaln(void **state) {
     OpCase box, *c = &box;
     make_case(c, seed);
     Dims *d = &c->dims;
+    if (seed % 10 == 5) { // more rows than a segment's are summed at a time
+      d->T = 271;
+      op_case_pack(c, seed == 5 ? PACK_TEXT : PACK_FULL);
+      c->batch.dims->seed_lo = (uint32_t)seed;
+    }
     d->C = 1 + seed * 7; // beyond the blocks of columns that a row is taken in
     d->M = 6 * d->C * d->L + 2 * d->C;
     check_combine_adaln(c);

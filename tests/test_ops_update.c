@@ -30,6 +30,13 @@ static void naive_gemm(int ta, int tb, const GemmItem *g, double beta, double *C
 static GemmItem random_item(OpCase *c, int ta, int tb, int beta) {
   int most = case_int(c, 0, 3) ? 40 : 300;
   GemmItem g = {.M = case_int(c, 0, most), .N = case_int(c, 0, most), .K = case_int(c, 0, most)};
+  // Rows and columns beyond every number at which C is cut another way, now and then.
+  const int64_t rows[] = {95, 97, 129, 257, 513}, columns[] = {127, 129, 257, 513, 770};
+  if (case_int(c, 0, 4) == 0) {
+    g.M = rows[case_int(c, 0, 4)];
+    g.N = columns[case_int(c, 0, 4)];
+    g.K = case_int(c, 1, 20);
+  }
   g.lda = (ta ? g.M : g.K) + case_int(c, 0, 5) + 1;
   g.ldb = (tb ? g.K : g.N) + case_int(c, 0, 5) + 1;
   g.ldc = g.N + case_int(c, 0, 5) + 1;
@@ -90,14 +97,16 @@ static void test_spans(void **state) {
     int64_t n = counts[k];
     size_t bytes = (size_t)n * sizeof(real);
     real *src = case_random(&c, n, 1), *copied = case_poison(&c, n), *zeroed = case_poison(&c, n);
-    real *set = case_poison(&c, n), *added = case_random(&c, n, 1);
+    real *set = case_poison(&c, n), *added = case_random(&c, n, 1), *cast = case_poison(&c, n);
     double *sum = case_double(&c, added, n);
     for (int64_t i = 0; i < n; i++) sum[i] += (double)src[i];
     op_run(&c, OP_COPY, (OpArgs){.span = {.count = (int64_t)bytes}}, OP_IN(src), OP_OUT(copied));
     op_run(&c, OP_ZERO, (OpArgs){.span = {.count = (int64_t)bytes}}, OP_IN(NULL), OP_OUT(zeroed));
     op_run(&c, OP_ADD, (OpArgs){.span = {.count = n}}, OP_IN(src), OP_OUT(set));
+    op_run(&c, OP_CAST, (OpArgs){.span = {.count = n}}, OP_IN(src), OP_OUT(cast));
     op_run(&c, OP_ADD, (OpArgs){.span = {.count = n, .accumulate = 1}}, OP_IN(src), OP_OUT(added));
-    assert_true(same_bits(src, copied, bytes) && all_zero(zeroed, n) && same_bits(src, set, bytes));
+    assert_true(same_bits(src, copied, bytes) && all_zero(zeroed, n) && same_bits(src, set, bytes) &&
+                same_bits(src, cast, bytes));
     assert_close(added, sum, n);
     op_case_free(&c);
   }
@@ -188,6 +197,39 @@ static void test_grad_norm(void **state) {
   huge[s.span[3].offset] = (real)1e30;
   op_run(&c, OP_GRAD_NORM, s.args, OP_IN(huge, &metrics, &(StepScalars){.clip = 1}), OP_OUT(&status, partial));
   assert_true(status.skip == 0 && fabs(status.norm / 1e30 - 1) < 1e-6);
+  op_case_free(&c);
+}
+
+// More parameters, and a longer one, than one round of the sums takes.
+static void test_grad_norm_rounds(void **state) {
+  (void)state;
+  enum { MANY = 1300, LONG = 700, LONG_COUNT = 40 * 16384 + 5 };
+  static ParamSpan span[MANY];
+  static double partial[MANY];
+  OpCase c;
+  op_case_init(&c, 3);
+  int64_t size = 0;
+  for (int p = 0; p < MANY; p++) {
+    span[p] = (ParamSpan){.offset = size, .count = p == LONG ? LONG_COUNT : case_int(&c, 0, 3)};
+    size += span[p].count;
+  }
+  real *grads = case_random(&c, size, 1);
+  Metrics metrics = {0};
+  StepScalars scalars = {0};
+  UpdateStatus status;
+  OpArgs args = {.params = {.spans = span, .n = MANY}};
+  op_run(&c, OP_GRAD_NORM, args, OP_IN(grads, &metrics, &scalars), OP_OUT(&status, partial));
+  double total = 0;
+  for (int p = 0; p < MANY; p++) {
+    double want = 0;
+    for (int64_t i = 0; i < span[p].count; i++) {
+      double g = (double)grads[span[p].offset + i];
+      want += g * g;
+    }
+    assert_true(fabs(partial[p] - want) <= 1e-12 * want);
+    total += want;
+  }
+  assert_true(fabs(status.norm - sqrt(total)) <= 1e-12 * status.norm);
   op_case_free(&c);
 }
 
@@ -336,8 +378,13 @@ static void test_threads(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_gemm),      cmocka_unit_test(test_exp),       cmocka_unit_test(test_spans),
-      cmocka_unit_test(test_grad_norm), cmocka_unit_test(test_adamw_ema), cmocka_unit_test(test_threads),
+      cmocka_unit_test(test_gemm),
+      cmocka_unit_test(test_exp),
+      cmocka_unit_test(test_spans),
+      cmocka_unit_test(test_grad_norm),
+      cmocka_unit_test(test_grad_norm_rounds),
+      cmocka_unit_test(test_adamw_ema),
+      cmocka_unit_test(test_threads),
   };
   return cmocka_run_group_tests_name("ops update", tests, NULL, NULL);
 }
