@@ -1,6 +1,8 @@
 #include "data/image.h"
 
+#include "data/image_header.h"
 #include "data/intact.h"
+#include "data/orientation.h"
 #include "data/palette.h"
 
 #include <errno.h>
@@ -22,52 +24,13 @@
 #define STBI_WRITE_NO_STDIO
 #include <stb/stb_image_write.h>
 
-#define FORMAT_HINT "images are JPEG or PNG files; convert others first"
-
-// Whether no Huffman table of a JPEG file names more than the 256 symbols there can be: stb_image before 2.28 writes
-// past its tables then. Every place where a table may begin is looked at, whatever the segments around it claim.
-static bool jpeg_tables_fit(const uint8_t *bytes, size_t n) {
-  if (bytes[0] != 0xFF) return true; // not a JPEG
-  const uint8_t *end = bytes + n;
-  for (const uint8_t *p = bytes; (p = memchr(p, 0xFF, (size_t)(end - p)));) {
-    p++;
-    if (end - p < 3 || *p != 0xC4) continue;
-    int64_t left = (p[1] << 8 | p[2]) - 2;
-    for (const uint8_t *table = p + 3; left > 0 && table < end && table[0] >> 4 <= 1 && (table[0] & 15) <= 3;) {
-      int64_t symbols = 0; // table: its number, how many codes there are of 1..16 bits, their symbols
-      for (int i = 1; i <= 16 && i < end - table; i++) symbols += table[i];
-      if (symbols > 256) return false;
-      if (end - table <= 17 + symbols) break;
-      table += 17 + symbols;
-      left -= 17 + symbols;
-    }
-  }
-  return true;
-}
-
-// The size a PNG claims, for the images so large that stb refuses to say; 0, or -1 when it is not so.
-static int png_huge_size(const uint8_t *bytes, size_t n, int *width, int *height) {
-  if (n < 24 || memcmp(bytes, "\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", 16) != 0) return -1;
-  uint32_t side[2];
-  for (int i = 0; i < 2; i++) {
-    const uint8_t *p = bytes + 16 + 4 * i;
-    side[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-    if (side[i] > INT_MAX) return -1;
-  }
-  *width = (int)side[0];
-  *height = (int)side[1];
-  return (int64_t)*width * *height > IMAGE_MAX_PIXELS ? 0 : -1;
-}
-
 int image_info(const uint8_t *bytes, size_t n, int *width, int *height, Error *err) {
-  int channels;
-  *width = *height = 0;
-  if (n == 0) return error_set(err, FORMAT_HINT, "the image is empty");
-  if (!jpeg_tables_fit(bytes, n)) return error_set(err, FORMAT_HINT, "the JPEG has a Huffman table that is too long");
-  int length = (int)min_i64((int64_t)n, INT_MAX); // a header lies at the beginning
-  if (stbi_info_from_memory(bytes, length, width, height, &channels) && *width > 0 && *height > 0) return 0;
-  if (png_huge_size(bytes, n, width, height) == 0) return 0;
-  return error_set(err, FORMAT_HINT, "no JPEG or PNG header in the first %zu bytes", n);
+  ImageHeader header;
+  int rc = image_header(bytes, n, &header, err);
+  bool turns = orientation_turns(header.orientation);
+  *width = rc ? 0 : turns ? header.height : header.width;
+  *height = rc ? 0 : turns ? header.width : header.height;
+  return rc;
 }
 
 int image_check_pixels(int width, int height, int64_t max_pixels, Error *err) {
@@ -87,7 +50,7 @@ static uint8_t *decode_palette(uint8_t *grey, size_t n, const Palette *palette, 
   uint8_t *index = stbi_load_from_memory(grey, (int)n, &width, &height, &channels, 1); // [height, width]
   free(grey);
   if (!index) {
-    error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
+    error_set(err, IMAGE_FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
     return NULL;
   }
   size_t pixels = (size_t)width * (size_t)height;
@@ -95,7 +58,7 @@ static uint8_t *decode_palette(uint8_t *grey, size_t n, const Palette *palette, 
   for (size_t i = 0; i < pixels; i++) {
     int entry = index[i] / palette->scale;
     if (entry >= palette->entries) {
-      error_set(err, FORMAT_HINT, "a pixel has colour %d of a palette of %d", entry, palette->entries);
+      error_set(err, IMAGE_FORMAT_HINT, "a pixel has colour %d of a palette of %d", entry, palette->entries);
       free(index);
       free(rgb);
       return NULL;
@@ -112,7 +75,7 @@ static uint8_t *decode_plain(const uint8_t *bytes, size_t n, Error *err) {
   // Four channels always: a colour key can carry transparency that the header does not tell.
   uint8_t *rgba = stbi_load_from_memory(bytes, (int)n, &width, &height, &channels, 4);
   if (!rgba) {
-    error_set(err, FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
+    error_set(err, IMAGE_FORMAT_HINT, "the image cannot be decoded: %s", stbi_failure_reason());
     return NULL;
   }
   size_t pixels = (size_t)width * (size_t)height;
@@ -125,10 +88,10 @@ static uint8_t *decode_plain(const uint8_t *bytes, size_t n, Error *err) {
 
 int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out, Error *err) {
   *out = (Image){0};
-  int width, height;
-  if (n > INT_MAX) return error_set(err, FORMAT_HINT, "the image file has %zu bytes, more than 2 GiB", n);
-  if (image_info(bytes, n, &width, &height, err) != 0) return -1;
-  if (image_check_pixels(width, height, max_pixels, err) != 0) return -1;
+  ImageHeader header;
+  if (n > INT_MAX) return error_set(err, IMAGE_FORMAT_HINT, "the image file has %zu bytes, more than 2 GiB", n);
+  if (image_header(bytes, n, &header, err) != 0) return -1;
+  if (image_check_pixels(header.width, header.height, max_pixels, err) != 0) return -1;
   if (image_check_intact(bytes, n, err) != 0) return -1;
   Palette palette;
   uint8_t *grey;
@@ -136,7 +99,9 @@ int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out,
   if (has_palette < 0) return -1;
   uint8_t *rgb = has_palette ? decode_palette(grey, n, &palette, err) : decode_plain(bytes, n, err);
   if (!rgb) return -1;
-  *out = (Image){.width = width, .height = height, .rgb = rgb};
+  bool turns = orientation_turns(header.orientation);
+  *out = (Image){.width = turns ? header.height : header.width, .height = turns ? header.width : header.height};
+  out->rgb = pixels_orient(rgb, header.width, header.height, header.orientation);
   return 0;
 }
 

@@ -31,16 +31,17 @@ typedef struct ImageGrid {
   int rows, columns; // in patches; tokens = rows * columns
 } ImageGrid;
 
-// Width and height from the header of `bytes` (the beginning of the file is enough when it holds the header).
-// Returns -1 with *err set when it is not the header of a JPEG or PNG file.
+// Width and height, as the image is to be seen (EXIF's orientation applied), from the beginning of a JPEG or PNG file.
+// 0; -1 with *err set when it is another file or a damaged one, naming what it is where that is known; 1, *err set too,
+// when the bytes end before the header does.
 int image_info(const uint8_t *bytes, size_t n, int *width, int *height, Error *err);
 
 // Checks width x height against max_pixels; -1 with *err set when there are more.
 int image_check_pixels(int width, int height, int64_t max_pixels, Error *err);
 
 // Decodes a JPEG or PNG of any depth (grey, palette, 16 bit, alpha laid over white) into *out. The header is checked
-// against max_pixels before anything is decoded or allocated, and the file must be whole (data/intact.h). -1 with *err
-// set, *out zeroed, on anything else.
+// against max_pixels before anything is decoded or allocated, and the file must be whole (data/intact.h). The pixels
+// are turned as EXIF's orientation says. -1 with *err set, *out zeroed, on anything else.
 int image_decode(const uint8_t *bytes, size_t n, int64_t max_pixels, Image *out, Error *err);
 
 // Frees the pixels and zeroes *image.

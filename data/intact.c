@@ -1,5 +1,7 @@
 #include "data/intact.h"
 
+#include "data/segments.h"
+
 #include <stdbool.h>
 #include <string.h>
 
@@ -21,19 +23,12 @@ static uint32_t crc32_of(const uint8_t *bytes, size_t n) {
   return ~crc;
 }
 
-static uint32_t read_u32(const uint8_t *p) {
-  return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-}
-
 static int png_check(const uint8_t *bytes, size_t n, Error *err) {
-  for (size_t at = 8; n - at >= 12;) {
-    const uint8_t *chunk = bytes + at; // length, type, data, CRC of type and data
-    size_t length = read_u32(chunk);
-    if (length > n - at - 12) break;
-    if (crc32_of(chunk + 4, length + 4) != read_u32(chunk + 8 + length))
-      return error_set(err, DAMAGED, "the checksum of the PNG's chunk at byte %zu is wrong", at);
-    if (memcmp(chunk + 4, "IEND", 4) == 0) return 0;
-    at += 12 + length;
+  FilePart chunk;
+  for (const uint8_t *at = bytes + 8; png_next(&at, bytes + n, &chunk) == PART_WHOLE;) {
+    if (crc32_of(chunk.data - 4, chunk.bytes + 4) != read_u32(chunk.data + chunk.bytes))
+      return error_set(err, DAMAGED, "the checksum of the PNG's chunk at byte %td is wrong", chunk.start - bytes);
+    if (chunk.type == PNG_IEND) return 0;
   }
   return error_set(err, DAMAGED, "the PNG ends before its last chunk");
 }
@@ -41,7 +36,6 @@ static int png_check(const uint8_t *bytes, size_t n, Error *err) {
 // ---- JPEG
 
 enum { MAX_SCANS = 100, MAX_COMPONENTS = 4, TABLES = 4 };
-enum { SOI = 0xD8, EOI = 0xD9, SOS = 0xDA, DQT = 0xDB, DHT = 0xC4 };
 
 typedef struct JpegComponent {
   uint8_t id, quantizer;
@@ -106,51 +100,37 @@ static bool jpeg_scan(Jpeg *j, const uint8_t *p, const uint8_t *end) {
 }
 
 // One segment [p, end) with its marker.
-static bool jpeg_segment(Jpeg *j, int marker, const uint8_t *p, const uint8_t *end) {
-  if (marker == DQT) return jpeg_quantizers(j, p, end);
-  if (marker == DHT) return jpeg_huffman(j, p, end);
+static bool jpeg_segment(Jpeg *j, uint32_t marker, const uint8_t *p, const uint8_t *end) {
+  if (marker == JPEG_DQT) return jpeg_quantizers(j, p, end);
+  if (marker == JPEG_DHT) return jpeg_huffman(j, p, end);
   if (marker >= 0xC0 && marker <= 0xC2) {
     j->progressive = marker == 0xC2;
     return jpeg_frame(j, p, end);
   }
-  if (marker == SOS) return jpeg_scan(j, p, end);
+  if (marker == JPEG_SOS) return jpeg_scan(j, p, end);
   return true;
-}
-
-// The end of the entropy-coded bytes at p: the next marker that is no restart, or `end`.
-static const uint8_t *jpeg_skip_coded(const uint8_t *p, const uint8_t *end) {
-  for (; (p = memchr(p, 0xFF, (size_t)(end - p))) && end - p >= 2; p++)
-    if (p[1] != 0 && p[1] != 0xFF && (p[1] < 0xD0 || p[1] > 0xD7)) return p;
-  return end;
 }
 
 static int jpeg_check(const uint8_t *bytes, size_t n, Error *err) {
   Jpeg j = {0};
-  const uint8_t *end = bytes + n, *p = bytes + 2;
+  const uint8_t *at = bytes + 2;
   for (;;) {
-    const uint8_t *start = p;
-    while (end - p >= 2 && p[0] == 0xFF && p[1] == 0xFF) p++; // fill bytes
-    if (end - p < 2) break;
-    int marker = p[1];
-    if (p[0] == 0xFF && marker == EOI) {
-      bool all = j.components > 0;
-      for (int i = 0; i < j.components; i++) all = all && j.component[i].scanned;
-      if (all) return 0;
-      return error_set(err, DAMAGED, "the JPEG ends at byte %td without all of its picture", p - bytes);
-    }
-    int64_t length = end - p >= 4 ? p[2] << 8 | p[3] : 0;
-    if (end - p < 4 || length > end - p - 2) break;
-    if (p[0] != 0xFF || length < 2 || !jpeg_segment(&j, marker, p + 4, p + 2 + length))
-      return error_set(err, DAMAGED, "the JPEG's segment at byte %td makes no sense", start - bytes);
-    p += 2 + length;
-    if (marker == SOS) p = jpeg_skip_coded(p, end);
+    FilePart part;
+    PartState state = jpeg_next(&at, bytes + n, &part);
+    if (state == PART_CUT) return error_set(err, DAMAGED, "the JPEG ends early: its end marker is missing");
+    if (state == PART_WHOLE && part.type == JPEG_EOI) break;
+    if (state == PART_NONE || !jpeg_segment(&j, part.type, part.data, part.data + part.bytes))
+      return error_set(err, DAMAGED, "the JPEG's segment at byte %td makes no sense", part.start - bytes);
     if (j.scans > MAX_SCANS) return error_set(err, DAMAGED, "the JPEG has more than %d scans", MAX_SCANS);
   }
-  return error_set(err, DAMAGED, "the JPEG ends early: its end marker is missing");
+  bool all = j.components > 0;
+  for (int i = 0; i < j.components; i++) all = all && j.component[i].scanned;
+  if (all) return 0;
+  return error_set(err, DAMAGED, "the JPEG ends at byte %td without all of its picture", at - 2 - bytes);
 }
 
 int image_check_intact(const uint8_t *bytes, size_t n, Error *err) {
-  if (n >= 8 && memcmp(bytes, "\x89PNG\r\n\x1a\n", 8) == 0) return png_check(bytes, n, err);
-  if (n >= 2 && bytes[0] == 0xFF && bytes[1] == SOI) return jpeg_check(bytes, n, err);
+  if (is_png(bytes, n)) return png_check(bytes, n, err);
+  if (is_jpeg(bytes, n)) return jpeg_check(bytes, n, err);
   return 0;
 }

@@ -279,9 +279,9 @@ def image_read(path, config):
     pixels, p = png_read(path), config["model"]["patch"]
     if pixels is not None and pixels.shape[:2] == tuple(p * n for n in grid_fit(config, *pixels.shape[1::-1])):
         return pixels
-    from PIL import Image  # python3-pil: for all that the engine did not write
+    from PIL import Image, ImageOps  # python3-pil: for all that the engine did not write
 
-    image = Image.open(path).convert("RGBA")
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     height, width = (p * n for n in grid_fit(config, *image.size))
     scale = min(image.width / width, image.height / height)

@@ -6,8 +6,8 @@
 #include <cmocka.h>
 
 #include "data/image.h"
-#include "tests/bytes.h"
 #include "tests/jpeg_bytes.h"
+#include "tests/png_bytes.h"
 #include "tests/slow.h"
 
 #include <stdio.h>
@@ -30,24 +30,6 @@ static Image image_random(int width, int height) {
   Image image = {width, height, xmalloc(3 * (size_t)width * (size_t)height)};
   for (int i = 0; i < 3 * width * height; i++) image.rgb[i] = (uint8_t)rng();
   return image;
-}
-
-static void bytes_append_u32(Bytes *b, uint32_t v) {
-  uint8_t bytes[4] = {(uint8_t)(v >> 24), (uint8_t)(v >> 16), (uint8_t)(v >> 8), (uint8_t)v};
-  bytes_append(b, bytes, 4);
-}
-
-static void png_chunk(Bytes *png, const char *type, const void *data, size_t n) {
-  bytes_append_u32(png, (uint32_t)n);
-  size_t start = png->n;
-  bytes_append(png, type, 4);
-  bytes_append(png, data, n);
-  uint32_t crc = ~0u;
-  for (size_t i = start; i < png->n; i++) {
-    crc ^= png->at[i];
-    for (int k = 0; k < 8; k++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
-  }
-  bytes_append_u32(png, ~crc);
 }
 
 // A PNG of any colour type from unfiltered rows, deflated as one stored block.
@@ -156,6 +138,23 @@ static void test_colour_types(void **state) {
   // 16 bit RGB: the high byte counts.
   png = png_make(1, 1, 16, 2, NULL, 0, NULL, 0, (const uint8_t[]){7, 1, 130, 2, 255, 3}, 6, 1);
   expect_pixels(&png, 1, 1, (const uint8_t[]){7, 130, 255});
+  free(png.at);
+  // Grey and RGB with one transparent colour, of every depth: that colour is white, its neighbours are what they are.
+  png = png_make(3, 1, 8, 0, NULL, 0, "\x00\x0a", 2, (const uint8_t[]){9, 10, 200}, 3, 1);
+  expect_pixels(&png, 3, 1, (const uint8_t[]){9, 9, 9, 255, 255, 255, 200, 200, 200});
+  free(png.at);
+  png = png_make(3, 1, 2, 0, NULL, 0, "\x00\x01", 2, (const uint8_t[]){0x18}, 1, 1); // 0, 1, 2
+  expect_pixels(&png, 3, 1, (const uint8_t[]){0, 0, 0, 255, 255, 255, 170, 170, 170});
+  free(png.at);
+  png = png_make(2, 1, 16, 0, NULL, 0, "\x07\x01", 2, (const uint8_t[]){7, 1, 7, 2}, 4, 1);
+  expect_pixels(&png, 2, 1, (const uint8_t[]){255, 255, 255, 7, 7, 7});
+  free(png.at);
+  png = png_make(2, 1, 8, 2, NULL, 0, "\0\x01\0\x02\0\x03", 6, (const uint8_t[]){1, 2, 3, 1, 2, 4}, 6, 1);
+  expect_pixels(&png, 2, 1, (const uint8_t[]){255, 255, 255, 1, 2, 4});
+  free(png.at);
+  png = png_make(2, 1, 16, 2, NULL, 0, "\x01\x09\x02\x09\x03\x09", 6,
+                 (const uint8_t[]){1, 9, 2, 9, 3, 9, 1, 9, 2, 9, 3, 8}, 12, 1);
+  expect_pixels(&png, 2, 1, (const uint8_t[]){255, 255, 255, 1, 2, 3});
   free(png.at);
   // RGBA half transparent: 0 over white at alpha 128 is 127.
   png = png_make(1, 1, 8, 6, NULL, 0, NULL, 0, (const uint8_t[]){0, 255, 100, 128}, 4, 1);
@@ -387,6 +386,18 @@ static void test_fit(void **state) {
   for (int i = 0; i < 3 * 12 * 12; i++) assert_int_equal(same.rgb[i], 255);
   image_free(&same);
   image_free(&wide);
+  // The same for one three times as high as wide, and for its halves: what is above the middle stays above.
+  Image tall = {30, 90, xcalloc(30 * 90, 3)};
+  memset(tall.rgb + 3 * 30 * 30, 255, 3 * 30 * 30);
+  assert_int_equal(image_fit(&tall, &fit, false, &same, &err), 0);
+  for (int i = 0; i < 3 * 12 * 12; i++) assert_int_equal(same.rgb[i], 255);
+  image_free(&same);
+  memset(tall.rgb + 3 * 30 * 45, 0, 3 * 30 * 15); // white are rows 30 to 44
+  assert_int_equal(image_fit(&tall, &fit, true, &same, &err), 0);
+  for (int i = 0; i < 3 * 12 * 5; i++) assert_int_equal(same.rgb[i], 255);
+  for (int i = 3 * 12 * 7; i < 3 * 12 * 12; i++) assert_int_equal(same.rgb[i], 0);
+  image_free(&same);
+  image_free(&tall);
   // A ramp stays a ramp.
   Image ramp = {64, 64, xmalloc(3 * 64 * 64)};
   for (int i = 0; i < 3 * 64 * 64; i++) ramp.rgb[i] = (uint8_t)(i / 3 % 64 * 4);

@@ -41,7 +41,15 @@ def images():
                          chunk(b"tRNS", b"\0\xff"))
     yield "interlaced", png(3, 3, 8, 0, bytes([0, 9] * 4 + [0, 8, 7, 0, 1, 2, 3]), interlace=1)
     yield "huge", png(30000, 20000, 8, 2, b"\0\1\2\3")
+    # Turned by EXIF, in both byte orders, and a directory that begins beyond the end.
+    little, big = (struct.pack(f"{order}4sIHHHIHHI", magic, 8, 1, 0x112, 3, 1, value, 0, 8)
+                   for order, magic, value in [("<", b"II*\0", 6), (">", b"MM\0*", 7)])
+    yield "exif", png(7, 6, 8, 2, rgb, chunk(b"eXIf", little))
+    yield "exif-far", png(7, 6, 8, 2, rgb, chunk(b"eXIf", big.replace(b"\0\0\0\x08", b"\xff\xff\xff\xfe", 1)))
     yield from jpegs()
+    baseline = dict(jpegs())["baseline"]
+    yield "exif-jpeg", baseline[:2] + b"\xff\xe1" + struct.pack(">H", 8 + len(big)) + b"Exif\0\0" + big + baseline[2:]
+    yield "motion", baseline + b"\xff\xc4\1\0\0" + b"\xff" * 16 + baseline
 
 
 def archive(members, form=tarfile.USTAR_FORMAT):

@@ -1,0 +1,52 @@
+#include "data/segments.h"
+
+#include <string.h>
+
+bool is_png(const uint8_t *bytes, size_t n) {
+  return n >= 8 && memcmp(bytes, "\x89PNG\r\n\x1a\n", 8) == 0;
+}
+
+bool is_jpeg(const uint8_t *bytes, size_t n) {
+  return n >= 2 && bytes[0] == 0xFF && bytes[1] == JPEG_SOI;
+}
+
+PartState png_next(const uint8_t **at, const uint8_t *end, FilePart *part) {
+  const uint8_t *p = *at; // length, type, data, CRC of type and data
+  *part = (FilePart){.start = p};
+  if (end - p < 8) return PART_CUT;
+  part->type = read_u32(p + 4);
+  part->data = p + 8;
+  part->bytes = read_u32(p);
+  if (end - p < 12 || part->bytes > (size_t)(end - p) - 12) return PART_CUT;
+  *at = p + 12 + part->bytes;
+  return PART_WHOLE;
+}
+
+// The end of the entropy-coded bytes at p: the next marker that is no restart, or `end`.
+static const uint8_t *jpeg_skip_coded(const uint8_t *p, const uint8_t *end) {
+  for (; (p = memchr(p, 0xFF, (size_t)(end - p))) && end - p >= 2; p++)
+    if (p[1] != 0 && p[1] != 0xFF && (p[1] < 0xD0 || p[1] > 0xD7)) return p;
+  return end;
+}
+
+PartState jpeg_next(const uint8_t **at, const uint8_t *end, FilePart *part) {
+  const uint8_t *p = *at;
+  *part = (FilePart){.start = p};
+  while (end - p >= 2 && p[0] == 0xFF && p[1] == 0xFF) p++; // fill bytes
+  if (end - p < 2) return PART_CUT;
+  if (p[0] != 0xFF) return PART_NONE;
+  part->type = p[1];
+  if (part->type == JPEG_EOI) {
+    *at = p + 2;
+    return PART_WHOLE;
+  }
+  if (end - p < 4) return PART_CUT;
+  int64_t length = p[2] << 8 | p[3]; // counts itself
+  if (length < 2) return PART_NONE;
+  part->data = p + 4;
+  part->bytes = (size_t)length - 2;
+  if (length > end - p - 2) return PART_CUT;
+  *at = p + 2 + length;
+  if (part->type == JPEG_SOS) *at = jpeg_skip_coded(*at, end);
+  return PART_WHOLE;
+}
