@@ -154,12 +154,6 @@ DocumentSize document_size(const Document *d, int vocab) {
   return size;
 }
 
-float document_time(uint64_t seed, uint64_t draw, int ordinal, double t_mean, double t_std) {
-  float normal[4];
-  philox_normal4(seed, draw, STREAM_TIME | (uint32_t)ordinal << 8, 0, normal);
-  return 1.0f / (1.0f + expf(-(float)(t_mean + t_std * normal[0])));
-}
-
 bool document_chance(uint64_t seed, uint64_t draw, uint32_t stream, double p) {
   return p >= 1 || philox_uniform(philox4(seed, draw, stream, 0).v[0]) < p;
 }

@@ -105,8 +105,6 @@ static inline int32_t document_target(const int32_t *token, int i, int n, int vo
   return token[i + 1];
 }
 
-// Flow time of noised image `ordinal` of a document: sigmoid(t_mean + t_std * normal), STREAM_TIME.
-float document_time(uint64_t seed, uint64_t draw, int ordinal, double t_mean, double t_std);
 // True with probability p, from one of the document's streams (STREAM_KIND, STREAM_CFG_DROP, ..).
 bool document_chance(uint64_t seed, uint64_t draw, uint32_t stream, double p);
 #endif

@@ -293,7 +293,7 @@ static Draft *stream_make(Stream *s, int index, uint64_t draw) {
   if (s->spare.count == 0) draft_list_add(&s->spare, xcalloc(1, sizeof(Draft)));
   Draft *draft = s->spare.draft[--s->spare.count];
   Document *d = &draft->document;
-  float time = document_time(c->seed, draw, 0, c->t_mean, c->t_std);
+  float time = flow_time_draw(&c->flow_times, c->seed, draw, 0);
   bool noise = document_chance(c->seed, draw, STREAM_KIND, c->caption_to_image);
   if (s->loaded_sample->kind == SAMPLE_TEXT) {
     document_text(d, draw, vocab, piece->ids, piece->n, index == s->cuts - 1);

@@ -11,6 +11,7 @@
 #ifndef TESSERA_STREAM_H
 #define TESSERA_STREAM_H
 
+#include "data/flow_time.h"
 #include "data/packer.h"
 #include "data/source.h"
 #include "data/tokenizer.h"
@@ -35,7 +36,7 @@ typedef struct StreamConfig {
   double held_out;    // fraction of the samples left out for evaluation
   double cfg_drop;
   double caption_to_image;
-  double t_mean, t_std;
+  FlowTimes flow_times;
   uint64_t seed;
 } StreamConfig;
 

@@ -370,6 +370,10 @@ int config_max_images(const Config *c) {
   return c->data.micro_batch_tokens / (tokens + 1);
 }
 
+FlowTimes config_flow_times(const Config *c) {
+  return (FlowTimes){.mean = c->flow.t_mean, .std = c->flow.t_std, .uniform = c->flow.t_uniform};
+}
+
 ImageFit config_image_fit(const Config *c) {
   return (ImageFit){c->data.image_mode, c->data.image_size, c->model.patch, c->data.max_image_tokens};
 }

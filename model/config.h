@@ -4,6 +4,7 @@
 #define TESSERA_CONFIG_H
 
 #include "base/base.h"
+#include "data/flow_time.h"
 #include "data/image.h"
 #include "data/packer.h"
 #include "kernels/batch.h"
@@ -109,7 +110,7 @@ typedef struct Config {
     int max_skipped; // steps skipped in a row before the run is given up
   } train;
   struct {
-    double t_mean, t_std, t_floor;
+    double t_mean, t_std, t_uniform, t_floor;
   } flow;
   struct {
     double balance, z;
@@ -120,6 +121,7 @@ typedef struct Config {
     int documents; // held-out documents measured
     SamplerKind sampler;
     int sampler_steps;
+    double t_end;                   // flow time the sampler jumps to x^ from, 0 = "auto"
     double guidance, guidance_from; // weight; smallest t at which it acts
     double temperature, top_p;      // of captions; temperature 0 = the most likely token
   } eval;
@@ -175,6 +177,8 @@ int config_max_document(const Config *c);
 // data.max_images with 0 resolved: square: T / (tokens of an image + 1), which no pack exceeds, since every image has
 // a boi; aspect: the same for images of half the cap. The modulation table has one row more.
 int config_max_images(const Config *c);
+// How flow times are drawn.
+FlowTimes config_flow_times(const Config *c);
 // How images become patch grids.
 ImageFit config_image_fit(const Config *c);
 #endif

@@ -8,12 +8,13 @@
 //
 //   1   run folders without "tessera"
 //   2   "tessera"
+//   3   flow.t_uniform, eval.t_end
 #ifndef TESSERA_CONFIG_HISTORY_H
 #define TESSERA_CONFIG_HISTORY_H
 
 #include "model/config_keys.h"
 
-enum { CONFIG_VERSION = 2 };
+enum { CONFIG_VERSION = 3 };
 
 // A key or a value that versions before `since` had.
 typedef struct FormerKey {

@@ -99,6 +99,8 @@ const Key config_keys[] = {
 
     {"flow.t_mean", KEY_FLOAT, AT(flow.t_mean), "-0.8", -20, 20, NULL, NULL, "t = sigmoid(N(t_mean, t_std))"},
     {"flow.t_std", KEY_FLOAT, AT(flow.t_std), "0.8", 0, 20, NULL, NULL, "its deviation"},
+    {"flow.t_uniform", KEY_FLOAT, AT(flow.t_uniform), "0", 0, 1, NULL, NULL,
+     "share of the times that are drawn uniformly instead"},
     {"flow.t_floor", KEY_FLOAT, AT(flow.t_floor), "0.05", 1e-6, 1, NULL, NULL, "least 1-t that the loss divides by"},
     {"router.balance", KEY_FLOAT, AT(router.balance), "0.01", 0, 1e6, NULL, NULL, "weight of the load-balancing loss"},
     {"router.z", KEY_FLOAT, AT(router.z), "0.001", 0, 1e6, NULL, NULL, "weight of the router's z-loss"},
@@ -108,6 +110,8 @@ const Key config_keys[] = {
     {"eval.documents", KEY_INT, AT(eval.documents), "64", 0, 1000000, NULL, NULL, "held-out documents measured"},
     {"eval.sampler", KEY_ENUM, AT(eval.sampler), "heun", 0, 0, "heun|euler", NULL, "integrator of the flow"},
     {"eval.sampler_steps", KEY_INT, AT(eval.sampler_steps), "25", 1, 10000, NULL, NULL, "its steps"},
+    {"eval.t_end", KEY_FLOAT, AT(eval.t_end), "1", 0, 1, "auto", NULL,
+     "latest time it asks for, where it takes x^; auto: of what training draws"},
     {"eval.guidance", KEY_FLOAT, AT(eval.guidance), "2", 0, 100, NULL, NULL, "classifier-free guidance; 1: none"},
     {"eval.guidance_from", KEY_FLOAT, AT(eval.guidance_from), "0.1", 0, 1, NULL, NULL, "flow time from which it acts"},
     {"eval.temperature", KEY_FLOAT, AT(eval.temperature), "0.8", 0, 100, NULL, NULL, "of text; 0: the likeliest token"},

@@ -216,7 +216,7 @@ class Run:
             group = self.config
             for name in groups:
                 group = group[name]
-            group[key] = value if isinstance(group[key], str) else json.loads(value)
+            group[key] = value if isinstance(group[key], str) or value == "auto" else json.loads(value)
         checkpoints = sorted(folder.glob("ckpt-[0-9]*/state.json"), key=lambda path: int(path.parent.name[5:]))
         if not checkpoints:
             sys.exit(f"{folder} has no checkpoint: train it first")
@@ -300,6 +300,31 @@ def from_patches(patches, p, rows):
     return patches.reshape(rows, -1, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * p, -1, 3)
 
 
+# ---- flow times ---------------------------------------------------------------------------------------------------
+
+SAMPLER_TRAINED = 0.999  # share of the training times below the latest that is asked for
+
+
+def time_quantile(flow, p):
+    """The t that a share p of the training times lies below, by bisection over its logit."""
+    low, high, uniform = -800.0, 800.0, flow.get("t_uniform", 0)
+    for _ in range(80):
+        x = (low + high) / 2
+        z = (flow["t_mean"] - x) / (flow["t_std"] or 1e-300) / math.sqrt(2)
+        below = (1 - uniform) * 0.5 * math.erfc(z) + uniform / (1 + math.exp(min(-x, 700)))
+        low, high = (x, high) if below < p else (low, x)
+    return 1 / (1 + math.exp(min(-low, 700)))
+
+
+def time_grid(config):
+    """Where the sampler's steps begin, and 1: uniform, with its last step from t_end at the latest."""
+    flow, steps, end = config["flow"], config["eval"]["sampler_steps"], config["eval"].get("t_end", 1)
+    end = min(time_quantile(flow, SAMPLER_TRAINED), 1 - flow["t_floor"]) if end in ("auto", 0) else float(end)
+    if steps == 1 or (steps - 1) / steps <= end:
+        return [s / steps for s in range(steps + 1)]
+    return [s * end / (steps - 1) for s in range(steps)] + [1.0]
+
+
 # ---- what it does -------------------------------------------------------------------------------------------------
 
 
@@ -321,12 +346,11 @@ def draw(run, caption, seed):
             x = blank + c["guidance"] * (x - blank)
         return (x - z) / max(1 - t, floor)
 
-    steps = c["sampler_steps"]
-    for s in range(steps):
-        t, dt = s / steps, 1 / steps
-        v = velocity(z, t)
-        if c["sampler"] == "heun" and s + 1 < steps:
-            v = (v + velocity(z + dt * v, t + dt)) / 2
+    grid = time_grid(run.config)
+    for t, to in zip(grid, grid[1:]):
+        dt, v = to - t, velocity(z, t)
+        if c["sampler"] == "heun" and to < 1:
+            v = (v + velocity(z + dt * v, to)) / 2
         z = z + dt * v
     pixels = ((z.numpy() + 1) * np.float32(127.5)).clip(0, 255)
     return from_patches(np.rint(pixels).astype(np.uint8), m["patch"], rows)

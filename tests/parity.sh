@@ -15,7 +15,9 @@ case $1 in
     # Small models put together in every way, then a real step of the demo.
     "$build/tests/dump_model" "$dir/models"
     [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
-    "$build/train" configs/demo.json --dump "$dir/demo" --run-dir "$dir/run" --set train.micro_batches=2
-    "$python" tests/parity_model.py "$dir"/models/model_* "$dir/demo"
+    "$build/train" configs/demo.json --dump "$dir/demo" --run-dir "$dir/run" --set train.micro_batches=2 \
+      --set flow.t_uniform=0.3
+    "$python" tests/parity_model.py "$dir"/models/model_*
+    "$python" tests/parity_model.py --times "$dir/demo"
     ;;
 esac

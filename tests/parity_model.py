@@ -21,6 +21,7 @@ except ImportError as error:
     sys.exit(77)
 
 NOISE_LIMIT = 1e-6  # of patches, relative where they are larger than 1
+TIME_LIMIT = 1e-6
 LOSS_LIMIT = 1e-5  # relative
 
 
@@ -34,6 +35,15 @@ def check_patches(k, a, seed, problems):
             print(f"micro_{k}: {name:6} patches, largest error {error:.1e}")
             if not error <= NOISE_LIMIT:
                 problems.append(f"micro_{k}: {name} differs by {error:.1e} (limit {NOISE_LIMIT:.0e})")
+
+
+def check_times(k, a, config, problems):
+    """The dump's flow times against Philox and the config alone."""
+    want = R.flow_times(a, config["run"]["seed"], config["flow"])
+    error = np.abs(a["seg_time"][1 : len(want) + 1] - want).max(initial=0)
+    print(f"micro_{k}: flow times, largest error {error:.1e}")
+    if not error <= TIME_LIMIT:
+        problems.append(f"micro_{k}: flow times differ by {error:.1e} (limit {TIME_LIMIT:.0e})")
 
 
 def rows_with_influence(pack, last_layer):
@@ -151,8 +161,9 @@ def compare_gradients(got, want, reach, limit, show, problems):
     print(f"{len(table)} gradients compared")
 
 
-def compare_dump(folder, limit, show):
-    """Everything in one dump; returns what is wrong with it."""
+def compare_dump(folder, limit, show, times=False):
+    """Everything in one dump; returns what is wrong with it. `times`: those of its images too, which it may have made
+    up."""
     problems = []
     config = json.load(open(f"{folder}/config.json"))
     losses = json.load(open(f"{folder}/losses.json"))
@@ -169,6 +180,8 @@ def compare_dump(folder, limit, show):
     for k in range(len(glob.glob(f"{glob.escape(folder)}/micro_*.safetensors"))):
         a = R.safetensors_read(f"{folder}/micro_{k}.safetensors")
         check_patches(k, a, config["run"]["seed"], problems)
+        if times:
+            check_times(k, a, config, problems)
         packs.append(R.Pack(a, torch.float64))
     want, outputs = R.step(p, packs, s)
     grads = {name: (torch.zeros_like(v) if v.grad is None else v.grad).numpy() for name, v in p.items()}
@@ -186,12 +199,13 @@ def main(argv=None):
     parser.add_argument("dump", nargs="+", help="folder written by ./train CONFIG --dump")
     parser.add_argument("--limit", type=float, default=1e-4, help="relative norm a gradient may be off by")
     parser.add_argument("--show", type=int, default=12, help="gradients in the table")
+    parser.add_argument("--times", action="store_true", help="the flow times are those of training")
     options = parser.parse_args(argv)
     failed = 0
     for folder in options.dump:
         print(f"==== {folder}")
         try:
-            problems = compare_dump(folder, options.limit, options.show)
+            problems = compare_dump(folder, options.limit, options.show, options.times)
         except (OSError, KeyError, json.JSONDecodeError) as error:
             problems = [f"not a complete dump: {type(error).__name__} {error}"]
         for problem in problems:

@@ -20,6 +20,7 @@ TEXT, IMAGE = 0, 1
 NOISED, CLEAN = 0, 1
 MODALITY = ("text", "image")
 EPS = 1e-6  # of every norm
+STREAM_TIME = 2
 STREAM_NOISE = 3
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -165,6 +166,22 @@ def philox_normals(seed, draw, stream, count):
     radius = np.sqrt(-2 * np.log(u[:, 0].astype(np.float64)))
     angle = (np.float32(2 * math.pi) * u[:, 1]).astype(np.float64)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)[:count]
+
+
+def flow_times(a, seed, flow):
+    """The times of a pack's images [SEG-1], float64: 1 for clean ones, for noised ones sigmoid(N(t_mean, t_std)) or, for
+    a share t_uniform, uniform. flow: that group of the config."""
+    times = np.ones(int(a["dims"][2]) - 1)
+    for g in range(1, len(times) + 1):
+        if a["seg_kind"][g] != NOISED:
+            continue
+        draw, stream = int(a["seg_doc"][g]), STREAM_TIME | int(a["seg_ordinal"][g]) << 8
+        choose, uniform = ((int(w) >> 9) + 0.5 for w in philox4x32(seed, draw, stream, np.zeros(1))[0, 2:])
+        normal = philox_normals(seed, draw, stream, 1)[0]
+        times[g - 1] = 1 / (1 + math.exp(-(flow["t_mean"] + flow["t_std"] * normal)))
+        if choose * 2.0**-23 < flow["t_uniform"]:
+            times[g - 1] = uniform * 2.0**-23
+    return times
 
 
 def patches_clean(a):

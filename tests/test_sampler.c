@@ -75,7 +75,8 @@ static void world_rig_image(World *w, real value) {
   for (int i = 0; i < P; i++) slab[t->of[t->image_head_bias].offset + i] = value;
 }
 
-static const SamplerOptions plain = {.kind = SAMPLER_EULER, .steps = 4, .guidance = 1, .guidance_from = 0.1};
+static const SamplerOptions plain = {
+    .kind = SAMPLER_EULER, .steps = 4, .t_end = 1, .guidance = 1, .guidance_from = 0.1};
 
 // Draws and returns the images; n at most 16.
 static void draw(World *w, const char *const *captions, int n, ImageGrid grid, uint64_t seed, SamplerOptions o,
@@ -119,7 +120,7 @@ static void test_draw_deterministic(void **state) {
   world_open(&w, 64, 8);
   ImageGrid grid = {3, 2};
   Image a[CAPTIONS], b[CAPTIONS], c[CAPTIONS];
-  SamplerOptions o = {.kind = SAMPLER_HEUN, .steps = 5, .guidance = 2.5, .guidance_from = 0.1};
+  SamplerOptions o = {.kind = SAMPLER_HEUN, .steps = 5, .t_end = 0.7, .guidance = 2.5, .guidance_from = 0.1};
   draw(&w, captions, CAPTIONS, grid, 3, o, a);
   draw(&w, captions, CAPTIONS, grid, 3, o, b);
   draw(&w, captions, CAPTIONS, grid, 4, o, c);
@@ -145,7 +146,7 @@ static void test_draw_packing(void **state) {
   world_open(&wide, 512, 32);
   world_open(&narrow, 40, 1); // an image and its unconditional twin do not fit one pack
   ImageGrid grid = {2, 4};
-  SamplerOptions o = {.kind = SAMPLER_HEUN, .steps = 4, .guidance = 2, .guidance_from = 0.3};
+  SamplerOptions o = {.kind = SAMPLER_HEUN, .steps = 4, .t_end = 1, .guidance = 2, .guidance_from = 0.3};
   Image a[CAPTIONS], b[CAPTIONS], one;
   draw(&wide, captions, CAPTIONS, grid, 9, o, a);
   draw(&narrow, captions, CAPTIONS, grid, 9, o, b);
@@ -191,7 +192,8 @@ static void test_draw_guidance(void **state) {
   world_close(&w);
 }
 
-// With x^ = b the velocity is (b - z) / max(1 - t, floor): every step shrinks z - b by a known factor.
+// With x^ = b the velocity is (b - z) / max(1 - t, floor): every step shrinks z - b by a known factor, and a last step
+// from 1 - floor or before leaves nothing of it.
 static void test_draw_known(void **state) {
   (void)state;
   World w;
@@ -201,16 +203,22 @@ static void test_draw_known(void **state) {
   const float b = 0.25f;
   world_rig_image(&w, b);
   for (int steps = 1; steps <= 40; steps += 13) {
-    for (int heun = 0; heun < 2; heun++) {
-      SamplerOptions o = {
-          .kind = heun ? SAMPLER_HEUN : SAMPLER_EULER, .steps = steps, .guidance = 2, .guidance_from = 0};
+    for (int way = 0; way < 4; way++) {
+      int heun = way % 2;
+      SamplerOptions o = {.kind = heun ? SAMPLER_HEUN : SAMPLER_EULER,
+                          .steps = steps,
+                          .t_end = way < 2 ? 1 : 0.5,
+                          .guidance = 2,
+                          .guidance_from = 0};
       draw(&w, captions, 1, grid, 5, o, &image);
       double left = 1;
       for (int s = 0; s < steps; s++) {
-        double t = (double)s / steps, next = (double)(s + 1) / steps, dt = 1.0 / steps;
+        double stride = way < 2 || steps == 1 ? 1.0 / steps : 0.5 / (steps - 1);
+        double t = s * stride, next = s + 1 < steps ? t + stride : 1, dt = next - t;
         double slope = 1 / fmax(1 - t, 0.05), slope2 = 1 / fmax(1 - next, 0.05);
         left *= heun && s + 1 < steps ? 1 - dt / 2 * (slope + (1 - dt * slope) * slope2) : 1 - dt * slope;
       }
+      if (way >= 2) assert_true(fabs(left) < 1e-9);
       uint8_t patches[3 * P];
       image_to_patches(&image, PATCH, patches);
       for (int i = 0; i < 3 * P; i++) {
@@ -247,17 +255,43 @@ static void test_draw_times(void **state) {
   world_open(&w, 128, 8);
   w.engine.backend.fn[OP_TIME_FEATURES] = spy_time_features;
   const float euler[] = {0, 0.25f, 0.5f, 0.75f}, heun[] = {0, 0.25f, 0.25f, 0.5f, 0.5f, 0.75f, 0.75f};
-  for (int k = 0; k < 2; k++) {
+  const float early[] = {0, 0.2f, 0.2f, 0.4f, 0.4f, 0.6f, 0.6f};
+  for (int k = 0; k < 3; k++) {
     SamplerOptions o = plain;
     if (k) o.kind = SAMPLER_HEUN, o.guidance = 2;
+    o.t_end = k == 1 ? 0.75 : k == 2 ? 0.6 : 1; // .75 is where the last step begins anyway
     Image images[2];
     seen.n = 0;
     draw(&w, captions, 2, (ImageGrid){2, 1}, 5, o, images);
     assert_int_equal(seen.n, k ? 7 : 4); // both images and their twins in one pack
-    assert_memory_equal(seen.time, k ? heun : euler, (size_t)seen.n * sizeof *heun);
+    const float *want = k == 2 ? early : k == 1 ? heun : euler;
+    for (int i = 0; i < seen.n; i++) assert_float_equal(seen.time[i], want[i], 1e-7);
     images_free(images, 2);
   }
   world_close(&w);
+}
+
+// "auto" ends at the quantile of the training times, and at 1 - t_floor at the latest; a number is taken as it is.
+static void test_end_time(void **state) {
+  (void)state;
+  const struct {
+    double mean, std, uniform, floor, asked, end;
+  } cases[] = {
+      {-0.8, 0.8, 0, 0.05, 0, 0.84186}, // -0.8 + 0.8 * 3.0902
+      {-0.8, 1.2, 0, 0.05, 0, 0.94827}, //
+      {-0.8, 0.8, 0.1, 0.05, 0, 0.95},  // the floor: .99 of them are below 1 - .01 / .1 of the uniform ones
+      {-0.8, 0.8, 0.1, 0.001, 0, 0.99}, //
+      {-0.8, 0.8, 0.1, 0.05, 1, 1},     //
+      {-0.8, 0.8, 0, 0.05, 0.97, 0.97},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    Config c;
+    Error err;
+    assert_int_equal(config_load(&c, NULL, NULL, 0, &err), 0);
+    c.flow.t_mean = cases[i].mean, c.flow.t_std = cases[i].std, c.flow.t_uniform = cases[i].uniform;
+    c.flow.t_floor = cases[i].floor, c.eval.t_end = cases[i].asked;
+    assert_float_equal(sampler_options(&c).t_end, cases[i].end, 2e-5);
+  }
 }
 
 static void test_refusals(void **state) {
@@ -643,19 +677,13 @@ static void test_items_load(void **state) {
 int main(void) {
   omp_set_num_threads(1); // nothing here is large enough to share
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_draw_deterministic),
-      cmocka_unit_test(test_draw_packing),
-      cmocka_unit_test(test_draw_guidance),
-      cmocka_unit_test(test_draw_known),
-      cmocka_unit_test(test_draw_times),
-      cmocka_unit_test(test_refusals),
-      cmocka_unit_test(test_choose),
-      cmocka_unit_test(test_describe_packing),
-      cmocka_unit_test(test_describe_known),
-      cmocka_unit_test(test_evaluate_text),
-      cmocka_unit_test(test_evaluate_flow),
-      cmocka_unit_test(test_load_figures),
-      cmocka_unit_test(test_json),
+      cmocka_unit_test(test_draw_deterministic), cmocka_unit_test(test_draw_packing),
+      cmocka_unit_test(test_draw_guidance),      cmocka_unit_test(test_draw_known),
+      cmocka_unit_test(test_draw_times),         cmocka_unit_test(test_end_time),
+      cmocka_unit_test(test_refusals),           cmocka_unit_test(test_choose),
+      cmocka_unit_test(test_describe_packing),   cmocka_unit_test(test_describe_known),
+      cmocka_unit_test(test_evaluate_text),      cmocka_unit_test(test_evaluate_flow),
+      cmocka_unit_test(test_load_figures),       cmocka_unit_test(test_json),
       cmocka_unit_test(test_items_load),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

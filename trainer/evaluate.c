@@ -194,16 +194,6 @@ static int set_run(EvalSet *s, Error *err) {
   return taken < 0 ? -1 : 0;
 }
 
-// x with P(N(0,1) < x) = p, by bisection.
-static double normal_quantile(double p) {
-  double low = -9, high = 9;
-  for (int i = 0; i < 60; i++) {
-    double middle = (low + high) / 2;
-    *(0.5 * erfc(-middle / sqrt(2)) < p ? &low : &high) = middle;
-  }
-  return low;
-}
-
 // Draws every image at its time with the caption of item text[i]: mean squared error and velocity error per element.
 static int measure_flow(EvalSet *s, const double *time, const int *text, double *mse, double *flow, Error *err) {
   for (int i = 0; i < s->n; i++) set_drawn(s, i, i, text[i], time[i]);
@@ -222,11 +212,11 @@ static int measure_flow(EvalSet *s, const double *time, const int *text, double 
 }
 
 static int measure_draw(EvalSet *s, const int *own, const int *other, Evaluation *out, Error *err) {
-  const Config *c = s->engine->config;
+  FlowTimes times = config_flow_times(s->engine->config);
   double *time = xmalloc(((size_t)s->n + 1) * sizeof *time), ignored;
   for (int i = 0; i < s->n; i++) { // a quantile's item is a random one
     double p = ((double)stream_permute(EVAL_SEED, 0, 1, s->n, i) + 0.5) / s->n;
-    time[i] = 1 / (1 + exp(-(c->flow.t_mean + c->flow.t_std * normal_quantile(p))));
+    time[i] = flow_time_quantile(&times, p);
   }
   int failed = measure_flow(s, time, own, &ignored, &out->flow, err);
   for (int k = 0; k < EVAL_TIMES && !failed; k++) {

@@ -7,9 +7,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+// Share of the training times below the latest that is asked for: the network's answers beyond are arbitrary, often the
+// same in every patch.
+#define SAMPLER_TRAINED 0.999
+
 SamplerOptions sampler_options(const Config *c) {
+  FlowTimes times = config_flow_times(c);
+  double trained = fmin(flow_time_quantile(&times, SAMPLER_TRAINED), 1 - c->flow.t_floor);
   return (SamplerOptions){.kind = c->eval.sampler,
                           .steps = c->eval.sampler_steps,
+                          .t_end = c->eval.t_end > 0 ? c->eval.t_end : trained,
                           .guidance = c->eval.guidance,
                           .guidance_from = c->eval.guidance_from};
 }
@@ -157,11 +164,18 @@ static void group_velocity(DrawGroup *g, Engine *e, const float *z, double t, co
   for (int64_t i = 0; i < all; i++) v[i] = (u[i] + w * (c[i] - u[i]) - z[i]) * scale;
 }
 
+// Where step s begins, and for s = steps the last one ends.
+static double grid_time(const SamplerOptions *o, int s) {
+  if (s == o->steps) return 1;
+  int whole = o->steps == 1 || (double)(o->steps - 1) / o->steps <= o->t_end;
+  return whole ? (double)s / o->steps : s * o->t_end / (o->steps - 1);
+}
+
 static int group_integrate(DrawGroup *g, Engine *e, const SamplerOptions *o, Error *err) {
   int64_t all = g->images * g->elements;
   for (int s = 0; s < o->steps; s++) {
     if (signals_check(err) != 0) return -1;
-    double t = (double)s / o->steps, next = (double)(s + 1) / o->steps;
+    double t = grid_time(o, s), next = grid_time(o, s + 1);
     float dt = (float)(next - t);
     group_velocity(g, e, g->z, t, o, g->v[0]);
     if (o->kind == SAMPLER_EULER || s + 1 == o->steps) {

@@ -9,11 +9,14 @@
 
 typedef struct SamplerOptions {
   SamplerKind kind;
-  int steps;            // of the uniform grid over t in [0, 1]
+  int steps;            // of the grid: uniform over t in [0, 1], or up to t_end and then to 1
+  double t_end;         // no later time is asked for
   double guidance;      // w of v_u + w (v_c - v_u); 1: the conditional velocity alone
   double guidance_from; // guidance acts for t in (guidance_from, 1); below it the velocity is the conditional one
 } SamplerOptions;
 
+// As the config's eval says. t_end "auto": .999 of the training times lie below, and at most 1 - t_floor, so that the
+// last step is a whole jump to x^.
 SamplerOptions sampler_options(const Config *c);
 
 // Draws n images of grid.rows x grid.columns patches from their captions (cut to data.max_caption tokens; an empty one

@@ -76,11 +76,13 @@ static int slab_write(Engine *e, Space space, const char *prefix, const SafeFile
 
 // Identity of the settings that decide what the stream of documents holds.
 static void data_identity(const Config *c, char out[17]) {
+  char uniform[32] = ""; // nothing without, as before the key
+  if (c->flow.t_uniform > 0) snprintf(uniform, sizeof uniform, " %.17g", c->flow.t_uniform);
   char *text =
-      xasprintf("%d %d %d %d %d %.17g %.17g %.17g %s %d %d %d %d %d %.17g %.17g", c->data.micro_batch_tokens,
+      xasprintf("%d %d %d %d %d %.17g %.17g %.17g %s %d %d %d %d %d %.17g %.17g%s", c->data.micro_batch_tokens,
                 c->model.patch, c->data.image_size, (int)c->data.image_mode, c->data.max_image_tokens, c->data.cfg_drop,
                 c->data.caption_to_image, c->data.held_out, c->data.held_out_by, c->data.max_text, c->data.max_images,
-                c->data.max_document, c->data.max_caption, (int)c->data.flip, c->flow.t_mean, c->flow.t_std);
+                c->data.max_document, c->data.max_caption, (int)c->data.flip, c->flow.t_mean, c->flow.t_std, uniform);
   uint64_t packing = c->kernels.packing == PACKING_PADDED; // decides which documents a step holds
   snprintf(out, 17, "%016" PRIx64, hash64(text, strlen(text), packing));
   free(text);
