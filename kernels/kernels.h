@@ -329,8 +329,8 @@ typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COUNT } Lane;
 enum {
   EVENT_PACK_READY,                        // the staged pack has arrived; two, in turn
   EVENT_PACK_TAKEN = EVENT_PACK_READY + 2, // it was copied to its place: the next may be staged
-  EVENT_RESULTS,                           // what the host reads of a step has arrived
-  EVENT_REPLAY
+  EVENT_RESULTS,                           // what the host reads of a step has arrived; two, in turn
+  EVENT_REPLAY = EVENT_RESULTS + 2
 };
 
 typedef struct Queues {

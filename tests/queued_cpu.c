@@ -236,7 +236,9 @@ void queued_cpu_drain(void) {
 }
 
 QueuedCounts queued_cpu_counts(void) {
-  return device.counts;
+  QueuedCounts counts = device.counts;
+  counts.seconds = 1e-6 * device.clock;
+  return counts;
 }
 
 static const Queues queues = {.stream = queue_stream,

@@ -25,6 +25,7 @@ typedef struct QueuedCounts {
   int64_t captures, launches;
   int64_t uploads, downloads; // for which the host waits
   int64_t open_ranges;        // begun and not ended
+  double seconds;             // its time: each item of a lane, when it runs, takes a millionth
 } QueuedCounts;
 QueuedCounts queued_cpu_counts(void);
 

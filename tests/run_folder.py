@@ -5,7 +5,7 @@
 
 Exit code 1 on the first thing that is not as it should be.
 """
-import json, os, pty, re, shutil, subprocess, sys, tempfile
+import json, os, pty, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +75,21 @@ def test_going_back(runs):
     check([row["loss"] for row in again] == [row["loss"] for row in steps[:4]], "other losses the second time")
 
 
+def test_seconds(runs):
+    """A step's seconds are its own: an evaluation before it, many times as long here, does not count."""
+    run = subprocess.Popen(
+        runs.command("timed", "--stop-at", 4, "--set", "eval.documents=24"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    said = {}  # when each line came, by its first two words
+    for line in run.stderr:
+        said.setdefault(" ".join(line.split()[:2]), time.monotonic())
+    check(run.wait() == 0, f"exit code {run.returncode}")
+    evaluation = said["eval of"] - said["step 3"]
+    seconds = [row["seconds"] for row in runs.rows("timed") if "loss" in row]
+    check(len(seconds) == 4, f"{len(seconds)} steps")
+    check(seconds[3] < evaluation / 2, f"step 4 took {seconds[3]:.3f} s after an evaluation of {evaluation:.3f} s")
+
+
 def test_terminal(runs):
     """A progress bar that every line erases, and the table of --profile."""
     pid, fd = pty.fork()
@@ -105,7 +120,7 @@ def main():
         if not (ROOT / ".cache/shapes/shapes.tar").exists():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
-        for test in (test_missed_evaluation, test_going_back, test_terminal):
+        for test in (test_missed_evaluation, test_going_back, test_seconds, test_terminal):
             test(runs)
     except AssertionError as error:
         print(f"{test.__name__}: FAILED: {error}")

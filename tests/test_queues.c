@@ -32,8 +32,10 @@ typedef struct Outcome {
   real *state[STATE_SPACES]; // [parameters] each
   double *metrics[STEPS];    // of each step
   UpdateStatus status[STEPS];
-  int collected; // steps whose results were read
-  float *nll;    // [T] of an evaluation with the EMA, between the last two steps
+  double seconds[STEPS]; // of each step
+  double elapsed;        // with queues: what the device's clock says all steps took
+  int collected;         // steps whose results were read
+  float *nll;            // [T] of an evaluation with the EMA, between the last two steps
   size_t elements, metrics_bytes, nll_bytes;
   QueuedCounts first, last; // once every program has run, and before the evaluation
 } Outcome;
@@ -69,9 +71,15 @@ static void collect(Engine *e, Outcome *o, OptimizerState *state, int end) {
   for (; o->collected < end; o->collected++) {
     int step = o->collected;
     o->metrics[step] = xmalloc(o->metrics_bytes);
-    engine_results(e, &o->status[step], o->metrics[step]);
+    o->seconds[step] = engine_results(e, &o->status[step], o->metrics[step]);
     assert_int_equal(optimizer_count(e->config, state, &o->status[step], &err), 0);
   }
+}
+
+// The device's time when all it was given has run.
+static double device_time(void) {
+  queued_cpu_drain();
+  return queued_cpu_counts().seconds;
 }
 
 // The steps as the trainer runs them: with queues, a step's results are read when the passes of the next are under way.
@@ -90,15 +98,20 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   o.nll_bytes = (size_t)e.slots * sizeof *o.nll;
   o.nll = xmalloc(o.nll_bytes);
   void *given = xmalloc(w->pack_bytes);
+  engine_begin_step(&e);
+  o.elapsed = -device_time();
   for (int step = 0; step < STEPS; step++) {
     if (step == STEPS - 1) {
       collect(&e, &o, &state, step);
       o.last = queued_cpu_counts();
+      o.elapsed += device_time();
       engine_use_ema(&e, 1);
       const ForwardProgram *f = engine_forward(&e, MODE_EVAL, e.slots, e.segments - 1);
       engine_run(&e, &f->m, w->pack[0], NULL);
       engine_read(&e, &f->m, f->m.nll, e.slots, o.nll);
       engine_use_ema(&e, 0);
+      engine_begin_step(&e);
+      o.elapsed -= device_time();
     }
     for (int m = 0; m < MICRO; m++) {
       const ModelProgram *p = m ? &e.later : &e.first;
@@ -116,6 +129,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
     if (!backend->queues) collect(&e, &o, &state, step + 1);
   }
   collect(&e, &o, &state, STEPS);
+  o.elapsed += device_time();
   for (int s = 0; s < STATE_SPACES; s++) {
     o.state[s] = xmalloc(o.elements * sizeof(real));
     engine_slab_read(&e, state_spaces[s], o.state[s]);
@@ -137,6 +151,20 @@ static int outcomes_equal(const Outcome *a, const Outcome *b) {
 
 static const MemoryPolicy memory_policies[] = {MEMORY_OFFLOAD, MEMORY_KEEP, MEMORY_RECOMPUTE};
 
+// Results are read when the passes of the next step are under way, and yet each step's time is its own: the same work
+// takes the same time, the evaluation between two steps counts for none, and together they are the time that passed.
+static void check_times(const Outcome *o, int profiled) {
+  double sum = 0, least = INFINITY, most = 0;
+  for (int s = 0; s < STEPS; s++) {
+    sum += o->seconds[s];
+    if (s == profiled) continue; // times of ops are work of their own
+    least = fmin(least, o->seconds[s]);
+    most = fmax(most, o->seconds[s]);
+  }
+  if (!(fabs(sum - o->elapsed) < 1e-9)) fail_msg("steps of %g s, %g s passed", sum, o->elapsed);
+  if (!(most <= 1.1 * least)) fail_msg("equal steps took %g to %g s", least, most);
+}
+
 // Graphs or not, transfers in lanes of their own or not, every memory policy, many orders.
 static void test_same_bits(void **state) {
   (void)state;
@@ -152,7 +180,8 @@ static void test_same_bits(void **state) {
       c->kernels.graph = i / 3 % 2;
       c->kernels.streams = i < 9 ? STREAMS_MULTI : STREAMS_SINGLE;
       queued_cpu_start((uint64_t)(100 * v + i), FAULT_NONE);
-      Outcome got = run(&w, &backend_queued_cpu, i == 4 ? 2 : -1);
+      int profiled = i == 4 ? 2 : -1;
+      Outcome got = run(&w, &backend_queued_cpu, profiled);
       if (!outcomes_equal(&got, &want)) fail_msg("variant %d, order %d: other bits", v, i);
       // Nothing is allocated or captured once every program has run, and the host waits for no copy.
       assert_int_equal(got.last.allocations, got.first.allocations);
@@ -161,6 +190,7 @@ static void test_same_bits(void **state) {
       assert_int_equal(got.last.downloads, got.first.downloads);
       assert_true(c->kernels.graph ? got.last.launches > got.first.launches : got.last.launches == 0);
       assert_int_equal(queued_cpu_counts().open_ranges, 0);
+      check_times(&got, profiled);
       outcome_free(&got);
     }
     outcome_free(&want);

@@ -285,6 +285,14 @@ static void name_idle_choices(const Engine *e) {
     log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
 }
 
+void engine_begin_step(Engine *e) {
+  const Queues *q = e->model.backend->queues;
+  if (q)
+    q->record(LANE_COMPUTE, EVENT_RESULTS + !e->next_results);
+  else
+    e->clock = time_now();
+}
+
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
   if (engine_check_budget(e, err) != 0) {
@@ -318,6 +326,7 @@ int engine_allocate(Engine *e, Error *err) {
   bind(e, e->ema_in);
   bind(e, e->ema_out);
   for (int i = 0; i < e->n_forward; i++) bind(e, e->forward[i].m.program);
+  engine_begin_step(e);
   return 0;
 }
 
@@ -390,19 +399,24 @@ void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times
   if (!b->queues) return;
   queue_copy(b, LANE_COMPUTE, e->pinned.status, e->bases.of[SPACE_STATUS], sizeof *e->pinned.status);
   queue_copy(b, LANE_COMPUTE, e->pinned.metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);
-  b->queues->record(LANE_COMPUTE, EVENT_RESULTS);
+  b->queues->record(LANE_COMPUTE, EVENT_RESULTS + e->next_results);
 }
 
-void engine_results(Engine *e, UpdateStatus *status, double *metrics) {
+double engine_results(Engine *e, UpdateStatus *status, double *metrics) {
   const Backend *b = e->model.backend;
   if (!b->queues) {
     b->download(status, e->bases.of[SPACE_STATUS], sizeof *status);
     b->download(metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);
-    return;
+    double began = e->clock;
+    e->clock = time_now();
+    return e->clock - began;
   }
-  b->queues->finish(EVENT_RESULTS);
+  int end = EVENT_RESULTS + e->next_results, begin = EVENT_RESULTS + !e->next_results;
+  b->queues->finish(end);
+  e->next_results = !e->next_results;
   *status = *e->pinned.status;
   memcpy(metrics, e->pinned.metrics, (size_t)e->bytes[SPACE_METRICS]);
+  return b->queues->seconds(begin, end);
 }
 
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out) {

@@ -31,7 +31,9 @@ typedef struct Engine {
   int n_forward;
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;
-  struct { // on a backend with queues: host memory that copies pass through
+  int next_results; // with queues: which EVENT_RESULTS the next update records; the other one began its step
+  double clock;     // without: when its step began
+  struct {          // on a backend with queues: host memory that copies pass through
     void *pack[2];
     int next_pack;
     StepScalars *scalars;
@@ -66,8 +68,13 @@ void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *time
 // Replays the update, with the EMA's where `ema`. On a backend with queues this and engine_run return before the device
 // is done; engine_results waits for the last update, so between two updates there must be one of it.
 void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times);
-// What the last update found, and the step's metrics [metrics_size].
-void engine_results(Engine *e, UpdateStatus *status, double *metrics);
+// What the last update found, and the step's metrics [metrics_size]. Returns the step's own seconds: from the end of
+// the update before it, or from engine_begin_step, to the end of this one, by the device's clock where it has queues,
+// since the host may look late. So the times of steps in a row add up to the time that passed.
+double engine_results(Engine *e, UpdateStatus *status, double *metrics);
+// The next step's time begins here, and not at engine_allocate or where the last update ended: for what else was done
+// since (an evaluation).
+void engine_begin_step(Engine *e);
 
 // Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);

@@ -273,7 +273,7 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   UpdateStatus status;
   if (!t->is_pending) return 0;
   t->is_pending = 0;
-  engine_results(&t->engine, &status, t->metrics);
+  s->seconds = engine_results(&t->engine, &status, t->metrics);
   StepLosses l = losses_of(c, t->metrics);
   s->loss = l.total;
   s->flow = l.flow;
@@ -287,9 +287,6 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   s->skipped = status.skip;
   if (status.skip)
     snprintf(s->bad, sizeof s->bad, "%s", status.bad >= params->n ? "the loss" : params->of[status.bad].name);
-  double now = time_now();
-  s->seconds = now - t->clock;
-  t->clock = now;
   report_step(report, s);
   Dims d = dims_from_config(c, 1, 1);
   report_load(report, metrics_load(t->metrics), &d);
@@ -371,7 +368,7 @@ static int64_t end_step(const Trainer *t) {
 static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   int64_t end = end_step(t);
-  t->clock = time_now();
+  engine_begin_step(&t->engine);
   while (t->state.step < end) {
     if (train_step(t, loader, report, profile, err) != 0) return -1;
     int64_t done = t->state.step;
@@ -387,7 +384,7 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profil
       saved = 1;
     }
     if (evaluation_due && !signals_stop() && evaluate_step(t, report, last, err) != 0) return -1;
-    t->clock = time_now();
+    engine_begin_step(&t->engine);
     if (!signals_stop()) continue;
     return saved ? 0 : save(t, loader, 1, err); // unsaved: it came in the evaluation
   }

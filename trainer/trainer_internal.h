@@ -18,7 +18,6 @@ struct Trainer {
   double *metrics;    // [metrics_size] of the step collected last, see losses_of
   StepReport pending; // of the step that the device was given last
   int is_pending;     // it is not collected yet
-  double clock;       // when the step before it was done
   Tokenizer *tokenizer;
   Source *source[CONFIG_SOURCES];
   double weight[CONFIG_SOURCES];
