@@ -7,7 +7,7 @@
 #include <sys/stat.h>
 #include <time.h>
 
-static void (*before_log_line)(void);
+static void (*before_log_line)(void); // under the lock of stderr
 
 int error_set(Error *err, const char *hint, const char *fmt, ...) {
   va_list ap;
@@ -30,9 +30,11 @@ int error_prefix(Error *err, const char *fmt, ...) {
 }
 
 void fatal_code(const Error *err, int code) {
+  flockfile(stderr);
   if (before_log_line) before_log_line();
   fprintf(stderr, "error: %s\n", err->text);
   if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
+  funlockfile(stderr);
   exit(code);
 }
 
@@ -41,8 +43,8 @@ void fatal(const Error *err) {
 }
 
 static void log_line(const char *prefix, const char *fmt, va_list ap) {
-  if (before_log_line) before_log_line();
   flockfile(stderr);
+  if (before_log_line) before_log_line();
   fputs(prefix, stderr);
   vfprintf(stderr, fmt, ap);
   fputc('\n', stderr);
@@ -72,7 +74,9 @@ void log_warn(const char *fmt, ...) {
 }
 
 void log_set_hook(void (*before_line)(void)) {
+  flockfile(stderr);
   before_log_line = before_line;
+  funlockfile(stderr);
 }
 
 static void *check_alloc(void *p, size_t bytes) {

@@ -5,10 +5,10 @@ goes on to the same bits as one that nothing happened to.
     tests/faults.py [--kills N] [--leaks] [--train ./train] [--seed N]
 
 kill -9 at N random moments, half of them in the middle of a save; damaged, missing, foreign checkpoints; a full disk
-and a file-size limit; a run that diverges; SIGINT, SIGTERM and SIGHUP, once and twice, in an evaluation, under nohup, and a log that
-nobody reads any more; two runs on one folder; images that cannot be decoded, counted over resumes; the time to start
-and to wait for data. --leaks: also 2,000 steps with flat memory and no descriptor lost. Standard library alone; exit
-code 1 on the first thing that is not as it should be. The last line says what was counted.
+and a file-size limit; a run that diverges; SIGINT, SIGTERM and SIGHUP, once and twice, in an evaluation, under nohup,
+and a log that nobody reads any more; two runs on one folder; images that cannot be decoded, counted over resumes; the
+time to start and to wait for data. --leaks: also 2,000 steps with flat memory and no descriptor lost. Standard
+library alone; exit code 1 on the first thing that is not as it should be. The last line says what was counted.
 """
 import argparse
 import filecmp

@@ -5,7 +5,7 @@
 
 Exit code 1 on the first thing that is not as it should be.
 """
-import json, os, pty, re, shutil, subprocess, sys, tempfile, time
+import fcntl, json, os, pty, re, shutil, struct, subprocess, sys, tempfile, termios, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,12 +90,46 @@ def test_seconds(runs):
     check(seconds[3] < evaluation / 2, f"step 4 took {seconds[3]:.3f} s after an evaluation of {evaluation:.3f} s")
 
 
-def test_terminal(runs):
-    """A progress bar that every line erases, and the table of --profile."""
+def test_long_metrics(runs):
+    """Only the end of metrics.jsonl is read: 512 GiB before it (a hole, which takes no room) make no difference."""
+    metrics = runs.folder / "whole/metrics.jsonl"
+    lines, hole = metrics.read_bytes(), 512 << 30
+    with open(metrics, "r+b") as f:
+        f.truncate(hole)
+        f.seek(hole)
+        f.write(b"\n" + lines)
+    runs.make("whole", "--from", runs.folder / "whole/ckpt-2", "--stop-at", 3)
+    with open(metrics, "rb") as f:
+        f.seek(hole)
+        rows = [json.loads(line) for line in f.read().splitlines()[1:]]
+    check([row["step"] for row in rows if "loss" in row] == [0, 1, 2], f"steps {[row['step'] for row in rows]}")
+
+
+def test_text_alone(runs):
+    """A step line leaves out what does not exist, and its log line has a dash there."""
+    texts = runs.folder / "texts.txt"
+    texts.write_text("\n\n".join(f"the number {i} and the number {i * i}" for i in range(200)))
+    sources = json.dumps([{"type": "text", "path": str(texts)}])
+    keys = {"data.sources": sources, "data.held_out_by": "key", "data.held_out": 0, "eval.documents": 0}
+    sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+    said = runs.make("texts", "--stop-at", 2, *sets)
+    for row in runs.rows("texts"):
+        if "loss" not in row:
+            continue
+        check("flow" not in row and "ce_caption" not in row, f"a step of texts alone: {row}")
+        check(row["ce"] == row["ce_text"], f"{row}")
+        check(abs(row["loss"] - row["ce"] - row["balance"] - row["z"]) < 1e-5, f"{row}")
+    line = r"step +2  loss [\d.]+  flow -  ce_caption -  ce_text [\d.]+  balance"
+    check(re.search(line, said), f"no line of the second step:\n{said}")
+
+
+def on_terminal(runs, columns, run, *flags):
+    """What a run shows on a terminal of that width."""
     pid, fd = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        command = runs.command("terminal", "--profile")
+        fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        command = runs.command(run, *flags)
         os.execv(command[0], command)
     shown = b""
     try:
@@ -106,6 +140,21 @@ def test_terminal(runs):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     text = shown.decode()
     check(status == 0, f"exit code {status}\n{text}")
+    return text
+
+
+def test_narrow_terminal(runs):
+    """The bar takes what room there is, and never a second line."""
+    for columns, last in ((40, "[" + "#" * 22 + "] 6/6  0:00 left"), (20, "6/6  0:00 left"), (8, "6/6  0:")):
+        shown = on_terminal(runs, columns, f"narrow-{columns}")
+        bars = re.findall(r"\r\x1b\[K([^\r\n]*left|[\d/]+ [^\r\n]*)(?=\r)", shown)
+        check(bars and max(map(len, bars)) < columns, f"{columns} columns: {bars}")
+        check(bars[-1] == last, f"{columns} columns: the last bar is {bars[-1]!r}, not {last!r}")
+
+
+def test_terminal(runs):
+    """A progress bar that every line erases, and the table of --profile."""
+    text = on_terminal(runs, 80, "terminal", "--profile")
     check(re.search(r"\r\x1b\[K\[#{30}\] 6/6  0:00 left", text), f"no full bar:\n{text}")
     glued = re.findall(r"\d:\d\d left(?!\r)[^\r]+", text)
     check(not glued, f"lines that do not erase the bar: {glued}")
@@ -120,7 +169,8 @@ def main():
         if not (ROOT / ".cache/shapes/shapes.tar").exists():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
-        for test in (test_missed_evaluation, test_going_back, test_seconds, test_terminal):
+        for test in (test_missed_evaluation, test_going_back, test_long_metrics, test_text_alone, test_seconds,
+                     test_terminal, test_narrow_terminal):
             test(runs)
     except AssertionError as error:
         print(f"{test.__name__}: FAILED: {error}")

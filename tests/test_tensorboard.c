@@ -485,6 +485,7 @@ static StepReport step_report(int64_t step) {
                   .tokens = 1000,
                   .fill = .99,
                   .flops = 1e9,
+                  .peak = step % 2 ? 4e9 : 0,
                   .seconds = .5,
                   .data_wait = .001,
                   .load_max = 1.5};
@@ -559,6 +560,8 @@ static void count_lines(const char *folder, int *steps, int *evals, int *loads, 
       assert_false(cJSON_HasObjectItem(json, "ce_text"));
       assert_true(fabs(cJSON_GetObjectItem(json, "ce")->valuedouble - s.ce) < 1e-8);
       assert_true(cJSON_GetObjectItem(json, "tokens_per_second")->valuedouble == 2000);
+      const cJSON *mfu = cJSON_GetObjectItem(json, "mfu");
+      assert_true(s.peak > 0 ? mfu && mfu->valuedouble == 0.5 : !mfu);
       if (s.skipped) assert_string_equal(cJSON_GetObjectItem(json, "skipped")->valuestring, s.bad);
     }
     cJSON_Delete(json);

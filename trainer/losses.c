@@ -1,6 +1,7 @@
 #include "trainer/losses.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 int load_shares(const double *load, const Dims *d, int layer, int m, double *out) {
   int E = d->E[m];
@@ -14,7 +15,7 @@ int load_shares(const double *load, const Dims *d, int layer, int m, double *out
 void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]) {
   for (int m = 0; m < MODALITIES; m++) {
     int E = d->E[m], layers = 0;
-    double share[E], entropy = 0, most = 0;
+    double *share = xmalloc((size_t)E * sizeof *share), entropy = 0, most = 0;
     out[m] = (LoadFigures){.entropy = NAN, .max_over_mean = NAN, .experts = d->L * E};
     for (int l = 0; l < d->L; l++) {
       if (!load_shares(load, d, l, m, share)) {
@@ -30,6 +31,7 @@ void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]
       entropy += E > 1 ? sum / log(E) : 1;
       layers++;
     }
+    free(share);
     if (!layers) continue;
     out[m].entropy = entropy / layers;
     out[m].max_over_mean = most;
@@ -44,13 +46,13 @@ StepLosses losses_of(const Config *c, const double *metrics) {
   load_figures(metrics_load(metrics), &d, load);
   StepLosses l = {.ce_caption = m->nll[TARGET_CAPTION] / m->targets[TARGET_CAPTION],
                   .ce_text = m->nll[TARGET_TEXT] / m->targets[TARGET_TEXT],
-                  .ce = (m->nll[0] + m->nll[1]) / fmax(targets, 1),
-                  .flow = m->flow / fmax(m->flow_elems, 1),
+                  .ce = (m->nll[0] + m->nll[1]) / targets,
+                  .flow = m->flow / m->flow_elems,
                   .balance = m->balance,
                   .z = m->z,
                   .targets = targets,
                   .noised_tokens = m->flow_elems / d.P,
                   .load_max = fmax(fmax(load[TEXT].max_over_mean, load[IMAGE].max_over_mean), 0)}; // of NAN and x: x
-  l.total = l.flow + c->train.ce_weight * l.ce + l.balance + l.z;
+  l.total = (m->flow_elems ? l.flow : 0) + (targets ? c->train.ce_weight * l.ce : 0) + l.balance + l.z;
   return l;
 }

@@ -6,8 +6,8 @@
 
 typedef struct StepLosses {
   double ce_caption, ce_text;    // nats, means over their own targets; NAN without any
-  double ce, flow, balance, z;   // ce: mean over all targets; flow: mean over noised image elements
-  double total;                  // flow + ce_weight ce + balance + z
+  double ce, flow, balance, z;   // ce: mean over all targets; flow: over noised image elements; NAN without any
+  double total;                  // flow + ce_weight ce + balance + z, of those that there are
   double targets, noised_tokens; // what the means were divided by
   double load_max;               // largest expert load over its fair share, any layer and modality; 0 without any
 } StepLosses;

@@ -2,16 +2,21 @@
 
 #include "base/json.h"
 #include "trainer/append.h"
+#include "trainer/tail.h"
 #include "trainer/tensorboard.h"
 
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
-// Steps whose expert loads are summed before they are written: single steps are noisy and their histograms many.
-enum { LOAD_STEPS = 50 };
+enum {
+  LOAD_STEPS = 50,   // whose expert loads are summed before they are written: single ones are noisy, histograms many
+  TIMED_STEPS = 10,  // after which the run says how long it will take
+  SHORT_SECONDS = 10 // that are not worth a line
+};
 
 struct Report {
   AppendFile metrics;
@@ -20,7 +25,7 @@ struct Report {
   int terminal;
   double per_step; // smoothed seconds
   double redrawn;
-  int64_t done;
+  int64_t from, done;
   Dims dims;      // of load; L = 0 before the first
   double *load;   // [L][E_0 + E_1] sums since the last load line
   int load_steps; // in those sums
@@ -37,34 +42,62 @@ static void erase_bar(void) {
   fputs("\r\033[K", stderr);
 }
 
-// Whether a line of metrics.jsonl belongs to the first `from_step` steps. A step line counts its own step from 0; other
-// lines ({"step":N,"eval":{..}}) say how many steps were done.
-static int line_is_before(const char *line, const char *end, int64_t from_step) {
+// The step of a line of metrics.jsonl and whether it is a step line, which counts its own step from 0; other lines
+// ({"step":N,"eval":{..}}) say how many steps were done. -1 for what is no line of it.
+static int64_t line_step(const TailLine *line, bool *is_step) {
   static const char key[] = "{\"step\":";
-  if (end - line < (ptrdiff_t)sizeof key || memcmp(line, key, sizeof key - 1) != 0) return 0;
-  const char *number = line + sizeof key - 1, *colon = memchr(number, ':', (size_t)(end - number));
-  int64_t step = atoll(number);
-  return colon && (colon[1] == '{' ? step <= from_step : step < from_step);
+  const char *number = line->text + sizeof key - 1, *end = line->text + line->bytes;
+  if (end <= number || memcmp(line->text, key, sizeof key - 1) != 0) return -1;
+  const char *colon = memchr(number, ':', (size_t)(end - number));
+  if (!colon || colon + 1 == end) return -1;
+  *is_step = colon[1] != '{';
+  return atoll(number);
 }
 
 // Cuts the file behind the last whole line of the first from_step steps: steps only grow in it, and cutting needs no
 // space.
 static int drop_later(AppendFile *f, int64_t from_step, Error *err) {
-  size_t bytes, keep = 0;
-  char *text = file_read(f->path, (size_t)1 << 40, &bytes, err);
-  if (!text) return -1;
-  for (char *line = text, *end; (end = memchr(line, '\n', bytes - (size_t)(line - text))); line = end + 1)
-    if (line_is_before(line, end, from_step)) keep = (size_t)(end + 1 - text);
-  free(text);
-  if (keep < bytes && ftruncate(f->fd, (off_t)keep) != 0)
+  Tail tail;
+  TailLine line;
+  if (tail_open(&tail, f->path, err) != 0) return -1;
+  int64_t keep = 0;
+  int more;
+  while (!keep && (more = tail_line(&tail, &line, err)) > 0) {
+    bool is_step = false;
+    int64_t step = line_step(&line, &is_step);
+    if (step >= 0 && (is_step ? step < from_step : step <= from_step)) keep = line.end;
+  }
+  tail_close(&tail);
+  if (!keep && more < 0) return -1;
+  if (keep < f->size && ftruncate(f->fd, (off_t)keep) != 0)
     return error_set(err, "check the folder's permissions", "cannot shorten %s: %s", f->path, strerror(errno));
-  f->size = (int64_t)keep;
+  f->size = keep;
   return 0;
+}
+
+bool report_evaluated(const char *folder, int64_t step) {
+  Error missing;
+  Tail tail;
+  TailLine line;
+  char *path = xasprintf("%s/metrics.jsonl", folder), *wanted = xasprintf("{\"step\":%lld,\"eval\":", (long long)step);
+  bool found = false, is_step, earlier = false;
+  if (tail_open(&tail, path, &missing) == 0) {
+    while (!found && !earlier && tail_line(&tail, &line, &missing) > 0) {
+      int64_t at = line_step(&line, &is_step);
+      earlier = at >= 0 && at + 1 < step;
+      found = line.bytes > strlen(wanted) && memcmp(line.text, wanted, strlen(wanted)) == 0;
+    }
+    tail_close(&tail);
+  }
+  free(wanted);
+  free(path);
+  return found;
 }
 
 Report *report_open(const char *folder, int64_t from_step, int64_t steps, Error *err) {
   Report *r = xcalloc(1, sizeof *r);
-  *r = (Report){.metrics.fd = -1, .steps = steps, .terminal = isatty(STDERR_FILENO), .done = from_step};
+  *r = (Report){
+      .metrics.fd = -1, .steps = steps, .terminal = isatty(STDERR_FILENO), .from = from_step, .done = from_step};
   char *path = xasprintf("%s/metrics.jsonl", folder);
   int bad = append_open(&r->metrics, path, 0, err) != 0 || drop_later(&r->metrics, from_step, err) != 0;
   free(path);
@@ -102,25 +135,70 @@ static void line_end(Line *l, Report *r) {
 
 // ---- steps ----
 
+// "1:02:03" or "2:03"
+static void write_time(char text[32], double seconds) {
+  long long s = (long long)(seconds + 0.5), h = s / 3600;
+  if (h)
+    snprintf(text, 32, "%lld:%02lld:%02lld", h, s / 60 % 60, s % 60);
+  else
+    snprintf(text, 32, "%lld:%02lld", s / 60, s % 60);
+}
+
+static double seconds_left(const Report *r) {
+  return r->per_step * (double)(r->steps - r->done);
+}
+
+// Columns of the terminal; where nobody knows, as many as terminals always had.
+static int terminal_columns(void) {
+  struct winsize size;
+  return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
+}
+
+// As wide as the terminal has room: a line that wraps would not be erased.
 static void draw_bar(Report *r) {
-  enum { WIDTH = 30 };
-  double left = r->per_step * (double)(r->steps - r->done), now = time_now();
+  enum { WIDTH = 30, NARROWEST = 5 };
+  double now = time_now();
   if (now - r->redrawn < 0.1 && r->done < r->steps) return;
   r->redrawn = now;
-  int full = r->steps > 0 ? (int)(WIDTH * r->done / r->steps) : WIDTH;
-  fprintf(stderr, "\r\033[K[%.*s%.*s] %lld/%lld  %d:%02d left", full, "##############################", WIDTH - full,
-          "..............................", (long long)r->done, (long long)r->steps, (int)left / 60, (int)left % 60);
+  char left[32], text[96];
+  write_time(left, seconds_left(r));
+  int n = snprintf(text, sizeof text, "%lld/%lld  %s left", (long long)r->done, (long long)r->steps, left);
+  int room = terminal_columns() - 1, width = (int)min_i64(WIDTH, room - n - 3);
+  int full = r->steps > 0 ? (int)(width * r->done / r->steps) : width;
+  if (width >= NARROWEST)
+    fprintf(stderr, "\r\033[K[%.*s%.*s] %s", full, "##############################", width - full,
+            "..............................", text);
+  else
+    fprintf(stderr, "\r\033[K%.*s", room, text);
   fflush(stderr);
 }
 
+// How long the run will take, as far as its first steps can tell.
+static void log_time_left(const Report *r) {
+  char left[32];
+  if (seconds_left(r) < SHORT_SECONDS) return;
+  write_time(left, seconds_left(r));
+  log_info("%s to go at %.0f ms a step; evaluations and checkpoints come on top", left, r->per_step * 1e3);
+}
+
+// A figure of the step's line, "-" where there is none.
+static const char *figure_text(char text[32], const char *format, double v) {
+  snprintf(text, 32, isfinite(v) ? format : "-", v);
+  return text;
+}
+
+static double mfu(const StepReport *s) {
+  return s->peak > 0 ? s->flops / s->seconds / s->peak : NAN;
+}
+
 static void log_step(const StepReport *s) {
-  char caption[16] = "-", text[16] = "-";
-  if (isfinite(s->ce_caption)) snprintf(caption, sizeof caption, "%.3f", s->ce_caption);
-  if (isfinite(s->ce_text)) snprintf(text, sizeof text, "%.3f", s->ce_text);
-  log_info("step %5lld  loss %.4f  flow %.4f  ce %s cap %s text  balance %.4f  lr %.2e  norm %.2f  %.1fk tok/s  "
-           "%.0f GFLOP/s  %.0f ms (data %.1f)%s%s",
-           (long long)s->step + 1, s->loss, s->flow, caption, text, s->balance + s->z, s->lr, s->grad_norm,
-           s->tokens / s->seconds / 1e3, s->flops / s->seconds / 1e9, s->seconds * 1e3, s->data_wait * 1e3,
+  char flow[32], caption[32], text[32], share[32];
+  log_info("step %5lld  loss %.4f  flow %s  ce_caption %s  ce_text %s  balance %.4f  lr %.2e  norm %.2f  %.1fk tok/s  "
+           "%.0f GFLOP/s%s  %.0f ms (data %.1f)%s%s",
+           (long long)s->step + 1, s->loss, figure_text(flow, "%.4f", s->flow),
+           figure_text(caption, "%.3f", s->ce_caption), figure_text(text, "%.3f", s->ce_text), s->balance + s->z, s->lr,
+           s->grad_norm, s->tokens / s->seconds / 1e3, s->flops / s->seconds / 1e9,
+           s->peak > 0 ? figure_text(share, " (MFU %.1f%%)", 100 * mfu(s)) : "", s->seconds * 1e3, s->data_wait * 1e3,
            s->skipped ? "  SKIPPED: not finite: " : "", s->skipped ? s->bad : "");
 }
 
@@ -141,6 +219,7 @@ void report_step(Report *r, const StepReport *s) {
       {"data_wait", "speed/data_wait", s->data_wait},
       {"tokens_per_second", "speed/tokens_per_second", s->tokens / s->seconds},
       {"flops_per_second", "speed/flops_per_second", s->flops / s->seconds},
+      {"mfu", "speed/mfu", mfu(s)},
       {"expert_load_max", "router/expert_load_max", s->load_max},
   };
   log_step(s);
@@ -158,7 +237,9 @@ void report_step(Report *r, const StepReport *s) {
   line_end(&line, r);
   r->done = s->step + 1;
   events_write(r->events, r->done);
-  r->per_step = r->per_step == 0 ? s->seconds : 0.95 * r->per_step + 0.05 * s->seconds;
+  // The first step warms up what later ones find warm.
+  r->per_step = r->done - r->from <= 2 ? s->seconds : 0.9 * r->per_step + 0.1 * s->seconds;
+  if (r->done == r->from + TIMED_STEPS) log_time_left(r);
   if (r->terminal) draw_bar(r);
 }
 

@@ -1,4 +1,4 @@
-// What a run says while it runs: one line a step, a progress bar with the time left on a terminal, and in the run
+// What a run says while it runs: one line a step, how long it will take, a progress bar on a terminal, and in the run
 // folder metrics.jsonl (docs/metrics.md) and a TensorBoard event file with the same figures, expert loads and drawings.
 //
 // TensorBoard's step is the number of steps done: step line n of metrics.jsonl is its step n + 1.
@@ -10,14 +10,15 @@
 typedef struct StepReport {
   int64_t step;               // 0-based
   double loss;                // what is minimised: flow + ce_weight ce + balance + z
-  double flow;                // mean over noised image elements
-  double ce;                  // mean over all targets, nats
-  double ce_caption, ce_text; // means over their own targets; NAN without any
+  double flow;                // mean over noised image elements; NAN without any
+  double ce;                  // mean over all targets, nats; NAN without any
+  double ce_caption, ce_text; // means over their own targets; likewise
   double balance, z;          // router terms
   double lr, grad_norm;
   double tokens;    // without filler
   double fill;      // tokens / slots
-  double flops;     // as for MFU
+  double flops;     // that the model needs
+  double peak;      // FLOPs a second that the device's data sheet promises, for MFU; 0: not known
   double seconds;   // whole step
   double data_wait; // of it, waiting for the loader
   int skipped;      // nothing was updated
@@ -33,6 +34,8 @@ typedef struct Report Report;
 //
 // Later failures to write are warnings: a run does not end for its figures.
 Report *report_open(const char *folder, int64_t from_step, int64_t steps, Error *err);
+// Whether metrics.jsonl in the folder holds the evaluation made when `step` steps were done.
+bool report_evaluated(const char *folder, int64_t step);
 void report_step(Report *r, const StepReport *s);
 // After report_step: the step's expert loads, [L][E_0 + E_1] assignments as they follow Metrics. Summed over up to 50
 // steps, then written: per modality a line of figures and a histogram of load / fair share over all experts.

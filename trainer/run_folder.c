@@ -5,7 +5,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <libgen.h>
 #include <limits.h>
 #include <stdio.h>
@@ -100,15 +99,4 @@ int run_folder_prepare(const char *run, const Config *c, const Options *o, const
   if (save_tokenizer(tokenizer, run, err) == 0 && save_config(c, run, err) == 0) return lock;
   close(lock);
   return -1;
-}
-
-bool run_folder_evaluated(const char *run, int64_t step) {
-  Error missing;
-  char *path = xasprintf("%s/metrics.jsonl", run), *text = file_read(path, (size_t)1 << 40, NULL, &missing);
-  char *line = xasprintf("{\"step\":%" PRId64 ",\"eval\":", step);
-  bool found = text && strstr(text, line);
-  free(line);
-  free(text);
-  free(path);
-  return found;
 }

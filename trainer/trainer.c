@@ -298,7 +298,8 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
 // no pack or that step was one too many to be skipped.
 static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
-  StepReport s = {.step = t->state.step};
+  const Backend *b = t->engine.model.backend;
+  StepReport s = {.step = t->state.step, .peak = b->sheet_flops ? b->sheet_flops() : 0};
   if (run_micro_steps(t, loader, profile, &s, err) != 0 || collect_step(t, report, err) != 0) return -1;
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
   int ema = optimizer_ema_due(c, t->state.step);
@@ -310,7 +311,7 @@ static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profi
   t->pending = s;
   t->is_pending = 1;
   t->state.step++;
-  return t->engine.model.backend->queues ? 0 : collect_step(t, report, err);
+  return b->queues ? 0 : collect_step(t, report, err);
 }
 
 // ---- the run ----
@@ -395,7 +396,7 @@ int trainer_train(Trainer *t, Error *err) {
   const Config *c = t->config;
   int64_t from = t->state.step;
   int trained = from >= c->train.steps;
-  if (trained ? run_folder_evaluated(t->run, from) : t->options->stop_at && t->options->stop_at <= from) {
+  if (trained ? report_evaluated(t->run, from) : t->options->stop_at && t->options->stop_at <= from) {
     log_info("%s is already at step %lld of %d: nothing to do", t->run, (long long)from, c->train.steps);
     return 0;
   }

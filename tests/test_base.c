@@ -1,0 +1,123 @@
+// The log under threads, and the lines of a file from its end.
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "trainer/tail.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+// ---- the log ----
+
+enum { THREADS = 3, LINES = 200 };
+
+static void before_line(void) {
+  fputs("<", stderr);
+  for (int i = 0; i < 3; i++) sched_yield(); // another thread's line would come in between
+}
+
+static void *say_lines(void *arg) {
+  (void)arg;
+  for (int i = 0; i < LINES; i++) log_info("line");
+  return NULL;
+}
+
+// Runs say_lines in threads, with the hook put in and taken out meanwhile, and returns what was said.
+static char *said_by_threads(int changes) {
+  Error err;
+  char path[] = "/tmp/tessera-log-XXXXXX";
+  int file = mkstemp(path), real = dup(STDERR_FILENO);
+  assert_true(file >= 0 && real >= 0 && dup2(file, STDERR_FILENO) == STDERR_FILENO);
+  pthread_t thread[THREADS];
+  log_set_hook(before_line);
+  for (int i = 0; i < THREADS; i++) pthread_create(&thread[i], NULL, say_lines, NULL);
+  for (int i = 0; i < changes; i++) log_set_hook(i % 2 ? before_line : NULL);
+  for (int i = 0; i < THREADS; i++) pthread_join(thread[i], NULL);
+  log_set_hook(NULL);
+  assert_true(dup2(real, STDERR_FILENO) == STDERR_FILENO);
+  close(real);
+  close(file);
+  char *said = file_read(path, 1 << 20, NULL, &err);
+  unlink(path);
+  assert_non_null(said);
+  return said;
+}
+
+static void test_log(void **state) {
+  (void)state;
+  // Every line right behind its hook, whichever thread said it.
+  char *said = said_by_threads(0);
+  for (int i = 0; i < THREADS * LINES; i++) assert_memory_equal(said + 6 * i, "<line\n", 6);
+  assert_int_equal(strlen(said), 6 * THREADS * LINES);
+  free(said);
+  // The hook comes and goes; a line has it or not.
+  said = said_by_threads(2000);
+  int lines = 0;
+  for (char *at = said; *at; at += 5, lines++) {
+    at += *at == '<';
+    assert_memory_equal(at, "line\n", 5);
+  }
+  assert_int_equal(lines, THREADS * LINES);
+  free(said);
+}
+
+// ---- the lines of a file from its end ----
+
+// Writes `bytes` of text and expects its lines, last first.
+static void check_tail(const char *text, size_t bytes) {
+  char path[] = "/tmp/tessera-tail-XXXXXX";
+  int file = mkstemp(path);
+  assert_true(file >= 0 && write(file, text, bytes) == (ssize_t)bytes);
+  close(file);
+  Error err;
+  Tail tail;
+  TailLine line;
+  if (tail_open(&tail, path, &err) != 0) fail_msg("%s", err.text);
+  size_t end = bytes; // of what is still to come; behind the last newline there is no line
+  while (end && text[end - 1] != '\n') end--;
+  while (end) {
+    size_t start = end - 1;
+    while (start && text[start - 1] != '\n') start--;
+    assert_int_equal(tail_line(&tail, &line, &err), 1);
+    assert_int_equal(line.end, end);
+    assert_int_equal(line.bytes, end - 1 - start);
+    assert_memory_equal(line.text, text + start, line.bytes);
+    end = start;
+  }
+  assert_int_equal(tail_line(&tail, &line, &err), 0);
+  assert_int_equal(tail_line(&tail, &line, &err), 0);
+  tail_close(&tail);
+  unlink(path);
+}
+
+static void test_tail(void **state) {
+  (void)state;
+  const char *const texts[] = {"", "\n", "half", "a\n", "a\nb", "\n\n", "\na\n\nbc\n"};
+  for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) check_tail(texts[i], strlen(texts[i]));
+  // Lines that end before, at and behind the ends of blocks, and one of many blocks.
+  enum { BLOCK = 1 << 16, SIZE = 9 * BLOCK };
+  char *text = xmalloc(SIZE);
+  for (int shift = -2; shift <= 2; shift++) {
+    for (int i = 0; i < SIZE; i++) text[i] = (char)('a' + i % 23);
+    for (int i = 1; i <= 3; i++) text[SIZE - 1 - i * BLOCK + shift] = '\n';
+    text[SIZE - 5 * BLOCK] = text[SIZE - 100] = text[SIZE - 1] = '\n';
+    check_tail(text, SIZE);
+  }
+  free(text);
+  Error err;
+  Tail tail;
+  assert_int_equal(tail_open(&tail, "/nowhere/at/all", &err), -1);
+  assert_non_null(strstr(err.text, "/nowhere/at/all"));
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_log), cmocka_unit_test(test_tail)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
