@@ -54,7 +54,8 @@ static void test_arena_random_instances(void **state) {
     if (ratio > worst) worst = ratio;
   }
   print_message("arena / live bound: mean %.4f, worst %.4f of %d random instances\n", sum / ROUNDS, worst, (int)ROUNDS);
-  assert_true(worst <= 1.25);
+  // Measured with both orders that are tried; the better of them alone has a mean of 1.0343.
+  assert_true(worst <= 1.23 && sum / ROUNDS <= 1.032);
 }
 
 static void test_arena_empty(void **state) {

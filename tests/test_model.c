@@ -267,28 +267,104 @@ static void test_planted_faults_are_caught(void **state) {
   assert_true(waits > 0);
   assert_int_equal(caught, waits);
 
-  // Two tensors whose lives meet are laid on each other, as a free too early would: every such fault is seen.
-  int planted = 0;
-  caught = 0;
-  for (int a = 0; a < p->n_tensors && planted < 60; a++) {
-    for (int b = a + 1; b < p->n_tensors; b += 7) {
-      Tensor *x = &p->tensors[a], *y = &p->tensors[b];
-      if (x->space != SPACE_ARENA || y->space != SPACE_ARENA || x->first < 0 || y->first < 0) continue;
-      // y begins strictly inside x's life, so x is read after y was written.
-      if (!(y->first > x->first && y->first < x->last)) continue;
-      int64_t kept = y->offset;
-      y->offset = x->offset;
-      planted++;
-      caught += waits_verify(p, &err) != 0;
-      y->offset = kept;
-      break;
+  // Two tensors whose lives meet are laid on each other, as a free too early would, in the arena and in the host slab:
+  // every such fault is seen.
+  const Space spaces[] = {SPACE_ARENA, SPACE_HOST};
+  for (int s = 0; s < 2; s++) {
+    int planted = 0, stride = s ? 1 : 7;
+    caught = 0;
+    for (int a = 0; a < p->n_tensors && planted < 60; a++) {
+      for (int b = a + 1; b < p->n_tensors; b += stride) {
+        Tensor *x = &p->tensors[a], *y = &p->tensors[b];
+        if (x->space != spaces[s] || y->space != spaces[s] || x->first < 0 || y->first < 0) continue;
+        // y begins strictly inside x's life, so x is read after y was written.
+        if (!(y->first > x->first && y->first < x->last)) continue;
+        int64_t kept = y->offset;
+        y->offset = x->offset;
+        planted++;
+        caught += waits_verify(p, &err) != 0;
+        y->offset = kept;
+        break;
+      }
     }
+    assert_true(planted >= (s ? 8 : 20));
+    assert_int_equal(caught, planted);
   }
-  assert_true(planted > 20);
-  assert_int_equal(caught, planted);
   program_free(p);
   policy_table_free(&t);
   model_case_free(&c);
+}
+
+// The first op of this kind.
+static int op_find(const Program *p, OpKind kind) {
+  int i = 0;
+  while (i < p->n_ops && p->ops[i].kind != kind) i++;
+  return i;
+}
+
+// Whatever the backward pass of a layer asks for is saved under its name, so that a policy can say what happens to it:
+// with everything recomputed nothing of a layer outlives its forward pass but x.
+static void test_everything_asked_for_is_saved(void **state) {
+  (void)state;
+  for (int v = 0; v < VARIANTS; v++) {
+    ModelCase c;
+    model_case_init(&c, 1200 + (uint64_t)v, v);
+    PolicyTable t = policy_table_new(c.config.model.layers, MEMORY_RECOMPUTE);
+    ModelProgram m = model_case_record(&c, MODE_TRAIN_FIRST, &t, 0);
+    const Program *p = m.program;
+    int middle = op_find(p, OP_HEAD_CE), site = middle; // of the heads
+    while (p->ops[site].kind != OP_COMBINE_ADALN_FWD) site--;
+    int shared = c.ops.dims.S[TEXT] || c.ops.dims.S[IMAGE], seen[SAVED_COUNT] = {0};
+    for (int k = 0; k < p->n_tensors; k++) {
+      const Tensor *x = &p->tensors[k];
+      if (x->saved >= 0 && x->producer < middle) seen[x->saved]++;
+      if (x->space != SPACE_ARENA || x->layer < 0 || x->first < 0 || x->first >= site || x->last <= middle) continue;
+      if (x->saved != SAVED_X && !x->is_output)
+        fail_msg("variant %d: %s of layer %d lives from op %d to %d, past the loss at %d", v, x->name, x->layer,
+                 x->first, x->last, middle);
+    }
+    for (int s = 0; s < SAVED_COUNT; s++) {
+      if (s == SAVED_SHARED_PRE && !shared) continue;
+      if (seen[s] < c.config.model.layers) fail_msg("variant %d: %s is saved %d times", v, saved_name[s], seen[s]);
+    }
+    program_free(m.program);
+    policy_table_free(&t);
+    model_case_free(&c);
+  }
+}
+
+// The FLOPs a run reports (6 for every parameter that a token multiplies with, attention without its recomputation) are
+// those of the program's products, priced one by one.
+static void test_flops_are_those_of_the_ops(void **state) {
+  (void)state;
+  for (int v = 0; v < VARIANTS; v++) {
+    ModelCase c;
+    model_case_init(&c, 1300 + (uint64_t)v, v);
+    ModelProgram m = model_case_record(&c, MODE_TRAIN_FIRST, NULL, 0);
+    const Extents x = {.text = 31, .image = 44, .segments = 6, .targets = 31, .pairs = 1234};
+    double sum = 0;
+    for (int i = 0; i < m.program->n_ops; i++) {
+      const Op *op = &m.program->ops[i];
+      int linear = op->kind == OP_LINEAR_FWD || op->kind == OP_LINEAR_DGRAD || op->kind == OP_LINEAR_WGRAD;
+      int attention = op->kind == OP_ATTENTION_FWD || op->kind == OP_ATTENTION_BWD;
+      int other = op->kind == OP_ROUTER_FWD || op->kind == OP_ROUTER_BWD || op->kind == OP_HEAD_CE ||
+                  op->kind == OP_EXPERT_UP_FWD || op->kind == OP_EXPERT_UP_DGRAD || op->kind == OP_EXPERT_UP_WGRAD ||
+                  op->kind == OP_EXPERT_DOWN_FWD || op->kind == OP_EXPERT_DOWN_BWD || op->kind == OP_EXPERT_DOWN_WGRAD;
+      double flops, bytes;
+      if (linear && op->args.linear.extent == EXT_SEGMENTS) continue; // the condition is not a token's
+      if (!linear && !attention && !other) continue;
+      op_cost(m.program, op, &x, &flops, &bytes);
+      sum += attention ? flops * 12 / 14 : flops;
+    }
+    // Pixels need no gradient: the first product behind them has none.
+    const Dims *d = &c.ops.dims;
+    int first = c.config.model.patch_bottleneck ? c.config.model.patch_bottleneck : d->C;
+    sum += 2.0 * d->P * first * x.image;
+    double want = transformer_flops(&c.config, x.text, x.image, x.pairs);
+    if (fabs(sum / want - 1) > 1e-12) fail_msg("variant %d: the ops take %.0f FLOPs, %.0f are reported", v, sum, want);
+    program_free(m.program);
+    model_case_free(&c);
+  }
 }
 
 static void test_thread_count_same_bits(void **state) {
@@ -510,6 +586,8 @@ int main(void) {
       cmocka_unit_test(test_arena_peak_is_exact),
       cmocka_unit_test(test_separate_allocations_same_bits),
       cmocka_unit_test(test_planted_faults_are_caught),
+      cmocka_unit_test(test_everything_asked_for_is_saved),
+      cmocka_unit_test(test_flops_are_those_of_the_ops),
       cmocka_unit_test(test_thread_count_same_bits),
       cmocka_unit_test(test_accumulation_is_the_sum),
       cmocka_unit_test(test_micro_batches_equal_one_batch),

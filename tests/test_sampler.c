@@ -558,6 +558,20 @@ static void test_evaluate_flow(void **state) {
     flow += 1 / pow(fmax(1 - t, w.config.flow.t_floor), 2) / ITEMS;
   }
   assert_true(fabs(e.flow / flow - 1) < 1e-5);
+  // Where the floor binds it is what the error is divided by, at the fixed times and at the quantiles.
+  w.config.flow.t_floor = 0.6;
+  assert_int_equal(evaluate(&w.engine, w.tokenizer, items, ITEMS, &e, &err), 0);
+  for (int k = 0; k < EVAL_TIMES; k++)
+    assert_true(fabs(e.flow_at[k][EVAL_TRUE] * pow(fmax(1 - eval_time[k], 0.6), 2) - 1) < 1e-5);
+  flow = 0;
+  int bound = 0;
+  for (int i = 0; i < ITEMS; i++) {
+    double t = 1 / (1 + exp(-(w.config.flow.t_mean + w.config.flow.t_std * quantile((i + 0.5) / ITEMS))));
+    bound += 1 - t < 0.6;
+    flow += 1 / pow(fmax(1 - t, 0.6), 2) / ITEMS;
+  }
+  assert_true(bound > 2 && bound < ITEMS - 2);
+  assert_true(fabs(e.flow / flow - 1) < 1e-5);
   for (int i = 0; i < ITEMS; i++) free(items[i].patches);
   world_close(&w);
 }
