@@ -92,6 +92,8 @@ refused 'already holds checkpoints' configs/demo.json "${run[@]}" "${short[@]}" 
 "$train" "$dir/run" --eval --out "$dir/drawings" >"$dir/eval.json" 2>"$dir/log"
 grep -q '"flow"' "$dir/eval.json"
 [ -f "$dir/drawings/captions.tsv" ]
+[ -f "$dir/drawings/real/0001.png" ]
+cmp "$dir/drawings/captions.tsv" "$dir/drawings/real/captions.tsv"
 "$train" "$dir/run" --sample "a small red circle" --out "$dir/one.png" 2>"$dir/log"
 "$train" "$dir/run" --describe "$dir/one.png" >"$dir/caption" 2>"$dir/log"
 printf 'a red square\na blue circle\n' | "$train" "$dir/run" --sample - --out "$dir/two.png" 2>"$dir/log"

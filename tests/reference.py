@@ -169,8 +169,8 @@ def philox_normals(seed, draw, stream, count):
 
 
 def flow_times(a, seed, flow):
-    """The times of a pack's images [SEG-1], float64: 1 for clean ones, for noised ones sigmoid(N(t_mean, t_std)) or, for
-    a share t_uniform, uniform. flow: that group of the config."""
+    """The times of a pack's images [SEG-1], float64: 1 for clean ones; for noised ones sigmoid(N(t_mean, t_std)), or
+    uniform for a share t_uniform. flow: that group of the config."""
     times = np.ones(int(a["dims"][2]) - 1)
     for g in range(1, len(times) + 1):
         if a["seg_kind"][g] != NOISED:

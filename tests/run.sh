@@ -86,6 +86,7 @@ case $part in
     check run_folder limited "$python" tests/run_folder.py "$build/train"
     check emoji_fill limited tests/emoji_fill.sh "$build"
     check infer limited tests/infer.sh "$build"
+    check patch_grid limited "$python" tests/test_patch_grid.py
     check plot limited "$python" tests/test_plot.py
     check learning limited tests/learning.sh 300 "$build"
     ;;

@@ -194,6 +194,18 @@ static int write_drawings(const char *out, const Drawings *d, Error *err) {
   return d->n * d->count == 1 ? image_write_png(out, &d->image[0], err) : write_sheet(out, d, err);
 }
 
+// The real images of items [n] go into FOLDER/real under the names of their drawings.
+static int write_real(const Config *c, const EvalItem *items, const Drawings *drawn, const char *folder, Error *err) {
+  Drawings real = {
+      .image = xcalloc((size_t)drawn->n, sizeof *real.image), .caption = drawn->caption, .n = drawn->n, .count = 1};
+  for (int i = 0; i < real.n; i++) real.image[i] = item_image(c, &items[i]);
+  char *path = xasprintf("%s/real", folder);
+  int bad = write_folder(path, &real, err);
+  free(path);
+  drawings_free(&real);
+  return bad;
+}
+
 int trainer_evaluate(Trainer *t, Error *err) {
   Evaluation figures;
   trainer_load_items(t);
@@ -211,6 +223,7 @@ int trainer_evaluate(Trainer *t, Error *err) {
   for (int i = 0; i < n; i++) captions[i] = t->held_out[i].caption;
   Drawings d = {.image = xcalloc((size_t)n, sizeof *d.image), .caption = captions, .n = n, .count = 1};
   int bad = trainer_draw_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
+  if (!bad && !options_out_is_file(t->options->out)) bad = write_real(t->config, t->held_out, &d, t->options->out, err);
   drawings_free(&d);
   free(captions);
   return bad;
