@@ -125,75 +125,162 @@ void params_free(ParamTable *t) {
   *t = (ParamTable){0};
 }
 
-static void store(void *slab, size_t element_bytes, int64_t i, double value) {
-  if (element_bytes == sizeof(double))
-    ((double *)slab)[i] = value;
+// ---- values ----
+
+// A piece is drawn in runs of RUN_BLOCKS Philox blocks, each by one thread; a run of truncated normals is shorter than
+// what was drawn for it, so runs are put together once all of a piece are there. Neither size is seen in the values.
+enum { RUN_BLOCKS = 4096, MOST_RUNS = PARAMS_PIECE / (4 * RUN_BLOCKS) };
+
+typedef struct Pieces {
+  ParamSink sink;
+  void *arg;
+  size_t element_bytes;
+  void *values;  // [PARAMS_PIECE] of the next piece, its padding too
+  float *normal; // [MOST_RUNS][4 RUN_BLOCKS]
+  int64_t at;    // elements of the slab handed over
+} Pieces;
+
+static void store(const Pieces *s, int64_t i, double value) {
+  if (s->element_bytes == sizeof(double))
+    ((double *)s->values)[i] = value;
   else
-    ((float *)slab)[i] = (float)value;
+    ((float *)s->values)[i] = (float)value;
 }
 
-// Normals of one parameter, cut at two standard deviations where asked: cells beyond are drawn again from later blocks.
-static void fill_normal(const Param *p, int index, uint64_t seed, double mean, double std, int truncated,
-                        size_t element_bytes, void *slab) {
-  float n[4];
+// Hands over the next n values of a parameter, and behind its last one the zeros up to where the next one begins.
+static void piece_end(Pieces *s, const Param *p, int64_t n) {
+  int64_t ends = p->offset + p->count, aligned = (ends + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN;
+  for (int64_t i = s->at + n == ends ? ends : aligned; i < aligned; i++) store(s, n++, 0);
+  s->sink(s->arg, s->at, n, s->values);
+  s->at += n;
+}
+
+// Elements of a parameter that the next piece may hold, with room for its padding.
+static int64_t piece_room(const Pieces *s, const Param *p) {
+  return min_i64(p->offset + p->count - s->at, PARAMS_PIECE - PARAM_ALIGN);
+}
+
+// The normals of some blocks of a parameter's stream, without those beyond two standard deviations where they are cut
+// off; returns how many.
+static int64_t draw_run(uint64_t seed, int index, uint32_t block, int64_t blocks, int truncated, float *out) {
+  int64_t n = 0;
+  for (int64_t b = 0; b < blocks; b++) {
+    float normal[4];
+    philox_normal4(seed, (uint64_t)index, STREAM_INIT, block + (uint32_t)b, normal);
+    for (int k = 0; k < 4; k++)
+      if (!truncated || !(fabsf(normal[k]) > 2)) out[n++] = normal[k];
+  }
+  return n;
+}
+
+// mean + std times the parameter's stream of normals.
+static void fill_normal(Pieces *s, const Param *p, int index, uint64_t seed, double mean, double std, int truncated) {
   uint32_t block = 0;
-  int at = 4;
-  for (int64_t i = 0; i < p->count;) {
-    if (at == 4) {
-      philox_normal4(seed, (uint64_t)index, STREAM_INIT, block++, n);
-      at = 0;
-    }
-    float v = n[at++];
-    if (truncated && fabsf(v) > 2) continue;
-    store(slab, element_bytes, p->offset + i++, mean + std * (double)v);
+  while (s->at < p->offset + p->count) {
+    int64_t count[MOST_RUNS], first[MOST_RUNS + 1] = {0}, room = piece_room(s, p);
+    int64_t wanted = truncated ? room + room / 16 + 64 : room; // a twentieth and more is cut off
+    int64_t blocks = min_i64((wanted + 3) / 4, (int64_t)MOST_RUNS * RUN_BLOCKS);
+    int runs = (int)((blocks + RUN_BLOCKS - 1) / RUN_BLOCKS);
+#pragma omp parallel for schedule(dynamic, 1) if (runs > 1)
+    for (int r = 0; r < runs; r++)
+      count[r] =
+          draw_run(seed, index, block + (uint32_t)r * RUN_BLOCKS, min_i64(RUN_BLOCKS, blocks - (int64_t)r * RUN_BLOCKS),
+                   truncated, s->normal + (int64_t)r * 4 * RUN_BLOCKS);
+    for (int r = 0; r < runs; r++) first[r + 1] = min_i64(first[r] + count[r], room);
+#pragma omp parallel for schedule(static) if (runs > 1)
+    for (int r = 0; r < runs; r++)
+      for (int64_t i = first[r]; i < first[r + 1]; i++)
+        store(s, i, mean + std * (double)s->normal[(int64_t)r * 4 * RUN_BLOCKS + i - first[r]]);
+    piece_end(s, p, first[runs]);
+    block += (uint32_t)blocks;
+  }
+}
+
+static void fill_constant(Pieces *s, const Param *p, double value) {
+  while (s->at < p->offset + p->count) {
+    int64_t n = piece_room(s, p);
+    for (int64_t i = 0; i < n; i++) store(s, i, value);
+    piece_end(s, p, n);
   }
 }
 
 // S: the gates of text rows start at 1, so that text alone is an ordinary transformer.
-static void fill_text_gates(const Param *p, size_t element_bytes, void *slab, const ParamTable *t) {
+static void fill_text_gates(Pieces *s, const Param *p, const ParamTable *t) {
   int64_t M = p->shape[1], C = t->of[t->patch_in_bias].count;
-  for (int64_t i = 0; i < p->count; i++) {
-    int64_t row = i / M, part = i % M / C, in_block = part % 6;
-    int gate = row == TEXT && i % M < M - 2 * C && (in_block == 2 || in_block == 5);
-    store(slab, element_bytes, p->offset + i, gate);
+  while (s->at < p->offset + p->count) {
+    int64_t n = piece_room(s, p), begin = s->at - p->offset;
+    for (int64_t i = begin; i < begin + n; i++) {
+      int64_t row = i / M, part = i % M / C, in_block = part % 6;
+      store(s, i - begin, row == TEXT && i % M < M - 2 * C && (in_block == 2 || in_block == 5));
+    }
+    piece_end(s, p, n);
   }
+}
+
+static void fill_initial(Pieces *s, const ParamTable *t, int index, uint64_t seed) {
+  const Param *p = &t->of[index];
+  switch (p->init) {
+  case INIT_ZERO:
+    fill_constant(s, p, 0);
+    break;
+  case INIT_ONE:
+    fill_constant(s, p, 1);
+    break;
+  case INIT_NORMAL:
+  case INIT_TRUNCATED:
+    fill_normal(s, p, index, seed, 0, p->std, p->init == INIT_TRUNCATED);
+    break;
+  case INIT_TEXT_GATES:
+    fill_text_gates(s, p, t);
+    break;
+  }
+}
+
+static void fill_random(Pieces *s, const ParamTable *t, int index, uint64_t seed) {
+  const Param *p = &t->of[index];
+  double fan_in = (double)p->shape[p->rank - 1];
+  if (p->init == INIT_ONE)
+    fill_normal(s, p, index, seed, 1, 0.3, 0);
+  else if (p->rank == 1 || p->init == INIT_TEXT_GATES)
+    fill_normal(s, p, index, seed, 0, 0.3, 0);
+  else
+    fill_normal(s, p, index, seed, 0, index == t->embed ? 1 : 0.7 / sqrt(fan_in), 0);
+}
+
+void params_stream(const ParamTable *t, ParamValues which, uint64_t seed, size_t element_bytes, ParamSink sink,
+                   void *arg) {
+  Pieces s = {.sink = sink,
+              .arg = arg,
+              .element_bytes = element_bytes,
+              .values = xmalloc((size_t)PARAMS_PIECE * element_bytes),
+              .normal = xmalloc((size_t)PARAMS_PIECE * sizeof(float))};
+  for (int i = 0; i < t->n; i++) {
+    if (which == PARAMS_INITIAL)
+      fill_initial(&s, t, i, seed);
+    else
+      fill_random(&s, t, i, seed);
+  }
+  free(s.values);
+  free(s.normal);
+}
+
+// A slab on the host and its elements' size.
+typedef struct HostSlab {
+  char *at;
+  size_t element_bytes;
+} HostSlab;
+
+static void put_in_slab(void *arg, int64_t offset, int64_t count, const void *values) {
+  const HostSlab *slab = arg;
+  memcpy(slab->at + (size_t)offset * slab->element_bytes, values, (size_t)count * slab->element_bytes);
 }
 
 void params_init(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab) {
-  memset(slab, 0, (size_t)t->total * element_bytes);
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int i = 0; i < t->n; i++) {
-    const Param *p = &t->of[i];
-    switch (p->init) {
-    case INIT_ZERO:
-      break;
-    case INIT_ONE:
-      for (int64_t j = 0; j < p->count; j++) store(slab, element_bytes, p->offset + j, 1);
-      break;
-    case INIT_NORMAL:
-    case INIT_TRUNCATED:
-      fill_normal(p, i, seed, 0, p->std, p->init == INIT_TRUNCATED, element_bytes, slab);
-      break;
-    case INIT_TEXT_GATES:
-      fill_text_gates(p, element_bytes, slab, t);
-      break;
-    }
-  }
+  params_stream(t, PARAMS_INITIAL, seed, element_bytes, put_in_slab, &(HostSlab){slab, element_bytes});
 }
 
 void params_randomize(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab) {
-  params_init(t, seed, element_bytes, slab);
-  for (int i = 0; i < t->n; i++) {
-    const Param *p = &t->of[i];
-    int64_t fan_in = p->shape[p->rank - 1];
-    if (p->init == INIT_ONE)
-      fill_normal(p, i, seed, 1, 0.3, 0, element_bytes, slab);
-    else if (p->rank == 1 || p->init == INIT_TEXT_GATES)
-      fill_normal(p, i, seed, 0, 0.3, 0, element_bytes, slab);
-    else
-      fill_normal(p, i, seed, 0, (i == t->embed ? 1 : 0.7) / sqrt((double)(i == t->embed ? 1 : fan_in)), 0,
-                  element_bytes, slab);
-  }
+  params_stream(t, PARAMS_RANDOM, seed, element_bytes, put_in_slab, &(HostSlab){slab, element_bytes});
 }
 
 int64_t params_active(const Config *c, int modality) {

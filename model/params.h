@@ -56,11 +56,22 @@ Dims dims_from_config(const Config *c, int slots, int segments);
 ParamTable params_build(const Config *c);
 void params_free(ParamTable *t);
 
-// Fills a slab of fp32 or fp64 elements (bytes per element given) with initial values: Philox, key = seed, document =
-// index of the parameter, so a parameter's values do not depend on the others'. Padding is zero.
+// Values to begin with, or every parameter random, N(0, scale / sqrt(fan_in)) for matrices and about 1 or 0 +- 0.3
+// elsewhere: for tests of gradients, since at initialisation almost every gradient is zero.
+typedef enum ParamValues { PARAMS_INITIAL, PARAMS_RANDOM } ParamValues;
+
+// Takes the values of `count` elements of a slab from `offset` on, which it must not keep: at most PARAMS_PIECE of
+// them.
+typedef void (*ParamSink)(void *arg, int64_t offset, int64_t count, const void *values);
+enum { PARAMS_PIECE = 1 << 22 };
+
+// Hands the whole slab to `sink` piece by piece, in order, as fp32 or fp64 elements (bytes per element given); padding
+// is zero. A parameter's normals are one Philox stream: key = seed, document = index of the parameter, so its values do
+// not depend on the others', nor on the number of threads that draw them.
+void params_stream(const ParamTable *t, ParamValues which, uint64_t seed, size_t element_bytes, ParamSink sink,
+                   void *arg);
+// The same into a slab on the host.
 void params_init(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab);
-// The same with every parameter random, N(0, scale / sqrt(fan_in)) for matrices and about 1 or 0 +- 0.3 elsewhere: for
-// tests of gradients, since at initialisation almost every gradient is zero.
 void params_randomize(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab);
 
 // Parameters a token of the modality multiplies with: attention projections + 3C(kF+S) per layer + input + output.
