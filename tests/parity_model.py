@@ -22,7 +22,8 @@ except ImportError as error:
 
 NOISE_LIMIT = 1e-6  # of patches, relative where they are larger than 1
 TIME_LIMIT = 1e-6
-LOSS_LIMIT = 1e-5  # relative
+LOSS_LIMIT = 1e-6  # relative
+ROUTER = 5  # times the limit: a router's gradient is a difference of nearly equal terms
 
 
 def check_patches(k, a, seed, problems):
@@ -146,8 +147,9 @@ def compare_gradients(got, want, reach, limit, show, problems):
         scale = max(np.linalg.norm(g), np.linalg.norm(got[name].astype(np.float64)))
         error = np.linalg.norm(got[name] - g) / scale if scale else 0.0
         table.append((error if np.isfinite(error) else np.inf, name, scale))
-        if not error <= limit:
-            problems.append(f"gradient of {name} differs by {error:.1e} (limit {limit:.0e})")
+        allowed = limit * (ROUTER if name.endswith("router.weight") else 1)
+        if not error <= allowed:
+            problems.append(f"gradient of {name} differs by {error:.1e} (limit {allowed:.0e})")
     problems += [f"gradient of {name}, which the model does not have" for name in got if name not in want]
     for (name, part), expected in reach.items():
         at = ... if part is None else part
@@ -197,7 +199,7 @@ def compare_dump(folder, limit, show, times=False):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Compares dumped steps with PyTorch in float64.")
     parser.add_argument("dump", nargs="+", help="folder written by ./train CONFIG --dump")
-    parser.add_argument("--limit", type=float, default=1e-4, help="relative norm a gradient may be off by")
+    parser.add_argument("--limit", type=float, default=2e-6, help="relative norm a gradient may be off by")
     parser.add_argument("--show", type=int, default=12, help="gradients in the table")
     parser.add_argument("--times", action="store_true", help="the flow times are those of training")
     options = parser.parse_args(argv)

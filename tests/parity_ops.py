@@ -3,7 +3,8 @@
 
     dump_ops DIR && /usr/bin/python3 tests/parity_ops.py DIR
 
-An output passes when the norm of its difference is at most 1e-5 of the larger norm; elements that the contract leaves
+An output passes when the norm of its difference is at most 2e-6 of the larger norm, 1e-5 for the gradients of routers,
+which are differences of nearly equal terms; elements that the contract leaves
 alone must still hold what they held, and zeros that it promises must be zeros. Prints the worst error of each op.
 Exit code 0: all equal, 1: not, 77: no PyTorch."""
 import argparse
@@ -21,7 +22,8 @@ except ImportError as error:
     print(f"skipped: {error} (Debian: apt install python3-torch, and run with /usr/bin/python3)")
     sys.exit(77)
 
-LIMIT = 1e-5
+LIMIT = 2e-6
+LIMITS = {("ROUTER_BWD", "dwr0"): 1e-5, ("ROUTER_BWD", "dwr1"): 1e-5}
 
 
 def output_error(got, want):
@@ -62,7 +64,7 @@ def compare_call(case, op, call, worst, problems, where):
             continue
         error, remark = output_error(call.out[name], value)
         worst[op, name] = max(worst[op, name], error)
-        if not error <= LIMIT:
+        if not error <= LIMITS.get((op, name), LIMIT):
             problems.append(f"{where} {op}: {name} {remark or f'differs by {error:.1e}'}")
 
 
