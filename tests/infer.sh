@@ -10,7 +10,7 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
 
-tiny=(configs/demo.json --tokens 256 --steps 40 --set model.dim=48 --set model.layers=2 --set model.head_dim=16
+tiny=(configs/demo.json --tokens 256 --steps 2 --set model.dim=48 --set model.layers=2 --set model.head_dim=16
   --set model.cond_dim=32 --set train.lr=1e-2 --set train.warmup_steps=5 --set checkpoint.every=0 --set eval.documents=1
   --set eval.samples=0 --set eval.sampler_steps=6 --set eval.guidance=3)
 other=(--set model.attn_per_modality=true --set model.tie_embeddings=true --set model.patch_bottleneck=20
@@ -23,6 +23,7 @@ for run in plain other; do
   [ $run = plain ] || flags+=("${other[@]}")
   "$1/train" "${flags[@]}" --run-dir "$dir/$run" 2>"$dir/log" || { tail -5 "$dir/log" && exit 1; }
 done
+"$python" tests/fixed_weights.py "$dir"/{plain,other}/ckpt-2 # what is drawn does not hang on what was learned
 
 TRAIN=$1/train DIR=$dir "$python" - <<'PY'
 import io, json, os, pathlib, pty, subprocess, sys
@@ -62,8 +63,8 @@ for name in ("plain", "other"):
             infer.png_write(ours, infer.draw(run, caption, seed))
         picture, mine = infer.png_read(engine), infer.png_read(ours)
         worst = max(worst, difference(picture, mine))
-        assert difference(picture, mine) <= 1, (name, caption, difference(picture, mine))
-        assert picture.std() > 5, (name, caption, "a picture of nothing proves nothing")
+        assert difference(picture, mine) <= 0.05, (name, caption, difference(picture, mine))
+        assert picture.std() > 20, (name, caption, "a picture of nothing proves nothing")
         pictures[name, caption] = picture
         if name == "other" and not caption:
             infer.png_write(ours, wide)
@@ -75,6 +76,7 @@ for name in ("plain", "other"):
             run_there = infer.Run(folder / name, keys)
             with torch.inference_mode():
                 read = infer.describe(run_there, infer.image_read(ours, run_there.config), seed)
+            read = read.split(b"\0")[0]  # weights like these may say byte 0, where the engine's text ends
             assert said == read, (name, caption, temperature, said, read)
             texts.append(said)
     with torch.inference_mode():  # what must make a difference does
@@ -85,7 +87,7 @@ assert len(set(texts)) > len(texts) // 2, texts
 
 # The files of a checkpoint.
 for name, weights in (("plain", "ema"), ("plain", "model"), ("other", "model")):
-    checkpoint = folder / name / "ckpt-40"
+    checkpoint = folder / name / "ckpt-2"
     data = (checkpoint / f"{weights}.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = (checkpoint / "config.json").read_text()
@@ -130,7 +132,7 @@ assert all(f"{path} (--seed {seed})" in said for seed, path in enumerate(drawn, 
 assert difference(*map(infer.png_read, drawn)) > 3
 
 # Damage to the text of a checkpoint is damage.
-path = folder / "plain/ckpt-40/config.json"
+path = folder / "plain/ckpt-2/config.json"
 path.write_text(path.read_text().replace("tessera", "tesserb"))
 refused("none of the 1 checkpoints", "--sample", "x")
 path.unlink()
