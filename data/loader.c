@@ -15,19 +15,20 @@
 
 // Images that cannot be decoded: so many are named as they come, so many in the error that ends the run.
 enum { BAD_IMAGES_NAMED = 20, BAD_IMAGES_LISTED = 5 };
+// A source of whose first images, so many of them, none can be decoded is not what it should be.
+enum { SOURCE_TRIAL = 16 };
 
-// Losses' denominators of a step.
-typedef struct StepCounts {
-  int64_t targets, noised;
-} StepCounts;
-
-// One step's packs of this process, formed but not decoded. A step is planned whole, since the scales of its first pack
-// count the targets of its last.
+// One step's packs of this process, formed but not decoded. A step is planned whole, since a state is that of the
+// stream before a step.
 typedef struct Plan {
   DraftList *pack; // [per_step]
   DraftList other; // a pack of another process
-  StepCounts counts;
 } Plan;
+
+// Losses' denominators of a step: what was decoded of all its packs, over all processes.
+typedef struct StepCounts {
+  int64_t targets, noised;
+} StepCounts;
 
 struct Loader {
   LoaderConfig config;
@@ -57,11 +58,15 @@ struct Loader {
   int spares, spare_capacity;
   LoaderStats stats;
   int64_t named; // images that could not be decoded, ahead of what was handed out
-  bool stop, failed;
-  bool ended;  // loader_next has said so: what other threads still finish is not handed out any more
-  Error error; // why it failed
+  bool stop;
+  int64_t end; // local packs from here on never come, for the reason below
+  Error error;
 
-  BadImages bad; // of the packs handed out; empty without a limit. Of the thread that calls loader_next
+  // Of the thread that calls loader_next.
+  StepCounts counts;                // of the step that is being handed out
+  BadImages bad;                    // of the steps begun; empty without a limit
+  int64_t only_bad[STREAM_SOURCES]; // images met of a source while none could be decoded, -1 since one could be
+  bool lost_step;                   // there was a step of which no document could be decoded
 };
 
 int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
@@ -83,17 +88,15 @@ int sample_patches(const Source *source, const SampleSegment *segment, const Ima
   return rc;
 }
 
-// Ends the loader: its threads stop, and loader_next returns the first such error after the packs that are ready.
-static void loader_fail_locked(Loader *l, const Error *err) {
-  if (!l->failed) l->error = *err;
-  l->failed = true;
+// Ends the loader: its threads stop, local pack n and those after it never come.
+static void loader_fail(Loader *l, int64_t n, const Error *err) {
+  pthread_mutex_lock(&l->lock);
+  if (n < l->end) {
+    l->end = n;
+    l->error = *err;
+  }
   pthread_cond_broadcast(&l->ready);
   pthread_cond_broadcast(&l->room);
-}
-
-static void loader_fail(Loader *l, const Error *err) {
-  pthread_mutex_lock(&l->lock);
-  loader_fail_locked(l, err);
   pthread_mutex_unlock(&l->lock);
 }
 
@@ -125,13 +128,51 @@ static int loader_too_many_bad(const Loader *l, Error *err) {
                    l->config.max_bad, list, l->bad.n > BAD_IMAGES_LISTED ? ", .." : "");
 }
 
+// Counts an image of a source of which none could be decoded yet; -1 with *err set when there were enough of them.
+static int loader_try_source(Loader *l, const MetImage *met, Error *err) {
+  int64_t *bad = &l->only_bad[met->id.source];
+  if (*bad < 0) return 0;
+  *bad = met->bad ? *bad + 1 : -1;
+  const Source *source = l->config.stream.source[met->id.source];
+  if (*bad < min_i64(SOURCE_TRIAL, source_images(source))) return 0;
+  char *name = source_image_name(source, met->id.image);
+  error_set(err, "the warnings before this say why; mend the images, or take the source out of data.sources",
+            "data.sources[%d]: none of its images can be decoded: tried %lld, the last was %s", met->id.source,
+            (long long)*bad, name);
+  free(name);
+  return -1;
+}
+
 // Counts the images of a pack that is about to be handed out. Counted here rather than where they are decoded, so that
 // neither the state nor the pack that is one too many depends on how far the threads are ahead.
 static int loader_count_bad(Loader *l, const Pack *pack, Error *err) {
   int most = l->config.max_bad;
-  for (int i = 0; i < pack->n_met && most > 0; i++)
-    if (bad_images_note(&l->bad, pack->met[i].id, pack->met[i].bad) && l->bad.n > most)
+  for (int i = 0; i < pack->n_met; i++) {
+    if (loader_try_source(l, &pack->met[i], err)) return -1;
+    if (most > 0 && bad_images_note(&l->bad, pack->met[i].id, pack->met[i].bad) && l->bad.n > most)
       return loader_too_many_bad(l, err);
+  }
+  return 0;
+}
+
+// Counts what was decoded of the step whose packs are next in the queue. Nobody but the caller's thread takes them out
+// of it.
+static int loader_begin_step(Loader *l, Error *err) {
+  int64_t sum[2] = {0}; // targets, noised
+  int lost = 0;
+  for (int i = 0; i < l->per_step; i++) {
+    const Pack *pack = l->queue[(l->given + i) % l->depth];
+    if (loader_count_bad(l, pack, err)) return -1;
+    sum[0] += pack->batch.dims->n_target;
+    sum[1] += pack->noised;
+    lost += pack->lost;
+  }
+  if (l->config.world > 1) l->config.sum(l->config.sum_context, sum, 2);
+  l->counts = (StepCounts){sum[0], sum[1]};
+  if (lost && !sum[0] && !sum[1] && !l->lost_step) {
+    l->lost_step = true;
+    log_warn("a step learns nothing: no image of its %d documents can be decoded (further ones go unnamed)", lost);
+  }
   return 0;
 }
 
@@ -164,12 +205,12 @@ static void patches_mirror(const uint8_t *from, int rows, int columns, int p, ui
     }
 }
 
-// Sets the patches of a document's images, which pack->met lists; *space moves past what was decoded or mirrored. On
-// failure it is silent.
-static void loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack) {
+// Sets the patches of a document's images, which pack->met lists; *space moves past what was decoded or mirrored. False
+// as soon as one cannot be decoded.
+static bool loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack) {
   Document *d = &draft->document;
   size_t values = (size_t)l->config.stream.shape.patch;
-  for (int i = 0; i < d->parts && !d->silent; i++) {
+  for (int i = 0; i < d->parts; i++) {
     Part *part = &d->part[i];
     if (part->kind != PART_IMAGE) continue;
     if (part->copy) {
@@ -180,31 +221,26 @@ static void loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack) 
     const SampleSegment *segment = &draft->sample->segment[part->tag];
     ImageId id = {draft->origin.source, segment->image};
     part->patch = loader_patches(l, id, segment, part, *space);
-    d->silent = part->patch == NULL;
-    pack->met[pack->n_met++] = (MetImage){id, d->silent};
+    pack->met[pack->n_met++] = (MetImage){id, part->patch == NULL};
+    if (!part->patch) return false;
     if (part->patch == *space) *space += bytes;
     uint32_t stream = STREAM_FLIP | (uint32_t)part->tag << 8;
-    if (d->silent || !l->config.flip || !document_chance(l->config.stream.seed, d->draw, stream, 0.5)) continue;
+    if (!l->config.flip || !document_chance(l->config.stream.seed, d->draw, stream, 0.5)) continue;
     patches_mirror(part->patch, part->rows, part->columns, l->config.stream.fit.patch, *space);
     part->patch = *space;
     *space += bytes;
   }
-  for (int i = 0; i < d->parts && d->silent; i++) d->part[i].patch = NULL;
+  return true;
 }
 
 // Forms all packs of the next step and keeps this process's.
 static int loader_plan_step(Loader *l, Error *err) {
   const LoaderConfig *c = &l->config;
   stream_save(l->stream, &l->before[l->planned % l->snapshots]);
-  l->plan.counts = (StepCounts){0};
   for (int i = 0; i < c->packs_per_step; i++) {
     DraftList *list = i % c->world == c->rank ? &l->plan.pack[i / c->world] : &l->plan.other;
     stream_recycle(l->stream, list);
     if (stream_pack(l->stream, list, err)) return -1;
-    for (int j = 0; j < list->count; j++) {
-      l->plan.counts.targets += list->draft[j]->size.targets;
-      l->plan.counts.noised += list->draft[j]->size.noised;
-    }
   }
   stream_recycle(l->stream, &l->plan.other);
   l->planned++;
@@ -212,16 +248,16 @@ static int loader_plan_step(Loader *l, Error *err) {
 }
 
 // Takes the next local pack to decode: its documents into *list, whose old ones are given back.
-static int loader_take(Loader *l, DraftList *list, StepCounts *counts, int64_t *n, Error *err) {
+static int loader_take(Loader *l, DraftList *list, int64_t *n, Error *err) {
   pthread_mutex_lock(&l->plan_lock);
   stream_recycle(l->stream, list);
+  *n = l->taken;
   int rc = l->taken == l->planned * l->per_step ? loader_plan_step(l, err) : 0;
   if (!rc) {
     DraftList *mine = &l->plan.pack[l->taken % l->per_step], empty = *list;
     *list = *mine;
     *mine = empty;
-    *counts = l->plan.counts;
-    *n = l->taken++;
+    l->taken++;
   }
   pthread_mutex_unlock(&l->plan_lock);
   return rc;
@@ -245,32 +281,35 @@ static void pack_free(Pack *pack) {
   free(pack);
 }
 
-static int loader_fill(Loader *l, const DraftList *list, StepCounts counts, int64_t n, uint8_t *space,
-                       const Document **docs, Pack *pack, Error *err) {
+// Decodes and lays out a pack. A document with an image that cannot be decoded is left out: what it would have taken is
+// filler at the end, so that the pack is as if it had never been there.
+static int loader_fill(Loader *l, const DraftList *list, int64_t n, uint8_t *space, const Document **docs, Pack *pack,
+                       Error *err) {
   const LoaderConfig *c = &l->config;
   pack->number = l->first + n / l->per_step * c->packs_per_step + n % l->per_step * c->world + c->rank;
-  pack->documents = list->count;
-  pack->silent = pack->n_met = pack->padding = 0;
+  pack->documents = pack->lost = pack->n_met = pack->padding = 0;
+  pack->noised = 0;
   pack->padding_pairs = 0;
   for (int i = 0; i < list->count; i++) {
-    loader_decode(l, list->draft[i], &space, pack);
-    docs[i] = &list->draft[i]->document;
-    pack->silent += docs[i]->silent;
-    pack->padding += docs[i]->padding;
-    pack->padding_pairs += (double)document_padding_pairs(docs[i]);
+    Draft *draft = list->draft[i];
+    if (!loader_decode(l, draft, &space, pack)) {
+      pack->lost++;
+      continue;
+    }
+    docs[pack->documents++] = &draft->document;
+    pack->noised += draft->size.noised;
+    pack->padding += draft->document.padding;
+    pack->padding_pairs += (double)document_padding_pairs(&draft->document);
   }
-  if (pack_layout(docs, list->count, c->stream.shape, &pack->batch, err)) return -1;
-  pack_scale(&pack->batch, c->stream.shape, c->ce_weight, counts.targets, counts.noised, c->packs_per_step,
-             c->stream.seed);
-  return 0;
+  return pack_layout(docs, pack->documents, c->stream.shape, &pack->batch, err);
 }
 
 // Waits until there is room in the queue for another pack. Returns a block for it; NULL when it is time to stop.
 static Pack *loader_wait_room(Loader *l) {
   pthread_mutex_lock(&l->lock);
-  while (!l->stop && !l->failed && l->tickets - l->given >= l->depth) pthread_cond_wait(&l->room, &l->lock);
+  while (!l->stop && l->end == INT64_MAX && l->tickets - l->given >= l->depth) pthread_cond_wait(&l->room, &l->lock);
   Pack *pack = NULL;
-  if (!l->stop && !l->failed) {
+  if (!l->stop && l->end == INT64_MAX) {
     l->tickets++;
     pack = l->spares ? l->spare[--l->spares] : loader_new_pack(l);
   }
@@ -287,14 +326,13 @@ static void *loader_thread(void *argument) {
   uint8_t *space = xmalloc(2 * (size_t)shape.slots * (size_t)shape.patch);
   const Document **docs = xmalloc((size_t)shape.slots * sizeof *docs);
   DraftList list = {0};
-  StepCounts counts;
   Error err;
   int64_t n;
   Pack *pack;
   while ((pack = loader_wait_room(l))) {
-    if (loader_take(l, &list, &counts, &n, &err) || loader_fill(l, &list, counts, n, space, docs, pack, &err)) {
+    if (loader_take(l, &list, &n, &err) || loader_fill(l, &list, n, space, docs, pack, &err)) {
       pack_free(pack);
-      loader_fail(l, &err);
+      loader_fail(l, n, &err);
       break;
     }
     pthread_mutex_lock(&l->lock);
@@ -311,21 +349,37 @@ static void *loader_thread(void *argument) {
   return NULL;
 }
 
-// Puts the stream where the state says: at the beginning of a step, or `given` packs into it.
-static int loader_restore(Loader *l, const char *text, Error *err) {
+// Whether a state was saved with this data; -1 with *err saying what is different.
+static int loader_check_data(const Loader *l, const LoaderState *state, Error *err) {
+  const StreamConfig *c = &l->config.stream;
+  const char *hint = "go on with the data.sources, data.held_out and files of the run's start; with other data "
+                     "--init CKPT begins a new run from a checkpoint's weights";
+  if (state->sources != c->sources)
+    return error_set(err, hint, "the data is not what it was when the state was saved: %d sources then, %d now",
+                     state->sources, c->sources);
+  for (int i = 0; i < c->sources; i++)
+    if (state->samples[i] != stream_samples(l->stream, i))
+      return error_set(err, hint,
+                       "the data is not what it was when the state was saved: data.sources[%d] had %lld training "
+                       "samples then, it has %lld now",
+                       i, (long long)state->samples[i], (long long)stream_samples(l->stream, i));
+  for (int64_t i = 0; i < state->bad.n; i++) {
+    ImageId id = state->bad.of[i];
+    if (id.source >= c->sources || id.image >= source_images(c->source[id.source]))
+      return error_set(err, hint,
+                       "the data is not what it was when the state was saved: data.sources[%d] had an image %lld then",
+                       id.source, (long long)id.image);
+  }
+  return 0;
+}
+
+// Puts the stream where the state says, at the beginning of a step. *skip: packs of this process that were taken of it.
+static int loader_restore(Loader *l, const char *text, int *skip, Error *err) {
   const LoaderConfig *c = &l->config;
   LoaderState state;
   if (loader_state_parse(text, &state, err)) return -1;
   l->bad = state.bad;
-  bool same = state.sources == c->stream.sources;
-  for (int i = 0; same && i < state.sources; i++) same = state.samples[i] == stream_samples(l->stream, i);
-  for (int64_t i = 0; same && i < l->bad.n; i++)
-    same = l->bad.of[i].source < state.sources &&
-           l->bad.of[i].image < source_images(c->stream.source[l->bad.of[i].source]);
-  if (!same)
-    return error_set(err, "continue with the sources and the held-out part the run was started with",
-                     "the data is not what it was when the state was saved");
-  if (stream_restore(l->stream, &state.stream, err)) return -1;
+  if (loader_check_data(l, &state, err) || stream_restore(l->stream, &state.stream, err)) return -1;
   l->first = state.pack;
   if (state.given == state.packs_per_step) { // a whole step: pass over it, whatever a step is now
     for (int64_t i = 0; i < state.given; i++) {
@@ -340,8 +394,18 @@ static int loader_restore(Loader *l, const char *text, Error *err) {
     return error_set(err, "continue with the same micro-batches a step and processes, or from the end of a step",
                      "the data state is %lld packs into a step of %lld; now a step has %d, on %d processes",
                      (long long)state.given, (long long)state.packs_per_step, c->packs_per_step, c->world);
-  if (loader_plan_step(l, err)) return -1;
-  l->taken = l->tickets = l->given = state.given / c->world;
+  *skip = (int)(state.given / c->world);
+  return 0;
+}
+
+// Takes packs that were taken before: they count in their step's scales.
+static int loader_skip(Loader *l, int packs, Error *err) {
+  Pack *pack;
+  for (int i = 0; i < packs; i++) {
+    if (loader_next(l, &pack, err) < 0) return -1;
+    loader_release(l, pack);
+  }
+  l->stats = (LoaderStats){0};
   return 0;
 }
 
@@ -349,6 +413,7 @@ static int loader_check_config(const LoaderConfig *c, Error *err) {
   if (c->world < 1 || c->rank < 0 || c->rank >= c->world || c->packs_per_step < 1 || c->packs_per_step % c->world)
     return error_set(err, "the micro-batches of a step must be a multiple of the processes",
                      "%d packs a step cannot be shared by %d processes", c->packs_per_step, c->world);
+  if (c->world > 1 && !c->sum) return error_set(err, NULL, "%d processes that cannot sum", c->world);
   if (c->threads < 1 || c->threads > 1024)
     return error_set(err, "set data.threads to at least 1", "%d loader threads", c->threads);
   if (c->cache_mb < 0) return error_set(err, NULL, "an image cache of %d MB", c->cache_mb);
@@ -382,8 +447,10 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err) {
   Loader *l = xcalloc(1, sizeof *l);
   l->config = *config;
   l->stream = stream;
+  l->end = INT64_MAX;
   l->per_step = config->packs_per_step / config->world;
-  l->depth = config->threads + 2;
+  // A whole step must fit, and some of the next, so that decoding goes on while the step is handed out.
+  l->depth = l->per_step + config->threads + 1;
   // Steps between the one being handed out and the one being planned: at most one a queued pack, and these two.
   l->snapshots = l->depth + 2;
   l->before = xcalloc((size_t)l->snapshots, sizeof *l->before);
@@ -395,17 +462,13 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err) {
   pthread_mutex_init(&l->lock, NULL);
   pthread_cond_init(&l->room, NULL);
   pthread_cond_init(&l->ready, NULL);
-  if (state && loader_restore(l, state, err)) {
-    loader_close(l);
-    return NULL;
-  }
-  // Valid before anything is planned too.
-  if (l->planned == 0) stream_save(l->stream, &l->before[0]);
-  if (loader_start_threads(l, err)) {
-    loader_close(l);
-    return NULL;
-  }
-  return l;
+  int skip = 0, rc = state ? loader_restore(l, state, &skip, err) : 0;
+  if (!rc) stream_save(l->stream, &l->before[0]); // valid before anything is planned too
+  if (!rc) rc = loader_start_threads(l, err);
+  if (!rc) rc = loader_skip(l, skip, err);
+  if (!rc) return l;
+  loader_close(l);
+  return NULL;
 }
 
 void loader_close(Loader *l) {
@@ -438,36 +501,49 @@ void loader_close(Loader *l) {
   free(l);
 }
 
+// Waits until the packs of the step that are still to be handed out are decoded: what could not be decoded of the last
+// is known to the scales of the first. -1 with *err set when one of them never will be.
+static int loader_wait_step(Loader *l, Error *err) {
+  pthread_mutex_lock(&l->lock);
+  int64_t at = l->given, end = at - at % l->per_step + l->per_step;
+  for (; at < end; at++)
+    while (!l->queue[at % l->depth] && at < l->end) pthread_cond_wait(&l->ready, &l->lock);
+  int rc = end <= l->end ? 0 : -1;
+  if (rc) *err = l->error;
+  pthread_mutex_unlock(&l->lock);
+  return rc;
+}
+
+// The next pack, whose step is decoded, out of the queue.
+static Pack *loader_hand_out(Loader *l, double waited) {
+  const LoaderConfig *c = &l->config;
+  pthread_mutex_lock(&l->lock);
+  Pack **slot = &l->queue[l->given % l->depth], *pack = *slot;
+  const BatchDims *dims = pack->batch.dims;
+  *slot = NULL;
+  l->given++;
+  l->stats.packs++;
+  l->stats.documents += pack->documents;
+  l->stats.lost += pack->lost;
+  l->stats.slots_used += dims->n_text + dims->n_image - pack->padding;
+  l->stats.slots += c->stream.shape.slots;
+  l->stats.waited += waited;
+  pthread_cond_signal(&l->room);
+  pthread_mutex_unlock(&l->lock);
+  pack_scale(&pack->batch, c->stream.shape, c->ce_weight, l->counts.targets, l->counts.noised, c->packs_per_step,
+             c->stream.seed);
+  return pack;
+}
+
 double loader_next(Loader *l, Pack **pack, Error *err) {
   double start = time_now();
-  pthread_mutex_lock(&l->lock);
-  Pack **slot = &l->queue[l->given % l->depth];
-  while (!*slot && !l->failed) pthread_cond_wait(&l->ready, &l->lock);
+  if (loader_wait_step(l, err)) return -1;
   double waited = time_now() - start;
-  Error too_many;
-  if (*slot && !l->ended && loader_count_bad(l, *slot, &too_many)) {
-    loader_fail_locked(l, &too_many);
-    l->error = too_many; // also where a thread has failed further ahead
-    l->ended = true;
+  if (l->given % l->per_step == 0 && loader_begin_step(l, err)) {
+    loader_fail(l, l->given, err);
+    return -1;
   }
-  if (*slot && !l->ended) {
-    *pack = *slot;
-    *slot = NULL;
-    l->given++;
-    const BatchDims *dims = (*pack)->batch.dims;
-    l->stats.packs++;
-    l->stats.documents += (*pack)->documents;
-    l->stats.silent += (*pack)->silent;
-    l->stats.slots_used += dims->n_text + dims->n_image - (*pack)->padding;
-    l->stats.slots += l->config.stream.shape.slots;
-    l->stats.waited += waited;
-    pthread_cond_signal(&l->room);
-  } else {
-    *err = l->error;
-    l->ended = true;
-    waited = -1;
-  }
-  pthread_mutex_unlock(&l->lock);
+  *pack = loader_hand_out(l, waited);
   return waited;
 }
 

@@ -2,7 +2,8 @@
 // step. Which bytes a pack holds does not depend on the number of threads.
 //
 // Packs are numbered over the whole run: step s takes packs [s K, (s + 1) K), and process r of N those congruent r mod
-// N. Every process forms every pack, from texts and image sizes, and decodes the images of its own only.
+// N. Every process forms every pack, from texts and image sizes, and decodes the images of its own only. A step begins
+// when all its packs are decoded, since the losses are means over what could be.
 #ifndef TESSERA_LOADER_H
 #define TESSERA_LOADER_H
 
@@ -18,6 +19,9 @@ typedef struct LoaderConfig {
   int threads;        // at least 1
   int cache_mb;       // resized pixels kept in memory
   int max_bad;        // images of the run that cannot be decoded before loader_next gives up; 0: no limit
+  // Sums n numbers over the processes, each in place: all call it once a step. Of no use to a process alone.
+  void (*sum)(void *context, int64_t *value, int n);
+  void *sum_context;
 } LoaderConfig;
 
 // An image that a pack asked for.
@@ -27,25 +31,27 @@ typedef struct MetImage {
 } MetImage;
 
 // A micro-batch, ready for upload: `bytes` from `block` on are what batch_bind lays out. The scales of its dims count
-// the targets and noised tokens of all packs of its step.
+// the targets and noised tokens of all packs of its step. A document with an image that cannot be decoded is left out
+// of all of it, and no other one takes its slots: there is more filler instead.
 typedef struct Pack {
   Batch batch;
   void *block;
   size_t bytes;
-  int64_t number; // in the run
-  int documents;
+  int64_t number;       // in the run
+  int documents;        // laid out
+  int lost;             // left out, since an image of theirs could not be decoded
+  int64_t noised;       // noised image tokens
   int padding;          // text rows that pad documents, see Packing
   double padding_pairs; // allowed (query, key) pairs whose query is one of them
-  int silent;           // of these, documents whose image could not be decoded: they keep their slots, without loss
   MetImage *met;        // [n_met]
   int n_met;
 } Pack;
 
 typedef struct LoaderStats {
-  int64_t packs, documents, silent; // handed out, and among these documents without loss
-  int64_t slots_used, slots;        // of the packs handed out; used: without padding
-  double waited;                    // seconds loader_next has blocked
-  StreamStats stream;               // of the documents looked ahead
+  int64_t packs, documents, lost; // handed out, and documents left out of these packs
+  int64_t slots_used, slots;      // of the packs handed out; used: without padding
+  double waited;                  // seconds loader_next has blocked
+  StreamStats stream;             // of the documents looked ahead
 } LoaderStats;
 
 typedef struct Loader Loader;
@@ -57,8 +63,9 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err);
 void loader_close(Loader *loader);
 
 // Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
-// or -1 with *err set: no sample fits into a pack, or the next pack is the one with which more than max_bad images of
-// this process could not be decoded (*err names the first of them). One thread calls it.
+// or -1 with *err set, which happens between two steps only: no sample fits into a pack, or with the next step more
+// than max_bad images of this process could not be decoded (*err names the first of them), or none of the first images
+// of a source. One thread calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 

@@ -147,7 +147,7 @@ static void test_captions(void **state) {
     Pack *pack;
     if (loader_next(loader, &pack, &err) < 0) fail_msg("%s", err.text);
     if (pack_check(&pack->batch, config.stream.shape, &err) != 0) fail_msg("%s", err.text);
-    assert_int_equal(pack->silent, 0);
+    assert_int_equal(pack->lost, 0);
     assert_true(pack->documents >= 3);
     loader_release(loader, pack);
   }
@@ -294,7 +294,7 @@ static int64_t take_packs(Loader *loader, int packs, const LoaderConfig *config,
     Error wrong;
     if (loader_next(loader, &pack, err) < 0) return -1;
     if (pack_check(&pack->batch, config->stream.shape, &wrong) != 0) fail_msg("%s", wrong.text);
-    silent += pack->silent;
+    silent += pack->lost;
     loader_release(loader, pack);
   }
   return silent;

@@ -423,7 +423,7 @@ int trainer_train(Trainer *t, Error *err) {
   if (!bad && stats.packs)
     log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
              100.0 * (double)stats.slots_used / (double)max_i64(stats.slots, 1), (long long)stats.documents,
-             (long long)stats.silent, (long long)stats.stream.truncated);
+             (long long)stats.lost, (long long)stats.stream.truncated);
   loader_close(loader);
   return bad ? 1 : 0;
 }
