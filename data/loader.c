@@ -73,9 +73,10 @@ int sample_patches(const Source *source, const SampleSegment *segment, const Ima
                    uint8_t *patches, Error *err) {
   uint8_t *bytes;
   size_t n;
-  if (source_read_image(source, segment->image, &bytes, &n, err)) return -1;
+  int rc = source_read_image(source, segment->image, &bytes, &n, err);
+  if (rc) return rc;
   Image image = {0}, fitted = {0};
-  int rc = image_decode(bytes, n, max_pixels, &image, err);
+  rc = image_decode(bytes, n, max_pixels, &image, err);
   free(bytes);
   if (rc) return -1;
   if (image.width != segment->width || image.height != segment->height)
@@ -123,9 +124,19 @@ static int loader_too_many_bad(const Loader *l, Error *err) {
     at += snprintf(list + at, sizeof list - (size_t)at, "%s", n > most_shown ? name + n - most_shown : name);
     free(name);
   }
-  return error_set(err, "mend them or take them out of the data, or raise data.max_bad (0: no limit)",
-                   "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)l->bad.n,
-                   l->config.max_bad, list, l->bad.n > BAD_IMAGES_LISTED ? ", .." : "");
+  // That a file has changed says more than what it holds now.
+  ImageId last = l->bad.of[l->bad.n - 1];
+  uint8_t *bytes;
+  size_t n;
+  Error why;
+  bool changed = source_read_image(l->config.stream.source[last.source], last.image, &bytes, &n, &why) != 0;
+  free(bytes);
+  char *hint = xasprintf("mend them or take them out of the data, or raise data.max_bad (0: no limit)%s%s",
+                         changed ? "; " : "", changed ? why.text : "");
+  error_set(err, hint, "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)l->bad.n,
+            l->config.max_bad, list, l->bad.n > BAD_IMAGES_LISTED ? ", .." : "");
+  free(hint);
+  return -1;
 }
 
 // Counts an image of a source of which none could be decoded yet; -1 with *err set when there were enough of them.
@@ -176,21 +187,22 @@ static int loader_begin_step(Loader *l, Error *err) {
   return 0;
 }
 
-// The patches of image `id`: cached, or decoded into `space`. NULL when it cannot be decoded.
-static const uint8_t *loader_patches(Loader *l, ImageId id, const SampleSegment *segment, const Part *part,
-                                     uint8_t *space) {
+// *patches of image `id`: cached, or decoded into `space`; NULL when it cannot be decoded. -1 with *err set when its
+// shard has changed: then no image in it can be trusted.
+static int loader_patches(Loader *l, ImageId id, const SampleSegment *segment, const Part *part, uint8_t *space,
+                          const uint8_t **patches, Error *err) {
   const StreamConfig *c = &l->config.stream;
-  const uint8_t *cached = NULL;
-  CacheAnswer answer = cache_get(l->cache, id.source, id.image, &cached);
-  if (answer == CACHE_FOUND) return cached;
-  if (answer == CACHE_BAD) return NULL;
-  Error err;
-  if (sample_patches(c->source[id.source], segment, &c->fit, c->max_pixels, space, &err)) {
-    if (cache_put_bad(l->cache, id.source, id.image)) loader_name_bad(l, id, &err);
-    return NULL;
+  *patches = NULL;
+  if (cache_get(l->cache, id.source, id.image, patches) != CACHE_UNKNOWN) return 0;
+  int rc = sample_patches(c->source[id.source], segment, &c->fit, c->max_pixels, space, err);
+  if (rc == SOURCE_CHANGED) return -1;
+  if (rc) {
+    if (cache_put_bad(l->cache, id.source, id.image)) loader_name_bad(l, id, err);
+    return 0;
   }
   cache_put(l->cache, id.source, id.image, space, (size_t)part->tokens * (size_t)c->shape.patch);
-  return space;
+  *patches = space;
+  return 0;
 }
 
 // Mirrors an image left to right: from and to [rows * columns, p, p, 3], not overlapping.
@@ -205,12 +217,13 @@ static void patches_mirror(const uint8_t *from, int rows, int columns, int p, ui
     }
 }
 
-// Sets the patches of a document's images, which pack->met lists; *space moves past what was decoded or mirrored. False
-// as soon as one cannot be decoded.
-static bool loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack) {
+// Sets the patches of a document's images, which pack->met lists; *space moves past what was decoded or mirrored.
+// *whole: all could be decoded. -1 with *err set when the data has changed.
+static int loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack, bool *whole, Error *err) {
   Document *d = &draft->document;
+  *whole = true;
   size_t values = (size_t)l->config.stream.shape.patch;
-  for (int i = 0; i < d->parts; i++) {
+  for (int i = 0; i < d->parts && *whole; i++) {
     Part *part = &d->part[i];
     if (part->kind != PART_IMAGE) continue;
     if (part->copy) {
@@ -220,17 +233,17 @@ static bool loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack) 
     size_t bytes = (size_t)part->tokens * values;
     const SampleSegment *segment = &draft->sample->segment[part->tag];
     ImageId id = {draft->origin.source, segment->image};
-    part->patch = loader_patches(l, id, segment, part, *space);
-    pack->met[pack->n_met++] = (MetImage){id, part->patch == NULL};
-    if (!part->patch) return false;
+    if (loader_patches(l, id, segment, part, *space, &part->patch, err)) return -1;
+    *whole = part->patch != NULL;
+    pack->met[pack->n_met++] = (MetImage){id, !*whole};
     if (part->patch == *space) *space += bytes;
     uint32_t stream = STREAM_FLIP | (uint32_t)part->tag << 8;
-    if (!l->config.flip || !document_chance(l->config.stream.seed, d->draw, stream, 0.5)) continue;
+    if (!*whole || !l->config.flip || !document_chance(l->config.stream.seed, d->draw, stream, 0.5)) continue;
     patches_mirror(part->patch, part->rows, part->columns, l->config.stream.fit.patch, *space);
     part->patch = *space;
     *space += bytes;
   }
-  return true;
+  return 0;
 }
 
 // Forms all packs of the next step and keeps this process's.
@@ -292,10 +305,10 @@ static int loader_fill(Loader *l, const DraftList *list, int64_t n, uint8_t *spa
   pack->padding_pairs = 0;
   for (int i = 0; i < list->count; i++) {
     Draft *draft = list->draft[i];
-    if (!loader_decode(l, draft, &space, pack)) {
-      pack->lost++;
-      continue;
-    }
+    bool whole;
+    if (loader_decode(l, draft, &space, pack, &whole, err)) return -1;
+    pack->lost += !whole;
+    if (!whole) continue;
     docs[pack->documents++] = &draft->document;
     pack->noised += draft->size.noised;
     pack->padding += draft->document.padding;

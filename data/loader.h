@@ -65,7 +65,7 @@ void loader_close(Loader *loader);
 // Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
 // or -1 with *err set, which happens between two steps only: no sample fits into a pack, or with the next step more
 // than max_bad images of this process could not be decoded (*err names the first of them), or none of the first images
-// of a source. One thread calls it.
+// of a source, or a shard has changed. One thread calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 
@@ -79,7 +79,7 @@ LoaderStats loader_stats(Loader *loader);
 
 // Decodes an image segment of a sample, fits it and cuts it into patches [rows * columns, 3p^2] of the grid that
 // image_fit_grid gives for the segment's size. -1 with *err set when it cannot be decoded or has another size than its
-// header said. Thread-safe; for evaluation and sampling too.
+// header said, SOURCE_CHANGED as source_read_image. Thread-safe; for evaluation and sampling too.
 int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
                    uint8_t *patches, Error *err);
 #endif

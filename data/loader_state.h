@@ -13,7 +13,7 @@ typedef struct LoaderState {
   int sources;
   int64_t samples[STREAM_SOURCES]; // training samples by source, to know the data by
   StreamState stream;
-  BadImages bad; // of the packs handed out
+  BadImages bad; // of the steps begun
 } LoaderState;
 
 char *loader_state_print(const LoaderState *state); // malloc'd

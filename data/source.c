@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 static const size_t MAX_LIST_BYTES = (size_t)1 << 36;    // a caption list or a text file
@@ -423,16 +424,36 @@ const Sample *source_sample(const Source *s, int64_t i) {
   return &s->sample[i];
 }
 
+// Local time with milliseconds.
+static void time_print(int64_t nanoseconds, char text[40]) {
+  time_t seconds = (time_t)(nanoseconds / 1000000000);
+  struct tm local = {0};
+  localtime_r(&seconds, &local);
+  size_t n = strftime(text, 32, "%F %T", &local);
+  snprintf(text + n, 40 - n, ".%03d", (int)(nanoseconds % 1000000000 / 1000000));
+}
+
+// Says in *err how a file has changed.
+static void data_file_compare(const DataFile *then, const DataFile *now, Error *err) {
+  char before[40], after[40];
+  time_print(then->modified, before);
+  time_print(now->modified, after);
+  error_set(err, "data must not change during a run",
+            "%s has changed since it was indexed: it had %lld bytes, written %s, and has %lld bytes, written %s",
+            now->path, (long long)then->bytes, before, (long long)now->bytes, after);
+}
+
 int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size_t *n, Error *err) {
   const ImageRef *ref = &source->image[image];
   *bytes = NULL;
   DataFile now = {0};
-  int fd = data_file_open(ref->file->path, &now, err);
-  if (fd < 0) return -1;
+  int fd = data_file_open(ref->file->path, &now, err), changed = ref->member ? SOURCE_CHANGED : -1;
+  if (fd < 0) return changed;
   // Elsewhere in a shard lies another image, perhaps one that decodes just as well.
   if (now.bytes != ref->file->bytes || now.modified != ref->file->modified) {
     close(fd);
-    return error_set(err, "data must not change during a run", "%s has changed since it was indexed", now.path);
+    data_file_compare(ref->file, &now, err);
+    return changed;
   }
   uint8_t *data = xmalloc((size_t)ref->size + 1);
   int64_t got = data_file_read(fd, ref->offset, data, ref->size, err);

@@ -55,8 +55,11 @@ int64_t source_skipped(const Source *source); // samples left out at opening
 // Sample i of [0, count); valid until the source is closed.
 const Sample *source_sample(const Source *source, int64_t i);
 
-// Reads the encoded bytes of an image (SampleSegment.image). Thread-safe. *bytes is malloc'd, *n its size; 0, or -1
-// with *err set, *bytes NULL, when the file has gone or become shorter.
+// What is wrong with more than one image: the shard it is in is gone, or not the file that was indexed.
+enum { SOURCE_CHANGED = -2 };
+
+// Reads the encoded bytes of an image (SampleSegment.image). Thread-safe. *bytes is malloc'd, *n its size; 0, or -1 or
+// SOURCE_CHANGED with *err set, *bytes NULL, when the file is not as it was or cannot be read.
 int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size_t *n, Error *err);
 int64_t source_images(const Source *source); // they are numbered from 0
 // Where an image lies, for messages ("path" or "shard.tar:member"); malloc'd.

@@ -83,6 +83,7 @@ case $part in
     fi
     check resume limited tests/resume.sh "$build"
     check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
+    check data_run limited "$python" tests/data_run.py "$build/train"
     check run_folder limited "$python" tests/run_folder.py "$build/train"
     check emoji_fill limited tests/emoji_fill.sh "$build"
     check infer limited tests/infer.sh "$build"

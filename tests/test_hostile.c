@@ -311,11 +311,22 @@ static void test_changing_folder(void **state) {
   if (!loader) fail_msg("%s", err.text);
   assert_int_equal(take_packs(loader, 20, &config, &err), 0);
   for (int i = 0; i < 10; i++) break_image("live", i);
-  shard_write("live/shard.tar", 1); // the same bytes under other names: every image decodes, with a wrong caption
+  assert_true(take_packs(loader, 60, &config, &err) > 0);
   struct stat st;
   assert_int_equal(stat(at("live/shard.tar"), &st), 0);
-  assert_true(take_packs(loader, 60, &config, &err) > 0);
+  shard_write("live/shard.tar", 1); // the same bytes under other names: every image decodes, with a wrong caption
+  assert_int_equal(take_packs(loader, 60, &config, &err), -1);
+  char was[80];
+  snprintf(was, sizeof was, "live/shard.tar has changed since it was indexed: it had %lld bytes",
+           (long long)st.st_size);
+  assert_non_null(strstr(err.text, was));
+  assert_non_null(strstr(err.text, "written 2001-09-0")); // as changing_make set it
+  Pack *pack;
+  assert_true(loader_next(loader, &pack, &err) < 0); // and it stays so
+  assert_non_null(strstr(err.text, was));
+  char *state_then = loader_state(loader);
   loader_close(loader);
+  free(state_then);
 
   uint8_t *bytes;
   size_t n;
@@ -325,7 +336,8 @@ static void test_changing_folder(void **state) {
     free(bytes);
   }
   for (int i = 0; i < SHARD_IMAGES; i++) {
-    assert_int_equal(source_read_image(source[1], source_sample(source[1], i)->segment[1].image, &bytes, &n, &err), -1);
+    assert_int_equal(source_read_image(source[1], source_sample(source[1], i)->segment[1].image, &bytes, &n, &err),
+                     SOURCE_CHANGED);
     assert_non_null(strstr(err.text, "has changed"));
     assert_non_null(strstr(err.text, "shard.tar"));
   }
@@ -363,6 +375,9 @@ static void test_too_many_bad(void **state) {
         for (const char *p = err.text; (p = strstr(p, ".png")); p++) listed++;
         assert_int_equal(listed, most[i] + 1 < 5 ? most[i] + 1 : 5);
         assert_non_null(strstr(err.hint, "data.max_bad"));
+        bool changed = strstr(err.hint, "has changed since") || strstr(err.hint, "cannot open") ||
+                       strstr(err.hint, "is not a file");
+        assert_true(changed);
         Pack *pack;
         assert_true(loader_next(loader, &pack, &err) < 0); // and it stays so
       }

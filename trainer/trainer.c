@@ -238,7 +238,10 @@ static double count_pairs(const Batch *b) {
   return pairs;
 }
 
-// The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s.
+// The loader has no further step. It says so between two, so that the state is that of the steps before.
+enum { DATA_ENDED = -2 };
+
+// The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s. -1 or DATA_ENDED with *err set.
 static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepReport *s, Error *err) {
   const Config *c = t->config;
   Engine *e = &t->engine;
@@ -246,7 +249,7 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepRep
   for (int k = 0; k < c->train.micro_batches; k++) {
     Pack *pack;
     double waited = loader_next(loader, &pack, err);
-    if (waited < 0) return -1;
+    if (waited < 0) return DATA_ENDED;
     const BatchDims *d = pack->batch.dims;
     s->data_wait += waited;
     s->tokens += d->n_text + d->n_image - pack->padding;
@@ -294,13 +297,14 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
 }
 
 // Gives the device one more step. The one before is collected once the passes of this one are under way, so that the
-// device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when there was
-// no pack or that step was one too many to be skipped.
+// device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when that step
+// was one too many to be skipped, DATA_ENDED when there was no pack.
 static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   const Backend *b = t->engine.model.backend;
   StepReport s = {.step = t->state.step, .peak = b->sheet_flops ? b->sheet_flops() : 0};
-  if (run_micro_steps(t, loader, profile, &s, err) != 0 || collect_step(t, report, err) != 0) return -1;
+  int bad = run_micro_steps(t, loader, profile, &s, err);
+  if (bad || (bad = collect_step(t, report, err))) return bad;
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
   int ema = optimizer_ema_due(c, t->state.step);
   OpTime *times = profile_times(profile, t->state.step);
@@ -365,15 +369,27 @@ static int64_t end_step(const Trainer *t) {
   return t->options->stop_at ? min_i64(t->options->stop_at, steps) : steps;
 }
 
+// Keeps the steps since the last save when the data ends the run, unless they are being skipped.
+static void save_before_error(Trainer *t, Loader *loader, Report *report) {
+  Error err;
+  if (collect_step(t, report, &err) != 0 || t->state.optimizer.skipped_in_row) return;
+  if (save(t, loader, 1, &err) != 0)
+    log_warn("%s", err.text);
+  else
+    log_info("saved after step %lld, from which --resume goes on", (long long)t->state.step);
+}
+
 // Steps until the end, with what is due on the way.
 static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
-  int64_t end = end_step(t);
+  int64_t end = end_step(t), kept = t->state.step; // kept: the steps saved
   engine_begin_step(&t->engine);
   while (t->state.step < end) {
-    if (train_step(t, loader, report, profile, err) != 0) return -1;
+    int bad = train_step(t, loader, report, profile, err);
+    if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, loader, report);
+    if (bad) return -1;
     int64_t done = t->state.step;
-    int last = done == c->train.steps, leaving = signals_stop() || done == end, saved = 0;
+    int last = done == c->train.steps, leaving = signals_stop() || done == end;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
     int evaluation_due = last || (c->eval.every && done % c->eval.every == 0);
     if (!leaving && !save_due && !evaluation_due) continue;
@@ -382,12 +398,12 @@ static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profil
     // good checkpoints would make way for the state that may be the cause.
     if (leaving || (save_due && !t->state.optimizer.skipped_in_row)) {
       if (save(t, loader, leaving, err) != 0) return -1;
-      saved = 1;
+      kept = done;
     }
     if (evaluation_due && !signals_stop() && evaluate_step(t, report, last, err) != 0) return -1;
     engine_begin_step(&t->engine);
     if (!signals_stop()) continue;
-    return saved ? 0 : save(t, loader, 1, err); // unsaved: it came in the evaluation
+    return kept == done ? 0 : save(t, loader, 1, err); // unsaved: it came in the evaluation
   }
   return 0;
 }
