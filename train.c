@@ -162,6 +162,18 @@ static int print_plan(const Config *c, Error *err) {
   return bad ? -1 : 0;
 }
 
+// What a config can be told without its data and its machine: whether memory.per_tensor names tensors, and whether a
+// budget that it gives is enough.
+static int check_memory(const Config *c, Error *err) {
+  Engine e = {0};
+  Error no_device;
+  const Backend *b = engine_plan_backend(c, &no_device);
+  int bad = engine_record(&e, c, b ? b : &backend_cpu, 1, err) != 0;
+  if (!bad && b && c->memory.budget_gb > 0) bad = engine_check_budget(&e, err) != 0;
+  engine_free(&e);
+  return bad ? -1 : 0;
+}
+
 int main(int argc, char **argv) {
   Options o;
   Config c;
@@ -182,6 +194,7 @@ int main(int argc, char **argv) {
   int bad = 0, code = 2;
   if (o.print_config) {
     config_print(&c, stdout);
+    bad = standard_flush(&err) != 0 || check_memory(&c, &err) != 0;
   } else if (o.plan) {
     bad = print_plan(&c, &err);
   } else {

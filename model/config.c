@@ -332,6 +332,59 @@ void config_print(const Config *c, FILE *f) {
   }
 }
 
+// ---- comparing ----
+
+static char *value_text(const Config *c, const Key *key) {
+  char *text = NULL;
+  size_t bytes;
+  FILE *f = open_memstream(&text, &bytes);
+  if (!f) panic("out of memory");
+  key_write(c, key, f);
+  if (fclose(f)) panic("out of memory");
+  return text;
+}
+
+static char *source_text(const Config *c, int i) {
+  const SourceConfig *s = &c->data.source[i];
+  return i < c->data.sources ? xasprintf("%s %s (weight %g)", s->type, s->path, s->weight) : xstrdup("none");
+}
+
+// Writes "NAME BEFORE -> AFTER" where they differ, and frees both.
+static void write_change(FILE *f, const char *name, char *before, char *after) {
+  if (strcmp(before, after) != 0) fprintf(f, "%s%s %s -> %s", ftell(f) > 0 ? ", " : "", name, before, after);
+  free(before);
+  free(after);
+}
+
+static void write_source_changes(FILE *f, const Config *before, const Config *after) {
+  for (int i = 0; i < before->data.sources || i < after->data.sources; i++) {
+    char name[32];
+    snprintf(name, sizeof name, "data.sources[%d]", i);
+    write_change(f, name, source_text(before, i), source_text(after, i));
+  }
+}
+
+char *config_changes(const Config *before, const Config *after) {
+  static const char *const places[] = {"run.name", "run.dir", "run.folder"};
+  char *text = NULL;
+  size_t bytes;
+  FILE *f = open_memstream(&text, &bytes);
+  if (!f) panic("out of memory");
+  for (int k = 0; k < config_key_count; k++) {
+    const Key *key = &config_keys[k];
+    bool place = false;
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) place = place || strcmp(key->path, places[i]) == 0;
+    if (strcmp(key->path, "data.sources") == 0)
+      write_source_changes(f, before, after);
+    else if (!place)
+      write_change(f, key->path, value_text(before, key), value_text(after, key));
+  }
+  if (fclose(f)) panic("out of memory");
+  if (bytes) return text;
+  free(text);
+  return NULL;
+}
+
 void config_help(FILE *f) {
   fprintf(f, "%-26s %-10s %-10s %s\n", "key", "default", "flag", "meaning, and what is allowed");
   for (int k = 0; k < config_key_count; k++) {

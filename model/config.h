@@ -164,6 +164,9 @@ const char *config_flag_key(const char *flag);
 char *config_to_json(const Config *c);
 // --print-config: every key, its value, and its origin (default, line of the file, flag).
 void config_print(const Config *c, FILE *f);
+// What `after` has other than `before`: "train.lr 0.003 -> 0.001, data.sources[0] text a.txt ->
+// text b.txt", in the table's order; where a run lies (run.name, dir, folder) is left out. malloc'd, NULL: nothing.
+char *config_changes(const Config *before, const Config *after);
 // --help: the key table.
 void config_help(FILE *f);
 

@@ -47,6 +47,12 @@ refused 'no checkpoint' configs/demo.json "${run[@]}" --eval
 refused 'budget' configs/base.json --plan --set memory.budget_gb=1
 grep -q 'activations (arena)' "$dir/out" # the table all the same
 refused 'memory.per_tensor' configs/demo.json --plan --set 'memory.per_tensor={"x":"recompute"}'
+# Memory is held against its budget before the data is opened, and by --print-config as far as it can be known.
+none=(--set 'data.sources=[{"type": "webdataset", "path": "no/shapes.tar"}]')
+refused 'memory.per_tensor: there is no saved tensor "y"' configs/demo.json "${run[@]}" "${none[@]}" --set 'memory.per_tensor={"y":"keep"}'
+refused 'more than the 0.010 GB of memory.budget_gb' configs/demo.json "${run[@]}" "${none[@]}" --set memory.budget_gb=0.01
+refused 'memory.per_tensor: there is no saved tensor "y"' configs/demo.json --print-config --set 'memory.per_tensor={"y":"keep"}'
+refused 'more than the 0.010 GB of memory.budget_gb' configs/demo.json --print-config --set memory.budget_gb=0.01
 refused 'nothing fits' configs/demo.json --tokens max --plan --set memory.budget_gb=0.05
 [ ! -e "$dir/run" ] && [ ! -e "$dir/no" ] && [ ! -s "$dir/file" ] || { echo "a refused run left its folder"; exit 1; }
 

@@ -130,6 +130,9 @@ case_of 'the run exists already' 2 './train tiny.json' 'already holds checkpoint
 sed -i '/"tessera"/d; /"max_bad"/d' runs/demo/config.json
 case_of 'an older run goes on' 0 './train runs/demo --resume --stop-at 2 2>&1 | grep version' \
   'config.json was written by version 1; new since: data.max_bad=100'
+case_of 'it goes on with other settings' 0 \
+  './train tiny.json --resume --stop-at 2 --set train.lr=0.001 --steps 100 2>&1 | grep warning' \
+  'not as runs/demo was trained so far: train.steps 3000 -> 100, train.lr 0.003 -> 0.001'
 case_of 'it goes on with another model' 2 './train tiny.json --resume --set model.dim=32' \
   'ckpt-2/model.safetensors' 'expected'
 printf '!' | dd of=runs/demo/ckpt-2/model.safetensors bs=1 seek=5000 conv=notrunc 2>"$work/log"

@@ -5,7 +5,7 @@
 
 Exit code 1 on the first thing that is not as it should be.
 """
-import fcntl, json, os, pty, re, shutil, struct, subprocess, sys, tempfile, termios, time
+import fcntl, json, math, os, pty, re, shutil, struct, subprocess, sys, tarfile, tempfile, termios, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,14 +105,58 @@ def test_long_metrics(runs):
     check([row["step"] for row in rows if "loss" in row] == [0, 1, 2], f"steps {[row['step'] for row in rows]}")
 
 
+def test_overview(runs):
+    """A run begins with what it is, and says after some steps how long it will take."""
+    said = runs.make("overview", "--steps", 3000, "--stop-at", 11, "--set", "train.warmup_steps=3000")
+    model, data, device, steps = said.splitlines()[:4]
+    header = (runs.folder / "overview/ckpt-11/model.safetensors").read_bytes()
+    tensors = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    tensors.pop("__metadata__", None)
+    parameters = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+    check(model.startswith(f"model: {parameters / 1e6:.2f}M parameters, of which "), f"{parameters} parameters: {model}")
+    with tarfile.open(ROOT / ".cache/shapes/shapes.tar") as tar:
+        samples = len(tar.getnames()) // 2
+    found = re.fullmatch(r"data: (\d+) samples with (\d+) images, about (\d+)k tokens; held out: (\d+) samples", data)
+    check(found, f"no line about the data: {data}")
+    trained, images, tokens, held_out = map(int, found.groups())
+    check(trained + held_out == samples and images == trained, f"{samples} samples: {data}")
+    drawn = int(re.search(r"fill .*, (\d+) documents", said)[1])  # the loader is some documents ahead of the 11 steps
+    have, about = 11 * 256 / drawn, 1000 * tokens / trained
+    check(0.75 * about < have < 1.1 * about, f"{have:.1f} tokens a document in the run, of {about:.1f}: {data}")
+    check(re.fullmatch(r"device: cpu, \d+ threads; memory: 0\.0\d+ GB of the [\d.]+ GB .*, policy keep", device), device)
+    check(steps.startswith("steps 1 to 11 of 3000: 1 x 256 = 256 token slots each, "), steps)
+    check("warning: train.warmup_steps = 3000 is not over within the 3000 steps" in said, f"no word of it:\n{said}")
+    found = re.search(r"(\d+):(\d\d) to go at (\d+) ms a step", said)
+    check(found, f"no time to go:\n{said}")
+    minutes, seconds, each = map(int, found.groups())
+    check(abs(60 * minutes + seconds - 2.990 * each) < 0.51 * 2.990 + 1, f"2,990 steps: {found[0]}")
+
+
+def test_changes(runs):
+    """--resume names what is not as it was, sources too; nothing when nothing changed."""
+    run = runs.folder / "changed"
+    said = runs.make("changed", "--stop-at", 2, "--set", "train.weight_decay=0.1")
+    said = runs.make("changed", "--stop-at", 3, "--set", "train.weight_decay=0.1", "--resume")
+    check("trained so far" not in said, f"nothing changed:\n{said}")
+    copy = runs.folder / "copy.tar"
+    shutil.copy(ROOT / ".cache/shapes/shapes.tar", copy)
+    sources = json.dumps([{"type": "webdataset", "path": str(copy), "weight": 2}])
+    said = runs.make("changed", "--stop-at", 4, "--resume", "--set", "train.lr=0.002", "--set", f"data.sources={sources}")
+    changes = (f"data.sources[0] webdataset .cache/shapes/shapes.tar (weight 1) -> webdataset {copy} (weight 2), "
+               "train.lr 0.003 -> 0.002, train.weight_decay 0.1 -> 0")
+    check(f"warning: not as {run} was trained so far: {changes}\n" in said, f"no '{changes}' in\n{said}")
+
+
 def test_text_alone(runs):
     """A step line leaves out what does not exist, and its log line has a dash there."""
     texts = runs.folder / "texts.txt"
     texts.write_text("\n\n".join(f"the number {i} and the number {i * i}" for i in range(200)))
     sources = json.dumps([{"type": "text", "path": str(texts)}])
-    keys = {"data.sources": sources, "data.held_out_by": "key", "data.held_out": 0, "eval.documents": 0}
+    keys = {"data.sources": sources, "data.tokenizer": "bytes", "data.held_out_by": "key", "data.held_out": 0, "eval.documents": 0}
     sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
     said = runs.make("texts", "--stop-at", 2, *sets)
+    tokens = sum(len(text) + 2 for text in texts.read_text().split("\n\n"))
+    check(f"data: 200 samples with 0 images, about {tokens / 1e3:.3g}k tokens; held out: 0" in said, f"{tokens}:\n{said}")
     for row in runs.rows("texts"):
         if "loss" not in row:
             continue
@@ -169,8 +213,8 @@ def main():
         if not (ROOT / ".cache/shapes/shapes.tar").exists():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
-        for test in (test_missed_evaluation, test_going_back, test_long_metrics, test_text_alone, test_seconds,
-                     test_terminal, test_narrow_terminal):
+        for test in (test_missed_evaluation, test_going_back, test_long_metrics, test_text_alone, test_overview,
+                     test_changes, test_seconds, test_terminal, test_narrow_terminal):
             test(runs)
     except AssertionError as error:
         print(f"{test.__name__}: FAILED: {error}")

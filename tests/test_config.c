@@ -523,6 +523,24 @@ static void batch_says_micro_batches(void **state) {
   }
 }
 
+static void changes_are_named(void **state) {
+  (void)state;
+  Config before, after;
+  Error err;
+  const char *const files[2] = {
+      "{\"run\": {\"name\": \"a\"}, \"data\": {\"sources\": [{\"type\": \"text\", \"path\": \"a.txt\"}, {\"type\": "
+      "\"folder\", \"path\": \"b\", \"weight\": 2}]}, \"memory\": {\"per_tensor\": {\"h1\": \"keep\"}}}",
+      "{\"run\": {\"name\": \"c\"}, \"data\": {\"sources\": [{\"type\": \"folder\", \"path\": \"b\", \"weight\": "
+      "2}]}, \"train\": {\"steps\": 7, \"clip\": 0.5}}"};
+  if (load_text(&before, files[0], &err) != 0 || load_text(&after, files[1], &err) != 0) fail_msg("%s", err.text);
+  assert_null(config_changes(&before, &before));
+  char *changes = config_changes(&before, &after);
+  assert_string_equal(changes, "data.sources[0] text a.txt (weight 1) -> folder b (weight 2), data.sources[1] folder b "
+                               "(weight 2) -> none, train.steps 1000 -> 7, train.clip 1 -> 0.5, memory.per_tensor "
+                               "{\"h1\": \"keep\"} -> {}");
+  free(changes);
+}
+
 static void derived_sizes(void **state) {
   (void)state;
   const char *sets[] = {"run.name=n", "run.dir=d", "data.max_text=500"};
@@ -617,6 +635,7 @@ int main(void) {
       cmocka_unit_test(structure_errors),
       cmocka_unit_test(dependent_values),
       cmocka_unit_test(batch_says_micro_batches),
+      cmocka_unit_test(changes_are_named),
       cmocka_unit_test(derived_sizes),
       cmocka_unit_test(shipped_configs_load),
       cmocka_unit_test(mutations),

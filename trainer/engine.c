@@ -108,6 +108,11 @@ static void name_largest(const Engine *e, char *text, size_t size) {
            (double)peak.share[0].bytes / 1e9);
 }
 
+char *engine_memory_text(const Engine *e) {
+  return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s", (double)total_bytes(e) / 1e9,
+                   (double)budget_bytes(e) / 1e9, memory_policy_name[e->chosen]);
+}
+
 int engine_check_budget(const Engine *e, Error *err) {
   int64_t budget = budget_bytes(e), need = total_bytes(e);
   int64_t activations = e->bytes[SPACE_ARENA] + (counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
@@ -295,10 +300,6 @@ void engine_begin_step(Engine *e) {
 
 int engine_allocate(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
-  if (engine_check_budget(e, err) != 0) {
-    engine_print_plan(e, stderr);
-    return -1;
-  }
   name_idle_choices(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
     int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor

@@ -54,7 +54,9 @@ const Backend *engine_plan_backend(const Config *c, Error *err);
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err);
 // -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
 int engine_check_budget(const Engine *e, Error *err);
-// Checks the budget, allocates the slabs (Adam's moments as zeros, all else with any content) and binds the programs.
+// "0.072 GB of the 12.600 GB that it may take, policy keep"; malloc'd.
+char *engine_memory_text(const Engine *e);
+// Allocates the slabs (Adam's moments as zeros, all else with any content) and binds the programs.
 // -1 with *err naming what did not fit.
 int engine_allocate(Engine *e, Error *err);
 void engine_free(Engine *e);

@@ -3,6 +3,7 @@
 #include "base/hash.h"
 #include "trainer/dump.h"
 #include "trainer/losses.h"
+#include "trainer/overview.h"
 #include "trainer/profile.h"
 #include "trainer/report.h"
 #include "trainer/run_folder.h"
@@ -21,12 +22,15 @@ static int uses_checkpoint(const Options *o) {
   return o->sample || o->describe || o->eval;
 }
 
+static int need_sources(const Config *c, Error *err) {
+  if (c->data.sources) return 0;
+  return error_set(err,
+                   "add {\"type\": \"webdataset\", \"path\": \"...\"} to data.sources; README.md shows the formats",
+                   "data.sources is empty: there is nothing to train on");
+}
+
 static int open_sources(Trainer *t, Error *err) {
   const Config *c = t->config;
-  if (!c->data.sources)
-    return error_set(err,
-                     "add {\"type\": \"webdataset\", \"path\": \"...\"} to data.sources; README.md shows the formats",
-                     "data.sources is empty: there is nothing to train on");
   for (int i = 0; i < c->data.sources; i++) {
     t->source[i] = source_open(c->data.source[i].type, c->data.source[i].path, c->data.held_out_by, err);
     if (!t->source[i]) {
@@ -151,6 +155,31 @@ static void fill_weights(Trainer *t) {
   free(initial);
 }
 
+// Says which settings are not those that the run of a checkpoint, whose config.json lies beside it, had so far.
+static void name_changes(const Config *c, const char *checkpoint) {
+  Error err;
+  Config *before = xmalloc(sizeof *before);
+  char *copy = xstrdup(checkpoint), *run = dirname(copy), *file = xasprintf("%s/config.json", run), *changes = NULL;
+  if (config_load(before, file, NULL, 0, &err) != 0)
+    log_warn("which settings changed cannot be told: %s", err.text);
+  else
+    changes = config_changes(before, c);
+  if (changes) log_warn("not as %s was trained so far: %s", run, changes);
+  free(changes);
+  free(file);
+  free(copy);
+  free(before);
+}
+
+// Records the programs and holds what they need against the budget: before the data, which may take long to index.
+static int plan_memory(Trainer *t, Error *err) {
+  const Backend *backend = engine_backend(t->config, err);
+  if (!backend || engine_record(&t->engine, t->config, backend, !uses_checkpoint(t->options), err) != 0) return -1;
+  if (engine_check_budget(&t->engine, err) == 0) return 0;
+  engine_print_plan(&t->engine, stderr);
+  return -1;
+}
+
 Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error *err) {
   Trainer *t = xcalloc(1, sizeof *t);
   t->config = c;
@@ -159,12 +188,11 @@ Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error 
   t->lock = -1;
   int samples = o->sample || o->describe, bad;
   Checkpoint *checkpoint = NULL;
-  const Backend *backend;
   Dims d = dims_from_config(c, 1, 1);
   t->metrics = xmalloc((size_t)metrics_size(&d) * sizeof *t->metrics);
-  if (!(backend = engine_backend(c, err)) || open_checkpoint(t, &checkpoint, err) != 0 ||
-      (!samples && open_sources(t, err) != 0) || open_tokenizer(t, checkpoint != NULL, err) != 0 ||
-      engine_record(&t->engine, c, backend, !uses_checkpoint(o), err) != 0 || engine_allocate(&t->engine, err) != 0)
+  if ((!samples && need_sources(c, err) != 0) || plan_memory(t, err) != 0 ||
+      open_checkpoint(t, &checkpoint, err) != 0 || (!samples && open_sources(t, err) != 0) ||
+      open_tokenizer(t, checkpoint != NULL, err) != 0 || engine_allocate(&t->engine, err) != 0)
     goto failed;
   if (!checkpoint) {
     fill_weights(t);
@@ -175,6 +203,7 @@ Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error 
     t->state.step = checkpoint->step;
     engine_use_ema(&t->engine, 1);
   }
+  if (!bad && (o->resume || o->from) && !uses_checkpoint(o)) name_changes(c, checkpoint->dir);
   if (!bad) log_info("loaded %s (step %lld)", checkpoint->dir, (long long)checkpoint->step);
   if (bad) goto failed;
   checkpoint_close(checkpoint);
@@ -425,6 +454,7 @@ int trainer_train(Trainer *t, Error *err) {
     loader_close(loader);
     return -1;
   }
+  overview_log(&t->engine, t->source, t->sources, t->tokenizer, from, end_step(t));
   Profile *profile = NULL; // from a step on that has nothing left to warm up, if there is one
   if (!trained && (t->options->profile || t->options->trace))
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
