@@ -122,11 +122,18 @@ class Case:
         command = [self.train, path, "--run-dir", self.folder / run, *flags]
         return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
 
-    def make(self, config, *flags, code=0, run="run"):
-        process = self.start(config, *flags, run=run)
-        said = process.communicate(timeout=120)[1]
+    def end(self, process, code):
+        """Waits for a run's end; what it said."""
+        try:
+            said = process.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError("no end within 60 s:\n" + process.communicate()[1]) from None
         check(process.returncode == code, f"exit code {process.returncode}, not {code}:\n{said}")
         return said
+
+    def make(self, config, *flags, code=0, run="run"):
+        return self.end(self.start(config, *flags, run=run), code)
 
     def dump(self, config, name="dump"):
         """Losses, gradients and packs of the first step."""
@@ -221,9 +228,11 @@ def until_step(case, process, step, run="run"):
     for _ in range(6000):
         if path.exists() and f'"step":{step},' in path.read_text():
             return
-        check(process.poll() is None, "it has ended:\n" + process.stderr.read() if process.poll() is not None else "")
+        if process.poll() is not None:
+            raise AssertionError("it has ended:\n" + process.stderr.read())
         time.sleep(0.005)
-    raise AssertionError(f"no step {step}")
+    process.kill()
+    raise AssertionError(f"no step {step}:\n{process.communicate()[1]}")
 
 
 def test_changed_shard(case):
@@ -242,8 +251,7 @@ def test_changed_shard(case):
         process = case.start(config, run=name)
         until_step(case, process, 20, name)
         change(path)
-        said = process.communicate(timeout=60)[1]
-        check(process.returncode == 1, f"{name}: exit code {process.returncode}:\n{said}")
+        said = case.end(process, 1)
         check("cannot be decoded" not in said, said)
         kept = re.search(r"saved after step (\d+), from which --resume goes on", said)
         steps = len([row for row in case.rows(name) if "loss" in row])
