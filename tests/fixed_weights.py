@@ -65,7 +65,8 @@ def values(name, shape, salt):
     return x * np.float32(0.7 / shape[-1] ** 0.5)
 
 
-def replace(folder):
+def replace(folder, spoil=False):
+    """spoil: all of it NaN."""
     state = (folder / "state.json").read_text()
     for salt in ("model", "ema"):
         path = folder / f"{salt}.safetensors"
@@ -77,7 +78,7 @@ def replace(folder):
             if name == "__metadata__":
                 continue
             first, end = tensor["data_offsets"]
-            data[base + first : base + end] = values(name, tensor["shape"], salt).tobytes()
+            data[base + first : base + end] = (values(name, tensor["shape"], salt) * np.float32("nan" if spoil else 1)).tobytes()
         path.write_bytes(data)
         entry = re.compile(rf'("{path.name}": *{{[^}}]*"xxh64": *")[0-9a-f]{{16}}')
         state, found = entry.subn(lambda m: f"{m[1]}{xxh64(bytes(data)):016x}", state)
