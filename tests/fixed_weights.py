@@ -78,7 +78,8 @@ def replace(folder, spoil=False):
             if name == "__metadata__":
                 continue
             first, end = tensor["data_offsets"]
-            data[base + first : base + end] = (values(name, tensor["shape"], salt) * np.float32("nan" if spoil else 1)).tobytes()
+            new = values(name, tensor["shape"], salt) * np.float32("nan" if spoil else 1)
+            data[base + first : base + end] = new.tobytes()
         path.write_bytes(data)
         entry = re.compile(rf'("{path.name}": *{{[^}}]*"xxh64": *")[0-9a-f]{{16}}')
         state, found = entry.subn(lambda m: f"{m[1]}{xxh64(bytes(data)):016x}", state)

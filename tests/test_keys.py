@@ -6,8 +6,6 @@
 A row of the table below is a function that runs the program and asserts what can be seen of its key: in a dumped step,
 in a checkpoint's tensors, in metrics.jsonl, in the memory table, in files, threads and mappings. A key without a row
 fails, as does a row that never sets its key to something else than the default. Exit code 0, 1, or 77: no numpy."""
-import contextlib
-import glob
 import json
 import math
 import os
@@ -19,273 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 
+sys.dont_write_bytecode = True
 try:
     import numpy as np
+    import fixed_weights
 except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
-
-sys.dont_write_bytecode = True
-import fixed_weights
-
-BUILD = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build").resolve()
-TRAIN = BUILD / "train"
-WORK = pathlib.Path(tempfile.mkdtemp())
-BOS, IMAGES, PIXELS = 256, 31, 16
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # of the ids from 0 on, GPT-2's order; then the rest
-BYTES += [b for b in range(256) if b not in BYTES]
-FAMILIES = (1, 2, 4, 8, 16)  # images of each, so that a count of whole families says which
-
-# ---- data ----
-
-
-def png(path, pixels):
-    """RGB8 [height, width, 3]."""
-    chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(np.uint8))
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
-
-
-def family_of(i):
-    return [f for f, n in enumerate(FAMILIES) for _ in range(n)][i]
-
-
-def make_folder(name, wide=(), what="picture"):
-    """IMAGES pictures, left half dark and right half light; those in `wide` are twice as wide as high."""
-    folder = WORK / name
-    folder.mkdir()
-    lines = []
-    for i in range(IMAGES):
-        width = 2 * PIXELS if i in wide else PIXELS
-        picture = np.full((PIXELS, width, 3), 30 + i)
-        picture[:, width // 2 :] = 200 + i
-        png(folder / f"{i}.png", picture)
-        caption = f"{'ABCDE'[family_of(i)]}{i:02} is the name of this {what}"
-        lines.append(json.dumps({"file": f"{i}.png", "caption": caption, "family": "ABCDE"[family_of(i)]}))
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-# ---- running ----
-
-BASE = {
-    "run.device": "cpu",
-    "model.dim": 16,
-    "model.layers": 2,
-    "model.heads": 2,
-    "model.kv_heads": 1,
-    "model.head_dim": 8,
-    "model.cond_dim": 8,
-    "model.patch": 4,
-    "model.vocab": 300,
-    "model.text.experts": 3,
-    "model.text.expert_dim": 8,
-    "model.image.experts": 3,
-    "model.image.expert_dim": 8,
-    "data.micro_batch_tokens": 256,
-    "data.image_size": PIXELS,
-    "data.tokenizer": "bytes",
-    "data.held_out": 0,
-    "train.steps": 1,
-    "train.warmup_steps": 0,
-    "train.decay_fraction": 0,
-    "train.lr": 0.01,
-    "eval.every": 0,
-    "eval.samples": 0,
-    "eval.documents": 0,
-    "checkpoint.every": 0,
-}
-tried = {}  # key: values it was set to
-cache = {}
-
-
-def text_of(value):
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def start(sets, flags=(), where=None, **options):
-    """A process of the program, with BASE and `sets`; a key given None stays at its default."""
-    config = {"data.sources": [{"type": "folder", "path": str(WORK / "pictures")}], **BASE, **sets}
-    for key, value in sets.items():
-        tried.setdefault(key, []).append(value)
-    where = where or tempfile.mkdtemp(dir=WORK)
-    (pathlib.Path(where) / "c.json").write_text("{}")
-    if "run.folder" not in config and "run.dir" not in config:
-        config["run.folder"] = f"{where}/run"
-    command = [TRAIN, f"{where}/c.json", *flags]
-    for key, value in config.items():
-        if value is not None:
-            command += ["--set", f"{key}={text_of(value)}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=where, **options)
-    process.where = pathlib.Path(where)
-    return process
-
-
-class Run:
-    """What a finished run left."""
-
-    def __init__(self, process, rc):
-        self.out, self.log = process.communicate(timeout=300)
-        self.rc, self.where = process.returncode, process.where
-        assert rc is None or self.rc == rc, f"exit code {self.rc}, expected {rc}:\n{self.log[-2000:]}"
-        self.folder = self.where / "run"
-        metrics = self.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        self.rows = [line for line in lines if "eval" not in line and "load" not in line]
-        self.evals = {line["step"]: line["eval"] for line in lines if "eval" in line}
-        self.loads = [line["load"] for line in lines if "load" in line]
-
-    def tensors(self, name, step=None):
-        """{name: array} of a file of tensors: of a dump, or of a checkpoint."""
-        folder = self.where / "dump" if step is None else self.folder / f"ckpt-{step}"
-        (path,) = glob.glob(f"{folder}/{name}.safetensors")
-        data = pathlib.Path(path).read_bytes()
-        base = 8 + int.from_bytes(data[:8], "little")
-        kinds = {"F32": "<f4", "I32": "<i4", "U8": "u1", "I64": "<i8"}
-        return {
-            key: np.frombuffer(data[base + t["data_offsets"][0] : base + t["data_offsets"][1]], kinds[t["dtype"]])
-            .reshape(t["shape"])
-            .astype(np.float64 if t["dtype"] == "F32" else np.int64)
-            for key, t in json.loads(data[8:base]).items()
-            if key != "__metadata__"
-        }
-
-    def moments(self, step):
-        """First and second moments of all parameters, one after the other."""
-        t = self.tensors("optimizer*", step)
-        pick = lambda letter: np.concatenate([v.ravel() for k, v in sorted(t.items()) if k.split(".")[0] == letter])
-        return pick("m"), pick("v")
-
-
-def run(sets={}, *flags, rc=0, **options):
-    key = (json.dumps(sets, sort_keys=True), flags)
-    if options or key not in cache:
-        cache[key] = Run(start(sets, flags, **options), rc)
-    for name, value in sets.items():
-        tried.setdefault(name, []).append(value)
-    return cache[key]
-
-
-class Dump(Run):
-    """One dumped step: packs, params, grads, losses."""
-
-    def __init__(self, sets, rc=0):
-        where = tempfile.mkdtemp(dir=WORK)
-        super().__init__(start(sets, ("--dump", f"{where}/dump"), where), rc)
-        self.params, self.grads = self.tensors("params"), self.tensors("grads")
-        self.losses = json.loads((self.where / "dump/losses.json").read_text())
-        self.packs = [self.tensors(f"micro_{k}") for k in range(len(list((self.where / "dump").glob("micro_*"))))]
-
-    def texts(self):
-        """The documents' bytes of all packs, specials as "|"."""
-        documents = []
-        for p in self.packs:
-            for first in sorted(set(p["doc_start"].tolist())):
-                rows = [p["row"][q] for q in np.flatnonzero(p["doc_start"] == first)]
-                ids = [p["token"][r] for r in sorted(rows) if r < p["dims"][0]]
-                documents.append("".join(chr(BYTES[i]) if i < BOS else "|" for i in ids))
-        return documents
-
-    def images(self):
-        """(kind, time, caption length, patches [n, 3p^2]) of every image."""
-        found = []
-        for p in self.packs:
-            for g in range(1, p["dims"][2]):
-                at = p["seg_start"][g] - p["dims"][0]
-                patches = p["patch"][at : at + p["seg_len"][g]]
-                found.append((p["seg_kind"][g], p["seg_time"][g], p["cap_end"][g] - p["cap_start"][g], patches))
-        return found
-
-
-def dump(sets={}):
-    key = json.dumps(sets, sort_keys=True)
-    if ("dump", key) not in cache:
-        cache["dump", key] = Dump(sets)
-    for name, value in sets.items():
-        tried.setdefault(name, []).append(value)
-    return cache["dump", key]
-
-
-def plan(sets={}, rc=0):
-    r = run(sets, "--plan", rc=rc)
-    return r.out + r.log
-
-
-def shape(sets, name):
-    return dump(sets).params[name].shape
-
-
-def planned(sets, label):
-    """MB in a row of the memory table, kept, recomputed, offloaded."""
-    row = re.search(rf"^ *{label} +(.*)$", plan(sets), re.M)[1]
-    return [0 if v == "-" else float(v[:-3]) for v in re.findall(r"[0-9.]+ MB|-(?= |$)", row)]
-
-
-def tasks(process):
-    with contextlib.suppress(OSError):
-        return len(os.listdir(f"/proc/{process.pid}/task"))
-    return 0
-
-
-def while_running(sets, look):
-    """look(process) once steps are being made; the run is stopped then."""
-    process = start({"train.steps": 1000000, **sets})
-    try:
-        metrics = process.where / "run/metrics.jsonl"
-        until = time.time() + 60
-        while time.time() < until and process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.02)
-        assert process.poll() is None, process.communicate()[1]
-        return look(process)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-drawn = 0
-
-
-def drawing(sets):
-    """The pixels' file of a drawing with fixed weights."""
-    return asked(sets, "--sample", "some words")
-
-
-def description(sets, seed=1):
-    return asked(sets, "--describe", WORK / "pictures/3.png", "--seed", str(seed))
-
-
-def asked(sets, *flags):
-    """What a trained run draws or says, its weights fixed ones."""
-    global drawn
-    drawn += 1
-    if "fixed" not in cache:
-        cache["fixed"] = run({"train.ema": 0}, where=tempfile.mkdtemp(dir=WORK)).folder
-        fixed_weights.replace(cache["fixed"] / "ckpt-1")
-    command = [TRAIN, cache["fixed"], *flags]
-    out = WORK / f"drawn-{drawn}.png"
-    if flags[0] == "--sample":
-        command += ["--out", out]
-    for key, value in sets.items():
-        tried.setdefault(key, []).append(value)
-        command += ["--set", f"{key}={text_of(value)}"]
-    done = subprocess.run(command, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return out.read_bytes() if flags[0] == "--sample" else done.stdout
-
-
-def close(a, b, tolerance=1e-4):
-    assert abs(a - b) <= tolerance * max(abs(a), abs(b)), f"{a} is not {b}"
-
-
-def norm(x):
-    return float(np.sqrt(np.square(x).sum()))
-
+from key_runs import *
 
 # ---- the table ----
 
@@ -317,7 +57,7 @@ def _():
 
 @key("run.seed")
 def _():
-    a, b, again = (run({"run.seed": s, "train.lr": 0}, "--stop-at", "1", where=tempfile.mkdtemp(dir=WORK)) for s in (1, 2, 2))
+    a, b, again = (run({"run.seed": s, "train.lr": 0}, where=tempfile.mkdtemp(dir=WORK)) for s in (1, 2, 2))
     weights = [r.tensors("model", 1)["embed.weight"] for r in (a, b, again)]
     assert (weights[0] != weights[1]).mean() > 0.99 and (weights[1] == weights[2]).all()
     assert a.rows[0]["flow"] != b.rows[0]["flow"] and b.rows[0]["flow"] == again.rows[0]["flow"]
@@ -437,9 +177,6 @@ def _():
     assert {len(i[3]) for i in dump().images()} == {16}
 
 
-WIDE = {"data.sources": None}  # filled in main: some pictures are twice as wide as high
-
-
 @key("data.image_mode", "data.max_image_tokens")
 def _():
     sizes = lambda sets: {len(i[3]) for i in dump({**WIDE, "train.micro_batches": 6, **sets}).images()}
@@ -511,9 +248,6 @@ def _():
     assert "modulation rows 3," in plan({"data.max_images": 2})
 
 
-LONG = {"data.sources": None}  # filled in main: one text of 1000 bytes
-
-
 @key("data.max_document")
 def _():
     longest = lambda sets: max(len(t) for t in dump({**LONG, **sets}).texts())
@@ -532,8 +266,8 @@ def _():  # pictures that are gone from the disk are still in memory, or are mis
     for mb in (256, 0):
         tried.setdefault("data.cache_mb", []).append(mb)
         folder = shutil.copytree(WORK / "pictures", WORK / f"cached-{mb}")
-        sources = [{"type": "folder", "path": str(folder)}]
-        process = start({"data.sources": sources, "data.cache_mb": mb, "train.steps": 500, "data.max_bad": 0})
+        sets = {"data.sources": source("folder", folder.name), "data.cache_mb": mb, "data.max_bad": 0}
+        process = start({**sets, "train.steps": 1500})
         metrics = process.where / "run/metrics.jsonl"
         until = time.time() + 60  # 31 pictures, 8 or so a step
         while time.time() < until and not (metrics.exists() and len(metrics.read_text().splitlines()) > 60):
@@ -543,9 +277,6 @@ def _():  # pictures that are gone from the disk are still in memory, or are mis
             (folder / f"{i}.png").unlink()
         missed[mb] = ".png" in Run(process, None).log
     assert missed == {256: False, 0: True}, missed
-
-
-BROKEN = {"data.sources": None}  # filled in main: 5 pictures cannot be decoded
 
 
 @key("data.max_bad")
@@ -559,11 +290,11 @@ def _():
 @key("data.sources")
 def _():  # one instead of the other; both, by weight
     assert not dump(LONG).images()
-    one, other = ({"type": "folder", "path": str(WORK / name)} for name in ("pictures", "strangers"))
-    share = lambda w: np.mean(
-        ["stranger" in t for t in dump({"train.micro_batches": 16, "data.sources": [one, {**other, "weight": w}]}).texts() if len(t) > 9]
-    )
-    shares = [share(w) for w in (1, 9)]
+    shares = []
+    for weight in (1, 9):
+        both = [*source("folder", "pictures"), {**source("folder", "strangers")[0], "weight": weight}]
+        texts = dump({"train.micro_batches": 16, "data.sources": both}).texts()
+        shares.append(np.mean(["stranger" in t for t in texts if len(t) > 9]))
     assert 0.35 < shares[0] < 0.65 and 0.8 < shares[1] < 0.98, shares
 
 
@@ -621,7 +352,8 @@ def _():  # the first moment after one step is (1 - beta1) times the clipped gra
 
 @key("train.beta1")
 def _():
-    close(norm(run({"train.clip": 0, "train.beta1": 0.6}).moments(1)[0]), 0.4 * run({"train.clip": 0}).rows[0]["grad_norm"])
+    r = run({"train.clip": 0, "train.beta1": 0.6})
+    close(norm(r.moments(1)[0]), 0.4 * r.rows[0]["grad_norm"])
 
 
 @key("train.beta2")
@@ -687,11 +419,20 @@ def _():
     for mean in (-2, 1):
         drawings = [i for i in dump({"flow.t_mean": mean, "flow.t_std": 0, "data.caption_to_image": 1}).images()]
         assert drawings and all(abs(i[1] - 1 / (1 + math.exp(-mean))) < 1e-6 for i in drawings)
-    spread = [
-        np.std([math.log(i[1] / (1 - i[1])) for i in dump({"flow.t_std": s, "data.caption_to_image": 1, "train.micro_batches": 12}).images()])
-        for s in (0.8, 2)
-    ]
+    sets, spread = {"data.caption_to_image": 1, "train.micro_batches": 12}, []
+    for std in (0.8, 2):
+        times = [i[1] for i in dump({**sets, "flow.t_std": std}).images()]
+        spread.append(np.std([math.log(t / (1 - t)) for t in times]))
     assert spread[1] > 1.5 * spread[0], spread
+
+
+@key("flow.t_uniform")
+def _():  # the other times are all one
+    sets = {"flow.t_mean": -3, "flow.t_std": 0, "data.caption_to_image": 1, "train.micro_batches": 12}
+    times = [np.array([i[1] for i in dump({**sets, "flow.t_uniform": u}).images()]) for u in (0, 0.5, 1)]
+    moved = [np.abs(t - 1 / (1 + math.exp(3))) > 1e-6 for t in times]
+    assert not moved[0].any() and 0.3 < moved[1].mean() < 0.7 and moved[2].all()
+    assert abs(times[2].mean() - 0.5) < 0.1 and times[2].max() > 0.9 and times[2].min() < 0.1
 
 
 @key("flow.t_floor")
@@ -710,7 +451,8 @@ def _():
         losses = [d.losses[name] for d in values]
         assert losses[0] == 0 < losses[1]
         close(losses[2], 2 * losses[1], 1e-5)
-        pull = [values[k].grads["layers.0.image.router.weight"] - values[0].grads["layers.0.image.router.weight"] for k in (1, 2)]
+        grads = [d.grads["layers.0.image.router.weight"] for d in values]
+        pull = [g - grads[0] for g in grads[1:]]
         close(norm(pull[1]), 2 * norm(pull[0]), 1e-2)
 
 
@@ -728,21 +470,23 @@ def _():
 def _():
     high = {}
     for n in (2, 12):
-        (sheet,) = (run({"eval.samples": n, "eval.sampler_steps": 1, "eval.documents": 20}).folder / "samples").glob("step-*.png")
+        r = run({"eval.samples": n, "eval.sampler_steps": 1, "eval.documents": 20})
+        (sheet,) = (r.folder / "samples").glob("step-*.png")
         head = sheet.read_bytes()[16:24]
         high[n] = int.from_bytes(head[:4], "big") * int.from_bytes(head[4:], "big")
     assert high[12] > 2 * high[2], high
 
 
-@key("eval.sampler", "eval.sampler_steps", "eval.guidance", "eval.guidance_from")
+@key("eval.sampler", "eval.sampler_steps", "eval.guidance", "eval.guidance_from", "eval.t_end")
 def _():
     base = {"eval.sampler": "heun", "eval.sampler_steps": 5, "eval.guidance": 3, "eval.guidance_from": 0.1}
     changes = {"eval.sampler": "euler", "eval.sampler_steps": 9, "eval.guidance": 1, "eval.guidance_from": 0.5}
+    changes["eval.t_end"] = 0.6
     first = drawing(base)
     assert drawing(base) == first
     others = [drawing({**base, key: value}) for key, value in changes.items()]
-    assert len({first, *others}) == 5
-    assert drawing({**base, "eval.guidance": 1, "eval.guidance_from": 0.9}) == others[2]  # 1: none, wherever it begins
+    assert len({first, *others}) == 6
+    assert drawing({**base, "eval.guidance": 1, "eval.guidance_from": 0.5}) == others[2]  # 1: none, wherever it begins
 
 
 @key("eval.temperature", "eval.top_p")
@@ -816,14 +560,15 @@ def _():  # without an arena no tensor's memory is another's as well
     arena = int(re.search(r"activations \(arena\) +(\d+)", plan(sets))[1])
     resident = lambda process: 1024 * int(re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{process.pid}/status").read())[1])
     one, apart = (while_running({**sets, "memory.arena": v}, resident) for v in (True, False))
-    assert arena > 50e6 and one > arena and apart > one + 0.3 * arena, (arena, one, apart)
+    assert arena > 40e6 and one > arena and apart > one + 0.3 * arena, (arena, one, apart)
     same = [run({"memory.arena": v, "train.steps": 2}).rows[1]["loss"] for v in (True, False)]
     assert same[0] == same[1]
 
 
 @key("kernels.packing")
 def _():
-    fill = [run({**WIDE, "data.image_mode": "aspect", "data.max_image_tokens": 32, "kernels.packing": p}).rows[0]["fill"] for p in ("varlen", "padded")]
+    sets = {**WIDE, "data.image_mode": "aspect", "data.max_image_tokens": 32}
+    fill = [run({**sets, "kernels.packing": p}).rows[0]["fill"] for p in ("varlen", "padded")]
     assert fill[1] < fill[0] - 0.02, fill
 
 
@@ -860,7 +605,11 @@ def check_readme():
     """The arena sizes that README.md states are those of the plan."""
     root = pathlib.Path(__file__).resolve().parent.parent
     text = re.sub(r"\s+", " ", (root / "README.md").read_text())
-    said = re.search(r"the arena of the demo's step at T 1024 is ([0-9.]+) MB with everything kept, ([0-9.]+) MB with `--memory recompute`, ([0-9.]+) MB with `--memory offload`", text)
+    said = re.search(
+        r"arena of the demo's step at T 1024 is ([0-9.]+) MB with everything kept, "
+        r"([0-9.]+) MB with `--memory recompute`, ([0-9.]+) MB with `--memory offload`",
+        text,
+    )
     assert said, "README.md does not say the demo's arena sizes any more"
     for policy, megabytes in zip(("keep", "recompute", "offload"), said.groups()):
         flags = [TRAIN, "configs/demo.json", "--plan", "--tokens", "1024", "--memory", policy, "--device", "cpu"]
@@ -872,21 +621,9 @@ def check_readme():
 def defaults():
     """{key: its default as it is printed}."""
     (WORK / "empty.json").write_text("{}")
-    out = subprocess.run([TRAIN, WORK / "empty.json", "--print-config"], capture_output=True, text=True, check=True).stdout
+    command = [TRAIN, WORK / "empty.json", "--print-config"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {line.split()[0]: json.loads(line.split(None, 2)[2]) for line in out.splitlines()}
-
-
-def make_data():
-    make_folder("pictures")
-    make_folder("strangers", what="stranger")
-    wide = make_folder("wide", wide=range(IMAGES - 16, IMAGES))
-    WIDE["data.sources"] = [{"type": "folder", "path": str(wide)}]
-    broken = make_folder("broken")
-    for i in range(5):
-        (broken / f"{i}.png").write_bytes((broken / f"{i}.png").read_bytes()[:60])
-    BROKEN["data.sources"] = [{"type": "folder", "path": str(broken)}]
-    (WORK / "long.txt").write_text("".join(chr(97 + i * i % 26) for i in range(1000)) + "\n")
-    LONG["data.sources"] = [{"type": "text", "path": str(WORK / "long.txt")}]
 
 
 def main():
@@ -922,7 +659,8 @@ def main():
             if name not in known:
                 failed.append(name)
                 print(f"{name}: FAILED: there is no such key")
-    print(f"{len(known)} keys, {time.time() - began:.0f} s: {'FAILED: ' + ', '.join(failed) if failed else 'all have their effect'}")
+    verdict = f"FAILED: {', '.join(failed)}" if failed else "all have their effect"
+    print(f"{len(known)} keys, {time.time() - began:.0f} s: {verdict}")
     return 1 if failed else 0
 
 
