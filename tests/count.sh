@@ -14,6 +14,8 @@ count_cmocka() { # NAME EXIT_CODE LOG
   passed=$((passed + ${ok:-0})) failed=$((failed + ${bad:-0})) skipped=$((skipped + ${skip:-0}))
   printf '%-28s %3d passed %3d failed %3d skipped  %4ss\n' \
     "$1" "${ok:-0}" "${bad:-0}" "${skip:-0}" "$((SECONDS - began))"
+  # A skipped test says why in the line before.
+  awk '/^\[  SKIPPED \]/ && before !~ /^\[/ { print "  " $NF ": SKIPPED: " before } { before = $0 }' "$3"
   if [ "${bad:-0}" -ne 0 ]; then grep -E 'FAILED|ERROR|error|Sanitizer' "$3" | head -20; fi
 }
 

@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 train=${1:-build}/train
 python=${PYTHON:-/usr/bin/python3}
-[ -f .cache/emoji/emoji.tar ] || { echo "there is no .cache/emoji/emoji.tar (make demo-emoji draws it)" && exit 77; }
+[ -f .cache/emoji/emoji.tar ] || { echo "there is no .cache/emoji/emoji.tar (make demo-emoji draws it, and make test-long runs this)" && exit 77; }
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 "$train" configs/emoji.json --run-dir "$dir/run" --tokens 4096 --steps 10 --set model.dim=16 --set model.layers=1 \

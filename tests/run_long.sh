@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that takes long, about two hours on two cores: tests/run_long.sh BUILD BUILD_SANITIZED FUZZ_TARGET...
-# One after the other, as they use all cores: long learning runs, drawings, real images, 50 kills, 2,000 steps with
-# flat memory, mutations of every input format under ASan and UBSan. Then the fuzz targets, as many at a time as there
-# are cores. From the environment: FUZZ_SECONDS of each target and FUZZ_CC, a clang with libFuzzer.
+# One after the other, as they use all cores: long learning runs, drawings, real images, tests of data
+# that has to be fetched (GPT-2's merges, packs of emoji), 50 kills, 2,000 steps with flat memory, mutations of every
+# input format under ASan and UBSan. Then the fuzz targets, as many at a time as there are cores. From the environment: FUZZ_SECONDS of each target and FUZZ_CC, a clang with libFuzzer.
 # Runs stay in BUILD/long, drawings among them; a second call starts over. All figures are in one table at the end. The
 # last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed.
 set -u
@@ -45,6 +45,17 @@ sys.exit(last["retrieval_training"] < 0.9)
 P
 }
 
+# The tokenizer on GPT-2's merges, which a fresh checkout does not have.
+gpt2() {
+  if ! scripts/vocab_bpe.sh .cache/vocab.bpe; then
+    echo "there is no .cache/vocab.bpe and scripts/vocab_bpe.sh could not fetch it: $logs/gpt2.log says why"
+    return 77
+  fi
+  local said
+  said=$(TESSERA_VOCAB_BPE=.cache/vocab.bpe "$build/tests/test_tokenizer") || { echo "$said" && return 1; }
+  grep '^\[       OK \] test_gpt2$' <<<"$said"
+}
+
 # A test program that mutates and counts: "N mutations of ..." a line. Says how many all in all, and of what.
 mutated() { # PROGRAM ARGUMENT
   "$@" || return 1
@@ -79,6 +90,8 @@ check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
 check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
 check drawings drawings
 check emoji emoji
+check emoji_fill tests/emoji_fill.sh "$build"
+check gpt2 gpt2
 check faults_50 "$python" tests/faults.py --kills 50 --leaks --train "$build/train"
 check mutations_images mutated "$sanitized/tests/test_hostile" $mutations
 check mutations_corpora mutated "$sanitized/tests/test_fuzz" $rounds

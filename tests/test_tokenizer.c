@@ -468,7 +468,7 @@ static void test_gpt2(void **state) {
   const char *path = getenv("TESSERA_VOCAB_BPE");
   if (!path) path = ".cache/vocab.bpe";
   if (access(path, R_OK) != 0) {
-    print_message("%s is not there: skipped\n", path);
+    print_message("there is no %s (scripts/vocab_bpe.sh fetches it, and make test-long runs this)\n", path);
     skip();
   }
   Error err;
