@@ -66,7 +66,8 @@ endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
 REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE -UTESSERA_CUDA
-TEST_HELPERS := $(filter-out $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c tests/cuda_*.c),$(wildcard tests/*.c))
+PRELOADED := tests/flip_gemm.c
+TEST_HELPERS := $(filter-out $(PRELOADED) $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c tests/cuda_*.c),$(wildcard tests/*.c))
 F64_TESTS := test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
 TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
@@ -144,7 +145,12 @@ ifeq ($(SANITIZE),thread)
 TEST_BINS := $(THREADED_TESTS:%=$(BUILD)/tests/%)
 endif
 
-tests: train $(TEST_BINS) $(TOOLS)
+# Libraries that tests put before the program's own.
+$(BUILD)/tests/%.so: tests/%.c | probes
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -D_GNU_SOURCE $(WARN) -O1 -shared -fPIC -o $@ $< -ldl
+
+tests: train $(TEST_BINS) $(TOOLS) $(BUILD)/tests/flip_gemm.so
 
 # A make of its own for what needs libraries that were installed only now.
 suite: tests

@@ -94,13 +94,14 @@ typedef struct StepScalars {
   double lr, beta1, beta2, eps, weight_decay, clip; // clip 0: none
   double bias1, bias2;                              // 1 - beta1^t, 1 - beta2^t, t = updates applied, this one included
   double ema_decay;
+  double norm_limit; // a step whose gradient norm is beyond it is skipped, 0: none
 } StepScalars;
 
 // What GRAD_NORM found; ADAMW and EMA do nothing when `skip` is set.
 typedef struct UpdateStatus {
   double norm;  // global gradient norm before clipping
   double scale; // what gradients are multiplied by
-  int32_t skip; // a gradient (or the loss) was not finite
+  int32_t skip; // a gradient or the loss is not finite, or the norm is beyond scalars->norm_limit
   int32_t bad;  // n_params: the loss itself is not finite; else the first parameter whose gradient is not; -1: none
 } UpdateStatus;
 
@@ -151,7 +152,7 @@ typedef union OpArgs {
     int accumulate;
     int64_t count; // elements, or bytes for COPY and ZERO
   } span;
-  struct {                  // GRAD_NORM, ADAMW, EMA
+  struct {                  // GRAD_NORM, GRAD_HASH, ADAMW, EMA
     const ParamSpan *spans; // [n]
     int n;
   } params;
@@ -202,6 +203,7 @@ typedef union OpArgs {
   OP(HEAD_LOGITS, "h wout", "logits")                                                                                  \
   OP(FLOW_LOSS, "xhat", "dxhat? seg_error metrics+")                                                                   \
   OP(GRAD_NORM, "grads metrics scalars", "status partial")                                                             \
+  OP(GRAD_HASH, "grads", "hash")                                                                                       \
   OP(ADAMW, "grads status scalars", "weights+ m+ v+ rest+?")                                                           \
   OP(EMA, "weights status scalars rest?", "ema+")                                                                      \
   OP(CAST, "src", "dst")
@@ -292,6 +294,8 @@ typedef union OpArgs {
 // GRAD_NORM       status from the gradients of all parameters (args.params) and the losses in metrics: norm = sqrt(sum
 //                 g^2), scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says.
 //                 partial [n_params] F64: each parameter's sum of squares.
+// GRAD_HASH       hash [n_params] U64: of each parameter's gradient, the sum modulo 2^64 of bits_mix(bits of g[i], i) over
+//                 its elements i (kernels/bits.h). Equal bits, equal hash, in any order of summation.
 // ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
 //                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
 //                 bias1, v^ = v / bias2. w is the weight itself, or with rest [n] U16 the fp32 master that the two

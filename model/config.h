@@ -107,7 +107,11 @@ typedef struct Config {
     double ema;  // 0 = no EMA
     int ema_every;
     double ce_weight;
-    int max_skipped; // steps skipped in a row before the run is given up
+    int max_skipped;    // non-finite steps in a row before the run is given up
+    double spike;       // a step is skipped whose gradient norm is beyond this times the median before it, 0 = off
+    int spike_patience; // of them in a row before the run goes back to its newest checkpoint
+    int spike_rewinds;  // how often it goes back before it is given up
+    int verify_every;   // steps between replays whose gradients must have the same bits, 0 = never
   } train;
   struct {
     double t_mean, t_std, t_uniform, t_floor;

@@ -75,6 +75,7 @@ static double operand_used(const Program *p, const Op *op, int is_out, int i, co
   case OP_ADD:
   case OP_CAST:
   case OP_GRAD_NORM:
+  case OP_GRAD_HASH:
     return 1;
   case OP_LINEAR_FWD:
   case OP_LINEAR_DGRAD:
@@ -185,6 +186,7 @@ static double op_flops(const Program *p, const Op *op, const Extents *x) {
   case OP_COPY:
   case OP_ZERO:
   case OP_CAST:
+  case OP_GRAD_HASH:
   case OP_EMBED_FWD:
   case OP_COUNT:
     break;

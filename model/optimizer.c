@@ -1,6 +1,8 @@
 #include "model/optimizer.h"
 
 #include <math.h>
+#include <stdlib.h>
+#include <string.h>
 
 double optimizer_lr(const Config *c, int64_t step) {
   double N = c->train.steps, n = (double)step, lr = c->train.lr;
@@ -28,17 +30,38 @@ StepScalars optimizer_scalars(const Config *c, const OptimizerState *s, int64_t 
                        .clip = c->train.clip,
                        .bias1 = 1 - pow(c->train.beta1, t),
                        .bias2 = 1 - pow(c->train.beta2, t),
-                       .ema_decay = optimizer_ema_decay(c, s->applied)};
+                       .ema_decay = optimizer_ema_decay(c, s->applied),
+                       .norm_limit = optimizer_norm_limit(c, s)};
+}
+
+static int compare_rising(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+double optimizer_norm_limit(const Config *c, const OptimizerState *s) {
+  double sorted[SPIKE_WINDOW];
+  if (c->train.spike == 0 || s->norms < SPIKE_LEAST) return 0;
+  memcpy(sorted, s->norm, (size_t)s->norms * sizeof *sorted);
+  qsort(sorted, (size_t)s->norms, sizeof *sorted, compare_rising);
+  return c->train.spike * (sorted[(s->norms - 1) / 2] + sorted[s->norms / 2]) / 2;
+}
+
+static void norm_add(OptimizerState *s, double norm) {
+  if (s->norms == SPIKE_WINDOW) memmove(s->norm, s->norm + 1, (size_t)--s->norms * sizeof *s->norm);
+  s->norm[s->norms++] = norm;
 }
 
 int optimizer_count(const Config *c, OptimizerState *s, const UpdateStatus *status, Error *err) {
   if (!status->skip) {
     s->applied++;
     s->skipped_in_row = 0;
+    if (c->train.spike > 0) norm_add(s, status->norm);
     return 0;
   }
   s->skipped++;
   s->skipped_in_row++;
+  if (status->bad < 0) return s->skipped_in_row >= c->train.spike_patience;
   if (s->skipped_in_row < c->train.max_skipped) return 0;
   return error_set(err, "lower train.lr or look at the data; the newest checkpoint is from before this happened",
                    "%lld steps in a row had a non-finite loss or gradient (train.max_skipped)",

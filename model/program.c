@@ -44,6 +44,7 @@ int op_uses_batch(OpKind kind) {
   case OP_ZERO:
   case OP_ADD:
   case OP_GRAD_NORM:
+  case OP_GRAD_HASH:
   case OP_ADAMW:
   case OP_EMA:
   case OP_CAST:

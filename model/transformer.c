@@ -635,6 +635,18 @@ Program *update_record(const Model *model, int ema) {
   return p;
 }
 
+Program *hash_record(const Model *model, TensorId *hash) {
+  const ParamTable *w = &model->params;
+  Dims d = dims_from_config(model->config, 1, 1);
+  Program *p = program_new("gradient hash", &d, model->backend, NULL);
+  TensorId grads = program_external(p, SPACE_GRADS, 0, DT_REAL, w->total, "gradients");
+  *hash = program_tensor(p, DT_U8, w->n * (int64_t)sizeof(uint64_t), "hashes"); // [n] U64
+  program_op(p, OP_GRAD_HASH, IN(grads), OUT(*hash), &(OpArgs){.params = {.spans = w->spans, .n = w->n}});
+  program_output(p, *hash);
+  program_finish(p);
+  return p;
+}
+
 Program *ema_record(const Model *model, int enter) {
   Dims d = dims_from_config(model->config, 1, 1);
   Program *p = program_new(enter ? "ema in" : "ema out", &d, model->backend, NULL);

@@ -70,7 +70,7 @@ static void judge_status(CudaCase *c, const Value *got, const UpdateStatus *want
                  want->norm, want->scale, want->skip, want->bad, s.norm, s.scale, s.skip, s.bad);
 }
 
-// The spoiled step: nothing is wrong, a gradient is infinite, the loss is NaN.
+// The spoiled step: nothing is wrong, a gradient is infinite, the loss is NaN, the norm is beyond its limit.
 static void run_update_step(CudaCase *c, int spoil, double clip) {
   ParamSpan spans[PARAMS];
   int64_t n = make_spans(c, spans);
@@ -82,11 +82,13 @@ static void run_update_step(CudaCase *c, int spoil, double clip) {
   if (spoil == 2) ((Metrics *)metrics.data)->flow = NAN;
   StepScalars scalars_now = step;
   scalars_now.clip = clip;
+  if (spoil == 3) scalars_now.norm_limit = 1e-3;
   Value scalars = value_bytes(c, &scalars_now, sizeof scalars_now), partial = value_out(c, DT_F64, 1, PARAMS);
   UpdateStatus unset = {0};
   Value status = value_bytes(c, &unset, sizeof unset), got[OP_MAX_OUT], empty_status = status;
   Value want[OP_MAX_OUT] = {status, value_copy(c, partial)};
-  static const char *const spoils[] = {"", ", a gradient is infinite", ", the loss is not a number"};
+  static const char *const spoils[] = {"", ", a gradient is infinite", ", the loss is not a number",
+                                       ", the norm is beyond its limit"};
   empty_status.fresh = true;
   partial.tolerance = want[1].tolerance = 1e-6;
   cuda_case_variant(c, "%lld numbers, clip %g%s", (long long)n, clip, spoils[spoil]);
@@ -98,6 +100,13 @@ static void run_update_step(CudaCase *c, int spoil, double clip) {
     judge_status(c, &got[0], status.data);
     cuda_case_judge(c, OP_GRAD_NORM, 1, "partial", &got[1], &want[1]);
   }
+  Value hash = value_out(c, DT_U8, 1, 8 * PARAMS), want_hash[OP_MAX_OUT] = {value_copy(c, hash)};
+  cuda_case_cpu(c, OP_GRAD_HASH, a, VALUES_IN(grads), want_hash);
+  if (c->bench)
+    cuda_case_call(c, OP_GRAD_HASH, a, VALUES_IN(grads), VALUES_OUT(hash));
+  else if (cuda_case_run(c, OP_GRAD_HASH, a, VALUES_IN(grads), VALUES_OUT(hash), got) &&
+           memcmp(got[0].data, want_hash[0].data, 8 * PARAMS) != 0)
+    cuda_case_fail(c, OP_GRAD_HASH, "the hashes differ from the CPU's");
   for (int resting = 0; resting < 2; resting++) { // the master is weight and rest, or the weight alone
     if (!cuda_case_wants(c, resting)) continue;
     Value weights = value_copy(c, master), rest = none, reference = master;
@@ -125,6 +134,6 @@ static void run_update_step(CudaCase *c, int spoil, double clip) {
 void run_update(CudaCase *c, const CudaShape *shape) {
   if (!c->bench && shape != &cuda_shapes[0]) return;
   if (!c->bench)
-    for (int spoil = 0; spoil < 3; spoil++) run_update_step(c, spoil, 1);
+    for (int spoil = 0; spoil < 4; spoil++) run_update_step(c, spoil, 1);
   run_update_step(c, 0, c->bench ? 1 : 0);
 }

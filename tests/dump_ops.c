@@ -149,6 +149,7 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
     NUMBER(noise, stream);
     break;
   case OP_GRAD_NORM:
+  case OP_GRAD_HASH:
   case OP_ADAMW:
   case OP_EMA:
     for (int i = 0; i < a->params.n; i++) {
@@ -440,13 +441,16 @@ static void call_update(World *w, int spoil) {
                       .clip = coin(w) ? 1.0 : 0.0,
                       .bias1 = 1 - 0.9 * 0.9,
                       .bias2 = 1 - 0.95 * 0.95,
-                      .ema_decay = 0.97};
+                      .ema_decay = 0.97,
+                      .norm_limit = (double[]){0, 0, 1e6, 1}[case_int(&w->c, 0, 3)]}; // 1: beyond it
   Value scalars = double_value(w, sizeof step / sizeof(double));
   memcpy(scalars.data, &step, sizeof step);
   if (spoil == 0) ((real *)grads.data)[spans[2].offset + spans[2].count / 2] = (real)INFINITY;
   if (spoil == 1) ((Metrics *)metrics.data)->flow = NAN;
   Value status = {case_bytes(&w->c, sizeof(UpdateStatus), 0x55), sizeof(UpdateStatus), "U8"};
+  Value hash = {case_bytes(&w->c, PARAMS * 8, 0x55), PARAMS * 8, "U8"};
   call(w, OP_GRAD_NORM, a, IN(grads, metrics, scalars), OUT(status, partial));
+  call(w, OP_GRAD_HASH, a, IN(grads), OUT(hash));
   call(w, OP_ADAMW, a, IN(grads, status, scalars), OUT(weights, m, v));
   call(w, OP_EMA, a, IN(weights, status, scalars), OUT(ema));
 }

@@ -635,7 +635,7 @@ def op_flow_loss(c, r):
     return out
 
 
-SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay", "clip", "bias1", "bias2", "ema_decay")
+SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay", "clip", "bias1", "bias2", "ema_decay", "norm_limit")
 
 
 def scalars(r):
@@ -660,7 +660,9 @@ def op_grad_norm(c, r):
     broken = [i for i, v in enumerate(sums) if not math.isfinite(v)]
     lost = not all(math.isfinite(v) for v in r.i["metrics"][: len(METRICS)])
     want_bad = len(sums) if lost else broken[0] if broken else -1
-    assert (skip != 0, bad) == (want_bad >= 0, want_bad), f"skip {skip}, bad {bad}, expected bad {want_bad}"
+    limit = scalars(r)["norm_limit"]
+    beyond = limit > 0 and math.sqrt(sum(sums)) > limit
+    assert (skip != 0, bad) == (want_bad >= 0 or beyond, want_bad), f"skip {skip}, bad {bad}, expected bad {want_bad}"
     out = {"status": None, "partial": torch.stack(sums)}
     if broken:
         out["partial"] = None
@@ -669,6 +671,20 @@ def op_grad_norm(c, r):
         assert abs(norm / want - 1) < 1e-6, f"norm {norm}, expected {want}"
         assert lost or abs(scale / (min(1, clip / want) if clip else 1) - 1) < 1e-6, f"scale {scale}"
     return out
+
+
+def op_grad_hash(c, r):
+    grads = r.i["grads"].numpy().astype(np.float32)  # what dump_ops computes in, so the bits are the same
+    got = np.frombuffer(r.out["hash"].numpy().astype(np.uint8).tobytes(), np.uint64)
+    with np.errstate(over="ignore"):
+        for p, (at, _) in enumerate(spans(r)):
+            bits = np.ascontiguousarray(grads[at]).view(np.uint32).astype(np.uint64)
+            z = bits + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, len(bits) + 1, dtype=np.uint64)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            want = (z ^ (z >> np.uint64(31))).sum(dtype=np.uint64)
+            assert got[p] == want, f"hash of parameter {p}: {got[p]:016x}, expected {want:016x}"
+    return {"hash": None}
 
 
 def op_adamw(c, r):

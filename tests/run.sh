@@ -86,6 +86,7 @@ case $part in
     check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
     check data_run limited "$python" tests/data_run.py "$build/train"
     check run_folder limited "$python" tests/run_folder.py "$build/train"
+    check guards limited "$python" tests/guards.py "$build"
     check emoji_fill limited tests/emoji_fill.sh "$build"
     check infer limited tests/infer.sh "$build"
     check patch_grid limited "$python" tests/test_patch_grid.py

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "base/philox.h"
+#include "kernels/bits.h"
 #include "tests/op_case.h"
 
 #include <omp.h>
@@ -171,6 +172,12 @@ static void test_grad_norm(void **state) {
     assert_true(fabs(status.scale - scales[k]) < 1e-12);
     assert_true(status.skip == 0 && status.bad == -1);
   }
+  // A limit on the norm skips the step, and names no parameter.
+  for (int beyond = 0; beyond < 2; beyond++) {
+    StepScalars scalars = {.clip = 1, .norm_limit = sqrt(total) * (beyond ? 0.999 : 1.001)};
+    op_run(&c, OP_GRAD_NORM, s.args, OP_IN(grads, &metrics, &scalars), OP_OUT(&status, partial));
+    assert_true(status.skip == beyond && status.bad == -1 && fabs(status.norm - sqrt(total)) < 1e-12 * sqrt(total));
+  }
   // Something not finite: the loss, which is named whatever the gradients are; without it a gradient; then an earlier
   // one.
   const double bad_values[] = {NAN, INFINITY, -INFINITY};
@@ -230,6 +237,48 @@ static void test_grad_norm_rounds(void **state) {
     total += want;
   }
   assert_true(fabs(status.norm - sqrt(total)) <= 1e-12 * status.norm);
+  op_case_free(&c);
+}
+
+// Each bit of each element counts, at its place, and nothing outside of the parameters.
+static void test_grad_hash(void **state) {
+  (void)state;
+  OpCase c;
+  Slab s;
+  op_case_init(&c, 3);
+  slab_make(&c, &s);
+  real *grads = slab_random(&c, &s, 0.1);
+  uint64_t hash[PARAMS], other[PARAMS];
+  memset(hash, 0x55, sizeof hash);
+  op_run(&c, OP_GRAD_HASH, s.args, OP_IN(grads), OP_OUT(hash));
+  for (int p = 0; p < PARAMS; p++) {
+    uint64_t want = 0;
+    for (int64_t i = 0; i < s.span[p].count; i++) {
+      uint64_t bits = 0;
+      memcpy(&bits, &grads[s.span[p].offset + i], sizeof *grads);
+      want += bits_mix(bits, i);
+    }
+    assert_true(hash[p] == want);
+  }
+  for (int64_t i = 0; i < s.size; i += 1 + s.size / 500) {
+    unsigned char *byte = (unsigned char *)&grads[i] + i % (int64_t)sizeof *grads;
+    int param = slab_param(&s, i);
+    *byte ^= (unsigned char)(1 << i % 8);
+    op_run(&c, OP_GRAD_HASH, s.args, OP_IN(grads), OP_OUT(other));
+    for (int p = 0; p < PARAMS; p++) assert_true((other[p] != hash[p]) == (p == param));
+    *byte ^= (unsigned char)(1 << i % 8);
+  }
+  // Two elements that change places, and a zero that changes its sign.
+  real *swapped = case_copy(&c, grads, s.size), *at = swapped + s.span[3].offset, first = at[0];
+  at[0] = at[1];
+  at[1] = first;
+  op_run(&c, OP_GRAD_HASH, s.args, OP_IN(swapped), OP_OUT(other));
+  assert_true(other[3] != hash[3]);
+  at[0] = 0;
+  op_run(&c, OP_GRAD_HASH, s.args, OP_IN(swapped), OP_OUT(other));
+  at[0] = (real)-0.0;
+  op_run(&c, OP_GRAD_HASH, s.args, OP_IN(swapped), OP_OUT(hash));
+  assert_true(other[3] != hash[3]);
   op_case_free(&c);
 }
 
@@ -362,6 +411,9 @@ static uint64_t digest_of_all(int threads) {
   for (int i = 0; i < 4; i++) p[i] = case_random(&c, s.size, i != 2);
   double partial[PARAMS];
   run_digest(&c, &hash, OP_GRAD_NORM, s.args, OP_IN(grads, &metrics, &k), OP_OUT(&status, partial), COUNTS(STATUS));
+  uint64_t hashes[PARAMS];
+  run_digest(&c, &hash, OP_GRAD_HASH, s.args, OP_IN(grads), OP_OUT(hashes),
+             COUNTS(PARAMS * (int64_t)sizeof(uint64_t) / (int64_t)sizeof(real)));
   run_digest(&c, &hash, OP_ADAMW, s.args, OP_IN(grads, &status, &k), OP_OUT(p[0], p[1], p[2]),
              COUNTS(s.size, s.size, s.size));
   run_digest(&c, &hash, OP_EMA, s.args, OP_IN(p[0], &status, &k), OP_OUT(p[3]), COUNTS(s.size));
@@ -383,6 +435,7 @@ int main(void) {
       cmocka_unit_test(test_spans),
       cmocka_unit_test(test_grad_norm),
       cmocka_unit_test(test_grad_norm_rounds),
+      cmocka_unit_test(test_grad_hash),
       cmocka_unit_test(test_adamw_ema),
       cmocka_unit_test(test_threads),
   };

@@ -95,11 +95,44 @@ static void test_skipping_ends(void **state) {
   assert_int_equal(s.skipped, 5);
 }
 
+// The median of what was applied, of at most 64 and at least 16; spikes in a row send the run back.
+static void test_spikes(void **state) {
+  (void)state;
+  const char *sets[] = {"train.spike=2", "train.spike_patience=3", "train.max_skipped=2"};
+  Config c = config_with(sets, 3);
+  OptimizerState s = {0};
+  Error err;
+  for (int i = 0; i < SPIKE_LEAST; i++) {
+    assert_true(optimizer_scalars(&c, &s, i).norm_limit == 0);
+    assert_int_equal(optimizer_count(&c, &s, &(UpdateStatus){.norm = i % 2 ? 1 : 3, .bad = -1}, &err), 0);
+  }
+  assert_true(optimizer_norm_limit(&c, &s) == 4); // between 1 and 3
+  const UpdateStatus spike = {.norm = 5, .skip = 1, .bad = -1}, good = {.norm = 7, .bad = -1};
+  for (int round = 0; round < 2; round++) {
+    assert_int_equal(optimizer_count(&c, &s, &spike, &err), 0);
+    assert_int_equal(optimizer_count(&c, &s, &spike, &err), 0); // max_skipped is about steps that are not finite
+    if (!round) assert_int_equal(optimizer_count(&c, &s, &good, &err), 0);
+  }
+  assert_int_equal(optimizer_count(&c, &s, &spike, &err), 1);
+  assert_int_equal(s.norms, SPIKE_LEAST + 1); // a spike is not among them
+  assert_true(optimizer_norm_limit(&c, &s) == 6);
+  for (int i = 0; i < 2 * SPIKE_WINDOW; i++)
+    assert_int_equal(optimizer_count(&c, &s, &(UpdateStatus){.norm = i, .bad = -1}, &err), 0);
+  assert_int_equal(s.norms, SPIKE_WINDOW);
+  assert_true(optimizer_norm_limit(&c, &s) == 2 * (95.0 + 96.0) / 2); // of 64 .. 127
+  const char *off[] = {"train.spike=0"};
+  c = config_with(off, 1);
+  assert_true(optimizer_norm_limit(&c, &s) == 0);
+  s.norms = 0;
+  optimizer_count(&c, &s, &good, &err);
+  assert_int_equal(s.norms, 0);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_schedule_ends), cmocka_unit_test(test_constant_rate),
       cmocka_unit_test(test_ema_decay),     cmocka_unit_test(test_bias_corrections_count_applied_updates),
-      cmocka_unit_test(test_skipping_ends),
+      cmocka_unit_test(test_skipping_ends), cmocka_unit_test(test_spikes),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -226,6 +226,10 @@ int engine_record(Engine *e, const Config *c, const Backend *backend, int train,
     e->update_ema = update_record(&e->model, 1);
     measure(e, e->update_ema);
   }
+  if (c->train.verify_every) {
+    e->hash = hash_record(&e->model, &e->hashes);
+    measure(e, e->hash);
+  }
   return choose_policy(e, err);
 }
 
@@ -324,6 +328,7 @@ int engine_allocate(Engine *e, Error *err) {
   bind(e, e->later.program);
   bind(e, e->update);
   bind(e, e->update_ema);
+  bind(e, e->hash);
   bind(e, e->ema_in);
   bind(e, e->ema_out);
   for (int i = 0; i < e->n_forward; i++) bind(e, e->forward[i].m.program);
@@ -340,6 +345,7 @@ void engine_free(Engine *e) {
   free_train_programs(e);
   program_free(e->update);
   program_free(e->update_ema);
+  program_free(e->hash);
   program_free(e->ema_in);
   program_free(e->ema_out);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
@@ -418,6 +424,11 @@ double engine_results(Engine *e, UpdateStatus *status, double *metrics) {
   *status = *e->pinned.status;
   memcpy(metrics, e->pinned.metrics, (size_t)e->bytes[SPACE_METRICS]);
   return b->queues->seconds(begin, end);
+}
+
+void engine_hash(Engine *e, uint64_t *hash) {
+  program_replay(e->hash, NULL);
+  e->model.backend->download(hash, program_address(e->hash, e->hashes), (size_t)e->model.params.n * sizeof *hash);
 }
 
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out) {

@@ -26,6 +26,8 @@ typedef struct Engine {
   ModelProgram first, later; // later: only with several micro-batches a step
   Program *update, *update_ema;
   Program *ema_in, *ema_out; // with an EMA: puts it in the weights' place, and the weights back
+  Program *hash;             // with train.verify_every
+  TensorId hashes;           // its output
   int uses_ema;
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
@@ -77,6 +79,9 @@ double engine_results(Engine *e, UpdateStatus *status, double *metrics);
 // The next step's time begins here, and not at engine_allocate or where the last update ended: for what else was done
 // since (an evaluation).
 void engine_begin_step(Engine *e);
+
+// Hashes of the gradients as they are now, one a parameter [params.n]. Needs train.verify_every. Waits for the device.
+void engine_hash(Engine *e, uint64_t *hash);
 
 // Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);

@@ -199,7 +199,10 @@ static void log_step(const StepReport *s) {
            figure_text(caption, "%.3f", s->ce_caption), figure_text(text, "%.3f", s->ce_text), s->balance + s->z, s->lr,
            s->grad_norm, s->tokens / s->seconds / 1e3, s->flops / s->seconds / 1e9,
            s->peak > 0 ? figure_text(share, " (MFU %.1f%%)", 100 * mfu(s)) : "", s->seconds * 1e3, s->data_wait * 1e3,
-           s->skipped ? "  SKIPPED: not finite: " : "", s->skipped ? s->bad : "");
+           !s->skipped ? ""
+           : s->spike  ? "  SKIPPED: "
+                       : "  SKIPPED: not finite: ",
+           s->skipped ? s->bad : "");
 }
 
 void report_step(Report *r, const StepReport *s) {

@@ -22,7 +22,8 @@ typedef struct StepReport {
   double seconds;   // whole step
   double data_wait; // of it, waiting for the loader
   int skipped;      // nothing was updated
-  char bad[64];     // the first tensor that was not finite
+  int spike;        // since the gradient norm is beyond train.spike; else what `bad` names is not finite
+  char bad[64];     // "spike", "the loss", or the first parameter whose gradient is not finite
   double load_max;  // largest share of an expert's load over its fair share, any layer
 } StepReport;
 

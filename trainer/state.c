@@ -88,6 +88,18 @@ static void data_identity(const Config *c, char out[17]) {
   free(text);
 }
 
+// [0.51,0.49,...], exact. malloc'd.
+static char *norms_json(const OptimizerState *o) {
+  char *text = NULL;
+  size_t bytes;
+  FILE *f = open_memstream(&text, &bytes);
+  if (!f) panic("out of memory: gradient norms");
+  for (int i = 0; i < o->norms; i++) fprintf(f, "%s%.17g", i ? "," : "[", o->norm[i]);
+  fputs(o->norms ? "]" : "[]", f);
+  if (fclose(f) != 0) panic("out of memory: gradient norms");
+  return text;
+}
+
 int state_save(const Engine *e, const RunState *s, const char *run, Error *err) {
   const Config *c = e->config;
   int n = e->model.params.n;
@@ -106,13 +118,15 @@ int state_save(const Engine *e, const RunState *s, const char *run, Error *err) 
   if (ema.tensor) files[n_files++] = (CheckpointFile){"ema.safetensors", ema.tensor, n};
   char data[17];
   data_identity(c, data);
-  char *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
+  char *norms = norms_json(&s->optimizer),
+       *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
                           ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
-                          ", \"loader\": %s}",
+                          ", \"rewinds\": %" PRId64 ", \"norms\": %s, \"loader\": %s}",
                           s->step, c->run.seed, data, s->tokenizer, s->optimizer.applied, s->optimizer.skipped,
-                          s->optimizer.skipped_in_row, s->loader);
+                          s->optimizer.skipped_in_row, s->optimizer.rewinds, norms, s->loader);
   CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
   int bad = checkpoint_save(run, s->step, files, n_files, state, keep, err);
+  free(norms);
   free(state);
   free(config);
   free(moments);
@@ -130,6 +144,22 @@ static int read_count(const Checkpoint *c, const char *name, int64_t *out, Error
                      c->dir, name);
   *out = (int64_t)item->valuedouble;
   return 0;
+}
+
+// What train.spike remembers; none in a checkpoint of before there was such a key.
+static int load_norms(OptimizerState *o, const Checkpoint *c, Error *err) {
+  const cJSON *norms = cJSON_GetObjectItemCaseSensitive(c->state, "norms"), *item;
+  o->rewinds = o->norms = 0;
+  if (!norms) return 0;
+  if (read_count(c, "rewinds", &o->rewinds, err) != 0) return -1;
+  int whole = cJSON_IsArray(norms) && cJSON_GetArraySize(norms) <= SPIKE_WINDOW;
+  for (item = whole ? norms->child : NULL; item; item = item->next) {
+    whole &= cJSON_IsNumber(item) && item->valuedouble >= 0;
+    o->norm[o->norms++] = item->valuedouble;
+  }
+  if (whole) return 0;
+  return error_set(err, "take an older checkpoint with --from", "%s/state.json: \"norms\" are no gradient norms",
+                   c->dir);
 }
 
 // A file with exactly the tensors that a model of this config has, their shapes apart. A model with fewer layers would
@@ -172,7 +202,7 @@ static int load_counters(RunState *s, const Config *config, const Checkpoint *c,
              c->dir);
   if (read_count(c, "step", &s->step, err) != 0 || read_count(c, "applied", &s->optimizer.applied, err) != 0 ||
       read_count(c, "skipped", &s->optimizer.skipped, err) != 0 ||
-      read_count(c, "skipped_in_row", &s->optimizer.skipped_in_row, err) != 0)
+      read_count(c, "skipped_in_row", &s->optimizer.skipped_in_row, err) != 0 || load_norms(&s->optimizer, c, err) != 0)
     return -1;
   char *text = cJSON_PrintUnformatted(cJSON_GetObjectItemCaseSensitive(c->state, "loader"));
   if (!text)

@@ -8,6 +8,7 @@
 #include "trainer/report.h"
 #include "trainer/run_folder.h"
 #include "trainer/signals.h"
+#include "trainer/verify.h"
 
 #include <inttypes.h>
 #include <libgen.h>
@@ -267,8 +268,11 @@ static double count_pairs(const Batch *b) {
   return pairs;
 }
 
-// The loader has no further step. It says so between two, so that the state is that of the steps before.
-enum { DATA_ENDED = -2 };
+// What ends or interrupts a row of steps beside an error (-1).
+enum {
+  DATA_ENDED = -2, // no further step from the loader, which says so between two: the state is that of the steps before
+  SPIKES = 1       // too many in a row: the run must go back to a checkpoint
+};
 
 // The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s. -1 or DATA_ENDED with *err set.
 static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepReport *s, Error *err) {
@@ -289,7 +293,10 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepRep
     slots += e->slots;
     OpTime *times = profile_times(profile, t->state.step);
     engine_run(e, m, pack->block, times);
+    int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&
+                verify_micro_step(e, &pack->batch, t->state.step, t->run, err) != 0;
     loader_release(loader, pack);
+    if (wrong) return -1;
     if (times && profile_note(profile, m->program, &extents, t->state.step, err) != 0) return -1;
   }
   s->fill = s->tokens / slots;
@@ -297,7 +304,7 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepRep
 }
 
 // Waits for the step that the device was given last, unless that was done already, and reports it. -1: it was one too
-// many to be skipped; *err is set.
+// many to be skipped; *err is set. Or SPIKES.
 static int collect_step(Trainer *t, Report *report, Error *err) {
   const Config *c = t->config;
   const ParamTable *params = &t->engine.model.params;
@@ -317,8 +324,12 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   s->load_max = l.load_max;
   s->grad_norm = status.norm;
   s->skipped = status.skip;
+  s->spike = status.skip && status.bad < 0;
   if (status.skip)
-    snprintf(s->bad, sizeof s->bad, "%s", status.bad >= params->n ? "the loss" : params->of[status.bad].name);
+    snprintf(s->bad, sizeof s->bad, "%s",
+             status.bad < 0            ? "spike"
+             : status.bad >= params->n ? "the loss"
+                                       : params->of[status.bad].name);
   report_step(report, s);
   Dims d = dims_from_config(c, 1, 1);
   report_load(report, metrics_load(t->metrics), &d);
@@ -326,8 +337,8 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
 }
 
 // Gives the device one more step. The one before is collected once the passes of this one are under way, so that the
-// device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when that step
-// was one too many to be skipped, DATA_ENDED when there was no pack.
+// device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when a
+// replay differed or that step was one too many to be skipped, DATA_ENDED when there was no pack; or SPIKES.
 static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   const Backend *b = t->engine.model.backend;
@@ -392,6 +403,41 @@ static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   return signals_stop() ? 0 : bad;
 }
 
+// Loads the newest checkpoint again, while the data go on, and cuts the figures of the steps given up. *kept becomes
+// its step.
+static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
+  const Config *c = t->config;
+  int64_t given_up = t->state.step, rewinds = t->state.optimizer.rewinds + 1;
+  Checkpoint *checkpoint = NULL;
+  if (rewinds > c->train.spike_rewinds)
+    return error_set(err, "lower train.lr, look at the data, or raise train.spike or train.spike_rewinds",
+                     "step %lld: %lld steps in a row had a gradient norm beyond train.spike %g times the median, and "
+                     "the run was sent back %lld times already",
+                     (long long)given_up, (long long)t->state.optimizer.skipped_in_row, c->train.spike,
+                     (long long)rewinds - 1);
+  int found = checkpoint_find(t->run, &checkpoint, err);
+  if (found < 0) return -1;
+  if (!found)
+    return error_set(err, "lower train.lr or raise train.spike; checkpoint.every says when the first one is saved",
+                     "step %lld: the gradient norm stays beyond train.spike, and there is no checkpoint to go back to",
+                     (long long)given_up);
+  int bad = state_load(&t->engine, &t->state, checkpoint, 0, err);
+  if (!bad) {
+    log_warn(
+        "the gradient norm stays beyond train.spike: back from step %lld to %s, with the data that follow; %lld of "
+        "%d times",
+        (long long)given_up, checkpoint->dir, (long long)rewinds, c->train.spike_rewinds);
+    t->state.optimizer.rewinds = rewinds;
+    *kept = t->state.step;
+    report_close(*report);
+    *report = report_open(t->run, t->state.step, c->train.steps, err);
+    bad = !*report;
+  }
+  checkpoint_close(checkpoint);
+  engine_begin_step(&t->engine);
+  return bad ? -1 : 0;
+}
+
 // Where this run stops: the schedule's last step, or the one of --stop-at.
 static int64_t end_step(const Trainer *t) {
   int64_t steps = t->config->train.steps;
@@ -409,27 +455,30 @@ static void save_before_error(Trainer *t, Loader *loader, Report *report) {
 }
 
 // Steps until the end, with what is due on the way.
-static int run_steps(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
+static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profile, Error *err) {
   const Config *c = t->config;
   int64_t end = end_step(t), kept = t->state.step; // kept: the steps saved
   engine_begin_step(&t->engine);
   while (t->state.step < end) {
-    int bad = train_step(t, loader, report, profile, err);
-    if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, loader, report);
+    int bad = train_step(t, loader, *report, profile, err);
+    if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, loader, *report);
+    if (bad == SPIKES && go_back(t, report, &kept, err) == 0) continue;
     if (bad) return -1;
     int64_t done = t->state.step;
     int last = done == c->train.steps, leaving = signals_stop() || done == end;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
     int evaluation_due = last || (c->eval.every && done % c->eval.every == 0);
     if (!leaving && !save_due && !evaluation_due) continue;
-    if (collect_step(t, report, err) != 0) return -1;
+    bad = collect_step(t, *report, err);
+    if (bad == SPIKES && !leaving && go_back(t, report, &kept, err) == 0) continue;
+    if (bad && !(bad == SPIKES && leaving)) return -1;
     // Saved before it is evaluated: an evaluation takes long enough to be killed in. Not while steps are being skipped:
     // good checkpoints would make way for the state that may be the cause.
     if (leaving || (save_due && !t->state.optimizer.skipped_in_row)) {
       if (save(t, loader, leaving, err) != 0) return -1;
       kept = done;
     }
-    if (evaluation_due && !signals_stop() && evaluate_step(t, report, last, err) != 0) return -1;
+    if (evaluation_due && !signals_stop() && evaluate_step(t, *report, last, err) != 0) return -1;
     engine_begin_step(&t->engine);
     if (!signals_stop()) continue;
     return kept == done ? 0 : save(t, loader, 1, err); // unsaved: it came in the evaluation
@@ -459,7 +508,7 @@ int trainer_train(Trainer *t, Error *err) {
   if (!trained && (t->options->profile || t->options->trace))
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
   // A trained run that was killed in its last evaluation still owes it.
-  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, report, profile, err)) != 0;
+  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, &report, profile, err)) != 0;
   report_close(report);
   Error unwritten;
   if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;

@@ -1,4 +1,5 @@
 // Whole-slab ops: copies, and what happens to parameters once a step.
+#include "kernels/bits.h"
 #include "kernels/cpu/cpu.h"
 
 // What one loop iteration covers. Fixed, so that sums do not depend on the number of threads.
@@ -96,7 +97,25 @@ void cpu_GRAD_NORM(const KernelCall *c) {
   }
   double norm = sqrt(total);
   int clipped = scalars->clip > 0 && norm > scalars->clip;
-  *status = (UpdateStatus){.norm = norm, .scale = clipped ? scalars->clip / norm : 1, .skip = bad >= 0, .bad = bad};
+  int beyond = scalars->norm_limit > 0 && norm > scalars->norm_limit;
+  *status =
+      (UpdateStatus){.norm = norm, .scale = clipped ? scalars->clip / norm : 1, .skip = bad >= 0 || beyond, .bad = bad};
+}
+
+void cpu_GRAD_HASH(const KernelCall *c) {
+  const real *grads = c->in[0];
+  uint64_t *hash = c->out[0]; // [n_params]
+  for (int p = 0; p < c->args->params.n; p++) {
+    ParamSpan span = c->args->params.spans[p];
+    uint64_t sum = 0;
+#pragma omp parallel for schedule(static) reduction(+ : sum) if (span.count > BLOCK)
+    for (int64_t i = 0; i < span.count; i++) {
+      uint64_t bits = 0;
+      memcpy(&bits, &grads[span.offset + i], sizeof *grads);
+      sum += bits_mix(bits, i);
+    }
+    hash[p] = sum;
+  }
 }
 
 void cpu_ADAMW(const KernelCall *c) {

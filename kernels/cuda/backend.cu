@@ -275,6 +275,7 @@ static ScratchFn scratch_family(OpKind kind) {
   case OP_FLOW_LOSS:
     return flow_scratch;
   case OP_GRAD_NORM:
+  case OP_GRAD_HASH:
   case OP_ADAMW:
   case OP_EMA:
     return update_scratch;

@@ -2,6 +2,7 @@
 //
 // The update ops walk all parameters with few launches: up to BATCH_SPANS of them travel in a kernel's arguments, cut
 // into chunks of CHUNK elements of which each block takes one; a chunk finds its parameter by binary search.
+#include "kernels/bits.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/master.h"
 
@@ -205,7 +206,7 @@ static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const dou
   int bad = !isfinite(loss) ? n : first_bad < n ? first_bad : -1;
   status->norm = norm;
   status->scale = scalars->clip > 0 && norm > scalars->clip ? scalars->clip / norm : 1;
-  status->skip = bad >= 0;
+  status->skip = bad >= 0 || (scalars->norm_limit > 0 && norm > scalars->norm_limit);
   status->bad = bad;
 }
 
@@ -231,6 +232,45 @@ extern "C" void cuda_GRAD_NORM(const KernelCall *c) {
   }
   CUDA_LAUNCH(status_kernel, 1, THREADS, 0, call_stream(c), n, partial, (const Metrics *)c->in[1],
               (const StepScalars *)c->in[2], (UpdateStatus *)c->out[0]);
+}
+
+// ---- GRAD_HASH ----
+
+// hash[p] += the mixed bits of a chunk of parameter p. Integer sums have no order, so the atomics leave no trace.
+static __global__ void __launch_bounds__(THREADS)
+    hash_kernel(const float *grads, const __grid_constant__ SpanBatch batch, unsigned long long *hash) {
+  __shared__ unsigned long long shared[THREADS / 32];
+  Chunk c = chunk_of(batch, blockIdx.x);
+  Eights e = chunk_eights(c);
+  const uint32_t *bits = (const uint32_t *)grads;
+  int64_t base = batch.span[c.param].offset;
+  unsigned long long sum = 0;
+#pragma unroll 4
+  for (int64_t at = e.begin + threadIdx.x * 4; at < e.end; at += THREADS * 4) {
+    uint4 g = __ldcs((const uint4 *)(bits + at));
+    sum += bits_mix(g.x, at - base) + bits_mix(g.y, at + 1 - base) + bits_mix(g.z, at + 2 - base) +
+           bits_mix(g.w, at + 3 - base);
+  }
+  int64_t single = chunk_single(c, e);
+  if (single >= 0) sum += bits_mix(bits[single], single - base);
+  for (int step = 16; step; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x) return;
+  for (int i = 1; i < THREADS / 32; i++) sum += shared[i];
+  atomicAdd(&hash[c.param], sum);
+}
+
+extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
+  unsigned long long *hash = (unsigned long long *)c->out[0]; // [n]
+  int n = c->args->params.n;
+  CUDA_CHECK(cudaMemsetAsync(hash, 0, (size_t)n * sizeof *hash, call_stream(c)));
+  for (int p = 0; p < n; p += BATCH_SPANS) {
+    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    int chunks = batch.first_chunk[batch.n];
+    if (chunks)
+      CUDA_LAUNCH(hash_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in[0], batch, hash + p);
+  }
 }
 
 // ---- ADAMW ----
