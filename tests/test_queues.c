@@ -9,7 +9,7 @@
 #include "model/optimizer.h"
 #include "tests/model_case.h"
 #include "tests/queued_cpu.h"
-#include "trainer/engine.h"
+#include "trainer/slab_writer.h"
 
 #include "base/base.h"
 
@@ -222,7 +222,79 @@ static void test_faults_show(void **state) {
   world_close(&w);
 }
 
+// ---- writing slabs ----
+
+// A slab of every kind written in pieces whose memory is overwritten at once, on a backend whose weights are bf16 with
+// a rest or are what they are; returns whether what is read back is what was written.
+static int slabs_arrive(World *w, int master_rest, QueuedFault fault, uint64_t seed) {
+  enum { PIECE = 700 };
+  Backend backend = backend_queued_cpu;
+  Engine e;
+  Error err;
+  int same = 1;
+  backend.master_rest = master_rest;
+  if (master_rest) backend.dtype_bytes[DT_ACT] = 2;
+  queued_cpu_start(seed, fault);
+  if (engine_record(&e, &w->c.config, &backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0)
+    fail_msg("%s", err.text);
+  int64_t total = e.model.params.total;
+  size_t bytes = (size_t)total * sizeof(real);
+  real *want = xmalloc(bytes), *got = xmalloc(bytes), *given = xmalloc(PIECE * sizeof *given);
+  for (int64_t i = 0; i < total; i++) want[i] = (real)((double)(i % 9973) * 1.1e-4 - 0.31);
+  SlabWriter *writer = slab_writer_open(&e, PIECE, &err);
+  assert_non_null(writer);
+  for (int64_t first = 0, n; first < total; first += n) {
+    n = min_i64(1 + first % PIECE, total - first);
+    for (int s = 0; s < STATE_SPACES; s++) {
+      memcpy(given, want + first, (size_t)n * sizeof *given);
+      slab_writer_put(writer, state_spaces[s], first, n, given);
+      memset(given, 0xFF, PIECE * sizeof *given);
+    }
+  }
+  slab_writer_close(writer);
+  for (int s = 0; s < STATE_SPACES; s++) {
+    engine_slab_read(&e, state_spaces[s], got);
+    same &= memcmp(got, want, bytes) == 0;
+  }
+  engine_free(&e);
+  free(want);
+  free(got);
+  free(given);
+  return same;
+}
+
+static void test_slab_writer(void **state) {
+  (void)state;
+  World w;
+  world_open(&w, 41, 1);
+  for (int i = 0; i < 6; i++) assert_true(slabs_arrive(&w, i % 2, FAULT_NONE, (uint64_t)i));
+  int differ = 0;
+  for (int i = 0; i < 6; i++) differ += !slabs_arrive(&w, i % 2, FAULT_FINISH, (uint64_t)i);
+  assert_true(differ > 0);
+  world_close(&w);
+}
+
+// A host slab that this machine has no memory for is refused, rather than killed for.
+static void test_host_slab(void **state) {
+  (void)state;
+  World w;
+  Engine e;
+  Error err;
+  world_open(&w, 42, 0);
+  w.c.config.memory.policy = MEMORY_OFFLOAD;
+  queued_cpu_start(1, FAULT_NONE);
+  assert_int_equal(engine_record(&e, &w.c.config, &backend_queued_cpu, 1, &err), 0);
+  assert_true(e.bytes[SPACE_HOST] > 0);
+  assert_int_equal(engine_check_host(&e, &err), 0);
+  e.bytes[SPACE_HOST] = (int64_t)1 << 50;
+  assert_int_equal(engine_check_host(&e, &err), -1);
+  assert_non_null(strstr(err.text, "are to be offloaded"));
+  engine_free(&e);
+  world_close(&w);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits), cmocka_unit_test(test_faults_show)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits), cmocka_unit_test(test_faults_show),
+                                     cmocka_unit_test(test_slab_writer), cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -129,6 +129,15 @@ int engine_check_budget(const Engine *e, Error *err) {
                                                    : " auto, four fifths of the machine's memory");
 }
 
+int engine_check_host(const Engine *e, Error *err) {
+  int64_t there = backend_cpu.memory();
+  if (counts(e, SPACE_HOST) || e->bytes[SPACE_HOST] <= there) return 0;
+  return error_set(err,
+                   "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; --plan shows the table",
+                   "%.3f GB of activations are to be offloaded to this machine, which has %.3f GB for that",
+                   (double)e->bytes[SPACE_HOST] / 1e9, (double)there / 1e9);
+}
+
 #ifdef TESSERA_CUDA
 // What the kernels of a device ask of a model's widths.
 static int check_widths(const Config *c, const Backend *b, Error *err) {
@@ -302,27 +311,53 @@ void engine_begin_step(Engine *e) {
     e->clock = time_now();
 }
 
-int engine_allocate(Engine *e, Error *err) {
+// Names what was allocated last, and could not be.
+static int refuse_space(const Engine *e, Space space, Error *err) {
+  char largest[128];
+  name_largest(e, largest, sizeof largest);
+  engine_print_plan(e, stderr);
+  return error_set(err, "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
+                   "out of memory: %s needs %.3f GB%s%s", space_label[space], (double)e->bytes[space] / 1e9,
+                   space == SPACE_ARENA ? "; " : "", space == SPACE_ARENA ? largest : "");
+}
+
+static void *pin_host_slab(void *engine) {
+  Engine *e = engine;
+  e->bases.of[SPACE_HOST] = e->model.backend->host_alloc((size_t)e->bytes[SPACE_HOST]);
+  return NULL;
+}
+
+static void await_host_slab(Engine *e) {
+  if (e->is_pinning) pthread_join(e->pinning, NULL);
+  e->is_pinning = 0;
+}
+
+int engine_allocate_begin(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
   name_idle_choices(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
     int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
     if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;
+    if (s == SPACE_HOST && b->queues) continue; // last
     e->bases.of[s] = space_allocate(b, (Space)s, e->bytes[s]);
-    if (e->bases.of[s]) continue;
-    char largest[128];
-    name_largest(e, largest, sizeof largest);
-    engine_print_plan(e, stderr);
-    return error_set(err,
-                     "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
-                     "out of memory: %s needs %.3f GB%s%s", space_label[s], (double)e->bytes[s] / 1e9,
-                     s == SPACE_ARENA ? "; " : "", s == SPACE_ARENA ? largest : "");
+    if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
   }
   // All else is written before it is read.
   if (e->bases.of[SPACE_ADAM_M]) b->clear(e->bases.of[SPACE_ADAM_M], (size_t)e->bytes[SPACE_ADAM_M]);
   if (e->bases.of[SPACE_ADAM_V]) b->clear(e->bases.of[SPACE_ADAM_V], (size_t)e->bytes[SPACE_ADAM_V]);
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for two packs");
+  if (b->queues && e->bytes[SPACE_HOST] && e->config->memory.arena) {
+    e->is_pinning = pthread_create(&e->pinning, NULL, pin_host_slab, e) == 0;
+    if (!e->is_pinning) pin_host_slab(e);
+  }
+  return 0;
+}
+
+int engine_allocate_end(Engine *e, Error *err) {
+  await_host_slab(e);
+  if (e->bytes[SPACE_HOST] && e->config->memory.arena && !e->bases.of[SPACE_HOST])
+    return refuse_space(e, SPACE_HOST, err);
   e->bases.separate = !e->config->memory.arena;
   bind(e, e->first.program);
   bind(e, e->later.program);
@@ -336,12 +371,17 @@ int engine_allocate(Engine *e, Error *err) {
   return 0;
 }
 
+int engine_allocate(Engine *e, Error *err) {
+  return engine_allocate_begin(e, err) != 0 ? -1 : engine_allocate_end(e, err);
+}
+
 void engine_use_ema(Engine *e, int ema) {
   if (e->ema_in && ema != e->uses_ema) program_replay(ema ? e->ema_in : e->ema_out, NULL);
   e->uses_ema = ema;
 }
 
 void engine_free(Engine *e) {
+  await_host_slab(e);
   free_train_programs(e);
   program_free(e->update);
   program_free(e->update_ema);

@@ -5,6 +5,7 @@
 
 #include "model/transformer.h"
 
+#include <pthread.h>
 #include <stdio.h>
 
 enum { ENGINE_FORWARD_PROGRAMS = 64 };
@@ -33,9 +34,11 @@ typedef struct Engine {
   int n_forward;
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;
-  int next_results; // with queues: which EVENT_RESULTS the next update records; the other one began its step
-  double clock;     // without: when its step began
-  struct {          // on a backend with queues: host memory that copies pass through
+  int next_results;  // with queues: which EVENT_RESULTS the next update records; the other one began its step
+  double clock;      // without: when its step began
+  pthread_t pinning; // a thread that allocates the host slab
+  int is_pinning;
+  struct { // on a backend with queues: host memory that copies pass through
     void *pack[2];
     int next_pack;
     StepScalars *scalars;
@@ -56,11 +59,18 @@ const Backend *engine_plan_backend(const Config *c, Error *err);
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err);
 // -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
 int engine_check_budget(const Engine *e, Error *err);
+// The same for the host slab beside a device: memory of this machine that is not there is noticed by nobody until the
+// process is killed for it.
+int engine_check_host(const Engine *e, Error *err);
 // "0.072 GB of the 12.600 GB that it may take, policy keep"; malloc'd.
 char *engine_memory_text(const Engine *e);
 // Allocates the slabs (Adam's moments as zeros, all else with any content) and binds the programs.
 // -1 with *err naming what did not fit.
 int engine_allocate(Engine *e, Error *err);
+// The same in two parts: pinning a large host slab takes seconds, in which weights can be written (engine_slab_write,
+// slab_writer.h) but nothing replayed.
+int engine_allocate_begin(Engine *e, Error *err);
+int engine_allocate_end(Engine *e, Error *err);
 void engine_free(Engine *e);
 
 // The smallest forward-only program with room for this many tokens and image segments; NULL when none has.

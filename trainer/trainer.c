@@ -7,6 +7,7 @@
 #include "trainer/profile.h"
 #include "trainer/report.h"
 #include "trainer/run_folder.h"
+#include "trainer/slab_writer.h"
 #include "trainer/signals.h"
 #include "trainer/verify.h"
 
@@ -141,19 +142,27 @@ static int open_checkpoint(const Trainer *t, Checkpoint **c, Error *err) {
   return 0;
 }
 
+// Where initial values go.
+typedef struct Filling {
+  SlabWriter *writer;
+  int has_ema;
+} Filling;
+
+static void put_values(void *arg, int64_t offset, int64_t count, const void *values) {
+  const Filling *f = arg;
+  slab_writer_put(f->writer, SPACE_WEIGHTS, offset, count, values);
+  if (f->has_ema) slab_writer_put(f->writer, SPACE_EMA, offset, count, values);
+}
+
 // Fills the weights (and EMA) of a run that begins: initial values, or random ones for --dump.
-static void fill_weights(Trainer *t) {
-  const Config *c = t->config;
+static int fill_weights(Trainer *t, Error *err) {
   Engine *e = &t->engine;
-  size_t element = e->model.backend->dtype_bytes[DT_REAL];
-  char *initial = xmalloc((size_t)e->model.params.total * element);
-  if (t->options->dump)
-    params_randomize(&e->model.params, (uint64_t)c->run.seed, element, initial);
-  else
-    params_init(&e->model.params, (uint64_t)c->run.seed, element, initial);
-  engine_slab_write(e, SPACE_WEIGHTS, initial);
-  if (engine_slab(e, SPACE_EMA)) engine_slab_write(e, SPACE_EMA, initial);
-  free(initial);
+  Filling f = {slab_writer_open(e, PARAMS_PIECE, err), engine_slab(e, SPACE_EMA) != NULL};
+  if (!f.writer) return -1;
+  params_stream(&e->model.params, t->options->dump ? PARAMS_RANDOM : PARAMS_INITIAL, (uint64_t)t->config->run.seed,
+                e->model.backend->dtype_bytes[DT_REAL], put_values, &f);
+  slab_writer_close(f.writer);
+  return 0;
 }
 
 // Says which settings are not those that the run of a checkpoint, whose config.json lies beside it, had so far.
@@ -174,11 +183,49 @@ static void name_changes(const Config *c, const char *checkpoint) {
 
 // Records the programs and holds what they need against the budget: before the data, which may take long to index.
 static int plan_memory(Trainer *t, Error *err) {
+  Engine *e = &t->engine;
   const Backend *backend = engine_backend(t->config, err);
-  if (!backend || engine_record(&t->engine, t->config, backend, !uses_checkpoint(t->options), err) != 0) return -1;
-  if (engine_check_budget(&t->engine, err) == 0) return 0;
-  engine_print_plan(&t->engine, stderr);
+  if (!backend) return -1;
+  start_mark(&t->start, START_DEVICE);
+  if (engine_record(e, t->config, backend, !uses_checkpoint(t->options), err) != 0) return -1;
+  start_mark(&t->start, START_PLAN);
+  if (engine_check_budget(e, err) == 0 && engine_check_host(e, err) == 0) return 0;
+  engine_print_plan(e, stderr);
   return -1;
+}
+
+// The weights of a checkpoint, and where training goes on its moments and counters too.
+static int load_weights(Trainer *t, const Checkpoint *checkpoint, Error *err) {
+  const Options *o = t->options;
+  if (state_load(&t->engine, &t->state, checkpoint, o->init || uses_checkpoint(o), err) != 0) return -1;
+  if (uses_checkpoint(o))
+    t->state.step = checkpoint->step;
+  else if (!o->init)
+    name_changes(t->config, checkpoint->dir);
+  log_info("loaded %s (step %lld)", checkpoint->dir, (long long)checkpoint->step);
+  return 0;
+}
+
+// What trainer_open does, in the order in which faults should be found.
+static int open_all(Trainer *t, Checkpoint **checkpoint, Error *err) {
+  const Options *o = t->options;
+  Engine *e = &t->engine;
+  int samples = o->sample || o->describe;
+  if ((!samples && need_sources(t->config, err) != 0) || plan_memory(t, err) != 0) return -1;
+  if (open_checkpoint(t, checkpoint, err) != 0) return -1;
+  start_mark(&t->start, START_CHECKPOINT);
+  if (!samples && open_sources(t, err) != 0) return -1;
+  start_mark(&t->start, START_DATA);
+  if (open_tokenizer(t, *checkpoint != NULL, err) != 0) return -1;
+  start_mark(&t->start, START_TOKENIZER);
+  if (engine_allocate_begin(e, err) != 0) return -1;
+  start_mark(&t->start, START_MEMORY);
+  if ((*checkpoint ? load_weights(t, *checkpoint, err) : fill_weights(t, err)) != 0) return -1;
+  start_mark(&t->start, START_WEIGHTS);
+  if (engine_allocate_end(e, err) != 0) return -1;
+  start_mark(&t->start, START_MEMORY);
+  if (uses_checkpoint(o)) engine_use_ema(e, 1);
+  return 0;
 }
 
 Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error *err) {
@@ -187,30 +234,13 @@ Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error 
   t->options = o;
   t->run = xstrdup(run);
   t->lock = -1;
-  int samples = o->sample || o->describe, bad;
+  start_begin(&t->start);
   Checkpoint *checkpoint = NULL;
   Dims d = dims_from_config(c, 1, 1);
   t->metrics = xmalloc((size_t)metrics_size(&d) * sizeof *t->metrics);
-  if ((!samples && need_sources(c, err) != 0) || plan_memory(t, err) != 0 ||
-      open_checkpoint(t, &checkpoint, err) != 0 || (!samples && open_sources(t, err) != 0) ||
-      open_tokenizer(t, checkpoint != NULL, err) != 0 || engine_allocate(&t->engine, err) != 0)
-    goto failed;
-  if (!checkpoint) {
-    fill_weights(t);
-    return t;
-  }
-  bad = state_load(&t->engine, &t->state, checkpoint, o->init || uses_checkpoint(o), err);
-  if (uses_checkpoint(o)) {
-    t->state.step = checkpoint->step;
-    engine_use_ema(&t->engine, 1);
-  }
-  if (!bad && (o->resume || o->from) && !uses_checkpoint(o)) name_changes(c, checkpoint->dir);
-  if (!bad) log_info("loaded %s (step %lld)", checkpoint->dir, (long long)checkpoint->step);
-  if (bad) goto failed;
+  int bad = open_all(t, &checkpoint, err);
   checkpoint_close(checkpoint);
-  return t;
-failed:
-  checkpoint_close(checkpoint);
+  if (!bad) return t;
   trainer_close(t);
   return NULL;
 }
@@ -336,6 +366,18 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   return optimizer_count(c, &t->state.optimizer, &status, err);
 }
 
+// At the first step of this run. Without queues the step has been computed too, which is no start.
+static void note_start(Trainer *t, double data_wait) {
+  StartTimes *s = &t->start;
+  if (s->ended) return;
+  s->seconds[START_PACK] += data_wait;
+  if (t->engine.model.backend->queues) {
+    start_mark(s, START_LAUNCH);
+    s->seconds[START_LAUNCH] -= data_wait;
+  }
+  start_end(s);
+}
+
 // Gives the device one more step. The one before is collected once the passes of this one are under way, so that the
 // device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when a
 // replay differed or that step was one too many to be skipped, DATA_ENDED when there was no pack; or SPIKES.
@@ -349,6 +391,7 @@ static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profi
   int ema = optimizer_ema_due(c, t->state.step);
   OpTime *times = profile_times(profile, t->state.step);
   engine_update(&t->engine, &scalars, ema, times);
+  note_start(t, s.data_wait);
   const Program *update = ema ? t->engine.update_ema : t->engine.update;
   if (times && profile_note(profile, update, NULL, t->state.step, err) != 0) return -1;
   s.lr = scalars.lr;
@@ -458,6 +501,7 @@ static void save_before_error(Trainer *t, Loader *loader, Report *report) {
 static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profile, Error *err) {
   const Config *c = t->config;
   int64_t end = end_step(t), kept = t->state.step; // kept: the steps saved
+  start_mark(&t->start, START_RUN);
   engine_begin_step(&t->engine);
   while (t->state.step < end) {
     int bad = train_step(t, loader, *report, profile, err);

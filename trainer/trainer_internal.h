@@ -5,6 +5,7 @@
 #include "data/loader.h"
 #include "trainer/evaluate.h"
 #include "trainer/report.h"
+#include "trainer/start.h"
 #include "trainer/state.h"
 #include "trainer/trainer.h"
 
@@ -12,7 +13,8 @@ struct Trainer {
   const Config *config;
   const Options *options;
   char *run; // the run's folder
-  int lock;  // its descriptor while training, -1 otherwise
+  StartTimes start;
+  int lock; // its descriptor while training, -1 otherwise
   Engine engine;
   RunState state;
   double *metrics;    // [metrics_size] of the step collected last, see losses_of
