@@ -259,6 +259,31 @@ static void compare_bits(ModelTest *t, const char *what, const float *want) {
   free(got);
 }
 
+// A micro-batch all of whose documents were lost adds nothing.
+static void add_empty_pack(ModelTest *t) {
+  BatchShape shape = dims_batch_shape(&t->pack.ops.dims);
+  Batch b;
+  size_t bytes = batch_bind(&b, shape, NULL);
+  void *block = aligned_alloc(64, bytes);
+  if (!block) panic("no memory for a pack");
+  Error err;
+  batch_bind(&b, shape, block);
+  if (pack_layout(NULL, 0, shape, &b, &err) != 0) fatal(&err);
+  pack_scale(&b, shape, 1, 1, 1, 2, 7);
+  float *before = read_grads(&t->cuda);
+  engine_run(&t->cuda, &t->cuda.later, block, NULL);
+  float *after = read_grads(&t->cuda);
+  int64_t other = 0; // by value: -0 + 0 is 0
+  for (int k = 0; k < t->cuda.model.params.n; k++) {
+    const Param *p = &t->cuda.model.params.of[k];
+    for (int64_t i = p->offset; i < p->offset + p->count; i++) other += !(after[i] == before[i]);
+  }
+  if (other) fail(t, "an empty micro-batch, added", "gradients with other values", (double)other);
+  free(before);
+  free(after);
+  free(block);
+}
+
 // ---- memory policies ----
 
 // The copy, up to 15 times more: how often follows from where it writes.
@@ -374,6 +399,7 @@ static int test_model(int config, uint64_t seed) {
   compare_grads(t, "gradients", want, 1);
   cuda_step(t, t->cuda.later.program, true);
   compare_grads(t, "a second micro-batch, added", want, 2);
+  add_empty_pack(t);
 
   poison(&t->cuda);
   int free_differ = cuda_step(t, t->cuda.first.program, false);

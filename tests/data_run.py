@@ -200,6 +200,7 @@ def test_tokens_of_what_is_there(case):
     check(sorted(tokens) == [0] * 3 + [10] * 6, f"tokens of nine steps: {tokens}")
     lines = [row for row in case.rows() if row.get("tokens") == 0]
     check(all(row["tokens_per_second"] == 0 and row["fill"] == 0 for row in lines), f"{lines}")
+    check(all("skipped" not in row and math.isfinite(row["loss"]) for row in case.rows() if "tokens" in row), "skipped")
     check("a step learns nothing" in said, said)
     check("6 documents, 3 undecodable" in said, said)
 
