@@ -368,20 +368,21 @@ static int loader_check_data(const Loader *l, const LoaderState *state, Error *e
   const char *hint = "go on with the data.sources, data.held_out and files of the run's start; with other data "
                      "--init CKPT begins a new run from a checkpoint's weights";
   if (state->sources != c->sources)
-    return error_set(err, hint, "the data is not what it was when the state was saved: %d sources then, %d now",
+    return error_set(err, hint, "the data is not what it was when the checkpoint was saved: %d sources then, %d now",
                      state->sources, c->sources);
   for (int i = 0; i < c->sources; i++)
     if (state->samples[i] != stream_samples(l->stream, i))
       return error_set(err, hint,
-                       "the data is not what it was when the state was saved: data.sources[%d] had %lld training "
+                       "the data is not what it was when the checkpoint was saved: data.sources[%d] had %lld training "
                        "samples then, it has %lld now",
                        i, (long long)state->samples[i], (long long)stream_samples(l->stream, i));
   for (int64_t i = 0; i < state->bad.n; i++) {
     ImageId id = state->bad.of[i];
     if (id.source >= c->sources || id.image >= source_images(c->source[id.source]))
-      return error_set(err, hint,
-                       "the data is not what it was when the state was saved: data.sources[%d] had an image %lld then",
-                       id.source, (long long)id.image);
+      return error_set(
+          err, hint,
+          "the data is not what it was when the checkpoint was saved: data.sources[%d] had an image %lld then",
+          id.source, (long long)id.image);
   }
   return 0;
 }

@@ -135,6 +135,8 @@ case_of 'it goes on with other settings' 0 \
   'not as runs/demo was trained so far: train.steps 3000 -> 100, train.lr 0.003 -> 0.001'
 case_of 'it goes on with another model' 2 './train tiny.json --resume --set model.dim=32' \
   'ckpt-2/model.safetensors' 'expected'
+case_of 'it goes on with other data' 2 './train tiny.json --resume --set data.held_out=0.2' \
+  'data.sources\[0\] had [0-9]* training samples then' '--init CKPT'
 printf '!' | dd of=runs/demo/ckpt-2/model.safetensors bs=1 seek=5000 conv=notrunc 2>"$work/log"
 case_of 'the newest checkpoint is damaged' 0 './train tiny.json --resume --stop-at 2 2>&1 | grep ckpt' \
   'ckpt-2 is left out' 'loaded runs/demo/ckpt-1'
