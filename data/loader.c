@@ -463,8 +463,7 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err) {
   l->stream = stream;
   l->end = INT64_MAX;
   l->per_step = config->packs_per_step / config->world;
-  // A whole step must fit, and some of the next, so that decoding goes on while the step is handed out.
-  l->depth = l->per_step + config->threads + 1;
+  l->depth = (int)loader_packs(l->per_step, config->threads);
   // Steps between the one being handed out and the one being planned: at most one a queued pack, and these two.
   l->snapshots = l->depth + 2;
   l->before = xcalloc((size_t)l->snapshots, sizeof *l->before);

@@ -56,6 +56,12 @@ typedef struct LoaderStats {
 
 typedef struct Loader Loader;
 
+// Packs that are in memory at most while none that was handed out is kept: a whole step, one more that each thread
+// works at, and one, so that decoding goes on when a step begins.
+static inline int64_t loader_packs(int packs_per_step, int threads) {
+  return (int64_t)packs_per_step + threads + 1;
+}
+
 // Starts the threads. `state`: what loader_state returned, to go on exactly there, or NULL for the beginning. The
 // sources and the tokenizer must live as long as the loader. NULL with *err set when the configuration does not fit
 // together or the state does not belong to it.

@@ -78,7 +78,8 @@ const Key config_keys[] = {
     {"data.threads", KEY_INT, AT(data.threads), "2", 1, 256, NULL, NULL, "threads that read and decode images"},
 
     {"train.steps", KEY_INT, AT(train.steps), "1000", 1, ANY, NULL, "--steps", "optimiser steps, N"},
-    {"train.micro_batches", KEY_INT, AT(train.micro_batches), "1", 1, 65536, NULL, NULL, "micro-batches of a step"},
+    {"train.micro_batches", KEY_INT, AT(train.micro_batches), "1", 1, 65536, NULL, NULL,
+     "micro-batches of a step; all of a step are decoded before it begins"},
     {"train.batch", KEY_INT, AT(train.batch), "0", 0, 1e12, NULL, "--batch",
      "tokens of a step, rounded up to micro-batches; 0: micro_batches says"},
     {"train.lr", KEY_FLOAT, AT(train.lr), "3e-3", 0, 10, NULL, NULL, "learning rate"},

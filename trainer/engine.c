@@ -1,5 +1,6 @@
 #include "trainer/engine.h"
 
+#include "data/loader.h"
 #include "kernels/master.h"
 
 #include <stdlib.h>
@@ -527,6 +528,11 @@ void engine_print_plan(const Engine *e, FILE *f) {
     if (!e->bytes[s]) continue;
     fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", space_label[s], (long long)e->bytes[s], (double)e->bytes[s] / 1e6,
             counts(e, (Space)s) ? "" : " of the host, not in the total");
+  }
+  if (e->first.program) {
+    int64_t ahead = loader_packs(e->config->train.micro_batches, e->config->data.threads) * e->bytes[SPACE_STAGING];
+    fprintf(f, "  %-24s %14lld bytes  %9.3f MB of the host, not in the total\n", "packs decoded ahead",
+            (long long)ahead, (double)ahead / 1e6);
   }
   int64_t total = total_bytes(e);
   fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", "total", (long long)total, (double)total / 1e6);
