@@ -360,6 +360,13 @@ typedef struct KernelChoice {
   int experts_loop;  // a library product per expert, whose extents the host waits for: no graphs
 } KernelChoice;
 
+// What a device can do a second: the floor that ops are held against.
+typedef struct DeviceRates {
+  double bytes;       // of a large copy, read and written; 0: there was no room to measure it
+  double flops;       // dense bf16, of a large product that goes on for a while
+  int flops_measured; // with a library's product; 0: there is none, it is a share of the data sheet's
+} DeviceRates;
+
 typedef struct Backend Backend;
 struct Backend {
   const char *name;
@@ -374,8 +381,8 @@ struct Backend {
   int (*open)(Error *err); // before anything below; with *err: -1 there is no such device, -2 it cannot be used
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.
   double (*sheet_flops)(void);
-  // What the device can do a second: bytes of a large copy, read and written; FLOPs by its data sheet. NULL: not known.
-  void (*peaks)(double *bytes, double *flops);
+  DeviceRates (*rates)(void);   // measures the open device; NULL: nothing is known
+  int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known
   int64_t (*memory)(void);      // bytes that a run may plan with
   void *(*alloc)(size_t bytes); // device memory of any content, aligned to 256; NULL when there is not enough
   void (*release)(void *p);

@@ -38,7 +38,7 @@ except ImportError as error:
 
 ROUNDS = 5
 LAUNCHES, SAMPLES = 12, 5  # as tests/cuda_bench.c
-COPIES_BYTES = 200 << 20  # operands of all copies together: four times the L2 cache of an H100
+COPIES_BYTES = 4 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)  # of all operands
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
 

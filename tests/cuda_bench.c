@@ -5,8 +5,18 @@
 #include <stdlib.h>
 
 enum { COPIES = 6, LAUNCHES = 12, SAMPLES = 5 };
-static const size_t copies_bytes = 200u << 20;              // four times the L2 cache of an H100
-static const double bandwidth = 3.0e12, flop_rate = 800e12; // of an H100 SXM
+
+// Measured once, and said before the first op.
+static DeviceRates device_rates(void) {
+  static DeviceRates r;
+  if (r.flops > 0) return r;
+  r = backend_cuda.rates();
+  if (!(r.bytes > 0)) panic("the device has no memory free to measure it");
+  printf("floors: bytes at %.2f TB/s (a copy of 256 MB); FLOPs at %.0f TFLOP/s (%s); L2 %.0f MB\n", r.bytes / 1e12,
+         r.flops / 1e12, r.flops_measured ? "cuBLASLt, 8192^3" : "four fifths of the data sheet: no cuBLASLt",
+         (double)backend_cuda.cache_bytes() / 1e6);
+  return r;
+}
 
 // (query, key) pairs that the mask allows.
 static double allowed_pairs(const CudaCase *c) {
@@ -120,7 +130,7 @@ TimedCall timed_call_new(const CudaCase *c, OpKind kind, const OpArgs *args, con
   TimedCall t;
   device_call_plan(&copy[0], c, kind, args, in, out);
   size_t bytes = copy[0].bytes;
-  int copies = (int)min_i64(COPIES, (int64_t)(copies_bytes / bytes) + 1);
+  int copies = (int)min_i64(COPIES, 4 * backend_cuda.cache_bytes() / (int64_t)bytes + 1); // four times what L2 holds
   char *image = xmalloc(bytes);
   device_call_image(&copy[0], c, 0, image);
   t.memory = backend_cuda.alloc(bytes * (size_t)copies);
@@ -163,11 +173,12 @@ void timed_call_free(TimedCall *t) {
 }
 
 void cuda_bench_call(const CudaCase *c, OpKind kind, const OpArgs *args, const Value *in, const Value *out) {
+  DeviceRates rates = device_rates(); // before an op fills the device
   TimedCall t = timed_call_new(c, kind, args, in, out);
   bool other = other_way(c, kind);
   double seconds = timed_call_seconds(&t), flops = other ? 0 : call_flops(c, kind, args);
   double moved = other ? other_bytes(c, kind, args, in) : call_bytes(c, kind, in, out);
-  double floor = fmax(moved / bandwidth, flops / flop_rate);
+  double floor = fmax(moved / rates.bytes, flops / rates.flops);
   printf("%-18s %-44.44s %9.4f ms %8.0f GB/s %7.1f TFLOP/s %5.1f%% of %s\n", op_info[kind].name, c->what, seconds * 1e3,
          moved / seconds / 1e9, flops / seconds / 1e12, 100 * floor / seconds,
          other ? "its kernels' bytes" : "the floor");

@@ -20,8 +20,8 @@ struct Profile {
   KindCost kind[OP_COUNT];
   const char *trace_path;
   FILE *trace;
-  double trace_end;            // seconds of the step that are in the trace
-  double bandwidth, flop_rate; // what the device can do, per second; 0: not known
+  double trace_end;  // seconds of the step that are in the trace
+  DeviceRates rates; // what the device can do; 0: not known
 };
 
 Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first) {
@@ -36,7 +36,7 @@ Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t fi
                  .first_step = first,
                  .last_step = first - 1,
                  .trace_path = trace};
-  if (table && p->backend->peaks) p->backend->peaks(&p->bandwidth, &p->flop_rate);
+  if (table && p->backend->rates) p->rates = p->backend->rates();
   return p;
 }
 
@@ -55,8 +55,8 @@ static void add_costs(Profile *p, const Program *program, const Extents *x) {
     KindCost *k = &p->kind[op->kind];
     double flops, bytes, floor = 0;
     op_cost(program, op, x, &flops, &bytes);
-    if (p->bandwidth > 0) floor = bytes / p->bandwidth;
-    if (p->flop_rate > 0 && flops / p->flop_rate > floor) floor = flops / p->flop_rate;
+    if (p->rates.bytes > 0) floor = bytes / p->rates.bytes;
+    if (p->rates.flops > 0) floor = fmax(floor, flops / p->rates.flops);
     k->calls++;
     k->seconds += p->times[i].end - p->times[i].begin;
     k->flops += flops;
@@ -148,7 +148,7 @@ static void print_table(Profile *p) {
   double total = 0, steps = (double)(p->last_step - p->first_step + 1);
   for (int k = 0; k < OP_COUNT; k++) total += p->kind[k].seconds;
   log_info("%-18s %6s %9s %6s %9s %9s%s   (a step, op by op)", "op", "calls", "ms", "share", "GB/s", "GFLOP/s",
-           p->bandwidth > 0 ? "   floor" : "");
+           p->rates.bytes > 0 ? "   floor" : "");
   for (int shown = 0; shown < OP_COUNT; shown++) {
     int most = 0;
     for (int k = 1; k < OP_COUNT; k++)
@@ -156,17 +156,19 @@ static void print_table(Profile *p) {
     KindCost *k = &p->kind[most];
     char floor[16] = "";
     if (k->seconds <= 0) break;
-    if (p->bandwidth > 0) snprintf(floor, sizeof floor, " %6.1f%%", 100 * k->floor / k->seconds);
+    if (p->rates.bytes > 0) snprintf(floor, sizeof floor, " %6.1f%%", 100 * k->floor / k->seconds);
     log_info("%-18s %6.4g %9.3f %5.1f%% %9.1f %9.1f%s", op_info[most].name, (double)k->calls / steps,
              1e3 * k->seconds / steps, 100 * k->seconds / total, k->bytes / k->seconds / 1e9,
              k->flops / k->seconds / 1e9, floor);
     k->seconds = 0;
   }
   log_info("%-18s %6s %9.3f", "all", "", 1e3 * total / steps);
-  if (p->bandwidth > 0)
-    log_info("floor: the larger of bytes at %.2f TB/s, which a copy reaches here, and FLOPs at %.0f TFLOP/s, the "
-             "device's peak, over the time",
-             p->bandwidth / 1e12, p->flop_rate / 1e12);
+  if (p->rates.bytes > 0)
+    log_info("floor: the larger of bytes at %.2f TB/s, which a copy reaches here, and FLOPs at %.0f TFLOP/s, %s, over "
+             "the time",
+             p->rates.bytes / 1e12, p->rates.flops / 1e12,
+             p->rates.flops_measured ? "which a large product of cuBLASLt reaches here"
+                                     : "four fifths of the data sheet's, since there is no cuBLASLt to measure");
 }
 
 int profile_close(Profile *p, Error *err) {

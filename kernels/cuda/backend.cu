@@ -1,6 +1,7 @@
 // The CUDA backend: its table of kernels, memory, queues and graphs of one GPU.
 #include "kernels/cuda/adaln.h"
 #include "kernels/cuda/experts.h"
+#include "kernels/cuda/rates.h"
 
 extern "C" {
 #include "base/base.h"
@@ -45,8 +46,9 @@ void cuda_allow_shared(const void *kernel, const char *name, size_t bytes) {
 
 // ---- the device ----
 
-// By the data sheet, dense: FLOPs a clock and multiprocessor at the clock that the sheet counts with, which is the highest
-// one but on Hopper: an H100 or H200 with its 132 multiprocessors has 989 TFLOP/s there, at 1.83 GHz, and may run faster.
+// By the data sheet, dense: FLOPs a clock and multiprocessor at the clock that the sheet counts with, which is the
+// highest one but on Hopper: an H100 or H200 with its 132 multiprocessors has 989 TFLOP/s there, at 1.83 GHz, and may
+// run faster.
 static double sheet_flops(const cudaDeviceProp *prop) {
   int khz = 1830000;
   double flops = 4096;
@@ -123,27 +125,14 @@ static cudaEvent_t event_at(int number) {
   return gpu.event[number];
 }
 
-static void cuda_peaks(double *bytes, double *flops) {
-  const size_t size = (size_t)512 << 20;
-  void *a = NULL, *b = NULL;
-  *bytes = 0;
-  *flops = gpu.sheet_flops;
-  if (cudaMalloc(&a, size) == cudaSuccess && cudaMalloc(&b, size) == cudaSuccess) {
-    cudaEvent_t begin = event_at(EVENT_REPLAY), end = event_at(EVENT_REPLAY + 1);
-    cudaStream_t s = gpu.stream[LANE_COMPUTE];
-    for (int i = 0; i < 12; i++) {
-      if (i == 2) CUDA_CHECK(cudaEventRecord(begin, s));
-      CUDA_CHECK(cudaMemcpyAsync(i % 2 ? a : b, i % 2 ? b : a, size, cudaMemcpyDeviceToDevice, s));
-    }
-    CUDA_CHECK(cudaEventRecord(end, s));
-    float ms = 0;
-    CUDA_CHECK(cudaEventSynchronize(end));
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    *bytes = 10 * 2.0 * (double)size / (ms * 1e-3);
-  }
-  cudaGetLastError(); // without room for the copy there is no floor
-  cudaFree(a);
-  cudaFree(b);
+static int64_t cuda_cache_bytes(void) {
+  int bytes = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, 0));
+  return bytes;
+}
+
+static DeviceRates cuda_rates(void) {
+  return rates_measure(gpu.sheet_flops, gpu.stream[LANE_COMPUTE]);
 }
 
 // Whether there was enough memory: the caller says better what did not fit. Any call may also return the error of a
@@ -165,8 +154,8 @@ static void cuda_release(void *p) {
   CUDA_CHECK(cudaFree(p));
 }
 
-// Host memory from which on several threads write to it before the driver pins it, which would find and clear page after
-// page on the calling thread alone.
+// Host memory from which on several threads write to it before the driver pins it, which would find and clear page
+// after page on the calling thread alone.
 enum { LARGE_PINNED = 64 << 20 };
 
 // Writes to every page, so that it is there; on huge pages where the system has them.
@@ -404,7 +393,8 @@ static Backend backend_make(void) {
   b.queues = &queues;
   b.open = cuda_open;
   b.sheet_flops = cuda_sheet_flops;
-  b.peaks = cuda_peaks;
+  b.rates = cuda_rates;
+  b.cache_bytes = cuda_cache_bytes;
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;
   b.release = cuda_release;

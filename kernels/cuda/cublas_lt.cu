@@ -1,6 +1,7 @@
-// cuBLASLt, loaded when it is first used. Only the experts' baseline (experts_loop.cu) needs it: without this every start
-// of ./train would map half a gigabyte, and a machine without the toolkit could not start it at all.
-#include "kernels/cuda/cuda.h"
+// cuBLASLt, loaded when it is first used. Only the experts' baseline (experts_loop.cu) needs it, and rates.cu takes it
+// where it is: without this every start of ./train would map half a gigabyte, and a machine without the toolkit could
+// not start it at all.
+#include "kernels/cuda/rates.h"
 
 extern "C" {
 #include "base/base.h"
@@ -12,13 +13,23 @@ extern "C" {
 #define TEXT_OF(x) #x
 #define LIBRARY_NAME(major) "libcublasLt.so." TEXT_OF(major) // its argument is expanded first
 
-static void *library_symbol(const char *name) {
+static void *library_open(void) {
   static void *library;
   const char *const paths[] = {LIBRARY_NAME(CUBLAS_VER_MAJOR),
                                "/usr/local/cuda/lib64/" LIBRARY_NAME(CUBLAS_VER_MAJOR)};
   for (size_t i = 0; !library && i < sizeof paths / sizeof *paths; i++) library = dlopen(paths[i], RTLD_NOW);
+  return library;
+}
+
+bool cublas_lt_found(void) {
+  return library_open() != NULL;
+}
+
+static void *library_symbol(const char *name) {
+  void *library = library_open();
   if (!library)
-    panic("--moe-gemm loop needs cuBLASLt of the CUDA toolkit: %s is not in the library path", paths[0]);
+    panic("--moe-gemm loop needs cuBLASLt of the CUDA toolkit: " LIBRARY_NAME(CUBLAS_VER_MAJOR)
+          " is not in the library path");
   void *symbol = dlsym(library, name);
   if (!symbol) panic("--moe-gemm loop: this cuBLASLt has no %s", name);
   return symbol;

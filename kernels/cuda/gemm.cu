@@ -275,10 +275,16 @@ template <int KIND> static __global__ void __launch_bounds__(256) finish_kernel(
 
 // ---- the plan: how wide tiles are and into how many parts inner dimensions are cut ----
 
-// Numbers of an H100, whatever the card: the plan decides the order of sums. A multiprocessor gets through 128 x 256
-// tiles at 5.4 TFLOP/s, through 128 x 128 ones somewhat slower; memory moves 3 TB/s.
+// The card that plans are made for: an H100, whatever the card. It is not asked of the device, since the plan decides
+// the order of sums and a run shall go on to the same bits on another card. A plan follows from the ratio of the two
+// rates alone, and only where parts are summed.
+static const double planned_tile_rate = 5.4e6; // FLOPs a microsecond of one of GEMM_SHARES multiprocessors, wide tiles
+static const double planned_memory_rate = 3e6; // bytes a microsecond
+static const double narrow_tiles_cost = 1.25;  // times as long for the same FLOPs
+
 static double tile_us(int bn, double inner) {
-  return bn == 256 ? inner * (2.0 * 128 * 256 / 5.4e6) + 2 : inner * (1.25 * 2 * 128 * 128 / 5.4e6) + 1;
+  return bn == 256 ? inner * (2.0 * 128 * 256 / planned_tile_rate) + 2
+                   : inner * (narrow_tiles_cost * 2 * 128 * 128 / planned_tile_rate) + 1;
 }
 
 static bool side_empty(const GemmSide *s, int kind) {
@@ -318,8 +324,10 @@ static double launch_us(const Gemm *g, int kind, int bn, int parts) {
     work += tiles * tile / GEMM_SHARES;
     rounds += ceil_div64(tiles, GEMM_SHARES) * tile;
     if (tile > longest) longest = tile;
-    if (own > 1) work += 2 + (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / 3e6;
-    if (own > 1) rounds += 4 + (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / 3e6;
+    if (own == 1) continue;
+    const double sums = (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / planned_memory_rate;
+    work += 2 + sums;
+    rounds += 4 + sums;
   }
   return sides > 1 ? work + longest / 2 : rounds;
 }

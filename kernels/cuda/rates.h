@@ -1,0 +1,16 @@
+// Measuring what a device can do (Backend.rates).
+#ifndef TESSERA_CUDA_RATES_H
+#define TESSERA_CUDA_RATES_H
+
+#include "kernels/cuda/cuda.h"
+
+// The share of its data sheet's FLOPs that a Hopper GPU keeps up in large products: under that load power lowers the
+// clock (790 of 989 TFLOP/s measured on an H200). Where cuBLASLt is there, its product is measured instead.
+#define SUSTAINED 0.8
+
+// Takes about 200 ms and half a gigabyte of device memory while it does.
+DeviceRates rates_measure(double sheet_flops, cudaStream_t stream);
+
+// Whether cuBLASLt can be loaded (cublas_lt.cu).
+bool cublas_lt_found(void);
+#endif
