@@ -160,6 +160,15 @@ static int scan_word(Scan *s) {
     s->at += n;
     return 0;
   }
+  // What Python's json.dump writes.
+  static const char *const not_json[] = {"NaN", "Infinity", "-Infinity"};
+  for (int i = 0; i < 3; i++) {
+    size_t n = strlen(not_json[i]);
+    if (s->bytes - s->at < n || memcmp(s->text + s->at, not_json[i], n) != 0) continue;
+    char what[80];
+    snprintf(what, sizeof what, "a value is expected, found '%c' of %s, which is no JSON", *not_json[i], not_json[i]);
+    return scan_error(s, s->at, "write null, or leave the key out", what);
+  }
   return scan_unexpected(s, "strings need double quotes", "a value is expected");
 }
 
@@ -204,6 +213,7 @@ static int scan_value(Scan *s, int depth) {
   if (c == '{') return scan_items(s, '}', depth);
   if (c == '[') return scan_items(s, ']', depth);
   if (c == '"') return scan_string(s);
+  if (c == '-' && s->at + 1 < s->bytes && s->text[s->at + 1] == 'I') return scan_word(s);
   if (c == '-' || (c >= '0' && c <= '9')) return scan_number(s);
   return scan_word(s);
 }
@@ -241,6 +251,11 @@ static int annotate(cJSON *item, const int **line, const char *name, Error *err)
 }
 
 cJSON *json_parse(const char *text, size_t bytes, const char *name, JsonComments comments, Error *err) {
+  const char *encoding = text_encoding(text, bytes);
+  if (encoding) {
+    error_set(err, "save it as UTF-8", "%.300s is in %s", name, encoding);
+    return NULL;
+  }
   Scan s = {.bytes = bytes, .name = name, .comments = comments == JSON_WITH_COMMENTS, .line = 1, .err = err};
   s.text = xmalloc(bytes + 1);
   memcpy(s.text, text, bytes);

@@ -14,7 +14,7 @@ typedef enum JsonComments { JSON_PLAIN, JSON_WITH_COMMENTS } JsonComments;
 
 // Parses exactly one value (RFC 8259, UTF-8) and nothing after it; free with cJSON_Delete. NULL with *err naming
 // "name:line:column" on: bad syntax, a key twice in one object, more than JSON_MAX_DEPTH levels, \u0000 in a string, a
-// number that is not finite or longer than 60 characters, text that is not UTF-8.
+// number that is not finite or longer than 60 characters, text that is not UTF-8 (UTF-16 and UTF-32 are named).
 cJSON *json_parse(const char *text, size_t bytes, const char *name, JsonComments comments, Error *err);
 // The same for a file of at most max_bytes.
 cJSON *json_parse_file(const char *path, size_t max_bytes, JsonComments comments, Error *err);

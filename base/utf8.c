@@ -36,3 +36,14 @@ char *utf8_printable(const char *text) {
   out[at] = 0;
   return out;
 }
+
+const char *text_encoding(const char *text, size_t n) {
+  // The longer marks first: UTF-32's begins with UTF-16's.
+  if (n >= 4 && memcmp(text, "\xFF\xFE\0\0", 4) == 0) return "UTF-32 (little-endian)";
+  if (n >= 4 && memcmp(text, "\0\0\xFE\xFF", 4) == 0) return "UTF-32 (big-endian)";
+  if (n >= 2 && memcmp(text, "\xFF\xFE", 2) == 0) return "UTF-16 (little-endian)";
+  if (n >= 2 && memcmp(text, "\xFE\xFF", 2) == 0) return "UTF-16 (big-endian)";
+  if (n >= 4 && text[0] && !text[1] && text[2] && !text[3]) return "UTF-16 (little-endian, without a mark)";
+  if (n >= 4 && !text[0] && text[1] && !text[2] && text[3]) return "UTF-16 (big-endian, without a mark)";
+  return NULL;
+}

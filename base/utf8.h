@@ -11,4 +11,8 @@ size_t utf8_length(const unsigned char *s, size_t n);
 // A copy of any bytes on one line of well-formed text without control characters (C0, DEL and C1), which a terminal
 // would obey: each becomes a space, each byte that is not UTF-8 U+FFFD. malloc'd.
 char *utf8_printable(const char *s);
+
+// "UTF-16" or "UTF-32", with the byte order, when a text begins as one: by its byte order mark, or by the zero bytes
+// around its first letter; NULL for any other.
+const char *text_encoding(const char *text, size_t n);
 #endif

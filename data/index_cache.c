@@ -11,18 +11,19 @@
 #include <unistd.h>
 
 // Change it whenever indexing a shard gives other samples than before. Little-endian, like the hosts this runs on.
-static const char MAGIC[8] = "TESIDX1\n";
+static const char MAGIC[8] = "TESIDX2\n";
 static const size_t MAX_CACHE_BYTES = (size_t)1 << 34;
 // A file system's clock may tick this slowly: a younger shard could change again without another time.
 static const int64_t SETTLED_NS = 2000000000;
 
-// The file: this, held_out_by, first_skip, then the records. Strings have a NUL after them that is not counted.
+// The file: this, held_out_by, the first of each reason, then the records. Strings have a NUL after them that is not
+// counted.
 typedef struct CacheHeader {
   char magic[8];
   uint64_t checksum; // hash64 of all that follows it
   int64_t shard_bytes, shard_modified;
-  int64_t samples, skipped;
-  uint32_t held_out_by, first_skip; // bytes
+  int64_t samples, unused[UNUSED_REASONS];
+  int64_t first[UNUSED_REASONS], held_out_by; // bytes
 } CacheHeader;
 
 // A sample: this, key, group, caption, member.
@@ -84,17 +85,21 @@ static bool cache_read_all(Source *s, const DataFile *shard, const char *bytes, 
   Cursor c = {bytes, bytes + n};
   CacheHeader h;
   if (!cursor_copy(&c, &h, sizeof h) || memcmp(h.magic, MAGIC, sizeof MAGIC) != 0) return false;
-  if (h.shard_bytes != shard->bytes || h.shard_modified != shard->modified || h.samples < 0 || h.skipped < 0)
-    return false;
+  if (h.shard_bytes != shard->bytes || h.shard_modified != shard->modified || h.samples < 0) return false;
   if (h.checksum != hash64(bytes + CHECKED_FROM, n - CHECKED_FROM, 0)) return false;
-  const char *held_out_by = cursor_string(&c, h.held_out_by, false);
-  const char *first_skip = held_out_by ? cursor_string(&c, h.first_skip, false) : NULL;
-  if (!first_skip || strcmp(held_out_by, s->held_out_by) != 0) return false;
+  const char *held_out_by = cursor_string(&c, (size_t)h.held_out_by, false);
+  if (!held_out_by || strcmp(held_out_by, s->held_out_by) != 0) return false;
+  Unused unused;
+  for (int i = 0; i < UNUSED_REASONS; i++) {
+    const char *first = cursor_string(&c, (size_t)h.first[i], false);
+    if (!first || h.unused[i] < 0 || !h.unused[i] != !h.first[i]) return false;
+    unused.count[i] = h.unused[i];
+    unused.first[i] = first[0] ? first : NULL;
+  }
   for (int64_t i = 0; i < h.samples; i++)
     if (!cache_read_sample(s, &c, shard)) return false;
   if (c.at != c.end) return false;
-  if (h.skipped > 0 && s->skipped == 0) log_warn("%s", first_skip);
-  s->skipped += h.skipped;
+  s->unused = unused;
   return true;
 }
 
@@ -136,21 +141,23 @@ static void cache_print_sample(const Source *s, const Sample *sample, FILE *f) {
 }
 
 // The whole file in memory, malloc'd.
-static char *cache_print(const Source *s, const DataFile *shard, int64_t samples, int64_t skipped, size_t *n) {
-  const char *first_skip = s->first_skip ? s->first_skip : "";
+static char *cache_print(const Source *s, const DataFile *shard, int64_t samples, size_t *n) {
   CacheHeader h = {.shard_bytes = shard->bytes,
                    .shard_modified = shard->modified,
                    .samples = s->count - samples,
-                   .skipped = s->skipped - skipped,
-                   .held_out_by = (uint32_t)strlen(s->held_out_by),
-                   .first_skip = (uint32_t)strlen(first_skip)};
+                   .held_out_by = (int64_t)strlen(s->held_out_by)};
+  for (int i = 0; i < UNUSED_REASONS; i++) {
+    h.unused[i] = s->unused.count[i];
+    h.first[i] = s->unused.first[i] ? (int64_t)strlen(s->unused.first[i]) : 0;
+  }
   memcpy(h.magic, MAGIC, sizeof MAGIC);
   char *bytes = NULL;
   FILE *f = open_memstream(&bytes, n);
   if (!f) panic("out of memory for the index of %s", shard->path);
   fwrite(&h, sizeof h, 1, f);
-  fwrite(s->held_out_by, 1, h.held_out_by + 1, f);
-  fwrite(first_skip, 1, h.first_skip + 1, f);
+  fwrite(s->held_out_by, 1, (size_t)h.held_out_by + 1, f);
+  for (int i = 0; i < UNUSED_REASONS; i++)
+    fwrite(s->unused.first[i] ? s->unused.first[i] : "", 1, (size_t)h.first[i] + 1, f);
   for (int64_t i = samples; i < s->count; i++) cache_print_sample(s, &s->sample[i], f);
   if (fclose(f)) panic("out of memory for the index of %s", shard->path);
   uint64_t checksum = hash64(bytes + CHECKED_FROM, *n - CHECKED_FROM, 0);
@@ -158,7 +165,7 @@ static char *cache_print(const Source *s, const DataFile *shard, int64_t samples
   return bytes;
 }
 
-void index_cache_write(const Source *s, const DataFile *shard, int64_t samples, int64_t skipped) {
+void index_cache_write(const Source *s, const DataFile *shard, int64_t samples) {
   struct timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
   if ((int64_t)now.tv_sec * 1000000000 + now.tv_nsec - shard->modified < SETTLED_NS) return;
@@ -167,7 +174,7 @@ void index_cache_write(const Source *s, const DataFile *shard, int64_t samples, 
   FILE *f = fd >= 0 ? fdopen(fd, "wb") : NULL;
   if (f) {
     size_t n;
-    char *bytes = cache_print(s, shard, samples, skipped, &n);
+    char *bytes = cache_print(s, shard, samples, &n);
     bool written = fwrite(bytes, 1, n, f) == n;
     written = fclose(f) == 0 && written;
     free(bytes);

@@ -9,10 +9,11 @@
 // Shards with fewer members are not worth a file.
 enum { INDEX_CACHE_MEMBERS = 1000 };
 
-// Appends the samples of `shard` to the source. False, the source as it was, when there is no valid cache.
+// Appends the samples of `shard` to the source and sets s->unused to what the shard leaves out. False, the source as it
+// was, when there is no valid cache.
 bool index_cache_read(Source *s, const DataFile *shard);
 
-// Keeps what indexing `shard` has added to the source since it held `samples` samples and had left out `skipped`.
-// Nothing is said when it cannot be written.
-void index_cache_write(const Source *s, const DataFile *shard, int64_t samples, int64_t skipped);
+// Keeps what indexing `shard` has added to the source since it held `samples` samples, and s->unused, which is what the
+// shard leaves out. Nothing is said when it cannot be written.
+void index_cache_write(const Source *s, const DataFile *shard, int64_t samples);
 #endif

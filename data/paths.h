@@ -7,15 +7,23 @@
 #include <stdbool.h>
 
 typedef struct PathList {
-  char **path; // [count], sorted by bytes
-  int count;
+  char **path; // [count], malloc'd
+  int count, capacity;
 } PathList;
 
-// The files `path` means: itself when it is a file; those of a folder that end in `suffix` or `suffix2`; or the
-// matches of a glob. -1 with *err set, *out empty, when there is none.
+// The files `path` means, sorted by bytes, none twice: itself when it is there; of a folder those that end in `suffix`
+// or `suffix2`, hidden ones (.name) left out; else what is left of it when {a,b} and {000..012} are written out, each a
+// file, a folder or a glob (* ? []). "~/" is the home folder. -1 with *err set, *out empty, when there is none, or one
+// that is written out is not there.
 int path_list_expand(const char *path, const char *suffix, const char *suffix2, PathList *out, Error *err);
+void path_list_add(PathList *list, char *path); // takes `path`
+void path_list_sort(PathList *list);
 void path_list_free(PathList *list);
 
 // Whether `path` ends in `suffix` (".txt"), upper or lower case.
 bool path_ends(const char *path, const char *suffix);
+// `path` with a leading "~/" replaced by $HOME; malloc'd.
+char *path_home(const char *path);
+// What comes in `path` after its beginning `folder` and the slashes behind that.
+const char *path_below(const char *path, const char *folder);
 #endif

@@ -1,18 +1,22 @@
 // Data sources: an index of samples whose texts and image sizes are in memory and whose images are read on demand.
 //
-// "folder": a folder with captions.tsv (FILE<TAB>CAPTION) or captions.jsonl ({"file": .., "caption": ..}), not both.
-//   Captioned samples.
-// "webdataset": a .tar, a folder of them, or a glob. KEY.jpg, .jpeg or .png with KEY.txt or KEY.json
-//   ({"caption": ..}; the .txt wins); KEY is the member's path up to the first dot of its base name. Captioned samples.
-// "text": a .txt (a document per paragraph, blank lines between), a .jsonl, a folder of these, or a glob. A line
+// "folder": a folder of pictures with a list of captions in it (captions or metadata .jsonl, .csv, .tsv:
+//   data/caption_list.h), or with KEY.txt or KEY.json beside each KEY.jpg or .png (data/sample_files.h), folders in it
+//   likewise. Captioned samples.
+// "webdataset": a .tar, a folder of them, a glob or braces: KEY.jpg, .jpeg or .png with KEY.txt or KEY.json
+//   (data/sample_files.h). Captioned samples.
+// "text": a .txt (a document per paragraph, blank lines between), a .jsonl, a folder of these, a glob or braces. A line
 //   {"text": ..} is a text sample, {"segments": [{"text": ..}, {"image": PATH}]} an interleaved one; PATH is relative
 //   to the .jsonl's folder.
+//
+// Files and folders whose names begin with a dot, and __MACOSX, are passed over in all of them; "~/" is the home
+// folder.
 //
 // Samples are in a fixed order: files by name, then by place in the file; in a shard by key.
 #ifndef TESSERA_SOURCE_H
 #define TESSERA_SOURCE_H
 
-#include "base/base.h"
+#include "data/unused.h"
 
 #include <stdbool.h>
 
@@ -36,22 +40,34 @@ typedef struct Sample {
   SampleKind kind;
   int segments;
   const SampleSegment *segment; // [segments]
-  const char *key;              // folder: the file; webdataset: KEY; text: "key" of the line, else NAME:LINE
+  const char *key;              // folder: the picture's file; webdataset: KEY; text: "key" of the line, else NAME:LINE
   const char *group;            // value of the field the split goes by: what sample_is_held_out takes
 } Sample;
 
 typedef struct Source Source;
 
+typedef struct SourceStats {
+  int64_t samples, images; // used; images: of these samples
+  Unused unused;
+} SourceStats;
+
 // Opens a source and reads its index: all texts, and the header of every image. `held_out_by` is "key", "caption" (for
-// text samples their first text) or the name of a JSON field; NULL = "key". A sample that cannot be used (no image,
-// no caption, unreadable header, too many pixels, bad line) is left out and counted; the first is named in a warning.
+// text samples their first text) or the name of a JSON field or column; NULL = "key". A sample that cannot be used is
+// left out and counted by reason (data/unused.h). Nothing is logged.
 // NULL with *err set when the type or path is wrong, a tar is damaged, no sample can be used, or one has no field
 // `held_out_by`.
 Source *source_open(const char *type, const char *path, const char *held_out_by, Error *err);
 void source_close(Source *source);
 
+// Leaves out the samples that have an image of more pixels, too, and counts them; images keep their numbers. -1 with
+// *err set when none is left.
+int source_limit_pixels(Source *source, int64_t max_pixels, Error *err);
+
 int64_t source_count(const Source *source);   // samples
-int64_t source_skipped(const Source *source); // samples left out at opening
+int64_t source_skipped(const Source *source); // samples left out, whatever the reason
+SourceStats source_stats(const Source *source);
+// Logs what the source is in a line, after a warning for the first sample of each reason why some are left out.
+void source_log(const Source *source);
 // Sample i of [0, count); valid until the source is closed.
 const Sample *source_sample(const Source *source, int64_t i);
 

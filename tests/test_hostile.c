@@ -100,15 +100,16 @@ static void test_captions(void **state) {
       "caf\xe9 \xff\xfe \xc0\xaf \xed\xa0\x80 \xf0\x9f\x98 end"; // latin 1, overlong, half an emoji
   Error err;
   caption_make();
-  assert_int_equal(folder_make(at("captions/json"), &err), 0);
+  assert_int_equal(folder_make(at("captions"), &err), 0);
+  assert_int_equal(folder_make(at("captions-json"), &err), 0);
   write_png("captions/a.png", 9, 9, 0);
-  write_png("captions/json/a.png", 9, 9, 0);
+  write_png("captions-json/a.png", 9, 9, 0);
   char *tsv = xasprintf("a.png\t%s\na.png\t \t \na.png\t\na.png\t%s\n\t\n\t\t\t\n", odd, caption_long);
   write_text("captions/captions.tsv", tsv);
   char *jsonl = xasprintf("{\"file\":\"a.png\",\"caption\":\"%s\"}\n{\"file\":\"a.png\",\"caption\":\"\"}\n"
                           "{\"file\":\"a.png\",\"caption\":\"%s\"}\n{\"file\":\"a.png\",\"caption\":\"a\\u0000b\"}\n",
                           odd, caption_long);
-  write_text("captions/json/captions.jsonl", jsonl);
+  write_text("captions-json/captions.jsonl", jsonl);
   Archive a = {0};
   size_t n;
   uint8_t *png = png_make(9, 9, 0, &n);
@@ -126,7 +127,7 @@ static void test_captions(void **state) {
   archive_write(&a, "captions/shard.tar");
 
   // JSON must be UTF-8 and cannot say NUL in a string; lines and .txt files may hold any bytes.
-  Source *source[3] = {open_source("folder", "captions", NULL), open_source("folder", "captions/json", NULL),
+  Source *source[3] = {open_source("folder", "captions", NULL), open_source("folder", "captions-json", NULL),
                        open_source("webdataset", "captions/shard.tar", NULL)};
   const int64_t usable[3] = {2, 1, 2}, skipped[3] = {4, 3, 2};
   for (int i = 0; i < 3; i++) {
@@ -395,6 +396,13 @@ static void test_too_many_bad(void **state) {
 static void expect_same_source(const Source *a, const Source *b) {
   assert_int_equal(source_count(a), source_count(b));
   assert_int_equal(source_skipped(a), source_skipped(b));
+  SourceStats x_stats = source_stats(a), y_stats = source_stats(b);
+  for (int i = 0; i < UNUSED_REASONS; i++) {
+    assert_int_equal(x_stats.unused.count[i], y_stats.unused.count[i]);
+    const char *x = x_stats.unused.first[i], *y = y_stats.unused.first[i];
+    assert_true(!x == !y);
+    if (x) assert_string_equal(x, y);
+  }
   for (int64_t i = 0; i < source_count(a); i++) {
     const Sample *x = source_sample(a, i), *y = source_sample(b, i);
     assert_string_equal(x->key, y->key);

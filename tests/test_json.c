@@ -49,6 +49,8 @@ static void json_errors(void **state) {
       {"1e", "not a number"},
       {"[1e999]", "too large"},
       {"NaN", "a value is expected, found 'N'"},
+      {"{\"loss\": NaN}", "t:1:10: a value is expected, found 'N' of NaN, which is no JSON"},
+      {"[1, -Infinity]", "t:1:5: a value is expected, found '-' of -Infinity"},
       {"truth", "a value is expected"},
       {"/* open", "t:1:1: this comment never ends"},
       {"/", "a value is expected, found '/'"},
@@ -65,6 +67,22 @@ static void json_errors(void **state) {
   assert_contains(err.text, "comments are not allowed");
   assert_null(json_parse("1\0", 2, "t", JSON_PLAIN, &err));
   assert_contains(err.text, "byte 0x00");
+  static const struct {
+    const char *text, *encoding;
+    size_t n;
+  } encodings[] = {
+      {"\xff\xfe{\0}\0", "UTF-16 (little-endian)", 6},
+      {"\xfe\xff\0{\0}", "UTF-16 (big-endian)", 6},
+      {"\xff\xfe\0\0{\0\0\0", "UTF-32 (little-endian)", 8},
+      {"\0\0\xfe\xff\0\0\0{", "UTF-32 (big-endian)", 8},
+      {"{\0}\0", "UTF-16 (little-endian", 4},
+      {"\0{\0}", "UTF-16 (big-endian", 4},
+  };
+  for (size_t i = 0; i < sizeof encodings / sizeof encodings[0]; i++) {
+    assert_null(json_parse(encodings[i].text, encodings[i].n, "t", JSON_PLAIN, &err));
+    assert_contains(err.text, encodings[i].encoding);
+    assert_contains(err.hint, "UTF-8");
+  }
 }
 
 static void json_comments_and_lines(void **state) {

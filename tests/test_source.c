@@ -264,15 +264,96 @@ static void test_webdataset_odd(void **state) {
   archive_text(&a, "._split.txt", "a file system's own");
   archive_text(&a, "README", "no extension");
   archive_text(&a, "notes.csv", "1,2");
-  archive_png(&a, "dotted.name.png", 2, 2); // key "dotted", extension "name.png": no image
+  archive_png(&a, "dotted.name.png", 2, 2); // a picture without a caption
   archive_end(&a);
   archive_write(&a, "odd.tar");
   Source *s = source_open("webdataset", at("odd.tar"), NULL, &err);
   assert_non_null(s);
   assert_int_equal(source_count(s), 2);
-  assert_int_equal(source_skipped(s), 4); // lonely, bare, badjson, garbage
+  assert_int_equal(source_skipped(s), 5); // lonely, bare, badjson, garbage, dotted.name
   expect_captioned(s, "split", "parts far apart", 6, 6);
   expect_captioned(s, "both", "from txt", 19, 13);
+  source_close(s);
+}
+
+static void expect_first(const Source *s, UnusedReason reason, int count, const char *where, const char *why) {
+  SourceStats stats = source_stats(s);
+  assert_int_equal(stats.unused.count[reason], count);
+  if (!count) return;
+  const char *first = stats.unused.first[reason];
+  if (!strstr(first, where) || !strstr(first, why)) fail_msg("%s", first);
+}
+
+// Keys with dots, WebDataset's further parts of a sample, and what Apple's tar and zip leave behind.
+static void test_webdataset_names(void **state) {
+  (void)state;
+  Error err;
+  Archive a = {0};
+  archive_text(&a, "set/._v1.0_3.png", "AppleDouble");
+  archive_png(&a, "set/v1.0_3.png", 3, 4);
+  archive_text(&a, "set/._v1.0_3.txt", "AppleDouble");
+  archive_text(&a, "set/v1.0_3.txt", "dots");
+  archive_png(&a, "set/v1.0_4.png", 5, 6);
+  archive_text(&a, "set/v1.0_4.json", "{\"text\": \"more dots\"}");
+  archive_png(&a, "000.png", 7, 8);
+  archive_png(&a, "000.seg.png", 1, 1);
+  archive_text(&a, "000.meta.json", "{}");
+  archive_text(&a, "000.txt", "parts");
+  archive_text(&a, "000.cls", "4");
+  archive_png(&a, "b.jpg.png", 2, 2);
+  archive_text(&a, "b.jpg.txt", "beside a file with two extensions");
+  archive_text(&a, "__MACOSX/000.txt", "AppleDouble");
+  archive_text(&a, ".DS_Store", "x");
+  archive_png(&a, "lost.v2.png", 9, 9);
+  archive_text(&a, "words.v2.txt", "no picture");
+  archive_text(&a, "two.png", "first");
+  archive_png(&a, "two.jpg", 1, 1);
+  archive_text(&a, "two.txt", "two pictures");
+  archive_text(&a, "w.webp", "RIFF____WEBPVP8 ");
+  archive_text(&a, "w.txt", "a format");
+  archive_text(&a, "u.txt", "\xfe\xff_");
+  archive_png(&a, "u.png", 1, 1);
+  archive_end(&a);
+  archive_write(&a, "names.tar");
+  Source *s = source_open("webdataset", at("names.tar"), NULL, &err);
+  assert_non_null(s);
+  assert_int_equal(source_count(s), 4);
+  expect_captioned(s, "b", "beside a file with two extensions", 2, 2);
+  expect_captioned(s, "set/v1.0_3", "dots", 3, 4);
+  expect_captioned(s, "set/v1.0_4", "more dots", 5, 6);
+  expect_captioned(s, "000", "parts", 7, 8);
+  expect_first(s, UNUSED_NO_CAPTION, 1, "sample lost.v2 of", "no .txt");
+  expect_first(s, UNUSED_NO_IMAGE, 1, "sample words.v2 of", "no picture");
+  expect_first(s, UNUSED_TWICE, 1, "two.jpg of", "is used");
+  expect_first(s, UNUSED_FORMAT, 2, "two.png", "neither a JPEG nor a PNG"); // w
+  expect_first(s, UNUSED_ENCODING, 1, "sample u", "UTF-16 (big-endian)");
+  expect_first(s, UNUSED_FILE, 3, "000.cls", ""); // 000.meta.json, 000.seg.png
+  assert_int_equal(source_skipped(s), 6);
+  source_close(s);
+}
+
+// JSON that cannot be parsed is called that, also where the split goes by one of its fields; where nothing of it is
+// needed it does no harm.
+static void test_webdataset_json(void **state) {
+  (void)state;
+  Error err;
+  Archive a = {0};
+  archive_png(&a, "a.png", 1, 1);
+  archive_text(&a, "a.txt", "one");
+  archive_text(&a, "a.json", "{\"style\": \"x\"}");
+  archive_png(&a, "b.png", 1, 1);
+  archive_text(&a, "b.txt", "two");
+  archive_text(&a, "b.json", "{\"style\": \"x\", \"loss\": NaN}");
+  archive_end(&a);
+  archive_write(&a, "json.tar");
+  Source *s = source_open("webdataset", at("json.tar"), NULL, &err);
+  assert_int_equal(source_count(s), 2);
+  assert_int_equal(source_skipped(s), 0);
+  source_close(s);
+  s = source_open("webdataset", at("json.tar"), "style", &err);
+  if (!s) fail_msg("%s", err.text);
+  assert_int_equal(source_count(s), 1);
+  expect_first(s, UNUSED_JSON, 1, "sample b", "NaN");
   source_close(s);
 }
 
@@ -296,6 +377,8 @@ static void test_text(void **state) {
     assert_string_equal(sample->group, keys[i]);
   }
   source_close(s);
+  write_text("text/._b.txt", "AppleDouble");
+  write_text("text/.hidden.jsonl", "{");
   write_text("text/a.jsonl",
              "{\"text\": \" kept as it is\\n\"}\n{\"text\": \"\"}\nnonsense\n{\"key\": \"k2\", \"text\": \"two\"}\n");
   s = source_open("text", at("text"), "caption", &err);
@@ -439,10 +522,12 @@ static void test_held_out(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_folder_tsv),  cmocka_unit_test(test_folder_jsonl),   cmocka_unit_test(test_pixel_cap),
-      cmocka_unit_test(test_webdataset),  cmocka_unit_test(test_webdataset_odd), cmocka_unit_test(test_text),
-      cmocka_unit_test(test_interleaved), cmocka_unit_test(test_wrong_paths),    cmocka_unit_test(test_threads),
-      cmocka_unit_test(test_held_out),
+      cmocka_unit_test(test_folder_tsv),      cmocka_unit_test(test_folder_jsonl),
+      cmocka_unit_test(test_pixel_cap),       cmocka_unit_test(test_webdataset),
+      cmocka_unit_test(test_webdataset_odd),  cmocka_unit_test(test_webdataset_names),
+      cmocka_unit_test(test_webdataset_json), cmocka_unit_test(test_text),
+      cmocka_unit_test(test_interleaved),     cmocka_unit_test(test_wrong_paths),
+      cmocka_unit_test(test_threads),         cmocka_unit_test(test_held_out),
   };
   return cmocka_run_group_tests(tests, scratch_begin, scratch_end);
 }

@@ -2,6 +2,7 @@
 // is the file.
 #include "tests/fuzz/fuzz.h"
 
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,29 +34,33 @@ static void shard(const char *member, const uint8_t *data, size_t n, const char 
   free(png);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-  static const char *const lists[] = {"captions.tsv", "captions.jsonl", "docs.jsonl", "docs.txt"};
-  static const char *const by[] = {"key", "caption", "k"};
-  if (size < 2) return 0;
-  unsigned form = data[0] % 6;
-  const char *held_out_by = by[data[1] % 3];
-  data += 2;
-  size -= 2;
-  if (form >= 4) {
-    shard(form == 4 ? "a.json" : "a.txt", data, size, held_out_by);
-    return 0;
-  }
+// A file of a folder that holds a.png, opened as the folder or by itself.
+static void folder(const char *name, const uint8_t *data, size_t n, bool whole, const char *held_out_by) {
   size_t png_bytes;
   uint8_t *png = fuzz_png(&png_bytes);
   free(fuzz_file("a.png", png, png_bytes));
   free(png);
-  char *path = fuzz_file(lists[form], data, size), *folder = fuzz_path(".");
-  if (form < 2)
-    fuzz_source("folder", folder, held_out_by);
-  else
-    fuzz_source("text", path, held_out_by);
+  char *path = fuzz_file(name, data, n), *folder = fuzz_path(".");
+  fuzz_source(whole ? "folder" : "text", whole ? folder : path, held_out_by);
   unlink(path);
   free(folder);
   free(path);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  static const struct {
+    const char *name;
+    enum { LIST, TEXT, MEMBER } as;
+  } forms[] = {{"captions.tsv", LIST}, {"captions.jsonl", LIST}, {"docs.jsonl", TEXT},   {"docs.txt", TEXT},
+               {"a.json", MEMBER},     {"a.txt", MEMBER},        {"metadata.csv", LIST}, {"metadata.jsonl", LIST},
+               {"a.txt", LIST},        {"a.json", LIST}};
+  static const char *const by[] = {"key", "caption", "k"};
+  if (size < 2) return 0;
+  unsigned form = data[0] % (sizeof forms / sizeof forms[0]);
+  const char *held_out_by = by[data[1] % 3];
+  if (forms[form].as == MEMBER)
+    shard(forms[form].name, data + 2, size - 2, held_out_by);
+  else
+    folder(forms[form].name, data + 2, size - 2, forms[form].as == LIST, held_out_by);
   return 0;
 }

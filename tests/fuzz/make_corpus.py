@@ -71,9 +71,12 @@ def tensors(entries, metadata=None):
     return struct.pack("<Q", len(text)) + text + data
 
 
-def index(samples, skipped=0, held_out_by=b"key", first_skip=b""):
-    out = struct.pack("<8sQqqqqII", b"TESIDX1\n", 0, 0, 0, len(samples), skipped, len(held_out_by), len(first_skip))
-    out += held_out_by + b"\0" + first_skip + b"\0"
+def index(samples, unused=(), held_out_by=b"key"):
+    """unused: a pair (count, the first of them) for some of the 12 reasons, by number."""
+    unused = [dict(unused).get(i, (0, b"")) for i in range(12)]
+    out = struct.pack("<8sQqqq", b"TESIDX2\n", 0, 0, 0, len(samples))
+    out += struct.pack("<25q", *(n for n, _ in unused), *(len(first) for _, first in unused), len(held_out_by))
+    out += held_out_by + b"\0" + b"".join(first + b"\0" for _, first in unused)
     for offset, size, width, height, *strings in samples:
         out += struct.pack("<qqiiIIII", offset, size, width, height, *map(len, strings))
         out += b"".join(s + b"\0" for s in strings)
@@ -97,9 +100,10 @@ def main():
 
     seed("index", "two", index([(512, 100, 7, 6, b"a", b"a", b"caption", b"a.png"),
                                 (1024, 3072, 1, 1, b"b", b"g", b"x", b"b.png")]))
-    seed("index", "skipped", index([(0, 4096, 3, 3, b"k", b"k", b"c\0d", b"m")], 2, b"key", b"x is left out"))
+    seed("index", "skipped", index([(0, 4096, 3, 3, b"k", b"k", b"c\0d", b"m")],
+                                    {0: (2, b"x is left out"), 11: (1, b"y.cls")}))
     seed("index", "outside", index([(4000, 200, 3, 3, b"k", b"k", b"c", b"m")]))
-    seed("index", "caption", index([], 1, b"caption", b"y"))
+    seed("index", "caption", index([], {5: (1, b"y")}, b"caption"))
 
     f32 = struct.pack("<6f", *range(6))
     seed("safetensors", "two", tensors([("w", "F32", [2, 3], f32), ("i", "I32", [2], b"\1\0\0\0\2\0\0\0")],
@@ -122,9 +126,16 @@ def main():
              b'{"file": 3}\n{"file": "a.png", "caption": "\\ud83d\\ude00", "k": null}\nnot json\n')
     docs = (b'{"text": "plain", "k": [1]}\n{"segments": [{"text": "see"}, {"image": "a.png"}, {"text": ""}], "key": "d",'
             b' "k": {"a": 1}}\n{"segments": []}\n{"segments": 3}\n')
+    csv = (b'file_name,text,k\r\na.png,"one, ""quoted""\nand a line",g\r\na.png,two,h\n,x\na.png,a,b,c\n"a"b,c,d\n'
+           b'missing.png,x,\n')
     txt = b"one line\ntwo lines\n\n \t\nsecond\r\n\r\nthird"
     for form, name, body in [(0, "tsv", tsv), (1, "jsonl", jsonl), (2, "docs", docs), (3, "txt", txt),
-                             (4, "json", b'{"caption": "in json", "k": 1.5}'), (5, "plain", b" a caption \n")]:
+                             (4, "json", b'{"caption": "in json", "k": 1.5}'), (5, "plain", b" a caption \n"),
+                             (6, "csv", csv), (6, "csv-semicolons", csv.replace(b",", b";")),
+                             (6, "csv-open", b'a.png,"one\na.png,two\n'), (7, "metadata", jsonl.replace(b"caption", b"text")),
+                             (8, "beside", b"\xef\xbb\xbf beside \r\n"), (8, "utf-16", b"\xff\xfea\0b\0"),
+                             (9, "beside-json", b'{"prompt": "in json", "k": NaN}'),
+                             (0, "tsv-quoted", b'file\tk\tcaption\na.png\tg\t"a ""quoted"" caption"\na.png\t"tis\tx\n')]:
         for by in range(3):
             seed("captions", f"{name}-{by}", bytes([form, by]) + body)
     seed("captions", "not-utf8", b"\0\0a.png\tcaf\xe9 \xff\xc0\xaf\n")
