@@ -30,7 +30,8 @@ HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell printf 'int main(void) { return cudaFr
 endif
 
 # ---- flags ----
-WARN := -Wall -Wextra -Werror
+# No array on a stack is sized by what a config says.
+WARN := -Wall -Wextra -Wvla -Werror
 BASE := -std=gnu11 -D_GNU_SOURCE -I. -MMD -MP -g -fopenmp
 OPT := -O2
 # NaN and infinity must be seen, so no -ffast-math.

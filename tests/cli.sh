@@ -142,6 +142,12 @@ P
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
 [ -f "$dir/run/ckpt-3/state.json" ]
 
+# Arrays that the model sizes lie on no stack: heads of 1024 and thousands of experts run on a small one.
+wide=(--set model.layers=1 --set model.dim=32 --set model.heads=64 --set model.kv_heads=1 --set model.head_dim=1024
+  --set model.text.experts=4096 --set model.text.expert_dim=4 --set model.image.experts=1024 --set model.image.expert_dim=4)
+(ulimit -s 512 && "$train" configs/demo.json --run-dir "$dir/wide" "${short[@]}" "${wide[@]}" --steps 1 \
+  --set eval.documents=0 2>"$dir/log") || { tail -3 "$dir/log"; exit 1; }
+
 # Closed descriptors: what is said goes nowhere, least of all into a file of the run.
 for closed in '2>&-' '<&- 2>&-' '<&- >&- 2>&-'; do
   rm -rf "$dir/closed"

@@ -46,6 +46,47 @@ static Heads heads_of(const KernelCall *c) {
                  .used = c->batch->dims->n_text + c->batch->dims->n_image};
 }
 
+// What one thread works with: packed tiles and what is formed from them. forward_tile lets out, top and sum grow where
+// the backward pass keeps dout, lse and delta.
+typedef struct Buffers {
+  real *q, *dout;                // [rows, W]
+  real *lse, *delta;             // [rows]
+  real *p, *ds;                  // [rows, KEYS]
+  real *dq;                      // [rows, W]
+  real *columns, *value_columns; // [D, KEYS]
+  real *key_rows;                // [KEYS, W]
+  real *dkeys, *dvalues;         // [KEYS, W]
+} Buffers;
+
+// Lays them out from `at`; returns how many numbers they take.
+static int64_t buffers_bind(Buffers *b, const Heads *hd, real *at) {
+  int64_t rows = hd->tile * hd->R, W = hd->W, used = 0;
+  const struct {
+    real **to;
+    int64_t count;
+  } arrays[] = {{&b->q, rows * W},        {&b->dout, rows * W},    {&b->lse, rows},
+                {&b->delta, rows},        {&b->p, rows * KEYS},    {&b->ds, rows * KEYS},
+                {&b->dq, rows * W},       {&b->columns, W * KEYS}, {&b->value_columns, W * KEYS},
+                {&b->key_rows, KEYS * W}, {&b->dkeys, KEYS * W},   {&b->dvalues, KEYS * W}};
+  for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+    *arrays[i].to = at ? at + used : NULL;
+    used += (arrays[i].count + PAD - 1) / PAD * PAD;
+  }
+  return used;
+}
+
+static Scratch buffers_take(const Heads *hd) {
+  Buffers none;
+  return scratch_take(buffers_bind(&none, hd, NULL) * (int64_t)sizeof(real));
+}
+
+// The calling thread's.
+static Buffers buffers_own(const Heads *hd, const Scratch *scratch) {
+  Buffers b;
+  buffers_bind(&b, hd, scratch_own(scratch));
+  return b;
+}
+
 static int64_t min_of(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -203,16 +244,17 @@ static real softmax_row(const Heads *hd, const KeyTile *keys, int64_t query, rea
   return keep;
 }
 
-static void forward_tile(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *queries) {
+static void forward_tile(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *queries,
+                         const Buffers *own) {
   const Batch *b = hd->batch;
   const real *k = c->in[1], *v = c->in[2]; // [T, G, D]
   real *o = c->out[0];                     // [T, H D], row order
   real *lse = c->out[1];                   // [H, T]
   int64_t rows = queries->rows, W = hd->W, D = hd->D, R = hd->R;
-  real q[rows * W], out[rows * W], top[rows], sum[rows];
-  real columns[D * KEYS], values[KEYS * W], score[rows * KEYS];
+  real *q = own->q, *out = own->dout, *top = own->lse, *sum = own->delta; // [rows, W] twice, [rows] twice
+  real *columns = own->columns, *values = own->key_rows, *score = own->p; // [D, KEYS], [KEYS, W], [rows, KEYS]
   pack_queries(hd, queries, c->in[0], g, q);
-  memset(out, 0, sizeof out);
+  memset(out, 0, (size_t)(rows * W) * sizeof *out);
   for (int64_t i = 0; i < rows; i++) {
     top[i] = -(real)INFINITY;
     sum[i] = 0;
@@ -245,15 +287,17 @@ void cpu_ATTENTION_FWD(const KernelCall *c) {
   const Batch *b = c->batch;
   real *o = c->out[0], *lse = c->out[1];
   int64_t blocks = (hd.used + BLOCK - 1) / BLOCK;
+  const Scratch scratch = buffers_take(&hd);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < blocks * hd.G; task++) {
     int64_t block = task / hd.G, g = task % hd.G, end = min_of((block + 1) * BLOCK, hd.used);
+    Buffers own = buffers_own(&hd, &scratch);
     for (int64_t at = block * BLOCK; at < end; at++) {
       if ((at - b->doc_start[at]) % hd.tile) continue;
       int64_t stop = at + 1; // a tile is of one document
       while (stop < hd.used && stop - at < hd.tile && b->doc_start[stop] == b->doc_start[at]) stop++;
       QueryTile queries = query_tile(&hd, at, stop);
-      forward_tile(&hd, c, g, &queries);
+      forward_tile(&hd, c, g, &queries, &own);
     }
   }
   memset(o + hd.used * hd.H * hd.D, 0, (size_t)((hd.T - hd.used) * hd.H * hd.D) * sizeof *o);
@@ -264,38 +308,34 @@ void cpu_ATTENTION_FWD(const KernelCall *c) {
 // ---- backward ----
 
 // What the backward pass needs of a query tile: q / sqrt(D) and dO [rows, W], lse and rowsum(dO * O) [rows].
-typedef struct QueryPack {
-  real *q, *dout, *lse, *delta;
-} QueryPack;
-
-static void pack_backward(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *t, QueryPack p) {
+static void pack_backward(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *t, const Buffers *own) {
   const real *dout = c->in[0], *o = c->in[1]; // [T, H D], row order
   const real *lse = c->in[5];                 // [H, T]
-  pack_queries(hd, t, c->in[2], g, p.q);
+  pack_queries(hd, t, c->in[2], g, own->q);
   for (int64_t i = 0; i < t->rows; i++) {
     int64_t query = t->first + i / hd->R, h = g * hd->R + i % hd->R;
     int64_t at = (hd->batch->row[query] * hd->H + h) * hd->D;
-    real *to = p.dout + i * hd->W, delta = 0;
+    real *to = own->dout + i * hd->W, delta = 0;
 #pragma omp simd reduction(+ : delta)
     for (int64_t j = 0; j < hd->D; j++) {
       to[j] = dout[at + j];
       delta += dout[at + j] * o[at + j];
     }
     for (int64_t i = hd->D; i < hd->W; i++) to[i] = 0;
-    p.delta[i] = delta;
-    p.lse[i] = lse[h * hd->T + query];
+    own->delta[i] = delta;
+    own->lse[i] = lse[h * hd->T + query];
   }
 }
 
-// p [rows, KEYS] = probabilities, ds [rows, KEYS] = gradient of the scaled scores.
-static void score_gradient(const Heads *hd, const QueryTile *queries, QueryPack pack, const KeyTile *keys,
-                           const real *columns, const real *value_columns, real *p, real *ds) {
-  tile_product(queries->rows, keys->width, hd->D, pack.q, hd->W, 1, columns, KEYS, 0, p, KEYS);
-  tile_product(queries->rows, keys->width, hd->D, pack.dout, hd->W, 1, value_columns, KEYS, 0, ds, KEYS);
+// p = probabilities, ds = gradient of the scaled scores.
+static void score_gradient(const Heads *hd, const QueryTile *queries, const KeyTile *keys, const Buffers *own) {
+  real *p = own->p, *ds = own->ds;
+  tile_product(queries->rows, keys->width, hd->D, own->q, hd->W, 1, own->columns, KEYS, 0, p, KEYS);
+  tile_product(queries->rows, keys->width, hd->D, own->dout, hd->W, 1, own->value_columns, KEYS, 0, ds, KEYS);
   for (int64_t i = 0; i < queries->rows; i++) {
     int64_t query = queries->first + i / hd->R;
     int32_t visible = keys_visible(hd, keys, query), width = (int32_t)keys->width, at = (int32_t)query;
-    real lse = pack.lse[i], delta = pack.delta[i], *row = p + i * KEYS, *gradient = ds + i * KEYS;
+    real lse = own->lse[i], delta = own->delta[i], *row = p + i * KEYS, *gradient = ds + i * KEYS;
 #pragma omp simd
     for (int32_t j = 0; j < width; j++) {
       real e = real_exp(row[j] - lse);
@@ -306,12 +346,12 @@ static void score_gradient(const Heads *hd, const QueryTile *queries, QueryPack 
   }
 }
 
-// dq [T, H, D] += ds K / sqrt(D). key_rows [KEYS, W].
+// dq [T, H, D] += ds K / sqrt(D).
 static void add_query_gradient(const Heads *hd, int64_t g, const QueryTile *queries, const KeyTile *keys,
-                               const real *ds, const real *key_rows, real *dq) {
+                               const Buffers *own, real *dq) {
   int64_t rows = queries->rows, W = hd->W;
-  real sum[rows * W], scale = (real)(1 / sqrt((double)hd->D));
-  tile_product(rows, W, keys->n, ds, KEYS, 1, key_rows, W, 0, sum, W);
+  real *sum = own->dq, scale = (real)(1 / sqrt((double)hd->D)); // [rows, W]
+  tile_product(rows, W, keys->n, own->ds, KEYS, 1, own->key_rows, W, 0, sum, W);
   for (int64_t i = 0; i < rows; i++) {
     real *to = dq + ((queries->first + i / hd->R) * hd->H + g * hd->R + i % hd->R) * hd->D;
     for (int64_t j = 0; j < hd->D; j++) to[j] += scale * sum[i * W + j];
@@ -324,25 +364,24 @@ static void clear_query_gradient(const Heads *hd, int64_t g, int64_t first, int6
 }
 
 // dk, dv of keys [first, end), at most KEYS of one document; their share of dq as well when dq is not NULL.
-static void backward_keys(const Heads *hd, const KernelCall *c, int64_t g, int64_t first, int64_t end, real *dq) {
-  int64_t W = hd->W, D = hd->D, cap = hd->tile * hd->R;
-  real q[cap * W], dout[cap * W], lse[cap], delta[cap], p[cap * KEYS], ds[cap * KEYS];
-  real columns[D * KEYS], value_columns[D * KEYS], key_rows[KEYS * W], dkeys[KEYS * W], dvalues[KEYS * W];
+static void backward_keys(const Heads *hd, const KernelCall *c, int64_t g, int64_t first, int64_t end, real *dq,
+                          const Buffers *own) {
+  int64_t W = hd->W, D = hd->D;
   real *dk = c->out[1], *dv = c->out[2]; // [T, G, D]
-  QueryPack pack = {.q = q, .dout = dout, .lse = lse, .delta = delta};
+  real *dkeys = own->dkeys, *dvalues = own->dvalues;
   KeyTile keys = key_tile(hd, first, end);
-  pack_keys_transposed(hd, &keys, c->in[3], g, columns);
-  pack_keys_transposed(hd, &keys, c->in[4], g, value_columns);
-  if (dq) pack_keys(hd, &keys, c->in[3], g, key_rows);
+  pack_keys_transposed(hd, &keys, c->in[3], g, own->columns);
+  pack_keys_transposed(hd, &keys, c->in[4], g, own->value_columns);
+  if (dq) pack_keys(hd, &keys, c->in[3], g, own->key_rows);
   memset(dkeys, 0, (size_t)(keys.n * W) * sizeof *dkeys);
   memset(dvalues, 0, (size_t)(keys.n * W) * sizeof *dvalues);
   for (int64_t at = hd->batch->q_start[first]; at < keys.last_query; at += hd->tile) { // q_start never decreases
     QueryTile queries = query_tile(hd, at, keys.last_query);
-    pack_backward(hd, c, g, &queries, pack);
-    score_gradient(hd, &queries, pack, &keys, columns, value_columns, p, ds);
-    tile_product(keys.n, W, queries.rows, p, 1, KEYS, dout, W, 1, dvalues, W);
-    tile_product(keys.n, W, queries.rows, ds, 1, KEYS, q, W, 1, dkeys, W);
-    if (dq) add_query_gradient(hd, g, &queries, &keys, ds, key_rows, dq);
+    pack_backward(hd, c, g, &queries, own);
+    score_gradient(hd, &queries, &keys, own);
+    tile_product(keys.n, W, queries.rows, own->p, 1, KEYS, own->dout, W, 1, dvalues, W);
+    tile_product(keys.n, W, queries.rows, own->ds, 1, KEYS, own->q, W, 1, dkeys, W);
+    if (dq) add_query_gradient(hd, g, &queries, &keys, own, dq);
   }
   for (int64_t j = 0; j < keys.n; j++) {
     memcpy(dk + ((first + j) * hd->G + g) * D, dkeys + j * W, (size_t)D * sizeof *dk);
@@ -351,29 +390,26 @@ static void backward_keys(const Heads *hd, const KernelCall *c, int64_t g, int64
 }
 
 // dq of one query tile.
-static void backward_queries(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *queries) {
+static void backward_queries(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *queries,
+                             const Buffers *own) {
   const Batch *b = hd->batch;
-  int64_t rows = queries->rows, W = hd->W, D = hd->D;
-  real q[rows * W], dout[rows * W], lse[rows], delta[rows], p[rows * KEYS], ds[rows * KEYS];
-  real columns[D * KEYS], value_columns[D * KEYS], key_rows[KEYS * W];
-  QueryPack pack = {.q = q, .dout = dout, .lse = lse, .delta = delta};
   real *dq = c->out[0];
-  pack_backward(hd, c, g, queries, pack);
+  pack_backward(hd, c, g, queries, own);
   clear_query_gradient(hd, g, queries->first, queries->first + queries->n, dq);
   int64_t end = b->kv_end[queries->first + queries->n - 1];
   for (int64_t first = b->doc_start[queries->first]; first < end; first += KEYS) {
     KeyTile keys = key_tile(hd, first, end);
     if (keys.last_query <= queries->first) continue;
-    pack_keys_transposed(hd, &keys, c->in[3], g, columns);
-    pack_keys_transposed(hd, &keys, c->in[4], g, value_columns);
-    pack_keys(hd, &keys, c->in[3], g, key_rows);
-    score_gradient(hd, queries, pack, &keys, columns, value_columns, p, ds);
-    add_query_gradient(hd, g, queries, &keys, ds, key_rows, dq);
+    pack_keys_transposed(hd, &keys, c->in[3], g, own->columns);
+    pack_keys_transposed(hd, &keys, c->in[4], g, own->value_columns);
+    pack_keys(hd, &keys, c->in[3], g, own->key_rows);
+    score_gradient(hd, queries, &keys, own);
+    add_query_gradient(hd, g, queries, &keys, own, dq);
   }
 }
 
 // The part of a document that belongs to the task which holds position `at`.
-static void backward_at(const Heads *hd, const KernelCall *c, int64_t g, int64_t at) {
+static void backward_at(const Heads *hd, const KernelCall *c, int64_t g, int64_t at, const Buffers *own) {
   const Batch *b = hd->batch;
   int64_t start = b->doc_start[at], offset = at - start, end = at + 1;
   real *dq = c->out[0];
@@ -383,13 +419,13 @@ static void backward_at(const Heads *hd, const KernelCall *c, int64_t g, int64_t
     if (offset) return;
     clear_query_gradient(hd, g, start, end, dq);
     for (int64_t first = start; first < end; first += KEYS)
-      backward_keys(hd, c, g, first, min_of(first + KEYS, end), dq);
+      backward_keys(hd, c, g, first, min_of(first + KEYS, end), dq, own);
     return;
   }
-  if (offset % KEYS == 0) backward_keys(hd, c, g, at, min_of(at + KEYS, end), NULL);
+  if (offset % KEYS == 0) backward_keys(hd, c, g, at, min_of(at + KEYS, end), NULL, own);
   if (offset % hd->tile == 0) {
     QueryTile queries = query_tile(hd, at, end);
-    backward_queries(hd, c, g, &queries);
+    backward_queries(hd, c, g, &queries, own);
   }
 }
 
@@ -398,10 +434,12 @@ void cpu_ATTENTION_BWD(const KernelCall *c) {
   real *dq = c->out[0];                  // [T, H, D]
   real *dk = c->out[1], *dv = c->out[2]; // [T, G, D]
   int64_t blocks = (hd.used + BLOCK - 1) / BLOCK;
+  const Scratch scratch = buffers_take(&hd);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < blocks * hd.G; task++) {
     int64_t block = task / hd.G, end = min_of((block + 1) * BLOCK, hd.used);
-    for (int64_t at = block * BLOCK; at < end; at++) backward_at(&hd, c, task % hd.G, at);
+    Buffers own = buffers_own(&hd, &scratch);
+    for (int64_t at = block * BLOCK; at < end; at++) backward_at(&hd, c, task % hd.G, at, &own);
   }
   size_t filler = (size_t)((hd.T - hd.used) * hd.D) * sizeof(real);
   memset(dq + hd.used * hd.H * hd.D, 0, (size_t)hd.H * filler);

@@ -32,6 +32,17 @@ typedef struct GemmItem {
 } GemmItem;
 void gemm_batch(int ta, int tb, real beta, const GemmItem *items, int n);
 
+// Memory for arrays whose size the model decides, which may be more than a stack holds: `bytes` for each thread of the
+// next parallel region, of any content, until the calling thread's next scratch_take. An op takes what it needs before
+// its loop, so that no thread allocates.
+typedef struct Scratch {
+  char *at;
+  size_t bytes; // of a thread
+} Scratch;
+Scratch scratch_take(int64_t bytes);
+// The calling thread's part, inside the region or, outside of any, the first one.
+void *scratch_own(const Scratch *s);
+
 // exp to about 2 ulp in float (a polynomial the compiler vectorises), libm's in double. Saturates; NaN stays NaN.
 static inline real real_exp(real x) {
   if (sizeof(real) == sizeof(double)) return (real)exp((double)x);

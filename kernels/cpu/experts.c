@@ -129,7 +129,8 @@ static void slots_product(const KernelCall *c, const Slots *s, int transposed, c
                           const int K[MODALITIES], int k_scale, const real *x, const void *const *W, real *out) {
   const Dims *d = c->dims;
   int groups = d->E[TEXT] + d->E[IMAGE];
-  GemmItem items[groups];
+  const Scratch scratch = scratch_take(groups * (int64_t)sizeof(GemmItem));
+  GemmItem *items = scratch_own(&scratch);
   for (int g = 0; g < groups; g++) {
     int m = g < d->E[TEXT] ? TEXT : IMAGE;
     int64_t e = m == TEXT ? g : g - d->E[TEXT], n = n_scale * N[m], k = k_scale * K[m], begin = s->route.begin[g];

@@ -85,12 +85,13 @@ void cpu_QKNORM_ROPE_FWD(const KernelCall *c) {
   real *k = c->out[1], *v = c->out[2];       // [T, G, D]
   int64_t D = d->D, H = d->H, G = d->G, width = (H + 2 * G) * D;
   int64_t n_text = b->dims->n_text, used = n_text + b->dims->n_image;
-  float freq[D / 2];
+  const Scratch scratch = scratch_take(2 * D * (int64_t)sizeof(real)); // cosine, sine; the first thread's: freq behind
+  float *freq = (float *)((real *)scratch_own(&scratch) + D);          // [D/2]
   rope_frequencies(D, freq);
 #pragma omp parallel for
   for (int64_t r = 0; r < used; r++) {
     int64_t s = b->seq[r], m = r < n_text ? TEXT : IMAGE;
-    real cosine[D / 2], sine[D / 2];
+    real *cosine = scratch_own(&scratch), *sine = cosine + D / 2; // [D/2] each
     rope_angles(b->position + 2 * s, freq, D, cosine, sine);
     const real *x = qkv + r * width;
     for (int64_t h = 0; h < H; h++) head_forward(x + h * D, wq + m * D, cosine, sine, D, q + (s * H + h) * D);
@@ -118,9 +119,10 @@ void cpu_QKNORM_ROPE_BWD(const KernelCall *c) {
   int64_t D = d->D, H = d->H, G = d->G, width = (H + 2 * G) * D;
   int64_t n_text = b->dims->n_text, used = n_text + b->dims->n_image;
   int64_t block_rows = (d->T + NORM_BLOCKS - 1) / NORM_BLOCKS;
-  float freq[D / 2];
+  const Scratch scratch = scratch_take((2 + NORM_BLOCKS * 4) * D * (int64_t)sizeof(real)); // as above; and partial
+  float *freq = (float *)((real *)scratch_own(&scratch) + D);                              // [D/2]
+  real *partial = (real *)scratch_own(&scratch) + 2 * D;                                   // [block][q, k][modality][D]
   rope_frequencies(D, freq);
-  real partial[NORM_BLOCKS * 4 * D]; // [block][q, k][modality][D]
 #pragma omp parallel for
   for (int64_t block = 0; block < NORM_BLOCKS; block++) {
     real *sum = partial + block * 4 * D;
@@ -128,7 +130,7 @@ void cpu_QKNORM_ROPE_BWD(const KernelCall *c) {
     int64_t end = (block + 1) * block_rows < used ? (block + 1) * block_rows : used;
     for (int64_t r = block * block_rows; r < end; r++) {
       int64_t s = b->seq[r], m = r < n_text ? TEXT : IMAGE;
-      real cosine[D / 2], sine[D / 2];
+      real *cosine = scratch_own(&scratch), *sine = cosine + D / 2;
       rope_angles(b->position + 2 * s, freq, D, cosine, sine);
       const real *x = qkv + r * width;
       real *dx = dqkv + r * width;

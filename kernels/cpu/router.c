@@ -77,7 +77,8 @@ static void sort_assignments(const Side *side, int64_t kmax, int32_t *begin, int
     begin[e] = at;
     at += count[e];
   }
-  int32_t next[side->E];
+  const Scratch scratch = scratch_take(side->E * (int64_t)sizeof(int32_t));
+  int32_t *next = scratch_own(&scratch); // [E]
   memcpy(next, begin, (size_t)side->E * sizeof *next);
   for (int64_t r = side->first; r < side->first + side->n; r++) {
     for (int64_t j = 0; j < side->K; j++) {
@@ -146,12 +147,15 @@ void cpu_ROUTER_LOSS(const KernelCall *c) {
     const Side *s = &side[m];
     if (s->n == 0) continue;
     int64_t E = s->E, block_rows = (s->n + LOSS_BLOCKS - 1) / LOSS_BLOCKS;
-    double partial[LOSS_BLOCKS * (E + 1)]; // [block][E probabilities, lse^2]
-    memset(partial, 0, sizeof partial);
+    int64_t sums = LOSS_BLOCKS * (E + 1);
+    const Scratch scratch = scratch_take((sums + LOSS_BLOCKS * E) * (int64_t)sizeof(double));
+    double *partial = scratch_own(&scratch); // [block][E probabilities, lse^2]
+    real *rows = (real *)(partial + sums);   // [block][E]
+    memset(partial, 0, (size_t)sums * sizeof *partial);
 #pragma omp parallel for
     for (int64_t block = 0; block < LOSS_BLOCKS; block++) {
       double *sum = partial + block * (E + 1);
-      real p[E];
+      real *p = rows + block * E;
       int64_t end = (block + 1) * block_rows < s->n ? (block + 1) * block_rows : s->n;
       for (int64_t r = block * block_rows; r < end; r++) {
         double lse = (double)softmax_full(logits + s->base + (s->first + r) * E, E, p);
@@ -191,7 +195,7 @@ static int64_t expert_of(const LogitGradient *g, int32_t slot) {
 static void logit_gradient(const LogitGradient *g, int64_t r, real *out) {
   int64_t E = g->side->E, K = g->side->K;
   const real *w = g->weights + r * g->kmax, *dw = g->dweights + r * g->kmax;
-  real p[E], lse = softmax_full(g->logits + r * E, E, p), mean_load = 0, dot = 0;
+  real *p = out, lse = softmax_full(g->logits + r * E, E, p), mean_load = 0, dot = 0;
   real assignments = (real)(g->side->n * K);
   for (int64_t e = 0; e < E; e++) mean_load += (real)g->count[e] / assignments * p[e];
   for (int64_t j = 0; j < K; j++) dot += w[j] * dw[j];
@@ -204,13 +208,14 @@ static void logit_gradient(const LogitGradient *g, int64_t r, real *out) {
   for (int64_t j = 0; j < K; j++) out[expert_of(g, g->slot[r * g->kmax + j])] += K == 1 ? dot : w[j] * (dw[j] - dot);
 }
 
-// Columns [c0, c0 + width) of dWr [E, C] of one modality, over all its rows.
-static void weight_gradient(const KernelCall *c, const LogitGradient *g, int m, int64_t c0, int64_t width) {
+// Columns [c0, c0 + width) of dWr [E, C] of one modality, over all its rows. dlogits: room for [GRAD_ROWS, E].
+static void weight_gradient(const KernelCall *c, const LogitGradient *g, int m, int64_t c0, int64_t width,
+                            real *dlogits) {
   const real *h = c->in[4];  // [T, C]
   real *dwr = c->out[1 + m]; // [E, C]
   const Side *s = g->side;
   int64_t C = c->dims->C;
-  real keep = c->args->router.accumulate ? 1 : 0, dlogits[GRAD_ROWS * s->E]; // [rows, E]
+  real keep = c->args->router.accumulate ? 1 : 0;
   if (s->n == 0) gemm_serial(1, 0, s->E, width, 0, 1, dlogits, s->E, h, C, keep, dwr + c0, C);
   for (int64_t r = s->first; r < s->first + s->n; r += GRAD_ROWS) {
     int64_t left = s->first + s->n - r, rows = left < GRAD_ROWS ? left : GRAD_ROWS;
@@ -220,14 +225,13 @@ static void weight_gradient(const KernelCall *c, const LogitGradient *g, int m, 
   }
 }
 
-// Up to GRAD_ROWS rows of dh [T, C] from row r on, all of one modality.
-static void input_gradient(const KernelCall *c, const LogitGradient *g, int m, int64_t r) {
+// Up to GRAD_ROWS rows of dh [T, C] from row r on, all of one modality. dlogits: likewise.
+static void input_gradient(const KernelCall *c, const LogitGradient *g, int m, int64_t r, real *dlogits) {
   const real *wr = c->in[5 + m]; // [E, C]
   const real *add = c->in[7];    // [T, C] or NULL
   real *dh = c->out[0];          // [T, C]
   const Side *s = g->side;
   int64_t C = c->dims->C, left = s->first + s->n - r, rows = left < GRAD_ROWS ? left : GRAD_ROWS;
-  real dlogits[GRAD_ROWS * s->E]; // [rows, E]
   for (int64_t i = 0; i < rows; i++) logit_gradient(g, r + i, dlogits + i * s->E);
   if (add) memcpy(dh + r * C, add + r * C, (size_t)(rows * C) * sizeof *dh);
   gemm_serial(0, 0, rows, C, s->E, 1, dlogits, s->E, wr, C, add ? 1 : 0, dh + r * C, C);
@@ -260,19 +264,21 @@ void cpu_ROUTER_BWD(const KernelCall *c) {
     row_blocks[m] = (s->n + GRAD_ROWS - 1) / GRAD_ROWS;
   }
   // Both kinds of task form the logit gradients they need, E numbers a row; the longer kind comes first.
-  int64_t weight_tasks = MODALITIES * column_blocks;
+  int64_t weight_tasks = MODALITIES * column_blocks, most = d->E[TEXT] > d->E[IMAGE] ? d->E[TEXT] : d->E[IMAGE];
+  const Scratch scratch = scratch_take(GRAD_ROWS * most * (int64_t)sizeof(real));
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < weight_tasks + row_blocks[TEXT] + row_blocks[IMAGE]; task++) {
+    real *dlogits = scratch_own(&scratch);
     if (task < weight_tasks) {
       int64_t c0 = task / MODALITIES * GRAD_COLUMNS;
       int m = (int)(task % MODALITIES);
-      weight_gradient(c, &gradient[m], m, c0, C - c0 < GRAD_COLUMNS ? C - c0 : GRAD_COLUMNS);
+      weight_gradient(c, &gradient[m], m, c0, C - c0 < GRAD_COLUMNS ? C - c0 : GRAD_COLUMNS, dlogits);
       continue;
     }
     int64_t block = task - weight_tasks;
     int m = block < row_blocks[TEXT] ? TEXT : IMAGE;
     if (m == IMAGE) block -= row_blocks[TEXT];
-    input_gradient(c, &gradient[m], m, side[m].first + block * GRAD_ROWS);
+    input_gradient(c, &gradient[m], m, side[m].first + block * GRAD_ROWS, dlogits);
   }
   int64_t used = side[IMAGE].first + side[IMAGE].n;
   memset(dh + used * C, 0, (size_t)((d->T - used) * C) * sizeof *dh);
