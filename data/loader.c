@@ -15,8 +15,13 @@
 
 // Images that cannot be decoded: so many are named as they come, so many in the error that ends the run.
 enum { BAD_IMAGES_NAMED = 20, BAD_IMAGES_LISTED = 5 };
-// A source of whose first images, so many of them, none can be decoded is not what it should be.
-enum { SOURCE_TRIAL = 16 };
+// Images in a row that cannot be decoded after which a source is not what it should be: the first ones, and later ones.
+enum { FIRST_IMAGES = 16, MOST_IN_A_ROW = 10000 };
+
+typedef struct SourceTrial {
+  bool decoded; // an image of the source could be decoded
+  int64_t bad;  // images since then that could not be
+} SourceTrial;
 
 // One step's packs of this process, formed but not decoded. A step is planned whole, since a state is that of the
 // stream before a step.
@@ -63,10 +68,10 @@ struct Loader {
   Error error;
 
   // Of the thread that calls loader_next.
-  StepCounts counts;                // of the step that is being handed out
-  BadImages bad;                    // of the steps begun; empty without a limit
-  int64_t only_bad[STREAM_SOURCES]; // images met of a source while none could be decoded, -1 since one could be
-  bool lost_step;                   // there was a step of which no document could be decoded
+  StepCounts counts; // of the step that is being handed out
+  BadImages bad;     // of the steps begun; empty without a limit
+  SourceTrial trial[STREAM_SOURCES];
+  bool lost_step; // there was a step of which no document could be decoded
 };
 
 int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
@@ -139,17 +144,23 @@ static int loader_too_many_bad(const Loader *l, Error *err) {
   return -1;
 }
 
-// Counts an image of a source of which none could be decoded yet; -1 with *err set when there were enough of them.
+// Counts the images of a source that cannot be decoded, one after the other; -1 with *err set when there are so many
+// that the source must be to blame: the first ones of all, or, where one could be decoded before, as many as two epochs
+// have.
 static int loader_try_source(Loader *l, const MetImage *met, Error *err) {
-  int64_t *bad = &l->only_bad[met->id.source];
-  if (*bad < 0) return 0;
-  *bad = met->bad ? *bad + 1 : -1;
+  SourceTrial *trial = &l->trial[met->id.source];
+  if (!met->bad) {
+    *trial = (SourceTrial){.decoded = true};
+    return 0;
+  }
   const Source *source = l->config.stream.source[met->id.source];
-  if (*bad < min_i64(SOURCE_TRIAL, source_images(source))) return 0;
+  int64_t images = source_images(source), enough = min_i64(FIRST_IMAGES, images);
+  if (trial->decoded) enough = min_i64(max_i64(2 * images, FIRST_IMAGES), MOST_IN_A_ROW);
+  if (++trial->bad < enough) return 0;
   char *name = source_image_name(source, met->id.image);
   error_set(err, "the warnings before this say why; mend the images, or take the source out of data.sources",
-            "data.sources[%d]: none of its images can be decoded: tried %lld, the last was %s", met->id.source,
-            (long long)*bad, name);
+            "data.sources[%d]: none of its images can be decoded%s: tried %lld in a row, the last was %s",
+            met->id.source, trial->decoded ? " any more" : "", (long long)trial->bad, name);
   free(name);
   return -1;
 }

@@ -70,8 +70,8 @@ void loader_close(Loader *loader);
 
 // Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
 // or -1 with *err set, which happens between two steps only: no sample fits into a pack, or with the next step more
-// than max_bad images of this process could not be decoded (*err names the first of them), or none of the first images
-// of a source, or a shard has changed. One thread calls it.
+// than max_bad images of this process could not be decoded (*err names the first of them), or a long row of
+// images of a source, or a shard has changed. One thread calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 

@@ -215,7 +215,7 @@ def test_nothing_decodes(case):
             run = f"run-{len(sources)}-{tried}-{most}"
             config = case.config(sources, {"max_bad": most}, {"steps": 1000})
             said = case.make(config, code=1, run=run)
-            check(f"error: data.sources[{index}]: none of its images can be decoded: tried {tried}" in said, said)
+            check(f"error: data.sources[{index}]: none of its images can be decoded: tried {tried} in a row" in said, said)
             check("CRC" in said or "checksum" in said, said)
             check(len(case.rows(run)) < 20, f"{len(case.rows(run))} steps before it ended")
 
@@ -268,6 +268,19 @@ def test_changed_shard(case):
         shutil.copy(whole["path"], path)
         said = case.make(config, "--resume", "--stop-at", steps + 3, run=name)
         check(f"(step {steps})" in said, said)
+
+
+def test_nothing_decodes_any_more(case):
+    """Fewer images than data.max_bad, all of them replaced under the run."""
+    source = case.pictures("replaced", [f"picture {i}" for i in range(30)])
+    process = case.start(case.config([source], {"cache_mb": 0}, {"steps": 1000000}))
+    until_step(case, process, 20)
+    for path in (case.data / "replaced").glob("*.png"):
+        path.write_bytes(path.read_bytes() + b"!")
+    said = case.end(process, 1)
+    check("error: data.sources[0]: none of its images can be decoded any more: tried 60 in a row" in said, said)
+    check("has changed since it was indexed" in said, said)
+    check(re.search(r"saved after step \d+, from which --resume goes on", said), said)
 
 
 def test_more_samples(case):
