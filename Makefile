@@ -131,9 +131,10 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
 # What compares the CUDA backend with the CPU's, or times it, is no cmocka program.
 test_objects = $(patsubst %,$(BUILD)/tests/%.o,$(1))
-CUDA_TESTS := $(patsubst %,$(BUILD)/tests/%,cuda_ops cuda_model cuda_peer)
+CUDA_TESTS := $(patsubst %,$(BUILD)/tests/%,cuda_ops cuda_model cuda_large cuda_peer)
 $(BUILD)/tests/cuda_ops: $(call test_objects,cuda_ops cuda_families cuda_update cuda_stability cuda_shapes)
 $(BUILD)/tests/cuda_model: $(call test_objects,cuda_model cuda_shapes)
+$(BUILD)/tests/cuda_large: $(call test_objects,cuda_large)
 $(BUILD)/tests/cuda_peer: $(call test_objects,cuda_peer)
 $(CUDA_TESTS): $(call test_objects,cuda_case cuda_bench op_case) $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The proof that a GPU trains what the CPU does, one test a line: tests/run_gpu.sh BUILD
-# It needs BUILD/train, BUILD/tests/cuda_ops and BUILD/tests/cuda_model, and python3 with numpy; nothing is built here.
+# It needs BUILD/train, BUILD/tests/cuda_ops, cuda_model and cuda_large, and python3 with numpy; nothing is built here.
 # One test needs BUILD/tests/cuda_calls.so and CUPTI, and is skipped without them.
 # The last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed, 77 where there is no GPU. About
 # three minutes on an H100. BUILD/logs keeps what each test said, BUILD/logs/curves the losses of CPU and GPU.
@@ -241,7 +241,7 @@ racecheck_sm90() {
 
 # ---- all of it ----
 
-for program in train tests/cuda_ops tests/cuda_model; do
+for program in train tests/cuda_ops tests/cuda_model tests/cuda_large; do
   [ -x "$build/$program" ] || { echo "test-gpu: there is no $build/$program: make test-gpu builds it"; exit 2; }
 done
 if ! limited 60 "$build/tests/cuda_ops" ZERO >"$work/gpu" 2>&1 && grep -q 'device cuda:' "$work/gpu"; then
@@ -254,6 +254,7 @@ head -1 "$work/gpu"
 began=$SECONDS
 check ops limited 240 "$build/tests/cuda_ops"
 check model limited 120 "$build/tests/cuda_model"
+check large limited 200 "$build/tests/cuda_large"
 check same_bits same_bits
 check resume limited 120 tests/resume.sh "$build" --device cuda
 check same_curves same_curves
