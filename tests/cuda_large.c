@@ -44,7 +44,7 @@ static const LargeModel models[] = {
       "model.image.expert_dim=72"}},
 };
 
-static const int64_t needed_bytes = (int64_t)70e9;
+static const int64_t needed_bytes = (int64_t)26e9;
 
 static int failures;
 
