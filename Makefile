@@ -67,7 +67,7 @@ endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
 REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE -UTESSERA_CUDA
-PRELOADED := tests/flip_gemm.c
+PRELOADED := tests/flip_gemm.c tests/slow_disk.c
 TEST_HELPERS := $(filter-out $(PRELOADED) $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c tests/cuda_*.c),$(wildcard tests/*.c))
 F64_TESTS := test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
@@ -152,7 +152,7 @@ $(BUILD)/tests/%.so: tests/%.c | probes
 	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -D_GNU_SOURCE $(WARN) -O1 -shared -fPIC -o $@ $< -ldl
 
-tests: train $(TEST_BINS) $(TOOLS) $(BUILD)/tests/flip_gemm.so
+tests: train $(TEST_BINS) $(TOOLS) $(PRELOADED:%.c=$(BUILD)/%.so)
 
 # A make of its own for what needs libraries that were installed only now.
 suite: tests

@@ -3,6 +3,7 @@
 #ifndef TESSERA_HASH_H
 #define TESSERA_HASH_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -24,18 +25,58 @@ static inline uint64_t hash64_load(const uint8_t *p) { // little-endian hosts, l
   return v;
 }
 
-// The hash of n bytes.
-static inline uint64_t hash64(const void *data, size_t n, uint64_t seed) {
+// A hash of bytes that come piece by piece: begin with hash64_begin, add them in order, hash64_end tells the hash of all.
+typedef struct Hash64 {
+  uint64_t acc[4];
+  uint64_t bytes;   // so far
+  uint8_t tail[32]; // [bytes % 32] that no whole stripe has taken yet
+} Hash64;
+
+static inline Hash64 hash64_begin(uint64_t seed) {
+  Hash64 h = {.acc = {seed + XXH_P1 + XXH_P2, seed + XXH_P2, seed, seed - XXH_P1}};
+  return h;
+}
+
+// Takes the whole stripes of 32 bytes in [p, end); the first byte that is left.
+static inline const uint8_t *hash64_stripes(Hash64 *h, const uint8_t *p, const uint8_t *end) {
+  uint64_t a = h->acc[0], b = h->acc[1], c = h->acc[2], d = h->acc[3];
+  for (; end - p >= 32; p += 32) {
+    a = hash64_round(a, hash64_load(p));
+    b = hash64_round(b, hash64_load(p + 8));
+    c = hash64_round(c, hash64_load(p + 16));
+    d = hash64_round(d, hash64_load(p + 24));
+  }
+  h->acc[0] = a;
+  h->acc[1] = b;
+  h->acc[2] = c;
+  h->acc[3] = d;
+  return p;
+}
+
+static inline void hash64_add(Hash64 *h, const void *data, size_t n) {
   const uint8_t *p = (const uint8_t *)data, *end = p + n;
-  uint64_t h = seed + XXH_P5;
-  if (n >= 32) {
-    uint64_t acc[4] = {seed + XXH_P1 + XXH_P2, seed + XXH_P2, seed, seed - XXH_P1};
-    for (; end - p >= 32; p += 32)
-      for (int i = 0; i < 4; i++) acc[i] = hash64_round(acc[i], hash64_load(p + 8 * i));
+  size_t have = h->bytes % 32;
+  h->bytes += n;
+  if (have) {
+    size_t take = 32 - have < n ? 32 - have : n;
+    memcpy(h->tail + have, p, take);
+    p += take;
+    if (have + take < 32) return;
+    hash64_stripes(h, h->tail, h->tail + 32);
+  }
+  p = hash64_stripes(h, p, end);
+  if (p < end) memcpy(h->tail, p, (size_t)(end - p));
+}
+
+static inline uint64_t hash64_end(const Hash64 *state) {
+  const uint64_t *acc = state->acc;
+  const uint8_t *p = state->tail, *end = p + state->bytes % 32;
+  uint64_t h = acc[2] + XXH_P5; // acc[2] is the seed still
+  if (state->bytes >= 32) {
     h = hash64_rotate(acc[0], 1) + hash64_rotate(acc[1], 7) + hash64_rotate(acc[2], 12) + hash64_rotate(acc[3], 18);
     for (int i = 0; i < 4; i++) h = (h ^ hash64_round(0, acc[i])) * XXH_P1 + XXH_P4;
   }
-  h += n;
+  h += state->bytes;
   for (; end - p >= 8; p += 8) h = hash64_rotate(h ^ hash64_round(0, hash64_load(p)), 27) * XXH_P1 + XXH_P4;
   if (end - p >= 4) {
     uint32_t v;
@@ -47,5 +88,12 @@ static inline uint64_t hash64(const void *data, size_t n, uint64_t seed) {
   h = (h ^ (h >> 33)) * XXH_P2;
   h = (h ^ (h >> 29)) * XXH_P3;
   return h ^ (h >> 32);
+}
+
+// The hash of n bytes.
+static inline uint64_t hash64(const void *data, size_t n, uint64_t seed) {
+  Hash64 h = hash64_begin(seed);
+  hash64_add(&h, data, n);
+  return hash64_end(&h);
 }
 #endif

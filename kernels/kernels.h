@@ -333,12 +333,13 @@ enum { SLAB_SLOTS = 4 };
 
 // Events of a device's queues, by number. A program's replay uses those from EVENT_REPLAY on.
 enum {
-  EVENT_PACK_READY,                        // the staged pack has arrived; two, in turn
-  EVENT_PACK_TAKEN = EVENT_PACK_READY + 2, // it was copied to its place: the next may be staged
-  EVENT_RESULTS,                           // what the host reads of a step has arrived; two, in turn
-  EVENT_SLAB_FREE = EVENT_RESULTS + 2,     // what was given before reads or writes the slabs no more
-  EVENT_SLAB_SENT,                         // a piece of a slab has arrived; SLAB_SLOTS, in turn
-  EVENT_REPLAY = EVENT_SLAB_SENT + SLAB_SLOTS
+  EVENT_PACK_READY,                            // the staged pack has arrived; two, in turn
+  EVENT_PACK_TAKEN = EVENT_PACK_READY + 2,     // it was copied to its place: the next may be staged
+  EVENT_RESULTS,                               // what the host reads of a step has arrived; two, in turn
+  EVENT_SLAB_FREE = EVENT_RESULTS + 2,         // what was given before reads or writes the slabs no more
+  EVENT_SLAB_SENT,                             // a piece of a slab has arrived; SLAB_SLOTS, in turn
+  EVENT_STAGED = EVENT_SLAB_SENT + SLAB_SLOTS, // a piece of one has arrived on the host; two, in turn
+  EVENT_REPLAY = EVENT_STAGED + 2
 };
 
 typedef struct Queues {

@@ -34,4 +34,12 @@ MASTER_FN void master_split(float master, uint16_t *weight, uint16_t *rest) {
   *weight = (uint16_t)((bits + 0x8000u) >> 16);
   *rest = (uint16_t)bits;
 }
+
+// Masters [n] of weights and their rests (NULL: all 0).
+static inline void masters_join(const uint16_t *weight, const uint16_t *rest, int64_t n, float *master) {
+  if (rest)
+    for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], rest[i]);
+  else
+    for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], 0);
+}
 #endif

@@ -1,51 +1,23 @@
-#include "model/checkpoint.h"
+#include "model/checkpoint_internal.h"
 
 #include "base/hash.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define STATE_FILE "state.json"
-#define FOLDER_PREFIX "ckpt-"
 #define TENSOR_SUFFIX ".safetensors"
-#define TEMP_PREFIX ".tmp-ckpt-" // what a killed save leaves behind; the next save removes it
-// The first line of state.json, of fixed length; its checksum is over everything after it.
-#define STATE_LINE "{\"xxh64\": \"%016" PRIx64 "\",\n"
 
-enum { TEXT_MAX_BYTES = 256 << 20, STATE_LINE_BYTES = 30 };
+enum { TEXT_MAX_BYTES = 256 << 20 };
 
-// ---- folders ----
+// ---- names ----
 
-static int folder_sync(const char *path) {
-  int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) return -1;
-  int rc = fsync(fd), code = errno;
-  close(fd);
-  errno = code;
-  return rc;
-}
-
-// Removes a folder and the files in it; state.json first, so that what a crash leaves is no checkpoint.
-static int folder_remove(const char *path) {
-  char *state = xasprintf("%s/" STATE_FILE, path);
-  unlink(state);
-  free(state);
-  DIR *d = opendir(path);
-  if (!d) return -1;
-  for (struct dirent *e; (e = readdir(d));) unlinkat(dirfd(d), e->d_name, 0); // rmdir tells what could not be removed
-  closedir(d);
-  return rmdir(path);
-}
-
-// The step of a folder named ckpt-STEP, -1 for any other name.
-static int64_t folder_step(const char *name) {
+int64_t checkpoint_step(const char *name) {
   size_t prefix = strlen(FOLDER_PREFIX);
   if (strncmp(name, FOLDER_PREFIX, prefix) != 0) return -1;
   name += prefix;
@@ -59,14 +31,13 @@ static int compare_falling(const void *a, const void *b) {
   return (x < y) - (x > y);
 }
 
-// Steps of all ckpt-STEP in a run's folder, newest first; their number, -1 when the folder cannot be read.
-static int list_steps(const char *run_dir, int64_t **steps) {
+int checkpoint_steps(const char *run_dir, int64_t **steps) {
   *steps = NULL;
   DIR *d = opendir(run_dir);
   if (!d) return -1;
   int n = 0;
   for (struct dirent *e; (e = readdir(d));) {
-    int64_t step = folder_step(e->d_name);
+    int64_t step = checkpoint_step(e->d_name);
     if (step < 0) continue;
     *steps = xrealloc(*steps, (size_t)(n + 1) * sizeof **steps);
     (*steps)[n++] = step;
@@ -76,31 +47,20 @@ static int list_steps(const char *run_dir, int64_t **steps) {
   return n;
 }
 
-static void remove_leftovers(const char *run_dir) {
-  DIR *d = opendir(run_dir);
-  for (struct dirent *e; d && (e = readdir(d));) {
-    if (strncmp(e->d_name, TEMP_PREFIX, strlen(TEMP_PREFIX)) != 0) continue;
-    char *path = xasprintf("%s/%s", run_dir, e->d_name);
-    folder_remove(path);
-    free(path);
-  }
-  if (d) closedir(d);
-}
-
-static char *folder_path(const char *run_dir, int64_t step) {
+char *checkpoint_path(const char *run_dir, int64_t step) {
   return xasprintf("%s/" FOLDER_PREFIX "%" PRId64, run_dir, step);
 }
 
-// ---- reading ----
-
-static bool is_plain_name(const char *name) {
+bool checkpoint_plain_name(const char *name) {
   return name[0] && name[0] != '.' && !strchr(name, '/');
 }
 
-static bool holds_tensors(const char *name) {
+bool checkpoint_holds_tensors(const char *name) {
   size_t n = strlen(name), suffix = strlen(TENSOR_SUFFIX);
   return n > suffix && strcmp(name + n - suffix, TENSOR_SUFFIX) == 0;
 }
+
+// ---- opening ----
 
 // state.json, its checksum and the types of its members checked.
 static cJSON *state_read(const char *dir, Error *err) {
@@ -137,39 +97,37 @@ done:
 static int entry_read(const cJSON *entry, double *bytes, const char **checksum) {
   const cJSON *b = cJSON_GetObjectItemCaseSensitive(entry, "bytes"),
               *h = cJSON_GetObjectItemCaseSensitive(entry, "xxh64");
-  if (!is_plain_name(entry->string) || !cJSON_IsNumber(b) || !cJSON_IsString(h)) return -1;
+  if (!checkpoint_plain_name(entry->string) || !cJSON_IsNumber(b) || !cJSON_IsString(h)) return -1;
   *bytes = b->valuedouble;
   *checksum = h->valuestring;
   return 0;
 }
 
-// Size and checksum of a file as it lies on the disk; *file is left open when it holds tensors.
-static int file_checksum(const char *path, SafeFile **file, size_t *bytes, char checksum[17], Error *err) {
-  char *text = NULL;
-  *file = NULL;
-  if (holds_tensors(path))
-    *file = safetensors_open(path, err);
-  else
-    text = file_read(path, TEXT_MAX_BYTES, bytes, err);
-  if (!*file && !text) return -1;
-  const void *data = *file ? safetensors_bytes(*file, bytes) : text;
-  snprintf(checksum, 17, "%016" PRIx64, hash64(data, *bytes, 0));
-  free(text);
-  return 0;
+static int damaged(const char *path, Error *err) {
+  return error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
 }
 
-static int entry_open(const char *dir, const cJSON *entry, SafeFile **file, Error *err) {
+// Checks a file as far as can be done without reading its tensors; *file is left open when it holds any.
+static int entry_open(const char *dir, const cJSON *entry, SafeFile **file, const char **checksum, Error *err) {
   double bytes;
-  const char *checksum;
-  if (entry_read(entry, &bytes, &checksum))
+  *file = NULL;
+  if (entry_read(entry, &bytes, checksum))
     return error_set(err, NULL, "%.300s/" STATE_FILE ": bad entry for file \"%.60s\"", dir, entry->string);
-  char *path = xasprintf("%s/%s", dir, entry->string), found[17];
-  size_t found_bytes;
-  int rc = file_checksum(path, file, &found_bytes, found, err);
-  if (rc == 0 && ((double)found_bytes != bytes || strcmp(found, checksum) != 0)) {
-    rc = error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
-    safetensors_close(*file);
+  char *path = xasprintf("%s/%s", dir, entry->string), *text = NULL, found[17] = "";
+  size_t found_bytes = 0;
+  if (checkpoint_holds_tensors(path)) {
+    *file = safetensors_open(path, err);
+    if (*file) found_bytes = safetensors_size(*file);
+  } else if ((text = file_read(path, TEXT_MAX_BYTES, &found_bytes, err))) {
+    snprintf(found, sizeof found, "%016" PRIx64, hash64(text, found_bytes, 0));
   }
+  int rc = *file || text ? 0 : -1;
+  if (rc == 0 && (double)found_bytes != bytes)
+    rc = error_set(err, NULL, "%.300s is damaged: it has %zu bytes, not %.0f", path, found_bytes, bytes);
+  else if (text && strcmp(found, *checksum) != 0)
+    rc = damaged(path, err);
+  if (rc) safetensors_close(*file);
+  free(text);
   free(path);
   return rc;
 }
@@ -186,8 +144,9 @@ Checkpoint *checkpoint_open(const char *dir, Error *err) {
   c->state = cJSON_GetObjectItemCaseSensitive(root, "state");
   c->name = xcalloc(n, sizeof *c->name);
   c->file = xcalloc(n, sizeof *c->file);
+  c->checksum = xcalloc(n, sizeof *c->checksum);
   cJSON_ArrayForEach(entry, files) {
-    if (entry_open(dir, entry, &c->file[c->n_files], err)) {
+    if (entry_open(dir, entry, &c->file[c->n_files], &c->checksum[c->n_files], err)) {
       checkpoint_close(c);
       return NULL;
     }
@@ -201,27 +160,38 @@ void checkpoint_close(Checkpoint *c) {
   for (int i = 0; i < c->n_files; i++) safetensors_close(c->file[i]);
   free(c->name);
   free(c->file);
+  free(c->checksum);
   free(c->dir);
   cJSON_Delete(c->root);
   free(c);
 }
 
-const SafeFile *checkpoint_file(const Checkpoint *c, const char *name) {
+// Index of a file of tensors, -1 when there is none of that name.
+static int file_index(const Checkpoint *c, const char *name) {
   for (int i = 0; i < c->n_files; i++)
-    if (strcmp(c->name[i], name) == 0) return c->file[i];
-  return NULL;
+    if (c->file[i] && strcmp(c->name[i], name) == 0) return i;
+  return -1;
 }
 
-int checkpoint_find(const char *run_dir, Checkpoint **out, Error *err) {
+const SafeFile *checkpoint_file(const Checkpoint *c, const char *name) {
+  int i = file_index(c, name);
+  return i < 0 ? NULL : c->file[i];
+}
+
+int checkpoint_find(const char *run_dir, int64_t *below, Checkpoint **out, Error *err) {
   *out = NULL;
   int64_t *steps;
-  int n = list_steps(run_dir, &steps);
+  int n = checkpoint_steps(run_dir, &steps);
   if (n < 0 && errno == ENOENT) return 0;
   if (n < 0) return error_set(err, "check its permissions", "cannot read %.300s: %s", run_dir, strerror(errno));
   for (int i = 0; i < n && !*out; i++) {
-    char *dir = folder_path(run_dir, steps[i]);
+    if (steps[i] >= *below) continue;
+    char *dir = checkpoint_path(run_dir, steps[i]);
     *out = checkpoint_open(dir, err);
-    if (!*out) log_warn("checkpoint %s is left out: %s", dir, err->text);
+    if (*out)
+      *below = steps[i];
+    else
+      log_warn("checkpoint %s is left out: %s", dir, err->text);
     free(dir);
   }
   free(steps);
@@ -231,8 +201,7 @@ int checkpoint_find(const char *run_dir, Checkpoint **out, Error *err) {
                    "none of the %d checkpoints in %.300s is valid", n, run_dir);
 }
 
-// Whether a checkpoint has a valid state.json and files of the right sizes: all that can be told without reading it.
-static bool looks_whole(const char *dir) {
+bool checkpoint_looks_whole(const char *dir) {
   Error ignored; // the answer is enough
   cJSON *root = state_read(dir, &ignored);
   if (!root) return false;
@@ -250,158 +219,105 @@ static bool looks_whole(const char *dir) {
   return whole;
 }
 
-// ---- writing ----
+// ---- reading ----
 
-static int write_text(const char *path, const char *head, const char *text, size_t bytes, Error *err) {
-  FILE *f = fopen(path, "wb");
-  bool bad = !f || fputs(head, f) < 0 || fwrite(text, 1, bytes, f) != bytes || fflush(f) || fsync(fileno(f));
-  int code = errno;
-  if (f && fclose(f) && !bad) {
-    bad = true;
-    code = errno;
-  }
-  return bad ? error_set(err, NULL, "cannot write %.300s: %s", path, strerror(code)) : 0;
+// Tensors of a file by their place in it, and how far they have been given to the sink.
+typedef struct Pieces {
+  const SafeFile *file;
+  const SafeTensor **order; // [n]
+  int next;                 // the tensor that the next byte belongs to
+  size_t at;                // of its bytes given so far
+} Pieces;
+
+static int compare_place(const void *a, const void *b) {
+  const char *x = (*(const SafeTensor *const *)a)->data, *y = (*(const SafeTensor *const *)b)->data;
+  return (x > y) - (x < y);
 }
 
-// What safetensors files say of themselves: at most 1 + n_files pairs, their values malloc'd; their number.
-static int build_metadata(const CheckpointFile *files, int n_files, SafePair *pairs) {
+static Pieces pieces_begin(const SafeFile *f) {
+  Pieces p = {.file = f, .order = xmalloc((size_t)f->n * sizeof *p.order)};
   int n = 0;
-  pairs[n++] = (SafePair){"format", xstrdup("pt")};
-  for (int i = 0; i < n_files; i++) {
-    if (holds_tensors(files[i].name)) continue;
-    const SafeTensor *t = files[i].tensors;
-    pairs[n++] = (SafePair){files[i].name, xasprintf("%.*s", (int)safe_bytes(t), (const char *)t->data)};
+  for (int i = 0; i < f->n; i++)
+    if (safe_bytes(&f->tensor[i])) p.order[n++] = &f->tensor[i];
+  if (n > 1) qsort(p.order, (size_t)n, sizeof *p.order, compare_place);
+  return p;
+}
+
+// Gives the sink the next `bytes` of the tensors' data, which has no holes (safetensors_open).
+static void pieces_give(Pieces *p, const char *data, size_t bytes, CheckpointSink sink, void *context) {
+  while (bytes) {
+    const SafeTensor *t = p->order[p->next];
+    size_t left = safe_bytes(t) - p->at, n = left < bytes ? left : bytes;
+    sink(context, (int)(t - p->file->tensor), p->at, n, data);
+    p->at += n;
+    data += n;
+    bytes -= n;
+    if (p->at < safe_bytes(t)) continue;
+    p->next++;
+    p->at = 0;
   }
-  return n;
 }
 
-static int write_file(const char *path, const CheckpointFile *file, const SafePair *metadata, int n_metadata,
-                      Error *err) {
-  if (!holds_tensors(file->name)) return write_text(path, "", file->tensors->data, safe_bytes(file->tensors), err);
-  return safetensors_write(path, file->tensors, file->n, metadata, n_metadata, true, err);
-}
-
-// Writes the files into `dir` and the text of state.json, without its first line, to `out`.
-static int write_files(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                       FILE *out, Error *err) {
-  SafePair *metadata = xcalloc((size_t)n_files + 1, sizeof *metadata);
-  int n_metadata = build_metadata(files, n_files, metadata), rc = 0;
-  fprintf(out, "\"format\": %d, \"step\": %" PRId64 ", \"files\": {", CHECKPOINT_FORMAT, step);
-  for (int i = 0; i < n_files && rc == 0; i++) {
-    char *path = xasprintf("%s/%s", dir, files[i].name), checksum[17];
-    SafeFile *f = NULL;
-    size_t bytes;
-    rc = write_file(path, &files[i], metadata, n_metadata, err);
-    if (rc == 0) rc = file_checksum(path, &f, &bytes, checksum, err);
-    safetensors_close(f);
-    free(path);
-    if (rc) break;
-    fputs(i ? ",\n  " : "\n  ", out);
-    json_write_string(out, files[i].name);
-    fprintf(out, ": {\"bytes\": %zu, \"xxh64\": \"%s\"}", bytes, checksum);
+size_t checkpoint_memory(const Checkpoint *c) {
+  size_t most = 0;
+  for (int i = 0; i < c->n_files; i++) {
+    size_t need = c->file[i] ? file_in_memory(safetensors_size(c->file[i])) : 0;
+    if (need > most) most = need;
   }
-  fprintf(out, "},\n\"state\": %s}\n", state);
-  for (int i = 0; i < n_metadata; i++) free((char *)metadata[i].value);
-  free(metadata);
-  return rc;
+  return most;
 }
 
-static int write_folder(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                        Error *err) {
-  if (mkdir(dir, 0777) != 0) return error_set(err, NULL, "cannot create %.300s: %s", dir, strerror(errno));
-  char *text = NULL, head[STATE_LINE_BYTES + 1];
-  size_t bytes;
-  FILE *out = open_memstream(&text, &bytes);
-  if (!out) panic("out of memory");
-  int rc = write_files(dir, step, files, n_files, state, out, err);
-  if (fclose(out)) panic("out of memory");
+// Hashes what is read and hands it on; *hash is that of the whole file. One that has grown since it was opened gives
+// the sink no more than its tensors' bytes.
+static int read_through(FileIn *in, const SafeFile *f, CheckpointSink sink, void *context, uint64_t *hash, Error *err) {
+  Pieces pieces = pieces_begin(f);
+  Hash64 state = hash64_begin(0);
+  uint64_t header = safetensors_header(f), size = safetensors_size(f), at = 0;
+  const void *data;
+  int64_t n;
+  while ((n = file_in_next(in, &data, err)) > 0) {
+    hash64_add(&state, data, (size_t)n);
+    uint64_t begin = at < header ? header - at : 0, end = (uint64_t)n; // of the tensors' data in this chunk
+    if (at + end > size) end = size > at ? size - at : 0;
+    if (sink && begin < end) pieces_give(&pieces, (const char *)data + begin, (size_t)(end - begin), sink, context);
+    at += (uint64_t)n;
+  }
+  free(pieces.order);
+  *hash = hash64_end(&state);
+  return n < 0 ? -1 : 0;
+}
+
+int checkpoint_read(const Checkpoint *c, const char *name, void *memory, CheckpointSink sink, void *context,
+                    Error *err) {
+  int i = file_index(c, name);
+  if (i < 0) return error_set(err, NULL, "%.300s has no %s", c->dir, name);
+  char *path = xasprintf("%s/%s", c->dir, name), found[17];
+  FileIn *in = NULL;
+  uint64_t hash;
+  int rc = -1;
+  if (safetensors_header(c->file[i]) % sizeof(double)) // what is written here is aligned, so chunks split no element
+    error_set(err, NULL, "%.300s is damaged: its data is not aligned", path);
+  else if ((in = file_in_open(path, memory, err)))
+    rc = read_through(in, c->file[i], sink, context, &hash, err);
+  file_in_close(in);
   if (rc == 0) {
-    char *path = xasprintf("%s/" STATE_FILE, dir);
-    snprintf(head, sizeof head, STATE_LINE, hash64(text, bytes, 0));
-    rc = write_text(path, head, text, bytes, err);
-    free(path);
+    snprintf(found, sizeof found, "%016" PRIx64, hash);
+    if (strcmp(found, c->checksum[i]) != 0) rc = damaged(path, err);
   }
-  free(text);
-  if (rc == 0 && folder_sync(dir))
-    rc = error_set(err, NULL, "cannot flush %.300s to the disk: %s", dir, strerror(errno));
+  free(path);
   return rc;
 }
 
-// Renames `temp` to `dir`. One of that name is exchanged for it in one step where the file system can.
-static int move_into_place(const char *temp, const char *dir) {
-  if (rename(temp, dir) == 0) return 0;
-  if (errno != ENOTEMPTY && errno != EEXIST) return -1;
-  if (renameat2(AT_FDCWD, temp, AT_FDCWD, dir, RENAME_EXCHANGE) == 0) {
-    folder_remove(temp); // it holds the old one now
-    return 0;
-  }
-  char *aside = xasprintf("%s-old", temp);
-  int rc = rename(dir, aside);
-  if (rc == 0) {
-    rc = rename(temp, dir);
-    int code = errno;
-    if (rc)
-      rename(aside, dir);
-    else
-      folder_remove(aside);
-    errno = code;
-  }
-  free(aside);
+int checkpoint_verify(const Checkpoint *c, Error *err) {
+  void *memory = xmalloc(checkpoint_memory(c));
+  int rc = 0;
+  for (int i = 0; i < c->n_files && rc == 0; i++)
+    if (c->file[i]) rc = checkpoint_read(c, c->name[i], memory, NULL, NULL, err);
+  free(memory);
   return rc;
 }
 
-// Removes checkpoints older than the keep.keep_last newest ones up to `step`. Damaged ones do not count as kept.
-static void prune(const char *run_dir, int64_t step, CheckpointKeep keep) {
-  int64_t *steps;
-  int n = list_steps(run_dir, &steps), kept = 0;
-  for (int i = 0; i < n; i++) {
-    if (steps[i] > step) continue;
-    char *dir = folder_path(run_dir, steps[i]);
-    bool permanent = keep.keep_every > 0 && steps[i] % keep.keep_every == 0;
-    if (kept < keep.keep_last)
-      kept += looks_whole(dir);
-    else if (!permanent && folder_remove(dir))
-      log_warn("cannot remove old checkpoint %s: %s", dir, strerror(errno));
-    free(dir);
-  }
-  free(steps);
-}
-
-static int check_arguments(const CheckpointFile *files, int n_files, const char *state, Error *err) {
-  for (int i = 0; i < n_files; i++) {
-    const CheckpointFile *f = &files[i];
-    if (!is_plain_name(f->name) || strcmp(f->name, STATE_FILE) == 0)
-      return error_set(err, NULL, "\"%.100s\" is no name for a file of a checkpoint", f->name);
-    if (!holds_tensors(f->name) && (f->n != 1 || f->tensors->dtype != SAFE_U8))
-      return error_set(err, NULL, "\"%.100s\" is the name of a text, which is one tensor of U8", f->name);
-  }
-  cJSON *parsed = json_parse(state, strlen(state), "state", JSON_PLAIN, err);
-  bool object = cJSON_IsObject(parsed), bad = !parsed;
-  cJSON_Delete(parsed);
-  if (bad) return -1;
-  return object ? 0 : error_set(err, NULL, "the state of a checkpoint must be a JSON object");
-}
-
-int checkpoint_save(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                    CheckpointKeep keep, Error *err) {
-  if (check_arguments(files, n_files, state, err)) return -1;
-  remove_leftovers(run_dir);
-  char *temp = xasprintf("%s/" TEMP_PREFIX "%" PRId64, run_dir, step), *dir = folder_path(run_dir, step);
-  int rc = write_folder(temp, step, files, n_files, state, err);
-  if (rc == 0 && move_into_place(temp, dir))
-    rc = error_set(err, NULL, "cannot rename %.300s to %.300s: %s", temp, dir, strerror(errno));
-  if (rc)
-    folder_remove(temp);
-  else if (folder_sync(run_dir))
-    rc = error_set(err, NULL, "cannot flush %.300s to the disk: %s", run_dir, strerror(errno));
-  if (rc == 0)
-    prune(run_dir, step, keep);
-  else
-    error_prefix(err, "checkpoint of step %" PRId64 " not saved", step);
-  free(temp);
-  free(dir);
-  return rc;
-}
+// ---- the lock ----
 
 int run_lock(const char *run_dir, Error *err) {
   char *path = xasprintf("%s/lock", run_dir), pid[32] = "";

@@ -25,6 +25,8 @@ typedef enum DeviceKind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } DeviceKind;
 typedef enum SamplerKind { SAMPLER_HEUN, SAMPLER_EULER } SamplerKind;
 // What a checkpoint that cannot be written does to the run.
 typedef enum SaveError { SAVE_ERROR_STOP, SAVE_ERROR_CONTINUE } SaveError;
+// Whether a checkpoint is copied to host memory, from where it is written while training goes on.
+typedef enum SaveCopy { COPY_AUTO, COPY_ALWAYS, COPY_NEVER } SaveCopy;
 
 // One data source: type and path as source_open takes them; weight is its share of the draws, > 0.
 typedef struct SourceConfig {
@@ -133,6 +135,7 @@ typedef struct Config {
     int every;          // steps, 0 = only at the end
     int keep_last;      // newest ones kept, at least 1
     int keep_every;     // those at multiples of this step are kept for good, 0 = none
+    SaveCopy copy;      // auto: where the host has room
     SaveError on_error; // of any but the run's last one, whose failure is always an error
   } checkpoint;
   struct {

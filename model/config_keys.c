@@ -131,6 +131,8 @@ const Key config_keys[] = {
     {"checkpoint.keep_last", KEY_INT, AT(checkpoint.keep_last), "2", 1, 1000000, NULL, NULL, "newest ones kept"},
     {"checkpoint.keep_every", KEY_INT, AT(checkpoint.keep_every), "0", 0, ANY, NULL, NULL,
      "those at multiples of this step stay for good; 0: none"},
+    {"checkpoint.copy", KEY_ENUM, AT(checkpoint.copy), "auto", 0, 0, "auto|always|never", NULL,
+     "to host memory, then written while training goes on; never: training waits; auto: copied where there is room"},
     {"checkpoint.on_error", KEY_ENUM, AT(checkpoint.on_error), "stop", 0, 0, "stop|continue", NULL,
      "when one cannot be written: stop, or go on to the next with a warning"},
 

@@ -1,5 +1,6 @@
 #include "model/safetensors.h"
 
+#include "base/file_out.h"
 #include "base/json.h"
 
 #include <errno.h>
@@ -199,9 +200,14 @@ void safetensors_close(SafeFile *f) {
   free(f);
 }
 
-const void *safetensors_bytes(const SafeFile *f, size_t *bytes) {
-  *bytes = f->map->bytes;
-  return f->map->base;
+uint64_t safetensors_size(const SafeFile *f) {
+  return f->map->bytes;
+}
+
+uint64_t safetensors_header(const SafeFile *f) {
+  uint64_t length;
+  memcpy(&length, f->map->base, LENGTH_BYTES);
+  return LENGTH_BYTES + length;
 }
 
 const SafeTensor *safetensors_find(const SafeFile *f, const char *name) {
@@ -294,41 +300,69 @@ static int order_tensors(const SafeTensor **order, const SafeTensor *tensors, in
   return 0;
 }
 
-static int write_all(FILE *f, const char *header, uint64_t length, const SafeTensor *const *order, int n, bool sync) {
-  if (fwrite(&length, LENGTH_BYTES, 1, f) != 1 || fwrite(header, 1, length, f) != length) return -1;
-  for (int i = 0; i < n; i++) {
-    size_t bytes = safe_bytes(order[i]);
-    if (bytes && fwrite(order[i]->data, 1, bytes, f) != bytes) return -1;
+static int write_tensor(FileOut *f, const SafeTensor *t, int i, const SafeSource *source, const atomic_bool *stop) {
+  size_t bytes = safe_bytes(t);
+  for (size_t at = 0, n; at < bytes; at += n) {
+    const void *data = source ? source->buffer : NULL;
+    n = bytes - at < SAFE_CHUNK ? bytes - at : SAFE_CHUNK;
+    if (t->data)
+      data = (const char *)t->data + at;
+    else
+      source->fill(source->context, i, at, n, source->buffer);
+    if (file_out_write(f, data, n)) return -1;
+    if (stop && *stop) {
+      errno = ECANCELED;
+      return -1;
+    }
   }
-  if (fflush(f) || (sync && fsync(fileno(f)))) return -1;
   return 0;
+}
+
+static int write_all(FileOut *f, const SafeContent *c, const SafeTensor *const *order, const atomic_bool *stop) {
+  size_t length;
+  char *header = build_header(order, c->n, c->metadata, c->n_metadata, &length);
+  uint64_t length64 = length;
+  int rc = file_out_write(f, &length64, LENGTH_BYTES) || file_out_write(f, header, length) ? -1 : 0;
+  for (int i = 0; i < c->n && rc == 0; i++)
+    rc = write_tensor(f, order[i], (int)(order[i] - c->tensors), c->source, stop);
+  int code = errno;
+  free(header);
+  errno = code;
+  return rc;
+}
+
+static int write_file(const char *path, const SafeContent *c, bool sync, const atomic_bool *stop, SafeSum *sum,
+                      Error *err) {
+  const SafeTensor **order = xmalloc((size_t)c->n * sizeof *order);
+  FileOut f;
+  int rc = order_tensors(order, c->tensors, c->n, err), code = 0;
+  if (rc) {
+    error_prefix(err, "%.200s", path);
+  } else if ((rc = file_out_open(&f, path)) != 0) {
+    error_set(err, "check the folder", "cannot create %.300s: %s", path, strerror(errno));
+  } else {
+    if ((rc = write_all(&f, c, order, stop)) != 0) code = errno;
+    if (file_out_close(&f, sync && rc == 0) && rc == 0) {
+      rc = -1;
+      code = errno;
+    }
+    *sum = (SafeSum){f.bytes, hash64_end(&f.hash)};
+  }
+  free(order);
+  if (!code) return rc;
+  if (f.regular) unlink(path); // a device is not ours to remove
+  return error_set(err, code == ENOSPC ? "free some space on that disk" : NULL, "cannot write %.300s: %s", path,
+                   strerror(code));
 }
 
 int safetensors_write(const char *path, const SafeTensor *tensors, int n, const SafePair *metadata, int n_metadata,
                       bool sync, Error *err) {
-  const SafeTensor **order = xmalloc((size_t)n * sizeof *order);
-  if (order_tensors(order, tensors, n, err)) {
-    free(order);
-    return error_prefix(err, "%.200s", path);
-  }
-  FILE *f = fopen(path, "wb");
-  if (!f) {
-    free(order);
-    return error_set(err, "check the folder", "cannot create %.300s: %s", path, strerror(errno));
-  }
-  size_t length;
-  char *header = build_header(order, n, metadata, n_metadata, &length);
-  struct stat st;
-  bool regular = fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode); // a device is not ours to remove
-  int rc = write_all(f, header, length, order, n, sync), code = errno;
-  if (fclose(f) && rc == 0) {
-    rc = -1;
-    code = errno;
-  }
-  free(header);
-  free(order);
-  if (rc == 0) return 0;
-  if (regular) unlink(path);
-  return error_set(err, code == ENOSPC ? "free some space on that disk" : NULL, "cannot write %.300s: %s", path,
-                   strerror(code));
+  SafeContent content = {.tensors = tensors, .n = n, .metadata = metadata, .n_metadata = n_metadata};
+  SafeSum sum;
+  return write_file(path, &content, sync, NULL, &sum, err);
+}
+
+int safetensors_stream(const char *path, const SafeContent *content, const atomic_bool *stop, SafeSum *sum,
+                       Error *err) {
+  return write_file(path, content, true, stop, sum, err);
 }

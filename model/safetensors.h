@@ -6,6 +6,7 @@
 
 #include "base/base.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 
 enum { SAFE_MAX_RANK = 8 };
@@ -23,6 +24,29 @@ typedef struct SafeTensor {
 typedef struct SafePair {
   const char *key, *value;
 } SafePair;
+
+enum { SAFE_CHUNK = 32 << 20 }; // bytes of a tensor at a time
+
+// Where the data comes from of tensors that are to be written and have none (data NULL): fill puts bytes [at, at + n)
+// of tensor i into `out`, n at most SAFE_CHUNK and both multiples of the element's size.
+typedef struct SafeSource {
+  void (*fill)(void *context, int i, size_t at, size_t n, void *out);
+  void *context;
+  void *buffer; // [SAFE_CHUNK]
+} SafeSource;
+
+// What goes into a file.
+typedef struct SafeContent {
+  const SafeTensor *tensors; // [n]
+  int n, n_metadata;
+  const SafePair *metadata; // [n_metadata]
+  const SafeSource *source; // NULL: every tensor has its data
+} SafeContent;
+
+// A file as it was written: its size and checksum (hash64).
+typedef struct SafeSum {
+  uint64_t bytes, hash;
+} SafeSum;
 
 // An open file; plain to read, freed as a whole.
 typedef struct SafeFile {
@@ -42,8 +66,9 @@ size_t safe_bytes(const SafeTensor *t);       // elements times their size
 // data of the result live until safetensors_close.
 SafeFile *safetensors_open(const char *path, Error *err);
 void safetensors_close(SafeFile *f);
-// The whole file as mapped, for checksums.
-const void *safetensors_bytes(const SafeFile *f, size_t *bytes);
+// Its size, and where its first tensor's data begins.
+uint64_t safetensors_size(const SafeFile *f);
+uint64_t safetensors_header(const SafeFile *f);
 
 // A tensor or metadata value by name; NULL when there is none.
 const SafeTensor *safetensors_find(const SafeFile *f, const char *name);
@@ -57,4 +82,6 @@ const SafeTensor *safetensors_get(const SafeFile *f, const char *name, SafeDtype
 // `sync`: on the disk before it returns. 0, or -1 with *err set and no file left behind.
 int safetensors_write(const char *path, const SafeTensor *tensors, int n, const SafePair *metadata, int n_metadata,
                       bool sync, Error *err);
+// The same on the disk, with the sum of what was written. Ends early, -1 with *err, once *stop is set.
+int safetensors_stream(const char *path, const SafeContent *content, const atomic_bool *stop, SafeSum *sum, Error *err);
 #endif

@@ -217,10 +217,11 @@ class Run:
             for name in groups:
                 group = group[name]
             group[key] = value if isinstance(group[key], str) or value == "auto" else json.loads(value)
-        checkpoints = sorted(folder.glob("ckpt-[0-9]*/state.json"), key=lambda path: int(path.parent.name[5:]))
+        checkpoints = [state.parent for state in folder.glob("ckpt-*/state.json")]
+        checkpoints = [path for path in checkpoints if re.fullmatch(r"ckpt-(0|[1-9]\d{0,17})", path.name)]
         if not checkpoints:
             sys.exit(f"{folder} has no checkpoint: train it first")
-        newest = checkpoints[-1].parent
+        newest = max(checkpoints, key=lambda path: int(path.name[5:]))
         ema = self.config["train"]["ema"] > 0 and (newest / "ema.safetensors").exists()
         self.w = safetensors_read(newest / ("ema.safetensors" if ema else "model.safetensors"))
         self.tokenizer = Tokenizer(folder / "tokenizer.bpe", self.config["model"]["vocab"])

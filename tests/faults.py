@@ -2,9 +2,10 @@
 """Faults, with real processes of ./train on a tiny model: whatever happens, a complete checkpoint remains and the run
 goes on to the same bits as one that nothing happened to.
 
-    tests/faults.py [--kills N] [--leaks] [--train ./train] [--seed N]
+    tests/faults.py [--kills N] [--leaks] [--train build/train] [--seed N]
 
-kill -9 at N random moments, half of them in the middle of a save; damaged, missing, foreign checkpoints; a full disk
+kill -9 at N random moments, half of them in the middle of a save, on a disk that is so slow that training goes on
+meanwhile; damaged, missing, foreign checkpoints; a full disk
 and a file-size limit; a run that diverges; SIGINT, SIGTERM and SIGHUP, once and twice, in an evaluation, under nohup,
 and a log that nobody reads any more; two runs on one folder; images that cannot be decoded, counted over resumes; the
 time to start and to wait for data. --leaks: also 2,000 steps with flat memory and no descriptor lost. Standard
@@ -49,7 +50,7 @@ class Trainer:
 
     all = []
 
-    def __init__(self, run, *flags, tiny=True, within=(), limit=None, ignored=(), **keys):
+    def __init__(self, run, *flags, tiny=True, within=(), limit=None, ignored=(), disk=None, **keys):
         sets = dict(self.tiny) if tiny else {}
         sets.update((name.replace("__", "."), value) for name, value in keys.items())
         command = [*within, str(self.binary), "configs/demo.json", "--run-dir", str(run), *map(str, flags)]
@@ -66,8 +67,10 @@ class Trainer:
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
+        environment = {**os.environ, **disk, "LD_PRELOAD": str(self.slow_disk)} if disk else None
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=before)
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=before,
+                                            env=environment)
         self.all.append(self)
 
     def log(self):
@@ -88,7 +91,9 @@ class Trainer:
 
     def pause(self):
         """Stops all of its threads. Whether it still lives."""
-        self.process.send_signal(signal.SIGSTOP)
+        self.process.send_signal(signal.SIGSTOP)  # to a process that has ended: nothing, and it is no child any more
+        if self.process.returncode is not None:
+            return False
         state = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         return state.si_code == os.CLD_STOPPED
 
@@ -197,7 +202,7 @@ def kill_somewhere(trainer, rng, saving, whole):
     while trainer.process.poll() is None:
         if not temporary(trainer.run):
             continue
-        time.sleep(rng.random() * 0.01)
+        time.sleep(rng.random() * 0.03)
         if not trainer.pause():
             break
         if temporary(trainer.run) and skip == 0:
@@ -208,14 +213,27 @@ def kill_somewhere(trainer, rng, saving, whole):
     return False
 
 
+def in_background(trainer):
+    """Whether steps were done beyond the one whose checkpoint was being written when the process was killed."""
+    saving = [int(name.rsplit("-", 1)[1]) for name in temporary(trainer.run)]
+    steps = [int(step) for step in re.findall(r"^step +(\d+) ", trainer.log(), re.M)]
+    return bool(saving and steps) and steps[-1] > min(saving)
+
+
 def test_kills(work, reference, rng, kills, whole):
-    run, newest, done, in_save, ended = work / "killed", 0, 0, 0, 0
+    run, newest, done, in_save, background, ended = work / "killed", 0, 0, 0, 0, 0
     while done < kills:
-        trainer = Trainer(run, "--resume", "--stop-at", STEPS, checkpoint__every=rng.choice((1, 1, 2)),
+        saving = done % 2 == 0
+        every, disk = rng.choice((1, 2)), None
+        if saving:  # a save takes some 10 steps: training goes on, or waits for it before the next one
+            every, disk = rng.choice((1, 6, 9)), {"SLOW_DISK_MB_S": "8"}
+        trainer = Trainer(run, "--resume", "--stop-at", STEPS, disk=disk, checkpoint__every=every,
+                          checkpoint__copy=rng.choice(("auto", "always") if saving else ("auto", "never")),
                           checkpoint__keep_last=rng.choice((1, 2)), data__threads=rng.choice((1, 2, 3)))
-        if kill_somewhere(trainer, rng, done % 2 == 0, whole):
+        if kill_somewhere(trainer, rng, saving, whole):
             done += 1
             in_save += bool(temporary(run))
+            background += in_background(trainer)
             newest = verify(run, reference, newest)
             continue
         trainer.end(0)
@@ -229,7 +247,9 @@ def test_kills(work, reference, rng, kills, whole):
     check(losses(run) == losses(reference), f"{run}/metrics.jsonl: steps or losses differ from {reference}")
     check(not temporary(run), f"{run}: a save that was killed left {temporary(run)} for good")
     check(in_save >= kills // 3, f"only {in_save} of {kills} kills hit a save")
-    return f"{kills} kills survived, {in_save} of them in a save ({ended + 1} runs ended with the same bits)"
+    check(background >= kills // 5, f"only {background} of {kills} kills hit a save beside which training went on")
+    return (f"{kills} kills survived, {in_save} of them in a save, {background} while training went on beside it "
+            f"({ended + 1} runs ended with the same bits)")
 
 
 def flip(path, rng):
@@ -314,29 +334,74 @@ def test_size_limit(work, reference):
     return "file-size limit: stops or goes on as configured"
 
 
+def full_disk(disk, work, room):
+    """How to run a command on a file system of its own, at `disk`, copied to work/full at its end; None where mounting
+    one is not permitted."""
+    script = (f"mount -t tmpfs -o size={room}k none {disk} || exit 77; cp -r {work}/start/. {disk} || exit 78; "
+              f'"$@"; rc=$?; cp -r {disk} {work}/full; exit $rc')
+    try:
+        tried = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", disk], capture_output=True)
+    except FileNotFoundError:
+        return None
+    return ("unshare", "-rm", "sh", "-c", script, "sh") if tried.returncode == 0 else None
+
+
 def test_full_disk(work, reference):
-    """A file system with room for one checkpoint and a half, where mounting one is permitted."""
+    """A file system with room for one checkpoint and a half; where none can be mounted, one that says it is full."""
     disk, copy = work / "disk", work / "full"
     disk.mkdir()
     size = sum(path.stat().st_size for path in (reference / "ckpt-5").iterdir())
     room = (size * 3 // 2 + sum((reference / f).stat().st_size for f in ("config.json", "tokenizer.bpe")) + 65536) >> 10
-    script = (f"mount -t tmpfs -o size={room}k none {disk} || exit 77; cp -r {work}/start/. {disk} || exit 78; "
-              f'"$@"; rc=$?; cp -r {disk} {copy}; exit $rc')
     copy_run(reference, work / "start", 5)
-    within = ("unshare", "-rm", "sh", "-c", script, "sh")
-    try:
+    within = full_disk(disk, work, room)
+    if within:
         trainer = Trainer(disk, "--resume", "--stop-at", STEPS, within=within, checkpoint__keep_last=1)
-        code = trainer.wait(60)
-    except FileNotFoundError:
-        code = 77
-    if code == 77 or "unshare: " in trainer.log():
-        return "full disk: NOT TRIED, mounting is not permitted here"
+    else:
+        copy_run(reference, copy, 5)
+        trainer = Trainer(copy, "--resume", "--stop-at", STEPS, disk={"SLOW_DISK_ROOM": str(size // 2)},
+                          checkpoint__keep_last=1)
     trainer.end(1, "error: checkpoint of step 6 not saved", "No space left on device", "hint:", "--resume")
     check(checkpoints(copy) == [5] and not temporary(copy), f"{copy}: {os.listdir(copy)}")
     same(copy, 5, reference)
     Trainer(copy, "--resume", "--stop-at", STEPS).end(0)
     same(copy, STEPS, reference)
-    return "full disk: stops, the old checkpoint whole"
+    how = "a small one" if within else "pretended, mounting is not permitted"
+    return f"full disk ({how}): stops, the old checkpoint whole"
+
+
+def test_slow_disk(work, reference):
+    """Whatever ends a run waits for the checkpoint that is being written."""
+    slow = {"SLOW_DISK_MB_S": "8"}
+    run = work / "slow"
+    trainer = Trainer(run, "--stop-at", STEPS, disk=slow, checkpoint__every=5)
+    trainer.wait_log("step +6 ")
+    trainer.signal(signal.SIGTERM)
+    log = trainer.end(-signal.SIGTERM, "checkpoint of step 5:", "stopped by a signal after step")
+    step = int(re.search(r"stopped by a signal after step (\d+)", log)[1])
+    check(checkpoints(run) == [5, step], f"{run}: {checkpoints(run)} after step {step}")
+    for saved in (5, step):
+        same(run, saved, reference)
+
+    # The end too, and a save that nothing follows fails the run.
+    Trainer(run, "--resume", "--stop-at", STEPS, disk=slow, checkpoint__every=STEPS - 1).end(0)
+    for saved in (STEPS - 1, STEPS):
+        same(run, saved, reference)
+    run = copy_run(reference, work / "slow", 5)
+    size = sum((reference / f"ckpt-5/{name}").stat().st_size for name in FILES)
+    log = Trainer(run, "--resume", "--stop-at", 8, disk={**slow, "SLOW_DISK_ROOM": str(size * 5 // 2)}).end(
+        1, "error: checkpoint of step 8 not saved", "hint:")
+    check("checkpoint of step 7: training stood still" in log, log)
+    check(checkpoints(run) == [6, 7], f"{run}: {checkpoints(run)}")
+    same(run, 7, reference)
+
+    # An error while training goes on ends it then, not at the next save.
+    run = copy_run(reference, work / "slow", 5)
+    log = Trainer(run, "--resume", "--stop-at", STEPS, disk={"SLOW_DISK_ROOM": "100000"}, checkpoint__every=6).end(
+        1, "error: checkpoint of step 6 not saved")
+    last = int(re.findall(r"^step +(\d+) ", log, re.M)[-1])
+    check(last < 12, f"the error of step 6 is told after step {last}:\n{log}")
+    check(checkpoints(run) == [5], f"{run}: {checkpoints(run)}")
+    return "a slow disk: SIGTERM and the end wait for it, an error is told at once"
 
 
 def test_signals(work, reference, rng):
@@ -593,7 +658,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--leaks", action="store_true")
-    parser.add_argument("--train", default=str(ROOT / "train"))
+    parser.add_argument("--train", default=str(ROOT / "build/train"), help="tests/slow_disk.so is looked for beside it")
     parser.add_argument("--seed", type=int, default=None, help="of the random moments; printed")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(1 << 30)
@@ -607,6 +672,9 @@ def main():
         samples = first_samples(300)
         write_tar(work / "small.tar", samples)
         Trainer.binary, Trainer.work = Path(options.train).resolve(), work
+        Trainer.slow_disk = Trainer.binary.parent / "tests/slow_disk.so"
+        if not Trainer.slow_disk.exists():
+            parser.error(f"{Trainer.slow_disk} is missing: 'make tests' builds it")
         Trainer.tiny = {
             **TINY, "data.micro_batch_tokens": 256, "data.held_out_by": "key",
             "data.sources": [{"type": "webdataset", "path": str(work / "small.tar")}],
@@ -618,9 +686,9 @@ def main():
         Trainer(other, "--stop-at", 1, model__dim=48, model__head_dim=8).end(0)
         tests = [
             (test_kills, reference, rng, options.kills, whole), (test_damage, reference, other, rng),
-            (test_size_limit, reference), (test_full_disk, reference), (test_divergence, reference),
-            (test_signals, reference, rng), (test_stop_in_evaluation, reference), (test_hangup, reference),
-            (test_lock, reference),
+            (test_size_limit, reference), (test_full_disk, reference), (test_slow_disk, reference),
+            (test_divergence, reference), (test_signals, reference, rng), (test_stop_in_evaluation, reference),
+            (test_hangup, reference), (test_lock, reference),
             (test_bad_images, samples), (test_start,), (test_data_wait, samples),
         ]
         if options.leaks:

@@ -39,6 +39,11 @@ class Runs:
         check(done.returncode == 0, f"{flags}: exit code {done.returncode}\n{done.stderr}")
         return done.stderr
 
+    def refuse(self, run, text, *flags):
+        done = subprocess.run(self.command(run, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        check(done.returncode == 2, f"{flags}: exit code {done.returncode}, not 2\n{done.stderr}")
+        check(text in done.stderr and "hint:" in done.stderr, f"{flags}: no '{text}', no hint:\n{done.stderr}")
+
     def rows(self, run):
         return [json.loads(line) for line in open(self.folder / run / "metrics.jsonl")]
 
@@ -73,6 +78,36 @@ def test_going_back(runs):
     again = [row for row in runs.rows("whole") if "loss" in row]
     check([row["step"] for row in again] == [0, 1, 2, 3], f"steps {[row['step'] for row in again]}")
     check([row["loss"] for row in again] == [row["loss"] for row in steps[:4]], "other losses the second time")
+
+
+def test_going_back_again(runs):
+    """What is given up a second time has a name of its own; where there is none to be had, the run is refused."""
+    runs.make("again", "--stop-at", 4)
+    back = ("--from", runs.folder / "again/ckpt-2", "--stop-at", 4)
+    for time_, name in enumerate(("set-aside-ckpt-4", "set-aside-ckpt-4-2", "set-aside-ckpt-4-3")):
+        said = runs.make("again", *back)
+        check(f"set aside as {runs.folder}/again/{name}\n" in said, f"time {time_ + 1}: no {name}:\n{said}")
+        check((runs.folder / "again" / name / "state.json").exists(), f"time {time_ + 1}: {name} is not whole")
+        check(runs.checkpoints("again") == [2, 4], f"time {time_ + 1}: {runs.checkpoints('again')}")
+        steps = [row["step"] for row in runs.rows("again") if "loss" in row]
+        check(steps == [0, 1, 2, 3], f"time {time_ + 1}: steps {steps}")
+
+
+def test_fresh_start(runs):
+    """A folder with a run's checkpoints is refused to whoever would begin anew in it, and left as it is; names that are
+    no checkpoint's are none to anybody."""
+    before = {path: path.read_bytes() for path in (runs.folder / "again").rglob("*") if path.is_file()}
+    for flags in ((), ("--init", runs.folder / "again/ckpt-2"), ("--init", runs.folder / "whole/ckpt-2")):
+        runs.refuse("again", "already holds checkpoints", *flags)
+    before.pop(runs.folder / "again/lock")
+    for path, data in before.items():
+        check(path.read_bytes() == data, f"a refused run changed {path}")
+    (runs.folder / "named").mkdir()
+    for name in ("ckpt-007", "ckpt-x", "ckpt-7-old"):
+        shutil.copytree(runs.folder / "again/ckpt-2", runs.folder / "named" / name)
+    runs.make("named", "--stop-at", 1)
+    check("loaded" in runs.make("named", "--resume", "--stop-at", 2), "ckpt-1 was not resumed")
+    check((runs.folder / "named/ckpt-2/state.json").exists(), "the run did not go on from step 1")
 
 
 def test_seconds(runs):
@@ -213,8 +248,9 @@ def main():
         if not (ROOT / ".cache/shapes/shapes.tar").exists():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
-        for test in (test_missed_evaluation, test_going_back, test_long_metrics, test_text_alone, test_overview,
-                     test_changes, test_seconds, test_terminal, test_narrow_terminal):
+        for test in (test_missed_evaluation, test_going_back, test_going_back_again, test_fresh_start,
+                     test_long_metrics, test_text_alone, test_overview, test_changes, test_seconds, test_terminal,
+                     test_narrow_terminal):
             test(runs)
     except AssertionError as error:
         print(f"{test.__name__}: FAILED: {error}")

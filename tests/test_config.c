@@ -208,6 +208,7 @@ static const char *const other_values[] = {
     "checkpoint.every=9",
     "checkpoint.keep_last=1",
     "checkpoint.keep_every=18",
+    "checkpoint.copy=never",
     "checkpoint.on_error=continue",
     "memory.policy=offload",
     "memory.budget_gb=79.5",

@@ -294,6 +294,112 @@ static void write_errors(void **state) {
   free(path);
 }
 
+static void fill_part(void *context, int i, size_t at, size_t n, void *out) {
+  const SafeTensor *t = context;
+  assert_true(n <= SAFE_CHUNK && at + n <= safe_bytes(&t[i]));
+  memcpy(out, (const char *)t[i].data + at, n);
+}
+
+// Tensors that come from a source, larger than a chunk, beside some that have their data.
+static void sources_give_the_same_bytes(void **state) {
+  (void)state;
+  int64_t big = SAFE_CHUNK / 4 * 5 / 4 + 1;
+  float *data = xmalloc((size_t)big * sizeof *data);
+  for (int64_t i = 0; i < big; i++) data[i] = (float)i;
+  SafeTensor whole[3] = {{"a", SAFE_U8, 1, {3}, "abc"}, {"b", SAFE_F32, 1, {big}, data}, {"c", SAFE_F32, 1, {9}, data}};
+  SafeTensor bare[3] = {whole[0], whole[1], whole[2]};
+  bare[1].data = bare[2].data = NULL;
+  SafeSource source = {fill_part, whole, xmalloc(SAFE_CHUNK)};
+  SafePair pair = {"format", "pt"};
+  SafeContent content = {bare, 3, 1, &pair, &source};
+  atomic_bool stop = false;
+  SafeSum sum;
+  Error err;
+  char *a = in_folder("a.safetensors"), *b = in_folder("b.safetensors");
+  if (safetensors_write(a, whole, 3, &pair, 1, false, &err)) fail_msg("%s", err.text);
+  if (safetensors_stream(b, &content, &stop, &sum, &err)) fail_msg("%s", err.text);
+  size_t n, m;
+  char *x = read_bytes(a, &n), *y = read_bytes(b, &m);
+  assert_int_equal(n, m);
+  assert_memory_equal(x, y, n);
+  assert_true(sum.bytes == n && sum.hash == hash64(x, n, 0));
+  stop = true; // another file of the checkpoint failed
+  assert_int_equal(safetensors_stream(b, &content, &stop, &sum, &err), -1);
+  assert_int_equal(access(b, F_OK), -1);
+  free(x);
+  free(y);
+  free(a);
+  free(b);
+  free(data);
+  free(source.buffer);
+}
+
+// Files of any size, those too that need more memory than the reader has.
+static void files_are_read_in_order(void **state) {
+  (void)state;
+  static const int64_t sizes[] = {0,
+                                  1,
+                                  FILE_IN_CHUNK - 1,
+                                  FILE_IN_CHUNK,
+                                  FILE_IN_CHUNK + 1,
+                                  5 * FILE_IN_CHUNK,
+                                  (FILE_IN_SLOTS + 5) * FILE_IN_CHUNK + 7};
+  char *path = in_folder("big"), *memory = xmalloc(file_in_memory(1ull << 40));
+  for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600); // mostly holes, a number at the head of each chunk
+    assert_int_equal(ftruncate(fd, sizes[s]), 0);
+    for (int64_t at = 0; at + 8 <= sizes[s]; at += FILE_IN_CHUNK) assert_int_equal(pwrite(fd, &at, 8, at), 8);
+    close(fd);
+    Error err;
+    FileIn *f = file_in_open(path, memory, &err);
+    assert_non_null(f);
+    const void *data;
+    int64_t at = 0, n;
+    while ((n = file_in_next(f, &data, &err)) > 0) {
+      assert_int_equal(n, min_i64(FILE_IN_CHUNK, sizes[s] - at));
+      if (n >= 8) assert_memory_equal(data, &at, 8);
+      at += n;
+    }
+    assert_int_equal(n, 0);
+    assert_int_equal(at, sizes[s]);
+    assert_int_equal(file_in_next(f, &data, &err), 0);
+    file_in_close(f);
+    f = file_in_open(path, memory, &err); // given up at once
+    file_in_close(f);
+  }
+  Error err;
+  assert_null(file_in_open(folder, memory, &err));
+  assert_null(file_in_open("/nonexistent", memory, &err));
+  assert_contains(err.text, "/nonexistent");
+  unlink(path);
+  free(path);
+  free(memory);
+}
+
+static void names_of_checkpoints(void **state) {
+  (void)state;
+  static const struct {
+    const char *name;
+    int64_t step;
+  } cases[] = {{"ckpt-0", 0},
+               {"ckpt-7", 7},
+               {"ckpt-120", 120},
+               {"ckpt-999999999999999999", 999999999999999999},
+               {"ckpt-", -1},
+               {"ckpt-007", -1},
+               {"ckpt-00", -1},
+               {"ckpt--7", -1},
+               {"ckpt-+7", -1},
+               {"ckpt- 7", -1},
+               {"ckpt-7x", -1},
+               {"ckpt-7 ", -1},
+               {".tmp-ckpt-7", -1},
+               {"set-aside-ckpt-7", -1},
+               {"ckpt-1000000000000000000", -1}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+    if (checkpoint_step(cases[i].name) != cases[i].step) fail_msg("%s", cases[i].name);
+}
+
 static void hash_is_xxh64(void **state) {
   (void)state;
   assert_true(hash64("", 0, 0) == 0xEF46DB3751D8E999ull);
@@ -310,24 +416,71 @@ static void hash_is_xxh64(void **state) {
                {222, 0, 0xB641AE8CB691C174ull}, {222, 2654435761u, 0x20CB8AB7AE10C14Aull}};
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
     assert_true(hash64(bytes, cases[i].n, cases[i].seed) == cases[i].expected);
+  // The same in pieces of any length.
+  for (uint64_t round = 0; round < 200; round++) {
+    size_t n = rnd(round, 20, 0) % sizeof bytes;
+    Hash64 h = hash64_begin(round);
+    for (size_t at = 0, piece; at < n; at += piece) {
+      piece = rnd(round, 21, (uint32_t)at) % (round % 70 + 1);
+      if (piece > n - at) piece = n - at;
+      hash64_add(&h, bytes + at, piece);
+      if (!piece) piece = 1, hash64_add(&h, bytes + at, 1);
+    }
+    assert_true(hash64_end(&h) == hash64(bytes, n, round));
+  }
 }
 
 // ---- checkpoints ----
 
 static const CheckpointKeep keep_all = {1000, 0};
 
+// Opens a checkpoint and reads all of it; NULL with *err naming what is wrong.
+static Checkpoint *open_whole(const char *dir, Error *err) {
+  Checkpoint *c = checkpoint_open(dir, err);
+  if (!c || checkpoint_verify(c, err) == 0) return c;
+  checkpoint_close(c);
+  return NULL;
+}
+
+// The newest that is whole, as a run finds it: checkpoint_find's results.
+static int find_whole(const char *run, Checkpoint **c, Error *err) {
+  int64_t below = INT64_MAX;
+  int rc;
+  while ((rc = checkpoint_find(run, &below, c, err)) == 1 && checkpoint_verify(*c, err) != 0) checkpoint_close(*c);
+  return rc;
+}
+
 // Two files of random tensors and a state that depend on the step.
 static int save(const char *run, int64_t step, CheckpointKeep keep, Error *err) {
   Model a = model_random((uint64_t)step, 9), b = model_random((uint64_t)step + 1000, 5);
   model_name(&a);
   model_name(&b);
-  CheckpointFile files[] = {{"model.safetensors", a.t, a.n}, {"optimizer-0x1.safetensors", b.t, b.n}};
+  CheckpointFile files[] = {{"model.safetensors", a.t, a.n, NULL}, {"optimizer-0x1.safetensors", b.t, b.n, NULL}};
   char *text = xasprintf("{\"loader\": {\"draw\": \"%lld\"}, \"list\": [1, 2.5, \"]}\"]}", (long long)step * 3);
   int rc = checkpoint_save(run, step, files, 2, text, keep, err);
   free(text);
   model_free(&a);
   model_free(&b);
   return rc;
+}
+
+static void take_part(void *context, int i, size_t at, size_t n, const void *data) {
+  memcpy(((char **)context)[i] + at, data, n);
+}
+
+// A file as it is read, tensor by tensor.
+static void assert_reads(const Checkpoint *c, const char *name) {
+  const SafeFile *f = checkpoint_file(c, name);
+  Error err;
+  char **taken = xcalloc((size_t)f->n, sizeof *taken), *memory = xmalloc(checkpoint_memory(c));
+  for (int i = 0; i < f->n; i++) taken[i] = xmalloc(safe_bytes(&f->tensor[i]));
+  if (checkpoint_read(c, name, memory, take_part, taken, &err) != 0) fail_msg("%s", err.text);
+  for (int i = 0; i < f->n; i++) {
+    assert_memory_equal(taken[i], f->tensor[i].data, safe_bytes(&f->tensor[i]));
+    free(taken[i]);
+  }
+  free(taken);
+  free(memory);
 }
 
 static void assert_holds(const Checkpoint *c, int64_t step) {
@@ -337,6 +490,8 @@ static void assert_holds(const Checkpoint *c, int64_t step) {
   model_name(&b);
   assert_same(checkpoint_file(c, "model.safetensors"), &a);
   assert_same(checkpoint_file(c, "optimizer-0x1.safetensors"), &b);
+  assert_reads(c, "model.safetensors");
+  assert_reads(c, "optimizer-0x1.safetensors");
   assert_null(checkpoint_file(c, "ema.safetensors"));
   const cJSON *loader = cJSON_GetObjectItemCaseSensitive(c->state, "loader");
   const cJSON *draw = cJSON_GetObjectItemCaseSensitive(loader, "draw");
@@ -348,7 +503,7 @@ static void assert_holds(const Checkpoint *c, int64_t step) {
 static void assert_newest(int64_t step) {
   Checkpoint *c;
   Error err;
-  if (checkpoint_find(folder, &c, &err) != 1) fail_msg("%s", err.text);
+  if (find_whole(folder, &c, &err) != 1) fail_msg("%s", err.text);
   assert_holds(c, step);
   checkpoint_close(c);
 }
@@ -366,8 +521,8 @@ static void checkpoint_round_trip(void **state) {
   (void)state;
   Checkpoint *c;
   Error err;
-  assert_int_equal(checkpoint_find("/nonexistent/run", &c, &err), 0);
-  assert_int_equal(checkpoint_find(folder, &c, &err), 0);
+  assert_int_equal(find_whole("/nonexistent/run", &c, &err), 0);
+  assert_int_equal(find_whole(folder, &c, &err), 0);
   for (int64_t step = 0; step < 12; step += 3) {
     if (save(folder, step, keep_all, &err)) fail_msg("%s", err.text);
     assert_newest(step);
@@ -378,11 +533,11 @@ static void checkpoint_round_trip(void **state) {
   // One folder by name, also when it was moved elsewhere.
   char *from = in_folder("ckpt-6"), *to = in_folder("best");
   assert_int_equal(rename(from, to), 0);
-  c = checkpoint_open(to, &err);
+  c = open_whole(to, &err);
   assert_non_null(c);
   assert_holds(c, 6);
   checkpoint_close(c);
-  assert_null(checkpoint_open(from, &err));
+  assert_null(open_whole(from, &err));
   free(from);
   free(to);
 }
@@ -425,12 +580,12 @@ static void damage_is_found(void **state) {
       write_bytes(path, bytes, i % 3 ? n : at); // a flip, or cut off
       bytes[at] = kept;
       memset(&err, 0, sizeof err);
-      Checkpoint *c = checkpoint_open(dir, &err);
+      Checkpoint *c = open_whole(dir, &err);
       if (c) fail_msg("byte %zu of %s: damage not seen", at, names[file]);
       assert_contains(err.text, names[file]);
     }
     assert_int_equal(unlink(path), 0);
-    assert_null(checkpoint_open(dir, &err));
+    assert_null(open_whole(dir, &err));
     assert_newest(1);
     write_bytes(path, bytes, n);
     assert_newest(2);
@@ -451,14 +606,14 @@ static void damage_is_found(void **state) {
     char *text = xasprintf("{\"xxh64\": \"%016llx\",\n%s", (unsigned long long)hash64(bodies[i], strlen(bodies[i]), 0),
                            bodies[i]);
     write_bytes(path, text, strlen(text));
-    assert_null(checkpoint_open(dir, &err));
+    assert_null(open_whole(dir, &err));
     assert_contains(err.text, "state.json");
     free(text);
   }
   char *first = in_folder("ckpt-1/state.json");
   assert_int_equal(unlink(first), 0);
   Checkpoint *c;
-  assert_int_equal(checkpoint_find(folder, &c, &err), -1);
+  assert_int_equal(find_whole(folder, &c, &err), -1);
   assert_contains(err.text, "none of the 2 checkpoints");
   free(first);
   free(path);
@@ -471,7 +626,7 @@ static void failed_save_loses_nothing(void **state) {
   Error err;
   assert_int_equal(save(folder, 1, keep_all, &err), 0);
   SafeTensor t = {"a", SAFE_U8, 0, {0}, "x"};
-  CheckpointFile small = {"small.safetensors", &t, 1};
+  CheckpointFile small = {"small.safetensors", &t, 1, NULL};
   signal(SIGXFSZ, SIG_IGN);
   struct rlimit old, limit;
   assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
@@ -492,7 +647,7 @@ static void failed_save_loses_nothing(void **state) {
     assert_contains(text, i ? "state.json" : "small.safetensors");
     assert_newest(1);
   }
-  CheckpointFile files[] = {small, {"../b.safetensors", &t, 1}};
+  CheckpointFile files[] = {small, {"../b.safetensors", &t, 1, NULL}};
   assert_int_equal(checkpoint_save(folder, 3, files, 2, "{}", keep_all, &err), -1);
   assert_contains(err.text, "\"../b.safetensors\" is no name");
   assert_int_equal(checkpoint_save(folder, 3, files, 1, "{\"a\":", keep_all, &err), -1);
@@ -518,7 +673,7 @@ static void killed_save_loses_nothing(void **state) {
     kill(child, SIGKILL);
     assert_int_equal(waitpid(child, NULL, 0), child);
     Checkpoint *c;
-    if (checkpoint_find(folder, &c, &err) != 1) fail_msg("%s", err.text);
+    if (find_whole(folder, &c, &err) != 1) fail_msg("%s", err.text);
     assert_true(c->step >= last);
     last = c->step;
     assert_holds(c, last);
@@ -578,6 +733,9 @@ int main(void) {
       cmocka_unit_test_setup(hostile_headers, empty_folder),
       cmocka_unit_test_setup(mutations, empty_folder),
       cmocka_unit_test_setup(write_errors, empty_folder),
+      cmocka_unit_test_setup(sources_give_the_same_bytes, empty_folder),
+      cmocka_unit_test_setup(files_are_read_in_order, empty_folder),
+      cmocka_unit_test_setup(names_of_checkpoints, empty_folder),
       cmocka_unit_test_setup(hash_is_xxh64, empty_folder),
       cmocka_unit_test_setup(checkpoint_round_trip, empty_folder),
       cmocka_unit_test_setup(pruning, empty_folder),

@@ -289,7 +289,8 @@ static int pin(Engine *e) {
 }
 
 static void unpin(Engine *e) {
-  void *all[] = {e->pinned.pack[0], e->pinned.pack[1], e->pinned.scalars, e->pinned.status, e->pinned.metrics};
+  void *all[] = {e->pinned.pack[0], e->pinned.pack[1],  e->pinned.scalars, e->pinned.status,
+                 e->pinned.metrics, e->pinned.stage[0], e->pinned.stage[1]};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
     if (all[i]) e->model.backend->host_release(all[i]);
 }
@@ -482,21 +483,29 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   free(wide);
 }
 
-void engine_slab_read(const Engine *e, Space space, void *out) {
+int engine_joins(const Engine *e, Space space) {
+  return space == SPACE_WEIGHTS && e->model.backend->master_rest;
+}
+
+void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch) {
   const Backend *b = e->model.backend;
-  int64_t n = e->model.params.total;
-  if (space != SPACE_WEIGHTS || !b->master_rest) {
-    b->download(out, e->bases.of[space], (size_t)n * b->dtype_bytes[DT_REAL]);
+  size_t element = b->dtype_bytes[DT_REAL], half = sizeof(uint16_t), n = (size_t)count;
+  const char *from = e->bases.of[space], *rest = e->bases.of[SPACE_REST];
+  if (!engine_joins(e, space)) {
+    b->download(out, from + (size_t)first * element, n * element);
     return;
   }
-  uint16_t *weight = xmalloc((size_t)n * sizeof *weight), *rest = xcalloc((size_t)n, sizeof *rest);
-  float *master = out;
-  b->download(weight, e->bases.of[SPACE_WEIGHTS], (size_t)n * sizeof *weight);
-  if (e->bases.of[SPACE_REST]) b->download(rest, e->bases.of[SPACE_REST], (size_t)n * sizeof *rest);
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], rest[i]);
-  free(weight);
-  free(rest);
+  uint16_t *weight = scratch, *lower = weight + n;
+  b->download(weight, from + (size_t)first * half, n * half);
+  if (rest) b->download(lower, rest + (size_t)first * half, n * half);
+  masters_join(weight, rest ? lower : NULL, count, out);
+}
+
+void engine_slab_read(const Engine *e, Space space, void *out) {
+  int64_t n = e->model.params.total;
+  void *scratch = engine_joins(e, space) ? xmalloc((size_t)n * sizeof(float)) : NULL;
+  engine_slab_read_part(e, space, 0, n, out, scratch);
+  free(scratch);
 }
 
 void engine_slab_write(Engine *e, Space space, const void *from) {
@@ -514,6 +523,51 @@ void engine_slab_write(Engine *e, Space space, const void *from) {
   if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], rest, (size_t)n * sizeof *rest);
   free(weight);
   free(rest);
+}
+
+int64_t engine_state_bytes(const Engine *e) {
+  return e->bytes[SPACE_WEIGHTS] + e->bytes[SPACE_REST] + e->bytes[SPACE_ADAM_M] + e->bytes[SPACE_ADAM_V] +
+         e->bytes[SPACE_EMA];
+}
+
+int engine_stage_open(Engine *e, Error *err) {
+  const Backend *b = e->model.backend;
+  for (int k = 0; b->queues && k < 2; k++) {
+    if (!e->pinned.stage[k]) e->pinned.stage[k] = b->host_alloc(ENGINE_STAGE);
+    if (!e->pinned.stage[k])
+      return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for checkpoints");
+  }
+  return 0;
+}
+
+static void host_copy(void *to, const void *from, size_t bytes) {
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  backend_cpu.fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args});
+}
+
+// While one piece travels to the host, the one before is copied to its place: memory of this size cannot be pinned
+// within a run's first steps, and the processors keep up with the link.
+void engine_slab_copy(Engine *e, Space space, void *out) {
+  const Backend *b = e->model.backend;
+  const Queues *q = b->queues;
+  const char *from = e->bases.of[space];
+  int64_t bytes = e->bytes[space], n = (bytes + ENGINE_STAGE - 1) / ENGINE_STAGE;
+  if (!q) {
+    host_copy(out, from, (size_t)bytes);
+    return;
+  }
+  q->record(LANE_COMPUTE, EVENT_SLAB_FREE);
+  q->wait(LANE_D2H, EVENT_SLAB_FREE);
+  for (int64_t i = 0; i <= n; i++) {
+    int64_t at = i * ENGINE_STAGE, before = at - ENGINE_STAGE;
+    if (i < n) {
+      queue_copy(b, LANE_D2H, e->pinned.stage[i % 2], from + at, (size_t)min_i64(bytes - at, ENGINE_STAGE));
+      q->record(LANE_D2H, EVENT_STAGED + (int)(i % 2));
+    }
+    if (i == 0) continue;
+    q->finish(EVENT_STAGED + (int)((i - 1) % 2));
+    host_copy((char *)out + before, e->pinned.stage[(i - 1) % 2], (size_t)min_i64(bytes - before, ENGINE_STAGE));
+  }
 }
 
 void *engine_slab(const Engine *e, Space space) {
@@ -536,5 +590,10 @@ void engine_print_plan(const Engine *e, FILE *f) {
   }
   int64_t total = total_bytes(e);
   fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", "total", (long long)total, (double)total / 1e6);
+  int64_t copy = e->bytes[SPACE_ADAM_M] ? engine_state_bytes(e) : 0;
+  if (copy && e->config->checkpoint.copy != COPY_NEVER)
+    fprintf(f, "  %-24s %14lld bytes  %9.3f MB of the host, not in the total%s\n", "copy for checkpoints",
+            (long long)copy, (double)copy / 1e6,
+            e->config->checkpoint.copy == COPY_AUTO ? "; without that room a save holds up training" : "");
   if (e->first.program) planner_print(e->first.program, f);
 }

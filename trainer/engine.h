@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <stdio.h>
 
-enum { ENGINE_FORWARD_PROGRAMS = 64 };
+enum { ENGINE_FORWARD_PROGRAMS = 64, ENGINE_STAGE = 32 << 20 };
 
 // A forward-only program at a power of two of slots (or all of them).
 typedef struct ForwardProgram {
@@ -44,6 +44,7 @@ typedef struct Engine {
     StepScalars *scalars;
     UpdateStatus *status;
     double *metrics;
+    void *stage[2]; // [ENGINE_STAGE] where engine_stage_open was called
   } pinned;
 } Engine;
 
@@ -104,6 +105,18 @@ void engine_use_ema(Engine *e, int ema);
 // as their masters.
 void engine_slab_read(const Engine *e, Space space, void *out);
 void engine_slab_write(Engine *e, Space space, const void *from);
+// Elements [first, first + count) of a slab. `scratch` [4 count bytes] is used where engine_joins says so. May be
+// called by any thread, one at a time.
+void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);
+// Whether a slab's elements are put together of two as they are stored: the weight and its rest (kernels/master.h).
+int engine_joins(const Engine *e, Space space);
+
+// Allocates what engine_slab_copy needs beside a device. -1 with *err when it cannot be had.
+int engine_stage_open(Engine *e, Error *err);
+// Copies a slab to host memory [bytes[space]] as it is stored, at the link's speed, by all threads.
+void engine_slab_copy(Engine *e, Space space, void *out);
+// Bytes of all slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA.
+int64_t engine_state_bytes(const Engine *e);
 
 // Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
 void *engine_slab(const Engine *e, Space space);

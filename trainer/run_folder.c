@@ -54,30 +54,42 @@ static bool is_own(const char *run, const char *checkpoint) {
   return same;
 }
 
-// The step of a folder named ckpt-STEP, -1 for any other name.
-static int64_t checkpoint_step(const char *name) {
-  if (strncmp(name, "ckpt-", 5) != 0 || !name[5] || strspn(name + 5, "0123456789") != strlen(name + 5)) return -1;
-  return strtoll(name + 5, NULL, 10);
+// Number of the run's checkpoints, damaged ones too.
+static int count_checkpoints(const char *run) {
+  int n = 0;
+  DIR *dir = opendir(run);
+  for (struct dirent *entry; dir && (entry = readdir(dir));) n += checkpoint_step(entry->d_name) >= 0;
+  if (dir) closedir(dir);
+  return n;
 }
 
-// Counts the checkpoints of steps beyond `step`; with `set_aside` renames them too.
-static int64_t later_checkpoints(const char *run, int64_t step, bool set_aside) {
-  int64_t n = 0;
+// RUN/set-aside-NAME, or with a number behind it where that is taken. malloc'd.
+static char *free_name(const char *run, const char *name) {
+  char *path = xasprintf("%s/set-aside-%s", run, name);
+  for (int i = 2; faccessat(AT_FDCWD, path, F_OK, AT_SYMLINK_NOFOLLOW) == 0; i++) {
+    free(path);
+    path = xasprintf("%s/set-aside-%s-%d", run, name, i);
+  }
+  return path;
+}
+
+// Renames the checkpoints of steps beyond `step`: --resume must not take them. -1 with *err where one stays.
+static int set_aside_later(const char *run, int64_t step, Error *err) {
   DIR *dir = opendir(run);
-  for (struct dirent *entry; dir && (entry = readdir(dir));) {
+  int rc = 0;
+  for (struct dirent *entry; rc == 0 && dir && (entry = readdir(dir));) {
     if (checkpoint_step(entry->d_name) <= step) continue;
-    n++;
-    if (!set_aside) continue;
-    char *from = xasprintf("%s/%s", run, entry->d_name), *to = xasprintf("%s/set-aside-%s", run, entry->d_name);
+    char *from = xasprintf("%s/%s", run, entry->d_name), *to = free_name(run, entry->d_name);
     if (rename(from, to) == 0)
       log_info("%s belongs to what is given up now: set aside as %s", from, to);
     else
-      log_warn("cannot rename %s: %s; --resume would take it", from, strerror(errno));
+      rc = error_set(err, "remove it, or go back in a copy of the run: --resume would take it",
+                     "cannot set %s aside: %s", from, strerror(errno));
     free(from);
     free(to);
   }
   if (dir) closedir(dir);
-  return n;
+  return rc;
 }
 
 int run_folder_prepare(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
@@ -86,8 +98,8 @@ int run_folder_prepare(const char *run, const Config *c, const Options *o, const
   int lock = folder_make(samples, err) == 0 ? run_lock(run, err) : -1;
   free(samples);
   if (lock < 0) return -1;
-  bool continues = o->resume || (o->from && is_own(run, o->from)) || o->init;
-  if (!continues && later_checkpoints(run, -1, false) > 0) {
+  bool continues = o->resume || (o->from && is_own(run, o->from));
+  if (!continues && count_checkpoints(run) > 0) {
     close(lock);
     return error_set(err,
                      "--resume goes on from the newest, --from CKPT from one of them, --run-dir trains elsewhere; or "
@@ -95,8 +107,8 @@ int run_folder_prepare(const char *run, const Config *c, const Options *o, const
                      "%s already holds checkpoints of a run", run);
   }
   // --resume took the newest valid one: what is newer is damaged and stays for the next save to replace.
-  if (o->from || o->init) later_checkpoints(run, o->init ? -1 : step, true);
-  if (save_tokenizer(tokenizer, run, err) == 0 && save_config(c, run, err) == 0) return lock;
+  int bad = continues && o->from && set_aside_later(run, step, err) != 0;
+  if (!bad && save_tokenizer(tokenizer, run, err) == 0 && save_config(c, run, err) == 0) return lock;
   close(lock);
   return -1;
 }

@@ -8,8 +8,9 @@
 
 // Creates the folder and its samples/, takes its lock, and writes config.json and tokenizer.bpe, each whole or not at
 // all. A folder that already has checkpoints is refused unless the run continues one of them (--resume, or --from one
-// of its own) or begins anew with --init; those of later steps than `step`, which this run will make again, are then
-// set aside (renamed to set-aside-ckpt-N). Returns the lock's descriptor, to be closed at the end, or -1 with *err set.
+// of its own). With --from those of later steps than `step`, which this run will make again, are set aside (renamed to
+// set-aside-ckpt-N, with a further number where that exists). Returns the lock's descriptor, to be closed at the end,
+// or -1 with *err set.
 int run_folder_prepare(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
                        Error *err);
 #endif

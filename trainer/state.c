@@ -3,6 +3,7 @@
 #include "base/hash.h"
 #include "base/json.h"
 #include "trainer/export.h"
+#include "trainer/slab_writer.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -11,67 +12,44 @@
 // The hint where a checkpoint and the config are not of one model.
 #define OTHER_MODEL "it belongs to another model: use the config.json of its run, or another run folder"
 
-// Tensors of a slab on the host, named PREFIX + parameter.
-typedef struct Slab {
-  char *host;
-  SafeTensor *tensor;
-  char (*name)[72];
-} Slab;
-
 static SafeDtype slab_dtype(const Engine *e) {
   return e->model.backend->dtype_bytes[DT_REAL] == sizeof(double) ? SAFE_F64 : SAFE_F32;
 }
 
-static Slab slab_new(const Engine *e) {
-  const ParamTable *p = &e->model.params;
-  return (Slab){.host = xmalloc((size_t)p->total * e->model.backend->dtype_bytes[DT_REAL]),
-                .tensor = xcalloc((size_t)p->n, sizeof(SafeTensor)),
-                .name = xcalloc((size_t)p->n, sizeof(char[72]))};
-}
+// ---- what is in a checkpoint ----
 
-static void slab_free(Slab *s) {
-  free(s->host);
-  free(s->tensor);
-  free(s->name);
-}
+static const struct {
+  const char *name;
+  int spaces;
+  Space space[2];
+  const char *prefix[2]; // before the parameter's name
+} files[STATE_FILES] = {{"model.safetensors", 1, {SPACE_WEIGHTS}, {""}},
+                        {"optimizer-0x1.safetensors", 2, {SPACE_ADAM_M, SPACE_ADAM_V}, {"m.", "v."}},
+                        {"ema.safetensors", 1, {SPACE_EMA}, {""}}};
 
-static Slab slab_read(const Engine *e, Space space, const char *prefix) {
+StateLayout state_layout(const Engine *e) {
   const ParamTable *p = &e->model.params;
-  size_t element = e->model.backend->dtype_bytes[DT_REAL];
-  Slab s = slab_new(e);
-  engine_slab_read(e, space, s.host);
-  for (int i = 0; i < p->n; i++) {
-    const Param *w = &p->of[i];
-    snprintf(s.name[i], sizeof s.name[i], "%s%s", prefix, w->name);
-    s.tensor[i] = (SafeTensor){.name = s.name[i],
-                               .dtype = slab_dtype(e),
-                               .rank = w->rank,
-                               .shape = {w->shape[0], w->shape[1], w->shape[2]},
-                               .data = s.host + (size_t)w->offset * element};
+  StateLayout l = {.params = p->n, .names = xcalloc((size_t)(4 * p->n), sizeof *l.names)};
+  char(*name)[72] = l.names;
+  for (int f = 0; f < STATE_FILES; f++) {
+    if (!engine_slab(e, files[f].space[0])) continue;
+    StateFile *file = &l.file[l.n++];
+    *file = (StateFile){.name = files[f].name, .spaces = files[f].spaces, .n = files[f].spaces * p->n};
+    memcpy(file->space, files[f].space, sizeof file->space);
+    file->tensor = xcalloc((size_t)file->n, sizeof *file->tensor);
+    for (int i = 0; i < file->n; i++, name++) {
+      const Param *w = &p->of[i % p->n];
+      snprintf(*name, sizeof *name, "%s%s", files[f].prefix[i / p->n], w->name);
+      file->tensor[i] = (SafeTensor){
+          .name = *name, .dtype = slab_dtype(e), .rank = w->rank, .shape = {w->shape[0], w->shape[1], w->shape[2]}};
+    }
   }
-  return s;
+  return l;
 }
 
-// Every parameter's tensor must be there with its shape.
-static int slab_write(Engine *e, Space space, const char *prefix, const SafeFile *f, Error *err) {
-  const ParamTable *p = &e->model.params;
-  size_t element = e->model.backend->dtype_bytes[DT_REAL];
-  Slab s = slab_new(e);
-  int bad = 0;
-  memset(s.host, 0, (size_t)p->total * element);
-  for (int i = 0; i < p->n && !bad; i++) {
-    const Param *w = &p->of[i];
-    char name[72];
-    snprintf(name, sizeof name, "%s%s", prefix, w->name);
-    const SafeTensor *t = safetensors_get(f, name, slab_dtype(e), w->rank, w->shape, err);
-    if (t)
-      memcpy(s.host + (size_t)w->offset * element, t->data, (size_t)w->count * element);
-    else
-      bad = 1;
-  }
-  if (!bad) engine_slab_write(e, space, s.host);
-  slab_free(&s);
-  return bad ? -1 : 0;
+void state_layout_free(StateLayout *l) {
+  for (int f = 0; f < l->n; f++) free(l->file[f].tensor);
+  free(l->names);
 }
 
 // Identity of the settings that decide what the stream of documents holds.
@@ -100,42 +78,24 @@ static char *norms_json(const OptimizerState *o) {
   return text;
 }
 
-int state_save(const Engine *e, const RunState *s, const char *run, Error *err) {
-  const Config *c = e->config;
-  int n = e->model.params.n;
-  Slab weights = slab_read(e, SPACE_WEIGHTS, ""), m = slab_read(e, SPACE_ADAM_M, "m."),
-       v = slab_read(e, SPACE_ADAM_V, "v."), ema = {0};
-  if (engine_slab(e, SPACE_EMA)) ema = slab_read(e, SPACE_EMA, "");
-  SafeTensor *moments = xcalloc((size_t)(2 * n), sizeof *moments);
-  memcpy(moments, m.tensor, (size_t)n * sizeof *moments);
-  memcpy(moments + n, v.tensor, (size_t)n * sizeof *moments);
-  char *config = export_config(c, slab_dtype(e) == SAFE_F64 ? "float64" : "float32");
-  SafeTensor text = {.name = "text", .dtype = SAFE_U8, .rank = 1, .shape = {(int64_t)strlen(config)}, .data = config};
-  CheckpointFile files[4] = {{"model.safetensors", weights.tensor, n},
-                             {"optimizer-0x1.safetensors", moments, 2 * n},
-                             {"config.json", &text, 1}};
-  int n_files = 3;
-  if (ema.tensor) files[n_files++] = (CheckpointFile){"ema.safetensors", ema.tensor, n};
+char *state_json(const Engine *e, const RunState *s) {
   char data[17];
-  data_identity(c, data);
-  char *norms = norms_json(&s->optimizer),
-       *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
+  data_identity(e->config, data);
+  char *norms = norms_json(&s->optimizer);
+  char *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
                           ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
                           ", \"rewinds\": %" PRId64 ", \"norms\": %s, \"loader\": %s}",
-                          s->step, c->run.seed, data, s->tokenizer, s->optimizer.applied, s->optimizer.skipped,
+                          s->step, e->config->run.seed, data, s->tokenizer, s->optimizer.applied, s->optimizer.skipped,
                           s->optimizer.skipped_in_row, s->optimizer.rewinds, norms, s->loader);
-  CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
-  int bad = checkpoint_save(run, s->step, files, n_files, state, keep, err);
   free(norms);
-  free(state);
-  free(config);
-  free(moments);
-  slab_free(&weights);
-  slab_free(&m);
-  slab_free(&v);
-  slab_free(&ema);
-  return bad;
+  return state;
 }
+
+char *state_config(const Engine *e) {
+  return export_config(e->config, slab_dtype(e) == SAFE_F64 ? "float64" : "float32");
+}
+
+// ---- loading: the counters ----
 
 static int read_count(const Checkpoint *c, const char *name, int64_t *out, Error *err) {
   const cJSON *item = cJSON_GetObjectItemCaseSensitive(c->state, name);
@@ -160,20 +120,6 @@ static int load_norms(OptimizerState *o, const Checkpoint *c, Error *err) {
   if (whole) return 0;
   return error_set(err, "take an older checkpoint with --from", "%s/state.json: \"norms\" are no gradient norms",
                    c->dir);
-}
-
-// A file with exactly the tensors that a model of this config has, their shapes apart. A model with fewer layers would
-// otherwise take what it finds and leave the rest.
-static const SafeFile *need_file(const Checkpoint *c, const char *name, int tensors, Error *err) {
-  const SafeFile *f = checkpoint_file(c, name);
-  if (!f) {
-    error_set(err, "take another checkpoint with --from", "%s has no %s", c->dir, name);
-  } else if (f->n != tensors) {
-    error_set(err, OTHER_MODEL, "%.300s/%s has %d tensors, the model of this config has %d", c->dir, name, f->n,
-              tensors);
-    f = NULL;
-  }
-  return f;
 }
 
 static const char *read_string(const Checkpoint *c, const char *name) {
@@ -212,30 +158,115 @@ static int load_counters(RunState *s, const Config *config, const Checkpoint *c,
   return 0;
 }
 
-static int load_slab(Engine *e, Space space, const char *prefix, const Checkpoint *c, const char *name, int tensors,
-                     Error *err) {
-  const SafeFile *f = need_file(c, name, tensors, err);
-  if (!f) return -1;
-  if (slab_write(e, space, prefix, f, err) == 0) return 0;
-  error_prefix(err, "%.200s/%s", c->dir, name);
-  snprintf(err->hint, sizeof err->hint, "%s", OTHER_MODEL);
-  return -1;
+// ---- loading: the slabs ----
+
+// Where the tensors of a file go.
+typedef struct Target {
+  Engine *engine;
+  SlabWriter *writer;
+  const StateFile *file;
+  int params;
+  int *mine;   // [n] by index in the file: index in file->tensor
+  int ema_too; // the checkpoint has no EMA: the weights go there as well
+} Target;
+
+// Which of the file's tensors is which of ours. A file with exactly the tensors that a model of this config has, shapes
+// included: one with fewer layers would otherwise take what it finds and leave the rest.
+static int match_tensors(Target *t, const Checkpoint *c, Error *err) {
+  const StateFile *want = t->file;
+  const SafeFile *have = checkpoint_file(c, want->name);
+  if (!have) return error_set(err, "take another checkpoint with --from", "%s has no %s", c->dir, want->name);
+  if (have->n != want->n)
+    return error_set(err, OTHER_MODEL, "%.300s/%s has %d tensors, the model of this config has %d", c->dir, want->name,
+                     have->n, want->n);
+  t->mine = xmalloc((size_t)want->n * sizeof *t->mine);
+  for (int i = 0; i < want->n; i++) {
+    const SafeTensor *w = &want->tensor[i], *found = safetensors_get(have, w->name, w->dtype, w->rank, w->shape, err);
+    if (found) {
+      t->mine[found - have->tensor] = i;
+      continue;
+    }
+    error_prefix(err, "%.200s/%s", c->dir, want->name);
+    snprintf(err->hint, sizeof err->hint, "%s", OTHER_MODEL);
+    return -1;
+  }
+  return 0;
+}
+
+static void put_part(void *context, int i, size_t at, size_t n, const void *data) {
+  Target *t = context;
+  Engine *e = t->engine;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  int mine = t->mine[i];
+  Space space = t->file->space[mine / t->params];
+  int64_t first = e->model.params.of[mine % t->params].offset + (int64_t)(at / element);
+  slab_writer_put(t->writer, space, first, (int64_t)(n / element), data);
+  if (t->ema_too) slab_writer_put(t->writer, SPACE_EMA, first, (int64_t)(n / element), data);
+}
+
+// Padding between parameters is zero, as in a slab that begins.
+static void clear_slab(Engine *e, Space space) {
+  if (e->bases.of[space]) e->model.backend->clear(e->bases.of[space], (size_t)e->bytes[space]);
+}
+
+// Reads the files of all targets, each once.
+static int read_slabs(Engine *e, Target *targets, int n, const Checkpoint *c, Error *err) {
+  static const Space all[] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
+  for (size_t s = 0; s < sizeof all / sizeof *all; s++) clear_slab(e, all[s]);
+  SlabWriter *writer = slab_writer_open(e, FILE_IN_CHUNK / (int64_t)e->model.backend->dtype_bytes[DT_REAL], err);
+  if (!writer) return -1;
+  void *memory = xmalloc(checkpoint_memory(c));
+  int rc = 0;
+  for (int i = 0; i < n && rc == 0; i++) {
+    targets[i].writer = writer;
+    if (checkpoint_read(c, targets[i].file->name, memory, put_part, &targets[i], err) != 0) rc = STATE_DAMAGED;
+  }
+  slab_writer_close(writer);
+  free(memory);
+  return rc;
+}
+
+// The targets of a load; their number, or -1 with *err where the checkpoint has not what this engine needs.
+static int choose_targets(Engine *e, const StateLayout *l, const Checkpoint *c, int weights_only, Target *targets,
+                          Error *err) {
+  int n = 0, has_ema = 0, wants_ema = engine_slab(e, SPACE_EMA) != NULL;
+  for (int f = 0; f < l->n; f++) {
+    const StateFile *file = &l->file[f];
+    int is_ema = file->space[0] == SPACE_EMA;
+    if (is_ema && !checkpoint_file(c, file->name)) continue;
+    if (weights_only && file->space[0] == SPACE_ADAM_M) continue;
+    has_ema |= is_ema;
+    targets[n] = (Target){.engine = e, .file = file, .params = l->params};
+    if (match_tensors(&targets[n++], c, err) != 0) return -1;
+  }
+  targets[0].ema_too = wants_ema && !has_ema;
+  // A run whose EMA was off so far begins its average at the weights.
+  if (targets[0].ema_too) log_warn("%s has no EMA; it begins at the weights", c->dir);
+  return n;
 }
 
 int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Error *err) {
-  static const char model[] = "model.safetensors", ema[] = "ema.safetensors", moments[] = "optimizer-0x1.safetensors";
-  int n = e->model.params.n;
-  if (check_tokenizer(s, c, err) != 0) return -1;
-  if (load_slab(e, SPACE_WEIGHTS, "", c, model, n, err) != 0) return -1;
-  if (engine_slab(e, SPACE_EMA)) {
-    // A run whose EMA was off so far begins its average at the weights.
-    int has_ema = checkpoint_file(c, ema) != NULL;
-    if (load_slab(e, SPACE_EMA, "", c, has_ema ? ema : model, n, err) != 0) return -1;
-    if (!has_ema) log_warn("%s has no EMA; it begins at the weights", c->dir);
+  RunState next = {0};
+  if (check_tokenizer(s, c, err) != 0 || (!weights_only && load_counters(&next, e->config, c, err) != 0)) return -1;
+  StateLayout layout = state_layout(e);
+  Target targets[STATE_FILES] = {0};
+  int n = choose_targets(e, &layout, c, weights_only, targets, err), rc = -1;
+  Error damage;
+  if (n > 0)
+    rc = read_slabs(e, targets, n, c, err);
+  else if (checkpoint_verify(c, &damage) != 0) { // a header that tells of another model may be a damaged one
+    *err = damage;
+    rc = STATE_DAMAGED;
   }
-  if (weights_only) return 0;
-  if (load_slab(e, SPACE_ADAM_M, "m.", c, moments, 2 * n, err) != 0 ||
-      load_slab(e, SPACE_ADAM_V, "v.", c, moments, 2 * n, err) != 0)
-    return -1;
-  return load_counters(s, e->config, c, err);
+  for (int i = 0; i < STATE_FILES; i++) free(targets[i].mine);
+  state_layout_free(&layout);
+  if (rc == 0 && !weights_only) {
+    free(s->loader);
+    s->loader = next.loader;
+    s->step = next.step;
+    s->optimizer = next.optimizer;
+  } else {
+    free(next.loader);
+  }
+  return rc;
 }

@@ -124,19 +124,21 @@ static int open_tokenizer(Trainer *t, int continues, Error *err) {
   return 0;
 }
 
-// Opens the checkpoint that the options ask for; *c stays NULL where they ask for none or --resume finds none.
-static int open_checkpoint(const Trainer *t, Checkpoint **c, Error *err) {
+#define OTHER_CHECKPOINT "name another one; --resume takes the newest valid one of a run"
+
+// Opens the checkpoint that the options ask for; *c stays NULL where they ask for none or --resume finds none. *below
+// as in checkpoint_find.
+static int open_checkpoint(const Trainer *t, Checkpoint **c, int64_t *below, Error *err) {
   const Options *o = t->options;
   const char *given = o->from ? o->from : o->init;
   *c = NULL;
   if (given) {
     *c = checkpoint_open(given, err);
-    if (!*c && !err->hint[0])
-      snprintf(err->hint, sizeof err->hint, "name another one; --resume takes the newest valid one of a run");
+    if (!*c && !err->hint[0]) snprintf(err->hint, sizeof err->hint, OTHER_CHECKPOINT);
     return *c ? 0 : -1;
   }
   if (!o->resume && !uses_checkpoint(o)) return 0;
-  int found = checkpoint_find(t->run, c, err);
+  int found = checkpoint_find(t->run, below, c, err);
   if (found < 0) return -1;
   if (!found && uses_checkpoint(o))
     return error_set(err, "train it first, or name a checkpoint with --from", "%s has no checkpoint", t->run);
@@ -196,15 +198,33 @@ static int plan_memory(Trainer *t, Error *err) {
   return -1;
 }
 
+// Restores from an open checkpoint. One that checkpoint_find chose (*c was not named: below says which it was) and that
+// proves to be damaged makes way for the one before.
+static int restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only, Error *err) {
+  int rc;
+  while ((rc = state_load(&t->engine, &t->state, *c, weights_only, err)) == STATE_DAMAGED) {
+    if (below == INT64_MAX) {
+      snprintf(err->hint, sizeof err->hint, OTHER_CHECKPOINT);
+      return -1;
+    }
+    log_warn("checkpoint %s is left out: %s", (*c)->dir, err->text);
+    checkpoint_close(*c);
+    int found = checkpoint_find(t->run, &below, c, err);
+    if (found == 0) error_set(err, "does another program change it?", "the checkpoints in %s are gone", t->run);
+    if (found <= 0) return -1;
+  }
+  return rc;
+}
+
 // The weights of a checkpoint, and where training goes on its moments and counters too.
-static int load_weights(Trainer *t, const Checkpoint *checkpoint, Error *err) {
+static int load_weights(Trainer *t, Checkpoint **checkpoint, int64_t below, Error *err) {
   const Options *o = t->options;
-  if (state_load(&t->engine, &t->state, checkpoint, o->init || uses_checkpoint(o), err) != 0) return -1;
+  if (restore(t, checkpoint, below, o->init || uses_checkpoint(o), err) != 0) return -1;
   if (uses_checkpoint(o))
-    t->state.step = checkpoint->step;
+    t->state.step = (*checkpoint)->step;
   else if (!o->init)
-    name_changes(t->config, checkpoint->dir);
-  log_info("loaded %s (step %lld)", checkpoint->dir, (long long)checkpoint->step);
+    name_changes(t->config, (*checkpoint)->dir);
+  log_info("loaded %s (step %lld)", (*checkpoint)->dir, (long long)(*checkpoint)->step);
   return 0;
 }
 
@@ -213,8 +233,9 @@ static int open_all(Trainer *t, Checkpoint **checkpoint, Error *err) {
   const Options *o = t->options;
   Engine *e = &t->engine;
   int samples = o->sample || o->describe;
+  int64_t below = INT64_MAX;
   if ((!samples && need_sources(t->config, err) != 0) || plan_memory(t, err) != 0) return -1;
-  if (open_checkpoint(t, checkpoint, err) != 0) return -1;
+  if (open_checkpoint(t, checkpoint, &below, err) != 0) return -1;
   start_mark(&t->start, START_CHECKPOINT);
   if (!samples && open_sources(t, err) != 0) return -1;
   start_mark(&t->start, START_DATA);
@@ -222,7 +243,7 @@ static int open_all(Trainer *t, Checkpoint **checkpoint, Error *err) {
   start_mark(&t->start, START_TOKENIZER);
   if (engine_allocate_begin(e, err) != 0) return -1;
   start_mark(&t->start, START_MEMORY);
-  if ((*checkpoint ? load_weights(t, *checkpoint, err) : fill_weights(t, err)) != 0) return -1;
+  if ((*checkpoint ? load_weights(t, checkpoint, below, err) : fill_weights(t, err)) != 0) return -1;
   start_mark(&t->start, START_WEIGHTS);
   if (engine_allocate_end(e, err) != 0) return -1;
   start_mark(&t->start, START_MEMORY);
@@ -249,6 +270,7 @@ Trainer *trainer_open(const Config *c, const Options *o, const char *run, Error 
 
 void trainer_close(Trainer *t) {
   if (!t) return;
+  saver_close(t->saver); // waits for what it writes
   eval_items_free(t->held_out, t->n_held_out);
   eval_items_free(t->training, t->n_training);
   engine_free(&t->engine);
@@ -405,11 +427,10 @@ static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profi
 
 // ---- the run ----
 
-// `last`: the run ends here, so that a failure loses work.
-static int save(Trainer *t, Loader *loader, int last, Error *err) {
-  free(t->state.loader);
-  t->state.loader = loader_state(loader);
-  if (state_save(&t->engine, &t->state, t->run, err) == 0) return 0;
+// What became of the last save. -1 with *err when it failed, unless training may go on all the same. `wait`: for one
+// that is still being written; `last`: the run ends here, so that a failure loses work.
+static int check_save(Trainer *t, int wait, int last, Error *err) {
+  if (saver_result(t->saver, wait, err) == 0) return 0;
   if (t->config->checkpoint.on_error == SAVE_ERROR_CONTINUE && !last) {
     log_warn("%s; going on, as checkpoint.on_error says", err->text);
     return 0;
@@ -418,6 +439,19 @@ static int save(Trainer *t, Loader *loader, int last, Error *err) {
            "the checkpoints before it are as they were: make room, then --resume goes on from the newest%s",
            last ? "" : "; with checkpoint.on_error=continue a run trains on");
   return -1;
+}
+
+// Begins a save, when the one before is on the disk. The run's last save makes up for one that was not written.
+static int save(Trainer *t, Loader *loader, int last, Error *err) {
+  double began = time_now();
+  if (last && saver_result(t->saver, 1, err) != 0)
+    log_warn("%s", err->text);
+  else if (check_save(t, 1, last, err) != 0)
+    return -1;
+  free(t->state.loader);
+  t->state.loader = loader_state(loader);
+  saver_begin(t->saver, &t->state, began);
+  return check_save(t, 0, last, err);
 }
 
 // The line of the figures comes last: a run that is killed or stopped in its evaluation owes it still.
@@ -460,13 +494,14 @@ static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
                      "the run was sent back %lld times already",
                      (long long)given_up, (long long)t->state.optimizer.skipped_in_row, c->train.spike,
                      (long long)rewinds - 1);
-  int found = checkpoint_find(t->run, &checkpoint, err);
+  int64_t below = INT64_MAX;
+  int found = check_save(t, 1, 0, err) ? -1 : checkpoint_find(t->run, &below, &checkpoint, err);
   if (found < 0) return -1;
   if (!found)
     return error_set(err, "lower train.lr or raise train.spike; checkpoint.every says when the first one is saved",
                      "step %lld: the gradient norm stays beyond train.spike, and there is no checkpoint to go back to",
                      (long long)given_up);
-  int bad = state_load(&t->engine, &t->state, checkpoint, 0, err);
+  int bad = restore(t, &checkpoint, below, 0, err);
   if (!bad) {
     log_warn(
         "the gradient norm stays beyond train.spike: back from step %lld to %s, with the data that follow; %lld of "
@@ -493,7 +528,7 @@ static int64_t end_step(const Trainer *t) {
 static void save_before_error(Trainer *t, Loader *loader, Report *report) {
   Error err;
   if (collect_step(t, report, &err) != 0 || t->state.optimizer.skipped_in_row) return;
-  if (save(t, loader, 1, &err) != 0)
+  if (save(t, loader, 1, &err) != 0 || check_save(t, 1, 1, &err) != 0)
     log_warn("%s", err.text);
   else
     log_info("saved after step %lld, from which --resume goes on", (long long)t->state.step);
@@ -509,7 +544,7 @@ static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profi
     int bad = train_step(t, loader, *report, profile, err);
     if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, loader, *report);
     if (bad == SPIKES && go_back(t, report, &kept, err) == 0) continue;
-    if (bad) return -1;
+    if (bad || check_save(t, 0, 0, err) != 0) return -1;
     int64_t done = t->state.step;
     int last = done == c->train.steps, leaving = signals_stop() || done == end;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
@@ -545,7 +580,9 @@ int trainer_train(Trainer *t, Error *err) {
   if (t->lock < 0) return -1;
   Loader *loader = open_loader(t, err);
   Report *report = loader ? report_open(t->run, from, c->train.steps, err) : NULL;
-  if (!report) {
+  if (report && !trained) t->saver = saver_open(&t->engine, t->run, err);
+  if (!report || (!trained && !t->saver)) {
+    report_close(report);
     loader_close(loader);
     return -1;
   }
@@ -555,6 +592,7 @@ int trainer_train(Trainer *t, Error *err) {
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
   // A trained run that was killed in its last evaluation still owes it.
   int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, &report, profile, err)) != 0;
+  if (!bad && !trained) bad = check_save(t, 1, 1, err) != 0;
   report_close(report);
   Error unwritten;
   if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;

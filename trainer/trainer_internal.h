@@ -5,6 +5,7 @@
 #include "data/loader.h"
 #include "trainer/evaluate.h"
 #include "trainer/report.h"
+#include "trainer/saver.h"
 #include "trainer/start.h"
 #include "trainer/state.h"
 #include "trainer/trainer.h"
@@ -17,6 +18,7 @@ struct Trainer {
   int lock; // its descriptor while training, -1 otherwise
   Engine engine;
   RunState state;
+  Saver *saver;       // while training
   double *metrics;    // [metrics_size] of the step collected last, see losses_of
   StepReport pending; // of the step that the device was given last
   int is_pending;     // it is not collected yet

@@ -1,0 +1,255 @@
+#include "trainer/saver.h"
+
+#include "base/thread.h"
+#include "kernels/master.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 // Linux 5.14
+#endif
+
+static const size_t PAGE = 4096, FIND_AT_ONCE = 64 << 20;
+static const Space stored[] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
+enum { STORED = sizeof stored / sizeof *stored };
+
+// A file of tensors and where those without data in host memory come from.
+typedef struct SavedFile {
+  Saver *saver;
+  const StateFile *layout;
+  SafeSource source;
+  void *scratch; // [SAFE_CHUNK] for weights that are joined on their way from the device
+} SavedFile;
+
+struct Saver {
+  Engine *engine;
+  const char *run;
+  char *copy; // [copy_bytes] of the host, NULL: there is none
+  size_t copy_bytes;
+  char *at[SPACE_COUNT]; // slabs as they are stored, in the copy or where they are; NULL: not in host memory
+  StateLayout layout;
+  SavedFile file[STATE_FILES];
+  pthread_mutex_t device; // held while something is read from it
+  pthread_t thread;       // first finds the copy's memory, then writes
+  bool started;           // the thread, which has not been joined
+  atomic_bool leave;      // it shall find no more memory
+  atomic_bool written;    // it has written
+  bool pending;           // a save whose result has not been asked for
+  // That save.
+  int64_t step;
+  char *state, *config;
+  double stood, seconds; // training stood still, written
+  int rc;
+  Error err;
+};
+
+static size_t page_round(size_t bytes) {
+  return (bytes + PAGE - 1) / PAGE * PAGE;
+}
+
+// ---- the copy's memory ----
+
+// Bytes of memory that a process of this host can still have.
+static int64_t host_memory_available(void) {
+  FILE *f = fopen("/proc/meminfo", "r");
+  char line[128];
+  long long kb = 0;
+  while (f && fgets(line, sizeof line, f))
+    if (sscanf(line, "MemAvailable: %lld kB", &kb) == 1) break;
+  if (f) fclose(f);
+  return kb * 1024;
+}
+
+// The system gives memory when it is first touched, which for many gigabytes takes longer than to fill it.
+static void *find_memory(void *argument) {
+  Saver *s = argument;
+  for (size_t at = 0; at < s->copy_bytes && !s->leave; at += FIND_AT_ONCE) {
+    size_t left = s->copy_bytes - at;
+    if (madvise(s->copy + at, left < FIND_AT_ONCE ? left : FIND_AT_ONCE, MADV_POPULATE_WRITE) != 0) break;
+  }
+  return NULL;
+}
+
+static void join_thread(Saver *s) {
+  if (s->started) pthread_join(s->thread, NULL);
+  s->started = false;
+}
+
+// Takes memory for all slabs and says where each goes. 0, or -1 with *err when there is not enough.
+static int take_copy(Saver *s, Error *err) {
+  const int64_t *bytes = s->engine->bytes;
+  size_t need = 0;
+  for (int i = 0; i < STORED; i++) need += page_round((size_t)bytes[stored[i]]);
+  int64_t room = host_memory_available();
+  // An eighth is left for the data, its decoding and everybody else.
+  void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                                         : MAP_FAILED;
+  if (p == MAP_FAILED)
+    return error_set(err, "checkpoint.copy=never writes them without, which holds up training",
+                     "a copy of the state for checkpoints needs %.3f GB of host memory, and there are %.3f",
+                     (double)need / 1e9, (double)room / 1e9);
+  madvise(p, need, MADV_HUGEPAGE);
+  s->copy = p;
+  s->copy_bytes = need;
+  for (size_t i = 0, at = 0; i < STORED; at += page_round((size_t)bytes[stored[i++]]))
+    if (bytes[stored[i]]) s->at[stored[i]] = s->copy + at;
+  return 0;
+}
+
+// ---- what is written ----
+
+// Bytes [at, at + n) of a tensor that no host memory has as it is written.
+static void fill(void *context, int i, size_t at, size_t n, void *out) {
+  SavedFile *f = context;
+  Saver *s = f->saver;
+  const Engine *e = s->engine;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  int params = s->layout.params;
+  Space space = f->layout->space[i / params];
+  int64_t first = e->model.params.of[i % params].offset + (int64_t)(at / element), count = (int64_t)(n / element);
+  if (s->at[space]) {
+    const uint16_t *weight = (const uint16_t *)s->at[SPACE_WEIGHTS], *rest = (const uint16_t *)s->at[SPACE_REST];
+    masters_join(weight + first, rest + first, count, out);
+    return;
+  }
+  pthread_mutex_lock(&s->device);
+  engine_slab_read_part(e, space, first, count, out, f->scratch);
+  pthread_mutex_unlock(&s->device);
+}
+
+// Memory that the device reaches at full speed, where the data comes from there; aligned in any case.
+static void *buffer_new(const Saver *s) {
+  return s->copy ? xmalloc(SAFE_CHUNK) : s->engine->model.backend->host_alloc(SAFE_CHUNK);
+}
+
+static void buffer_free(const Saver *s, void *p) {
+  if (!p) return;
+  if (s->copy)
+    free(p);
+  else
+    s->engine->model.backend->host_release(p);
+}
+
+// Tells every tensor where its data is: in host memory as it is written, or through a buffer.
+static int open_files(Saver *s, Error *err) {
+  const Engine *e = s->engine;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  s->layout = state_layout(e);
+  for (int i = 0; i < s->layout.n; i++) {
+    const StateFile *l = &s->layout.file[i];
+    SavedFile *f = &s->file[i];
+    *f = (SavedFile){.saver = s, .layout = l, .source = {.fill = fill, .context = f}};
+    int joins = engine_joins(e, l->space[0]), direct = s->at[l->space[0]] && !joins;
+    for (int k = 0; direct && k < l->n; k++)
+      l->tensor[k].data =
+          s->at[l->space[k / s->layout.params]] + (size_t)e->model.params.of[k % s->layout.params].offset * element;
+    if (!direct) f->source.buffer = buffer_new(s);
+    if (joins && !s->copy) f->scratch = buffer_new(s);
+    if ((!direct && !f->source.buffer) || (joins && !s->copy && !f->scratch))
+      return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for checkpoints");
+  }
+  return 0;
+}
+
+static double written_gb(const Saver *s) {
+  double bytes = 0;
+  for (int f = 0; f < s->layout.n; f++)
+    for (int i = 0; i < s->layout.file[f].n; i++) bytes += (double)safe_bytes(&s->layout.file[f].tensor[i]);
+  return bytes / 1e9;
+}
+
+static void *write_checkpoint(void *argument) {
+  Saver *s = argument;
+  const Config *c = s->engine->config;
+  double began = time_now();
+  SafeTensor text = {
+      .name = "text", .dtype = SAFE_U8, .rank = 1, .shape = {(int64_t)strlen(s->config)}, .data = s->config};
+  CheckpointFile files[STATE_FILES + 1];
+  int n = s->layout.n;
+  for (int i = 0; i < n; i++)
+    files[i] = (CheckpointFile){s->layout.file[i].name, s->layout.file[i].tensor, s->layout.file[i].n,
+                                s->file[i].source.buffer ? &s->file[i].source : NULL};
+  files[n] = (CheckpointFile){.name = "config.json", .tensors = &text, .n = 1};
+  CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
+  s->rc = checkpoint_save(s->run, s->step, files, n + 1, s->state, keep, &s->err);
+  s->seconds = time_now() - began;
+  s->written = true;
+  return NULL;
+}
+
+// ---- the saver ----
+
+Saver *saver_open(Engine *e, const char *run, Error *err) {
+  Saver *s = xcalloc(1, sizeof *s);
+  s->engine = e;
+  s->run = run;
+  pthread_mutex_init(&s->device, NULL);
+  SaveCopy copy = e->config->checkpoint.copy;
+  if (copy == COPY_AUTO && !e->config->checkpoint.every) copy = COPY_NEVER; // nothing is trained after the only save
+  int bad = copy != COPY_NEVER && (engine_stage_open(e, err) != 0 || take_copy(s, err) != 0);
+  if (bad && copy == COPY_AUTO) {
+    log_info("%s: saves will hold up training", err->text);
+    bad = 0;
+  }
+  for (int i = 0; !s->copy && !e->model.backend->queues && i < STORED; i++) // host memory, as it is
+    s->at[stored[i]] = engine_slab(e, stored[i]);
+  if (bad || open_files(s, err) != 0) {
+    saver_close(s);
+    return NULL;
+  }
+  if (s->copy) s->started = thread_start(&s->thread, find_memory, s) == 0;
+  return s;
+}
+
+void saver_begin(Saver *s, const RunState *state, double began) {
+  s->leave = true;
+  join_thread(s);
+  free(s->state);
+  free(s->config);
+  s->step = state->step;
+  s->state = state_json(s->engine, state);
+  s->config = state_config(s->engine);
+  s->pending = true;
+  s->written = false;
+  for (int i = 0; s->copy && i < STORED; i++)
+    if (s->at[stored[i]]) engine_slab_copy(s->engine, stored[i], s->at[stored[i]]);
+  s->started = s->copy && thread_start(&s->thread, write_checkpoint, s) == 0;
+  if (!s->started) write_checkpoint(s);
+  s->stood = time_now() - began;
+}
+
+int saver_result(Saver *s, int wait, Error *err) {
+  if (!s->pending || (!wait && !s->written)) return 0;
+  join_thread(s);
+  s->pending = false;
+  if (s->rc != 0) {
+    *err = s->err;
+    return -1;
+  }
+  double gb = written_gb(s);
+  log_info("checkpoint of step %lld: training stood still %.1f ms, %.3f GB on the disk after %.2f s (%.2f GB/s)",
+           (long long)s->step, 1e3 * s->stood, gb, s->seconds, gb / s->seconds);
+  return 0;
+}
+
+void saver_close(Saver *s) {
+  if (!s) return;
+  Error err;
+  if (saver_result(s, 1, &err) != 0) log_warn("%s", err.text);
+  s->leave = true;
+  join_thread(s);
+  for (int i = 0; i < s->layout.n; i++) {
+    buffer_free(s, s->file[i].source.buffer);
+    buffer_free(s, s->file[i].scratch);
+  }
+  state_layout_free(&s->layout);
+  if (s->copy) munmap(s->copy, s->copy_bytes);
+  pthread_mutex_destroy(&s->device);
+  free(s->state);
+  free(s->config);
+  free(s);
+}

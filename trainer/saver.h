@@ -1,0 +1,24 @@
+// Saves a run's state while it trains on: training stands still for the copy of the state to host memory alone, and a
+// thread writes the checkpoint from there. Where the host has no room for the copy (checkpoint.copy), training stands
+// still until it is written, through buffers of 192 MB at most. The files have the same bytes either way.
+#ifndef TESSERA_SAVER_H
+#define TESSERA_SAVER_H
+
+#include "trainer/state.h"
+
+typedef struct Saver Saver;
+
+// For an allocated engine that trains, and the run's folder; both are borrowed. The memory of the copy is taken now,
+// and found by a thread beside the first steps. NULL with *err when checkpoint.copy is "always" and there is no room.
+Saver *saver_open(Engine *e, const char *run, Error *err);
+
+// Saves `state`, between two steps; no save may be under way. `began` (time_now): since when training stands still.
+void saver_begin(Saver *s, const RunState *state, double began);
+
+// What became of the last save: 0 when it is on the disk, with a line in the log the first time, or when there was
+// none, or when it is still being written and `wait` is 0. -1 with *err when it failed, once.
+int saver_result(Saver *s, int wait, Error *err);
+
+// Waits for a save that is under way, whose failure is then a warning. NULL is allowed.
+void saver_close(Saver *s);
+#endif
