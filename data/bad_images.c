@@ -1,7 +1,13 @@
 #include "data/bad_images.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+// So many images are named in the error that ends a run.
+enum { LISTED = 5 };
+// Images in a row that cannot be decoded after which a source is not what it should be: the first ones, and later ones.
+enum { FIRST_IMAGES = 16, MOST_IN_A_ROW = 10000 };
 
 // Index of an image among the first n, -1 when it is none of them.
 static int64_t find(const BadImages *list, ImageId id, int64_t n) {
@@ -18,7 +24,8 @@ static void add(BadImages *list, ImageId id) {
   list->of[list->n++] = id;
 }
 
-bool bad_images_note(BadImages *list, ImageId id, bool bad) {
+// True when the image is bad and new to the list.
+static bool note(BadImages *list, ImageId id, bool bad) {
   int64_t at = find(list, id, bad ? list->n : list->restored);
   bool is_new = bad && at < 0, is_mended = !bad && at >= 0;
   if (is_new) add(list, id);
@@ -27,6 +34,57 @@ bool bad_images_note(BadImages *list, ImageId id, bool bad) {
   list->restored--;
   memmove(list->of + at, list->of + at + 1, (size_t)(list->n - at) * sizeof *list->of);
   return false;
+}
+
+// -1 with *err that names the first of the images.
+static int too_many(const BadImages *list, Source *const *source, int most, Error *err) {
+  char names[600] = "";
+  for (int64_t i = 0, at = 0; i < min_i64(list->n, LISTED); i++) {
+    ImageId id = list->of[i];
+    char *name = source_image_name(source[id.source], id.image);
+    size_t n = strlen(name), most_shown = 100; // of a long path the end says more
+    at += snprintf(names + at, sizeof names - (size_t)at, "%s%s", i ? ", " : "", n > most_shown ? ".." : "");
+    at += snprintf(names + at, sizeof names - (size_t)at, "%s", n > most_shown ? name + n - most_shown : name);
+    free(name);
+  }
+  // That a file has changed says more than what it holds now.
+  ImageId last = list->of[list->n - 1];
+  uint8_t *bytes;
+  size_t n;
+  Error why;
+  bool changed = source_read_image(source[last.source], last.image, &bytes, &n, &why) != 0;
+  free(bytes);
+  char *hint = xasprintf("mend them or take them out of the data, or raise data.max_bad (0: no limit)%s%s",
+                         changed ? "; " : "", changed ? why.text : "");
+  error_set(err, hint, "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)list->n, most,
+            names, list->n > LISTED ? ", .." : "");
+  free(hint);
+  return -1;
+}
+
+// Counts the images of a source that cannot be decoded, one after the other; -1 with *err set when there are so many
+// that the source must be to blame: the first ones of all, or, where one could be decoded before, as many as two epochs
+// have.
+static int source_try(BadImages *list, const Source *source, ImageId id, bool bad, Error *err) {
+  SourceTrial *trial = &list->trial[id.source];
+  if (!bad) {
+    *trial = (SourceTrial){.decoded = true};
+    return 0;
+  }
+  int64_t images = source_images(source), enough = min_i64(FIRST_IMAGES, images);
+  if (trial->decoded) enough = min_i64(max_i64(2 * images, FIRST_IMAGES), MOST_IN_A_ROW);
+  if (++trial->bad < enough) return 0;
+  char *name = source_image_name(source, id.image);
+  error_set(err, "the warnings before this say why; mend the images, or take the source out of data.sources",
+            "data.sources[%d]: none of its images can be decoded%s: tried %lld in a row, the last was %s", id.source,
+            trial->decoded ? " any more" : "", (long long)trial->bad, name);
+  free(name);
+  return -1;
+}
+
+int bad_images_meet(BadImages *list, Source *const *source, ImageId id, bool bad, int most, Error *err) {
+  if (source_try(list, source[id.source], id, bad, err)) return -1;
+  return most > 0 && note(list, id, bad) && list->n > most ? too_many(list, source, most, err) : 0;
 }
 
 void bad_images_restore(BadImages *list, ImageId id) {

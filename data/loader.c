@@ -13,15 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Images that cannot be decoded: so many are named as they come, so many in the error that ends the run.
-enum { BAD_IMAGES_NAMED = 20, BAD_IMAGES_LISTED = 5 };
-// Images in a row that cannot be decoded after which a source is not what it should be: the first ones, and later ones.
-enum { FIRST_IMAGES = 16, MOST_IN_A_ROW = 10000 };
-
-typedef struct SourceTrial {
-  bool decoded; // an image of the source could be decoded
-  int64_t bad;  // images since then that could not be
-} SourceTrial;
+enum { BAD_IMAGES_NAMED = 20 }; // images that cannot be decoded: so many are named as they come
 
 // One step's packs of this process, formed but not decoded. A step is planned whole, since a state is that of the
 // stream before a step.
@@ -70,8 +62,7 @@ struct Loader {
   // Of the thread that calls loader_next.
   StepCounts counts; // of the step that is being handed out
   BadImages bad;     // of the steps begun; empty without a limit
-  SourceTrial trial[STREAM_SOURCES];
-  bool lost_step; // there was a step of which no document could be decoded
+  bool lost_step;    // there was a step of which no document could be decoded
 };
 
 int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
@@ -118,62 +109,12 @@ static void loader_name_bad(Loader *l, ImageId id, const Error *why) {
   free(name);
 }
 
-// -1 with *err that names the first of the bad images.
-static int loader_too_many_bad(const Loader *l, Error *err) {
-  char list[600] = "";
-  for (int64_t i = 0, at = 0; i < min_i64(l->bad.n, BAD_IMAGES_LISTED); i++) {
-    ImageId id = l->bad.of[i];
-    char *name = source_image_name(l->config.stream.source[id.source], id.image);
-    size_t n = strlen(name), most_shown = 100; // of a long path the end says more
-    at += snprintf(list + at, sizeof list - (size_t)at, "%s%s", i ? ", " : "", n > most_shown ? ".." : "");
-    at += snprintf(list + at, sizeof list - (size_t)at, "%s", n > most_shown ? name + n - most_shown : name);
-    free(name);
-  }
-  // That a file has changed says more than what it holds now.
-  ImageId last = l->bad.of[l->bad.n - 1];
-  uint8_t *bytes;
-  size_t n;
-  Error why;
-  bool changed = source_read_image(l->config.stream.source[last.source], last.image, &bytes, &n, &why) != 0;
-  free(bytes);
-  char *hint = xasprintf("mend them or take them out of the data, or raise data.max_bad (0: no limit)%s%s",
-                         changed ? "; " : "", changed ? why.text : "");
-  error_set(err, hint, "%lld images cannot be decoded, more than data.max_bad = %d: %s%s", (long long)l->bad.n,
-            l->config.max_bad, list, l->bad.n > BAD_IMAGES_LISTED ? ", .." : "");
-  free(hint);
-  return -1;
-}
-
-// Counts the images of a source that cannot be decoded, one after the other; -1 with *err set when there are so many
-// that the source must be to blame: the first ones of all, or, where one could be decoded before, as many as two epochs
-// have.
-static int loader_try_source(Loader *l, const MetImage *met, Error *err) {
-  SourceTrial *trial = &l->trial[met->id.source];
-  if (!met->bad) {
-    *trial = (SourceTrial){.decoded = true};
-    return 0;
-  }
-  const Source *source = l->config.stream.source[met->id.source];
-  int64_t images = source_images(source), enough = min_i64(FIRST_IMAGES, images);
-  if (trial->decoded) enough = min_i64(max_i64(2 * images, FIRST_IMAGES), MOST_IN_A_ROW);
-  if (++trial->bad < enough) return 0;
-  char *name = source_image_name(source, met->id.image);
-  error_set(err, "the warnings before this say why; mend the images, or take the source out of data.sources",
-            "data.sources[%d]: none of its images can be decoded%s: tried %lld in a row, the last was %s",
-            met->id.source, trial->decoded ? " any more" : "", (long long)trial->bad, name);
-  free(name);
-  return -1;
-}
-
 // Counts the images of a pack that is about to be handed out. Counted here rather than where they are decoded, so that
 // neither the state nor the pack that is one too many depends on how far the threads are ahead.
 static int loader_count_bad(Loader *l, const Pack *pack, Error *err) {
-  int most = l->config.max_bad;
-  for (int i = 0; i < pack->n_met; i++) {
-    if (loader_try_source(l, &pack->met[i], err)) return -1;
-    if (most > 0 && bad_images_note(&l->bad, pack->met[i].id, pack->met[i].bad) && l->bad.n > most)
-      return loader_too_many_bad(l, err);
-  }
+  for (int i = 0; i < pack->n_met; i++)
+    if (bad_images_meet(&l->bad, l->config.stream.source, pack->met[i].id, pack->met[i].bad, l->config.max_bad, err))
+      return -1;
   return 0;
 }
 

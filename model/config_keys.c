@@ -72,8 +72,7 @@ const Key config_keys[] = {
      "captions are cut to this many tokens"},
     {"data.cache_mb", KEY_INT, AT(data.cache_mb), "256", 0, 1048576, NULL, NULL, "resized images kept in memory"},
     {"data.max_bad", KEY_INT, AT(data.max_bad), "100", 0, ANY, NULL, NULL,
-     "more images than this that cannot be decoded end the run, as does a source all of whose images are bad; 0: no "
-     "limit"},
+     "more undecodable images than this end the run, as does a source without any other; 0: no limit"},
     {"data.sources", KEY_SOURCES, AT(data.source), "[]", 0, 0, NULL, NULL,
      "[{\"type\": \"folder|webdataset|text\", \"path\": ..., \"weight\": 1}, ...]"},
     {"data.threads", KEY_INT, AT(data.threads), "2", 1, 256, NULL, NULL, "threads that read and decode images"},

@@ -530,6 +530,9 @@ static void test_bad_configs(void **state) {
   Error err;
   config.world = 2;
   assert_null(loader_open(&config, NULL, &err));
+  config.world = 3; // which have to count together
+  assert_null(loader_open(&config, NULL, &err));
+  assert_non_null(strstr(err.text, "cannot sum"));
   config = data_config(d);
   config.stream.shape.vocab = 301;
   assert_null(loader_open(&config, NULL, &err));
