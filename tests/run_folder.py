@@ -143,7 +143,9 @@ def test_long_metrics(runs):
 def test_overview(runs):
     """A run begins with what it is, and says after some steps how long it will take."""
     said = runs.make("overview", "--steps", 3000, "--stop-at", 11, "--set", "train.warmup_steps=3000")
-    model, data, device, steps = said.splitlines()[:4]
+    lines = said.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("model: "))  # what the sources say comes before
+    model, data, device, steps = lines[begin : begin + 4]
     header = (runs.folder / "overview/ckpt-11/model.safetensors").read_bytes()
     tensors = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     tensors.pop("__metadata__", None)
