@@ -57,19 +57,12 @@ int64_t stream_permute(uint64_t seed, uint64_t epoch, int source, int64_t n, int
   return (int64_t)value;
 }
 
-static bool sample_within_pixels(const Sample *sample, int64_t max_pixels) {
-  for (int i = 0; i < sample->segments; i++)
-    if ((int64_t)sample->segment[i].width * sample->segment[i].height > max_pixels) return false;
-  return true;
-}
-
-int64_t stream_held_out(Source *const *source, int sources, double held_out, int64_t max_pixels, HeldOut **list) {
+int64_t stream_held_out(Source *const *source, int sources, double held_out, HeldOut **list) {
   int64_t n = 0, capacity = 64;
   HeldOut *ordered = xmalloc((size_t)capacity * sizeof *ordered);
   for (int s = 0; s < sources; s++)
     for (int64_t i = 0; i < source_count(source[s]); i++) {
-      const Sample *sample = source_sample(source[s], i);
-      if (!sample_is_held_out(sample->group, held_out) || !sample_within_pixels(sample, max_pixels)) continue;
+      if (!sample_is_held_out(source_sample(source[s], i)->group, held_out)) continue;
       if (n == capacity) ordered = xrealloc(ordered, (size_t)(capacity *= 2) * sizeof *ordered);
       ordered[n++] = (HeldOut){s, i};
     }
@@ -85,9 +78,7 @@ static int stream_list_samples(Stream *s, int source, Error *err) {
   int64_t n = source_count(from);
   s->sample[source] = xmalloc((size_t)max_i64(n, 1) * sizeof(int64_t));
   for (int64_t i = 0; i < n; i++) {
-    const Sample *sample = source_sample(from, i);
-    if (sample_is_held_out(sample->group, s->config.held_out)) continue;
-    if (!sample_within_pixels(sample, s->config.max_pixels)) continue;
+    if (sample_is_held_out(source_sample(from, i)->group, s->config.held_out)) continue;
     s->sample[source][s->samples[source]++] = i;
   }
   if (s->samples[source]) return 0;

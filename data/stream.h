@@ -32,7 +32,7 @@ typedef struct StreamConfig {
   int max_document; // tokens of a text document, specials included
   int max_caption;  // tokens of a caption
   ImageFit fit;
-  int64_t max_pixels; // samples with a larger image are left out
+  int64_t max_pixels; // an image that turns out to be larger is not decoded; see source_limit_pixels
   double held_out;    // fraction of the samples left out for evaluation
   double cfg_drop;
   double caption_to_image;
@@ -108,5 +108,5 @@ typedef struct HeldOut {
 } HeldOut;
 // The held-out samples of all sources, in an order that depends on their number only; returns how many. *list is
 // malloc'd.
-int64_t stream_held_out(Source *const *source, int sources, double held_out, int64_t max_pixels, HeldOut **list);
+int64_t stream_held_out(Source *const *source, int sources, double held_out, HeldOut **list);
 #endif

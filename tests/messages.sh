@@ -79,9 +79,23 @@ as=
 
 section 'Data'
 case_of 'the demo without its data' 2 './train configs/demo.json' 'data.sources\[0\]' 'make demo'
-mkdir pictures
-case_of 'a folder without captions' 2 \
-  "./train configs/demo.json --set 'data.sources=[{\"type\": \"folder\", \"path\": \"pictures\"}]'" 'captions.tsv'
+mkdir pictures table shards
+printf '\211PNG\r\n\032\n' >pictures/cat.png
+printf 'GIF89a' >pictures/dog.gif
+folder() { # PATH: the command that trains on a folder
+  printf '%s' "./train configs/demo.json --set 'data.sources=[{\"type\": \"folder\", \"path\": \"$1\"}]'"
+}
+case_of 'a folder without captions' 2 "$(folder pictures)" 'captions.tsv' '1 .gif, 1 .png' 'README.md'
+echo 'cat.gif,a cat' >table/captions.csv
+printf 'GIF89a' >table/cat.gif
+case_of 'pictures of a format that is not decoded' 2 "$(folder table)" '1 neither JPEG nor PNG' 'but GIF'
+echo 'id,breed' >table/captions.csv
+case_of 'a table without the columns that are needed' 2 "$(folder table)" '"id,breed"' 'file_name,text'
+printf '\377\376f\0' >table/captions.csv
+case_of 'captions in UTF-16' 2 "$(folder table)" 'UTF-16' 'UTF-8'
+case_of 'a shard of several is not there' 2 \
+  "./train configs/demo.json --set 'data.sources=[{\"type\": \"webdataset\", \"path\": \"shards/{00..11}.tar\"}]'" \
+  'cannot open shards/00.tar'
 case_of 'an unknown kind of data' 2 \
   "./train configs/demo.json --set 'data.sources=[{\"type\": \"zip\", \"path\": \"a.zip\"}]'" \
   'folder|webdataset|text' 'hint:'
@@ -99,6 +113,8 @@ case_of 'the config is not there' 2 './train my.json' 'cannot open my.json'
 : >empty.json
 case_of 'an empty file as config' 2 './train empty.json' 'empty.json:1:1' 'configs/'
 printf '\211PNG\r\n\032\n' >cat.png
+printf '\377\376{\0}\0' >utf16.json
+case_of 'a config in UTF-16' 2 './train utf16.json' 'UTF-16' 'UTF-8'
 case_of 'a picture as config' 2 './train cat.png' 'cat.png:1:1' 'configs/'
 case_of 'a folder that is no run' 2 './train pictures' 'pictures is a folder' 'no config.json' 'runs/NAME'
 sed 's/"layers": 4,/"layers": 4/' configs/demo.json >comma.json
@@ -117,6 +133,8 @@ section 'Runs'
 [ -f "$root/.cache/shapes/shapes.tar" ] || "$root/scripts/make_shapes.py" "$root/.cache/shapes/shapes.tar" >"$work/log"
 mkdir -p .cache/shapes
 cp "$root/.cache/shapes/shapes.tar" .cache/shapes
+case_of 'pictures that are all too large' 2 './train configs/demo.json --set data.max_pixels=100' \
+  'with too many pixels' 'data.max_pixels'
 case_of 'a use before the training' 2 './train configs/demo.json --sample "a red circle"' 'train it first'
 case_of 'a trace that cannot be written' 2 './train configs/demo.json --trace traces/step.json' '--trace: cannot write'
 case_of 'less memory than the model needs' 2 './train configs/demo.json --set memory.budget_gb=0.01' 'budget_gb' '--tokens' \

@@ -306,7 +306,7 @@ static void test_items_load(void **state) {
   Source *source = source_open("folder", folder, NULL, &err);
   if (!source) fail_msg("%s", err.text);
   HeldOut *list;
-  int64_t n = stream_held_out(&source, 1, 1, 1 << 20, &list);
+  int64_t n = stream_held_out(&source, 1, 1, &list);
   assert_int_equal(n, 6);
   EvalItem *items;
   int count = eval_items_load(&w.config, &source, list, n, 100, &items);
@@ -336,7 +336,7 @@ static void test_items_load(void **state) {
     free(list);
   }
   assert_int_equal(split[0], 6);
-  assert_int_equal(split[1] + stream_held_out(&source, 1, 0.4, 1 << 20, &list), 6);
+  assert_int_equal(split[1] + stream_held_out(&source, 1, 0.4, &list), 6);
   free(list);
   source_close(source);
   char *command = xasprintf("rm -r %s", folder);

@@ -82,7 +82,7 @@ static void test_epochs(void **state) {
   for (int j = 0; j < IMAGES; j++) same += place[0][j] == place[1][j];
   assert_true(same < IMAGES / 2);
   HeldOut *held;
-  int64_t held_count = stream_held_out(d->source, 3, 0.1, config.stream.max_pixels, &held);
+  int64_t held_count = stream_held_out(d->source, 3, 0.1, &held);
   int64_t left = stream_samples(stream, 0) + stream_samples(stream, 1) + stream_samples(stream, 2);
   assert_true(held_count > 0);
   assert_int_equal(left + held_count, IMAGES + TEXTS + STORIES);

@@ -48,7 +48,7 @@ void eval_items_free(EvalItem *items, int n) {
 
 int64_t eval_list_training(const Config *c, Source *const *source, int sources, int most, HeldOut **list) {
   HeldOut *all;
-  int64_t n = stream_held_out(source, sources, 1, c->data.max_pixels, &all), count = 0; // every sample, mixed
+  int64_t n = stream_held_out(source, sources, 1, &all), count = 0; // every sample, mixed
   for (int64_t i = 0; i < n && count < most; i++) {
     const Sample *sample = source_sample(source[all[i].source], all[i].sample);
     if (sample->kind == SAMPLE_CAPTIONED && !sample_is_held_out(sample->group, c->data.held_out)) all[count++] = all[i];

@@ -17,7 +17,7 @@ void trainer_load_items(Trainer *t) {
   const Config *c = t->config;
   if (t->held_out || t->training || !c->eval.documents) return;
   HeldOut *list;
-  int64_t n = stream_held_out(t->source, t->sources, c->data.held_out, c->data.max_pixels, &list);
+  int64_t n = stream_held_out(t->source, t->sources, c->data.held_out, &list);
   t->n_held_out = eval_items_load(c, t->source, list, n, c->eval.documents, &t->held_out);
   free(list);
   n = eval_list_training(c, t->source, t->sources, c->eval.documents, &list);
