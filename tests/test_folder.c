@@ -6,9 +6,10 @@
 #include <cmocka.h>
 
 #include "data/image.h"
+#include "data/loader.h"
 #include "data/paths.h"
-#include "data/source.h"
 #include "tests/archive.h"
+#include "tests/jpeg_bytes.h"
 #include "tests/png_bytes.h"
 #include "tests/slow.h"
 
@@ -305,6 +306,32 @@ static void test_max_pixels(void **state) {
   source_close(s);
 }
 
+// A photo that is kept lying on its side has the size that it is seen with: packs are formed from it.
+static void test_turned(void **state) {
+  (void)state;
+  static const uint8_t exif[] = {0xFF, 0xE1, 0, 34,   'E', 'x', 'i', 'f', 0, 0, 'M', 'M', 0, 42, 0, 0, 0, 8,
+                                 0,    1,    1, 0x12, 0,   3,   0,   0,   0, 1, 0,   6,   0, 0,  0, 0, 0, 0};
+  make("turned");
+  Bytes photo = {0};
+  bytes_append(&photo, JPEG_BASELINE, 2);
+  bytes_append(&photo, exif, sizeof exif);
+  bytes_append(&photo, JPEG_BASELINE + 2, sizeof JPEG_BASELINE - 2);
+  write_bytes("turned/a.jpg", photo.at, photo.n);
+  write_text("turned/a.txt", "a photo");
+  Source *s = open_good("folder", at("turned"), NULL);
+  expect_samples(s, "a.jpg=a photo (13x19)");
+  // As the loader reads it: rows and columns of patches in the right order.
+  const SampleSegment *segment = &source_sample(s, 0)->segment[1];
+  ImageFit fit = {IMAGE_ASPECT, 12, 4, 0};
+  ImageGrid grid = image_fit_grid(&fit, segment->width, segment->height);
+  assert_true(grid.rows > grid.columns);
+  uint8_t patches[9 * 48];
+  Error err;
+  if (sample_patches(s, segment, &fit, 1 << 20, patches, &err) != 0) fail_msg("%s", err.text);
+  source_close(s);
+  free(photo.at);
+}
+
 // ---- paths
 
 static void expect_paths(const char *path, const char *want) {
@@ -432,10 +459,15 @@ int main(int argc, char **argv) {
   int pictures = argc > 1 ? atoi(argv[1]) : 3000;
   if (pictures < 3000) panic("at least 3000 pictures, not %s", argv[1]);
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_lists),   cmocka_unit_test(test_list_faults),
-      cmocka_unit_test(test_pairs),   cmocka_unit_test(test_circles),
-      cmocka_unit_test(test_unknown), cmocka_unit_test(test_max_pixels),
-      cmocka_unit_test(test_paths),   cmocka_unit_test_prestate(test_many_files, &pictures),
+      cmocka_unit_test(test_lists),
+      cmocka_unit_test(test_list_faults),
+      cmocka_unit_test(test_pairs),
+      cmocka_unit_test(test_circles),
+      cmocka_unit_test(test_unknown),
+      cmocka_unit_test(test_max_pixels),
+      cmocka_unit_test(test_turned),
+      cmocka_unit_test(test_paths),
+      cmocka_unit_test_prestate(test_many_files, &pictures),
   };
   return cmocka_run_group_tests(tests, scratch_begin, scratch_end);
 }

@@ -52,8 +52,7 @@ void state_layout_free(StateLayout *l) {
   free(l->names);
 }
 
-// Identity of the settings that decide what the stream of documents holds.
-static void data_identity(const Config *c, char out[17]) {
+void state_data_identity(const Config *c, char out[17]) {
   char uniform[32] = ""; // nothing without, as before the key
   if (c->flow.t_uniform > 0) snprintf(uniform, sizeof uniform, " %.17g", c->flow.t_uniform);
   char *text =
@@ -80,7 +79,7 @@ static char *norms_json(const OptimizerState *o) {
 
 char *state_json(const Engine *e, const RunState *s) {
   char data[17];
-  data_identity(e->config, data);
+  state_data_identity(e->config, data);
   char *norms = norms_json(&s->optimizer);
   char *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
                           ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
@@ -141,7 +140,7 @@ static int load_counters(RunState *s, const Config *config, const Checkpoint *c,
   if (!same_seed)
     return error_set(err, "go on with that seed; --init starts anew from its weights with any",
                      "%s was trained with run.seed %s, not %" PRId64, c->dir, read_string(c, "seed"), config->run.seed);
-  data_identity(config, data);
+  state_data_identity(config, data);
   if (strcmp(data, read_string(c, "data")) != 0)
     log_warn("the data or flow settings are not those that %s was trained with: the stream goes on with the new ones, "
              "and not to the same bits",

@@ -45,4 +45,8 @@ enum { STATE_DAMAGED = -2 };
 // and nothing was changed. STATE_DAMAGED with *err: what was read is not what was saved; the engine's slabs then hold
 // parts of it, *s is as it was.
 int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Error *err);
+
+// The identity of the settings that decide what the stream of documents holds, 16 digits: a run that goes on with
+// another has not the same bits. Sources, seed and tokenizer have identities of their own.
+void state_data_identity(const Config *c, char out[17]);
 #endif
