@@ -96,13 +96,16 @@ short=(--set data.micro_batch_tokens=256 --set eval.documents=16 --set eval.samp
 [ -f "$dir/run/ckpt-2/state.json" ]
 refused 'already holds checkpoints' configs/demo.json "${run[@]}" "${short[@]}" --steps 2
 "$train" "$dir/run" --eval --out "$dir/drawings" >"$dir/eval.json" 2>"$dir/log"
-grep -q '"flow"' "$dir/eval.json"
 [ -f "$dir/drawings/captions.tsv" ]
 [ -f "$dir/drawings/real/0001.png" ]
 cmp "$dir/drawings/captions.tsv" "$dir/drawings/real/captions.tsv"
 "$train" "$dir/run" --sample "a small red circle" --out "$dir/one.png" 2>"$dir/log"
 "$train" "$dir/run" --describe "$dir/one.png" >"$dir/caption" 2>"$dir/log"
 printf 'a red square\na blue circle\n' | "$train" "$dir/run" --sample - --out "$dir/two.png" 2>"$dir/log"
+! grep -q max_caption "$dir/log" || { echo "a short caption is cut" && exit 1; }
+"$train" "$dir/run" --sample "a small red circle $(printf 'é%.0s' {1..90})" --out "$dir/one.png" 2>"$dir/log"
+cut='warning: "a small red circle é*\.\.\." is 1[0-9]* tokens: cut to the first 32 (data.max_caption)'
+grep -q "^$cut$" "$dir/log" || { echo "a long caption is cut, and nobody says so" && cat "$dir/log" && exit 1; }
 unwritten "$dir/run" --eval
 unwritten "$dir/run" --describe "$dir/one.png"
 [ -s "$dir/one.png" ]

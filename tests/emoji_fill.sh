@@ -2,7 +2,7 @@
 # How full packs of real images and captions are: the emoji set at 4096 token slots, for a model small enough that only
 # packing matters. Skipped (77) where the set was never made.
 #   tests/emoji_fill.sh [BUILD]
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 train=${1:-build}/train
 python=${PYTHON:-/usr/bin/python3}

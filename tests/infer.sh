@@ -2,7 +2,7 @@
 # scripts/infer.py against the engine: the same pictures and captions from the same seed, for two tiny runs that between
 # them have every choice of the model; and what else is said of drawing and of the files of a checkpoint.
 #   tests/infer.sh BUILD_FOLDER
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-/usr/bin/python3}
 "$python" -c 'import torch' 2>/dev/null || { echo "$python has no torch (python3-torch)" && exit 77; }

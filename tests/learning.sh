@@ -2,7 +2,7 @@
 # The learning test on drawn shapes: trains configs/shapes.json to STEPS and compares with the bounds.
 #   tests/learning.sh 300|1500|3500 [BUILD [RUN_FOLDER]]
 # BUILD is build unless given; the run stays only where it is given a folder.
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=$1
 build=${2:-build}

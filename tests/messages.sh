@@ -3,7 +3,7 @@
 # code and a message that says what to do.
 #   tests/messages.sh BUILD           check
 #   tests/messages.sh BUILD OUT.md    and write the table with the real output (docs/messages.md)
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 train=$(realpath "$1/train")
@@ -33,7 +33,7 @@ as=
 case_of() { # SITUATION EXIT_CODE COMMAND PATTERN...
   local situation=$1 code=$2 command=$3 rc=0 text
   shift 3
-  $as bash -c "$command" >"$work/said" 2>&1 || rc=$?
+  $as bash -o pipefail -c "$command" >"$work/said" 2>&1 || rc=$?
   # make's own lines and compilers' paths are not ours.
   text=$(grep -v '^make[:[]' "$work/said" |
     sed "s|$clone/||g; s|$work|/tmp|g; s/(process [0-9]*)/(process 12345)/" || true)

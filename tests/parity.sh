@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Comparison with PyTorch in float64: tests/parity.sh ops|model [BUILD]
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${2:-build}
 python=${PYTHON:-/usr/bin/python3}

@@ -3,7 +3,7 @@
 # the same weights, moments, losses and place in the data as one that is never stopped. With accumulation, EMA, shuffled
 # data so small that every part crosses epochs, and any number of loader and compute threads.
 #   tests/resume.sh [BUILD [FLAG...]]     flags of ./train for every run, such as --device cuda
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 train=${1:-build}/train
 shift $(($# > 0))

@@ -75,11 +75,12 @@ case $part in
       check parity_model limited tests/parity.sh model "$build"
       check peer limited "$python" tests/test_peer.py
       check keys limited "$python" tests/test_keys.py "$build"
+      check uses limited "$python" tests/uses.py "$build"
     elif [ "${TESSERA_REQUIRE_TORCH:-}" ]; then
       failed=$((failed + 1))
       echo "parity: FAILED: python3-torch is required here and absent"
     else
-      skipped=$((skipped + 5))
+      skipped=$((skipped + 6))
       echo "parity: SKIPPED: $python has no torch (python3-torch)"
     fi
     check resume limited tests/resume.sh "$build"

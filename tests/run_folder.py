@@ -204,6 +204,26 @@ def test_text_alone(runs):
     check(re.search(line, said), f"no line of the second step:\n{said}")
 
 
+def test_padding(runs):
+    """Padding is no token: `tokens` and `fill` count what the documents hold."""
+    texts = runs.folder / "lengths.txt"
+    texts.write_text("\n\n".join("word " * (1 + i % 7) for i in range(100)))
+    sources = json.dumps([{"type": "text", "path": str(texts)}])
+    keys = {"data.sources": sources, "data.tokenizer": "bytes", "data.held_out_by": "key", "data.held_out": 0,
+            "eval.documents": 0, "kernels.packing": "padded"}
+    sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+    runs.make("padded", "--stop-at", 1, *sets)
+    runs.make("padded", "--dump", runs.folder / "padded-step", *sets)
+    data = (runs.folder / "padded-step/micro_0.safetensors").read_bytes()
+    base = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:base])["token"]["data_offsets"]
+    rows = struct.unpack(f"<{(end - begin) // 4}i", data[base + begin : base + end])
+    held = sum(token != 511 for token in rows)  # documents are padded with eoi, V - 1, which texts have none of
+    check(held < len(rows) < 256 + 1, f"{held} of {len(rows)} rows are no padding")
+    step = runs.rows("padded")[0]
+    check((step["tokens"], step["fill"]) == (held, held / 256), f"{held} of {len(rows)} rows are no padding: {step}")
+
+
 def on_terminal(runs, columns, run, *flags):
     """What a run shows on a terminal of that width."""
     pid, fd = pty.fork()
@@ -251,8 +271,8 @@ def main():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
         for test in (test_missed_evaluation, test_going_back, test_going_back_again, test_fresh_start,
-                     test_long_metrics, test_text_alone, test_overview, test_changes, test_seconds, test_terminal,
-                     test_narrow_terminal):
+                     test_long_metrics, test_text_alone, test_padding, test_overview, test_changes, test_seconds,
+                     test_terminal, test_narrow_terminal):
             test(runs)
     except AssertionError as error:
         print(f"{test.__name__}: FAILED: {error}")

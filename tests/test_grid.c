@@ -93,7 +93,44 @@ static void test_grid(void **state) {
   image_free(&one), image_free(&small), image_free(&bar);
 }
 
+// Every image of a sheet of several rows lies in its own cell: centred, in rows as high as their tallest.
+static void test_cells(void **state) {
+  (void)state;
+  enum { N = 7, COLUMNS = 3, SCALE = 3, CELL = 23 * SCALE, MARGIN = 8 };
+  const int sizes[N][2] = {{4, 6}, {23, 5}, {7, 7}, {9, 30}, {2, 8}, {12, 12}, {5, 3}}; // width, height
+  const int tallest[] = {7, 30, 3};
+  char path[] = "/tmp/tessera-grid-XXXXXX.png";
+  int file = mkstemps(path, 4);
+  assert_true(file >= 0);
+  close(file);
+  Error err;
+  Image image[N];
+  GridCell cells[N];
+  for (int i = 0; i < N; i++) {
+    image[i] = image_random(sizes[i][0], sizes[i][1], 10 + (uint64_t)i);
+    cells[i] = (GridCell){.image = &image[i]};
+  }
+  GridSection section = {.cells = cells, .n = N};
+  if (grid_write(path, &section, 1, COLUMNS, SCALE, &err) != 0) fail_msg("%s", err.text);
+  Image sheet = grid_read(path);
+  assert_int_equal(sheet.width, MARGIN + COLUMNS * (CELL + MARGIN));
+  int top = MARGIN;
+  for (int i = 0; i < N; i++) {
+    int row = i / COLUMNS, width = sizes[i][0] * SCALE, height = sizes[i][1] * SCALE;
+    if (i && i % COLUMNS == 0) top += tallest[row - 1] * SCALE + MARGIN;
+    int x0 = MARGIN + i % COLUMNS * (CELL + MARGIN) + (CELL - width) / 2,
+        y0 = top + (tallest[row] * SCALE - height) / 2;
+    for (int y = 0; y < height; y++)
+      for (int x = 0; x < width; x++)
+        assert_memory_equal(sheet.rgb + 3 * ((y0 + y) * sheet.width + x0 + x),
+                            image[i].rgb + 3 * (y / SCALE * image[i].width + x / SCALE), 3);
+    image_free(&image[i]);
+  }
+  assert_int_equal(sheet.height, top + tallest[2] * SCALE + MARGIN);
+  image_free(&sheet);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_grid)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_grid), cmocka_unit_test(test_cells)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

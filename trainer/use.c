@@ -231,6 +231,24 @@ int trainer_evaluate(Trainer *t, Error *err) {
 
 // ---- drawing captions ----
 
+// Says which captions are longer than training ever saw: what is drawn knows only their beginnings.
+static void name_cut_captions(const Trainer *t, const char *const *captions, int n) {
+  enum { SHOWN = 60 }; // bytes
+  for (int i = 0; i < n; i++) {
+    size_t bytes = strlen(captions[i]);
+    int32_t *ids = xmalloc((bytes + 1) * sizeof *ids);
+    int64_t tokens = tokenizer_encode(t->tokenizer, captions[i], bytes, ids);
+    free(ids);
+    if (tokens <= t->config->data.max_caption) continue;
+    char *shown = utf8_printable(captions[i]);
+    int cut = (int)min_i64(SHOWN, (int64_t)strlen(shown));
+    while (cut && (shown[cut] & 0xC0) == 0x80) cut--; // not inside a character
+    log_warn("\"%.*s%s\" is %lld tokens: cut to the first %d (data.max_caption)", cut, shown, shown[cut] ? "..." : "",
+             (long long)tokens, t->config->data.max_caption);
+    free(shown);
+  }
+}
+
 // Draws captions [n] and writes what came out: drawing k of each is of seed + k, whatever else is drawn.
 static int draw_captions(Trainer *t, const char *const *captions, int n, uint64_t seed, const char *path, Error *err) {
   const Config *c = t->config;
@@ -240,6 +258,7 @@ static int draw_captions(Trainer *t, const char *const *captions, int n, uint64_
   if (n > MOST_DRAWINGS / count)
     return error_set(err, "draw fewer at a time", "%d drawings of each of %d captions are more than %d", count, n,
                      MOST_DRAWINGS);
+  name_cut_captions(t, captions, n);
   Drawings d = {.caption = captions, .n = n, .count = count};
   d.image = xcalloc((size_t)(n * count), sizeof *d.image);
   Image *drawn = xcalloc((size_t)n, sizeof *drawn);
