@@ -68,10 +68,13 @@ int source_limit_pixels(Source *s, int64_t max_pixels, Error *err) {
     int rc = 0;
     for (int k = 0; rc == 0 && k < sample->segments; k++)
       rc = image_check_pixels(sample->segment[k].width, sample->segment[k].height, max_pixels, &skip.why);
-    if (rc == 0)
+    if (rc == 0) {
       s->sample[kept++] = *sample;
-    else
-      sample_skip(s, sample->key, &skip);
+      continue;
+    }
+    char *where = xasprintf("sample %s of %s", sample->key, s->path);
+    sample_skip(s, where, &skip);
+    free(where);
   }
   s->count = kept;
   if (source_check_any(s, err) == 0) return 0;
@@ -101,8 +104,8 @@ void source_log(const Source *s) {
     others = xasprintf("; %lld other file%s (%s%s)", (long long)files, files > 1 ? "s" : "",
                        stats.unused.first[UNUSED_FILE], files > 1 ? " .." : "");
   }
-  log_info("%s: %lld samples, %lld images%s%s", s->path, (long long)stats.samples, (long long)stats.images, left_out,
-           others);
+  log_info("%s: %lld sample%s, %lld image%s%s%s", s->path, (long long)stats.samples, stats.samples == 1 ? "" : "s",
+           (long long)stats.images, stats.images == 1 ? "" : "s", left_out, others);
   free(unused);
   free(left_out);
   free(others);

@@ -1,4 +1,5 @@
 // Byte-level BPE as in "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019) and its encoder.py.
+#include "data/paths.h"
 #include "data/tokenizer_internal.h"
 
 #include <errno.h>
@@ -197,7 +198,8 @@ Tokenizer *tokenizer_load(const char *path, int vocab, Error *err) {
   Tokenizer *t = tokenizer_new(vocab, err);
   if (!t || !path) return t;
   size_t n;
-  char *text = file_read(path, MAX_VOCAB_FILE_BYTES, &n, err);
+  char *file = path_home(path), *text = file_read(file, MAX_VOCAB_FILE_BYTES, &n, err);
+  free(file);
   if (!text) {
     tokenizer_free(t);
     return NULL;

@@ -13,8 +13,8 @@ enum { TOKENIZER_SPECIALS = 4, TOKENIZER_MIN_VOCAB = 256 + TOKENIZER_SPECIALS };
 typedef struct Tokenizer Tokenizer;
 
 // Loads the first min(N, vocab-260) of the N merges of a vocab.bpe file ("#version" line, then a line "a b" per merge
-// in GPT-2's byte-to-unicode alphabet). path NULL: no merges, raw bytes. NULL with *err set, naming the line, on a
-// file that is not one, or when vocab < 260.
+// in GPT-2's byte-to-unicode alphabet). path NULL: no merges, raw bytes; "~/": the home folder. NULL with *err set,
+// naming the line, on a file that is not one, or when vocab < 260.
 Tokenizer *tokenizer_load(const char *path, int vocab, Error *err);
 
 // Learns up to vocab-260 merges from n texts: the most frequent pair within pre-tokenized words first, ties to the

@@ -56,6 +56,12 @@ gpt2() {
   grep '^\[       OK \] test_gpt2$' <<<"$said"
 }
 
+# A folder of 50,000 pictures with a caption beside each: the time is in proportion to their number.
+many_files() {
+  "$build/tests/test_folder" 50000 || return 1
+  grep '^seconds of the processor' "$logs/many_files.log"
+}
+
 # A test program that mutates and counts: "N mutations of ..." a line. Says how many all in all, and of what.
 mutated() { # PROGRAM ARGUMENT
   "$@" || return 1
@@ -93,6 +99,7 @@ check emoji emoji
 check emoji_fill tests/emoji_fill.sh "$build"
 check gpt2 gpt2
 check faults_50 "$python" tests/faults.py --kills 50 --leaks --train "$build/train"
+check many_files many_files
 check mutations_images mutated "$sanitized/tests/test_hostile" $mutations
 check mutations_corpora mutated "$sanitized/tests/test_fuzz" $rounds
 if can_fuzz; then

@@ -398,6 +398,10 @@ static void test_paths(void **state) {
   Source *s = open_good("folder", "~/pets", NULL);
   expect_samples(s, "a.png=x (1x1)");
   source_close(s);
+  write_text("home/vocab.bpe", "#version: 0.2\nt h\n");
+  Tokenizer *tokenizer = tokenizer_load("~/vocab.bpe", 261, &err);
+  if (!tokenizer) fail_msg("%s", err.text);
+  tokenizer_free(tokenizer);
 }
 
 // ---- many files
