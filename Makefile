@@ -49,9 +49,10 @@ endif
 CFLAGS_ALL := $(BASE) $(WARN) $(INSTRUMENT) $(CFLAGS)
 # Compute capabilities to build for: 90a is Hopper (H100, H200); make CUDA_ARCH="80 89 90a" adds others.
 CUDA_ARCH ?= 90a
-# Plain 90 has none of Hopper's matrix instructions.
+# Plain 90 has none of Hopper's matrix instructions. Registers that spill to memory are an error, and so is a wgmma that
+# ptxas serialises (nvcc_strict.sh).
 NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo $(foreach arch,$(CUDA_ARCH:90=90a),-gencode=arch=compute_$(arch),code=sm_$(arch)) \
-  -Xcompiler -Wall,-Wextra
+  -Xcompiler -Wall,-Wextra,-Werror -Werror all-warnings -Xptxas -warn-spills,-Werror
 LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
 
 # ---- sources ----
@@ -113,7 +114,7 @@ $(BUILD)/kernels/cpu/%.o: kernels/cpu/%.c | probes
 	$(CC) $(CFLAGS_ALL) $(KERNEL_OPT) -c -o $@ $<
 $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu | probes
 	@mkdir -p $(@D)
-	nvcc $(NVCC_FLAGS) -MMD -MP -c -o $@ $<
+	scripts/nvcc_strict.sh $(NVCC_FLAGS) -MMD -MP -c -o $@ $<
 $(BUILD)/f64/kernels/cpu/%.o: kernels/cpu/%.c | probes
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) $(KERNEL_OPT) $(REAL64) -c -o $@ $<
@@ -225,10 +226,11 @@ deps-%:
 
 # ---- upkeep ----
 FORMATTED := $(wildcard train.c base/*.[ch] data/*.[ch] model/*.[ch] trainer/*.[ch] kernels/*.[ch] kernels/cpu/*.[ch] tests/*.[ch])
+FORMATTED_CUDA := $(wildcard kernels/cuda/*.cu kernels/cuda/*.h)
 format:
-	clang-format -i $(FORMATTED)
+	clang-format -i $(FORMATTED) $(FORMATTED_CUDA)
 lint: | probes
-	clang-format --dry-run -Werror $(FORMATTED)
+	clang-format --dry-run -Werror $(FORMATTED) $(FORMATTED_CUDA)
 	clang-tidy --quiet $(filter %.c,$(filter-out data/stb.c tests/%,$(FORMATTED))) -- -std=gnu11 -D_GNU_SOURCE -I. -fopenmp
 clean:
 	rm -rf build build-sanitize build-thread build-coverage build-fuzz train

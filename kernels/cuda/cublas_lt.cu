@@ -15,8 +15,7 @@ extern "C" {
 
 static void *library_open(void) {
   static void *library;
-  const char *const paths[] = {LIBRARY_NAME(CUBLAS_VER_MAJOR),
-                               "/usr/local/cuda/lib64/" LIBRARY_NAME(CUBLAS_VER_MAJOR)};
+  const char *const paths[] = {LIBRARY_NAME(CUBLAS_VER_MAJOR), "/usr/local/cuda/lib64/" LIBRARY_NAME(CUBLAS_VER_MAJOR)};
   for (size_t i = 0; !library && i < sizeof paths / sizeof *paths; i++) library = dlopen(paths[i], RTLD_NOW);
   return library;
 }
@@ -28,8 +27,8 @@ bool cublas_lt_found(void) {
 static void *library_symbol(const char *name) {
   void *library = library_open();
   if (!library)
-    panic("--moe-gemm loop needs cuBLASLt of the CUDA toolkit: " LIBRARY_NAME(CUBLAS_VER_MAJOR)
-          " is not in the library path");
+    panic("--moe-gemm loop needs cuBLASLt of the CUDA toolkit: %s is not in the library path",
+          LIBRARY_NAME(CUBLAS_VER_MAJOR));
   void *symbol = dlsym(library, name);
   if (!symbol) panic("--moe-gemm loop: this cuBLASLt has no %s", name);
   return symbol;

@@ -1,9 +1,9 @@
 // What the CUDA kernels share: types, launches that are checked, reductions, 16-byte accesses.
 //
 // Activations and weights are bf16, everything else fp32; arithmetic is fp32. Widths (C, F, S, Z, P, V, H D, G D) are
-// multiples of 8, so that every row begins on 16 bytes; C is at most 4096; head_dim is 32, 64 or 128; at most 256 experts
-// a modality, 8 of them per token. engine_backend refuses other models on this backend. Nothing here uses float atomics:
-// the same inputs give the same bits.
+// multiples of 8, so that every row begins on 16 bytes; C is at most 4096; head_dim is 32, 64 or 128; at most 256
+// experts a modality, 8 of them per token. engine_backend refuses other models on this backend. Nothing here uses float
+// atomics: the same inputs give the same bits.
 #ifndef TESSERA_CUDA_H
 #define TESSERA_CUDA_H
 
@@ -20,7 +20,7 @@ typedef __nv_bfloat16 bf16;
 void cuda_check(cudaError_t status, const char *what, const char *file, int line);
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 
-// kernel<<<grid, block, shared, stream>>>(...), with the launch checked. `kernel` may need parentheses if it has commas.
+// kernel<<<grid, block, shared, stream>>>(...), with the launch checked. `kernel` needs parentheses if it has commas.
 #define CUDA_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
   do {                                                                                                                 \
     kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__);                                                      \
@@ -104,7 +104,7 @@ static __device__ inline float sigmoid(float x) {
 OP_LIST(OP_DECLARE)
 #undef OP_DECLARE
 
-// Scratch that an op of each family needs (Backend.scratch_bytes): bytes, 0 for ops that need none. Other ops need none.
+// Scratch that the ops of each family need (Backend.scratch_bytes), in bytes, 0 for none. Other ops need none.
 size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // LINEAR_*
 size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // EXPERT_*
 size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // HEAD_*

@@ -360,8 +360,7 @@ static Plan plan_make(const Gemm *g, int kind) {
     if (side_empty(s, kind)) continue;
     p.parts[m] = side_parts(s, kind, p.bn, best);
     if (p.parts[m] > 1) p.scratch += (size_t)best * gemm_tile_rows(s, kind) * s->N * sizeof(float);
-    if (p.parts[m] == 0)
-      sums += (size_t)(s->rows / GEMM_SHARE_DEPTH + s->groups) / GEMM_SHORTEST_PART * s->M * s->N;
+    if (p.parts[m] == 0) sums += (size_t)(s->rows / GEMM_SHARE_DEPTH + s->groups) / GEMM_SHORTEST_PART * s->M * s->N;
   }
   const size_t most_sums = (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn;
   p.scratch += (sums < most_sums ? sums : most_sums) * sizeof(float);

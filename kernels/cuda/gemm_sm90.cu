@@ -404,8 +404,7 @@ static __device__ inline void store_backward(const GemmSide &s, const GemmTile &
   auto load_pre = [&](int step, uint4 pre[Steps::PASSES]) {
 #pragma unroll
     for (int i = 0; i < Steps::PASSES; i++)
-      pre[i] =
-          steps.in(step, i) ? *(const uint4 *)(s.swiglu.pre + 2 * steps.at(step, i, s.N)) : make_uint4(0, 0, 0, 0);
+      pre[i] = steps.in(step, i) ? *(const uint4 *)(s.swiglu.pre + 2 * steps.at(step, i, s.N)) : make_uint4(0, 0, 0, 0);
   };
   uint4 next[Steps::PASSES]; // loaded while the step before is stored
   load_pre(0, next);

@@ -10,8 +10,8 @@ extern "C" {
 #include <cublasLt.h>
 
 enum { SAMPLES = 9, COPIES = 4, PRODUCTS = 4, WARM_UP = 40, THREADS = 256 };
-enum { EDGE = 8192 };                         // of the square matrices of a product
-static const size_t copy_bytes = 256u << 20;  // of each of two buffers: beyond the L2 cache of any card
+enum { EDGE = 8192 };                        // of the square matrices of a product
+static const size_t copy_bytes = 256u << 20; // of each of two buffers: beyond the L2 cache of any card
 static const size_t matrix_bytes = 2 * (size_t)EDGE * EDGE, workspace_bytes = 32u << 20;
 
 // Seconds that the median of some samples took; `work` gives the stream what one sample is.

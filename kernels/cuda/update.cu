@@ -268,8 +268,7 @@ extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
   for (int p = 0; p < n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
-    if (chunks)
-      CUDA_LAUNCH(hash_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in[0], batch, hash + p);
+    if (chunks) CUDA_LAUNCH(hash_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in[0], batch, hash + p);
   }
 }
 
