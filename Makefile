@@ -10,23 +10,18 @@ endif
 export PYTHON ?= /usr/bin/python3
 BUILD := build$(if $(filter thread,$(SANITIZE)),-thread,$(if $(SANITIZE),-sanitize))$(if $(COVERAGE),-coverage)
 
-# ---- probes: compile and link, never ask the package manager ----
-probe = $(shell printf '%s\n' $(1) > /tmp/tessera-probe-$$$$.c && $(CC) -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c $(2) >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.c)
-
-ifeq ($(filter deps clean format help,$(MAKECMDGOALS)),)
-HAVE_CC := $(call probe,'#if defined __GNUC__ && !defined __clang__ && __GNUC__ < 11' '#error too old' '#endif' 'int main(void) { return 0; }',-std=gnu11)
-HAVE_OPENBLAS := $(call probe,'#include <cblas.h>' 'int main(void) { return cblas_sasum(0, 0, 1) != 0; }',-lopenblas)
-HAVE_CJSON := $(call probe,'#include <cjson/cJSON.h>' 'int main(void) { return !cJSON_Version(); }',-lcjson)
-HAVE_PCRE2 := $(call probe,'#define PCRE2_CODE_UNIT_WIDTH 8' '#include <pcre2.h>' 'int main(void) { return pcre2_config(PCRE2_CONFIG_JIT, 0) < 0; }',-lpcre2-8)
-HAVE_STB := $(call probe,'#include <stb/stb_image.h>' '#include <stb/stb_image_write.h>' 'int main(void) { return 0; }',-lm)
-HAVE_OPENMP := $(call probe,'#include <omp.h>' 'int main(void) { return omp_get_max_threads() < 1; }',-fopenmp)
-HAVE_CMOCKA := $(call probe,'#include <stdarg.h>' '#include <stddef.h>' '#include <setjmp.h>' '#include <stdint.h>' '#include <cmocka.h>' 'int main(void) { return 0; }',-lcmocka)
+# ---- probes: what is there to build with, asked once and kept in BUILD/probes.mk ----
 # The CUDA backend is built where nvcc is and its libraries link; without it, or with CUDA=0, the binary runs on the CPU
 # alone. Sanitizers and coverage look at host code.
 CUDA_SOURCES := $(if $(SANITIZE)$(COVERAGE)$(filter 0,$(CUDA)),,$(wildcard kernels/cuda/*.cu))
-# nvcc itself says where its libraries are (it may be a script or a link to a compiler elsewhere).
-CUDA_LIBS := $(if $(CUDA_SOURCES),$(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^.* LIBRARIES= *//p' | tr -d '"') -lcudart_static -lstdc++ -ldl -lrt)
-HAVE_CUDA := $(if $(CUDA_SOURCES),$(shell printf 'int main(void) { return cudaFree(0) != 0; }' > /tmp/tessera-probe-$$$$.cu && nvcc -c -o /tmp/tessera-probe-$$$$.o /tmp/tessera-probe-$$$$.cu >/dev/null 2>&1 && $(CC) -o /tmp/tessera-probe-$$$$ /tmp/tessera-probe-$$$$.o $(CUDA_LIBS) -lpthread >/dev/null 2>&1 && echo yes; rm -f /tmp/tessera-probe-$$$$*))
+ifeq ($(filter deps clean format help,$(MAKECMDGOALS)),)
+PROBES := $(BUILD)/probes.mk
+PROBE_KEY := $(strip $(CC) $(shell $(CC) -dumpfullversion 2>/dev/null) $(CFLAGS) $(if $(CUDA_SOURCES),$(shell command -v nvcc)))
+$(eval $(file < $(PROBES)))
+ifneq ($(PROBED)$(PROBES_INCOMPLETE),$(PROBE_KEY))
+$(shell CC='$(CC) $(CFLAGS)' CUDA='$(if $(CUDA_SOURCES),yes)' scripts/probe.sh '$(PROBE_KEY)' $(PROBES))
+$(eval $(file < $(PROBES)))
+endif
 endif
 
 # ---- flags ----
