@@ -112,3 +112,18 @@ int run_folder_prepare(const char *run, const Config *c, const Options *o, const
   close(lock);
   return -1;
 }
+
+void run_folder_name_changes(const Config *c, const char *checkpoint) {
+  Error err;
+  Config *before = xmalloc(sizeof *before);
+  char *copy = xstrdup(checkpoint), *run = dirname(copy), *file = xasprintf("%s/config.json", run), *changes = NULL;
+  if (config_load(before, file, NULL, 0, &err) != 0)
+    log_warn("which settings changed cannot be told: %s", err.text);
+  else
+    changes = config_changes(before, c);
+  if (changes) log_warn("not as %s was trained so far: %s", run, changes);
+  free(changes);
+  free(file);
+  free(copy);
+  free(before);
+}

@@ -13,4 +13,7 @@
 // or -1 with *err set.
 int run_folder_prepare(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
                        Error *err);
+
+// Warns of the settings that are not those which the run of a checkpoint had so far: its config.json lies beside it.
+void run_folder_name_changes(const Config *c, const char *checkpoint);
 #endif

@@ -169,22 +169,6 @@ static int fill_weights(Trainer *t, Error *err) {
   return 0;
 }
 
-// Says which settings are not those that the run of a checkpoint, whose config.json lies beside it, had so far.
-static void name_changes(const Config *c, const char *checkpoint) {
-  Error err;
-  Config *before = xmalloc(sizeof *before);
-  char *copy = xstrdup(checkpoint), *run = dirname(copy), *file = xasprintf("%s/config.json", run), *changes = NULL;
-  if (config_load(before, file, NULL, 0, &err) != 0)
-    log_warn("which settings changed cannot be told: %s", err.text);
-  else
-    changes = config_changes(before, c);
-  if (changes) log_warn("not as %s was trained so far: %s", run, changes);
-  free(changes);
-  free(file);
-  free(copy);
-  free(before);
-}
-
 // Records the programs and holds what they need against the budget: before the data, which may take long to index.
 static int plan_memory(Trainer *t, Error *err) {
   Engine *e = &t->engine;
@@ -223,7 +207,7 @@ static int load_weights(Trainer *t, Checkpoint **checkpoint, int64_t below, Erro
   if (uses_checkpoint(o))
     t->state.step = (*checkpoint)->step;
   else if (!o->init)
-    name_changes(t->config, (*checkpoint)->dir);
+    run_folder_name_changes(t->config, (*checkpoint)->dir);
   log_info("loaded %s (step %lld)", (*checkpoint)->dir, (long long)(*checkpoint)->step);
   return 0;
 }
