@@ -7,7 +7,13 @@
 #include <sys/stat.h>
 #include <time.h>
 
-static void (*before_log_line)(void); // under the lock of stderr
+// Used under the lock of stderr, and as an atomic for ThreadSanitizer, which does not see that lock.
+static void (*before_log_line)(void);
+
+static void run_hook(void) {
+  void (*hook)(void) = __atomic_load_n(&before_log_line, __ATOMIC_RELAXED);
+  if (hook) hook();
+}
 
 int error_set(Error *err, const char *hint, const char *fmt, ...) {
   va_list ap;
@@ -31,7 +37,7 @@ int error_prefix(Error *err, const char *fmt, ...) {
 
 void fatal_code(const Error *err, int code) {
   flockfile(stderr);
-  if (before_log_line) before_log_line();
+  run_hook();
   fprintf(stderr, "error: %s\n", err->text);
   if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
   funlockfile(stderr);
@@ -44,7 +50,7 @@ void fatal(const Error *err) {
 
 static void log_line(const char *prefix, const char *fmt, va_list ap) {
   flockfile(stderr);
-  if (before_log_line) before_log_line();
+  run_hook();
   fputs(prefix, stderr);
   vfprintf(stderr, fmt, ap);
   fputc('\n', stderr);
@@ -75,7 +81,7 @@ void log_warn(const char *fmt, ...) {
 
 void log_set_hook(void (*before_line)(void)) {
   flockfile(stderr);
-  before_log_line = before_line;
+  __atomic_store_n(&before_log_line, before_line, __ATOMIC_RELAXED);
   funlockfile(stderr);
 }
 
