@@ -248,6 +248,8 @@ def png_read(path):
     width, height = struct.unpack_from(">II", data, 16)
     while at < len(data):
         length, name = struct.unpack_from(">I4s", data, at)
+        if name in (b"eXIf", b"tRNS"):  # perhaps to be turned, or with a transparent colour
+            return None
         packed += data[at + 8 : at + 8 + length] if name == b"IDAT" else b""
         at += length + 12
     rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 3 * width).astype(int)
