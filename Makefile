@@ -71,7 +71,7 @@ TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/
 ifeq ($(SANITIZE),thread)
 # OpenMP's runtime synchronizes out of ThreadSanitizer's sight: only what has threads of its own. One helper owns the
 # allocator, which ThreadSanitizer does too.
-THREADED_TESTS := test_base test_hostile test_loader test_source test_stream test_tokenizer
+THREADED_TESTS := test_base test_hostile test_loader test_saver test_source test_stream test_tokenizer
 TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif

@@ -231,6 +231,10 @@ void queued_cpu_start(uint64_t seed, QueuedFault fault) {
   device.fault = fault;
 }
 
+void queued_cpu_fault(QueuedFault fault) {
+  device.fault = fault;
+}
+
 void queued_cpu_drain(void) {
   work_finish(&device.work);
 }

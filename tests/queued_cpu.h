@@ -17,6 +17,8 @@ typedef enum QueuedFault {
 
 // Forgets all queues and counts. Work given to a lane now and then makes some lane run on, as `seed` says.
 void queued_cpu_start(uint64_t seed, QueuedFault fault);
+// What does not work from here on.
+void queued_cpu_fault(QueuedFault fault);
 // Runs everything, as a synchronization of the device does.
 void queued_cpu_drain(void);
 

@@ -28,14 +28,19 @@ limited() { # COMMAND...
   return $rc
 }
 
-# A training run in which every thread is the engine's own: neither OpenMP nor OpenBLAS has any.
+# A training run in which every thread is the engine's own: neither OpenMP nor OpenBLAS has any. Checkpoints are written
+# while it goes on, and it is resumed.
 threads() {
-  local run status
+  local run status steps
   run=$(mktemp -d)
   [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar || return 1
-  OPENBLAS_NUM_THREADS=1 limited "$build/train" configs/demo.json --run-dir "$run/run" --tokens 256 --steps 10 \
-    --set run.threads=1 --set data.threads=3 --set eval.samples=0 --set eval.documents=0 2>"$run/log"
-  status=$?
+  for steps in 10 12; do
+    OPENBLAS_NUM_THREADS=1 limited "$build/train" configs/demo.json --run-dir "$run/run" --resume --tokens 256 \
+      --steps 12 --stop-at $steps --set run.threads=1 --set data.threads=3 --set checkpoint.every=3 \
+      --set eval.samples=0 --set eval.documents=0 2>>"$run/log"
+    status=$?
+    [ $status -eq 0 ] || break
+  done
   tail -200 "$run/log"
   rm -rf "$run"
   return $status

@@ -520,6 +520,17 @@ def _():  # no file may grow beyond 20 kB: the logs do not, a checkpoint would
     assert rows[0] < 6 == rows[1], rows
 
 
+@key("checkpoint.copy")
+def _():  # on a slow disk training waits for the writing, or for the copy alone, whose memory is planned
+    slow = {**os.environ, "LD_PRELOAD": str(BUILD / "tests/slow_disk.so"), "SLOW_DISK_MB_S": "0.5"}
+    for copy, waits in (("never", True), ("always", False), ("auto", False)):
+        sets = {"checkpoint.copy": copy, "checkpoint.every": 1, "train.steps": 2}
+        log = run(sets, env=slow, where=tempfile.mkdtemp(dir=WORK)).log
+        stood, written = re.search(r"step 1: training stood still ([\d.]+) ms, .* after ([\d.]+) s", log).groups()
+        assert (float(stood) / 1e3 > float(written) / 2) == waits, log
+        assert ("copy for checkpoints" in plan(sets)) != waits
+
+
 MEMORY = {"data.micro_batch_tokens": 4096, "data.max_images": 100}  # activations are most of it
 
 

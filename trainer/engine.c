@@ -530,13 +530,13 @@ int64_t engine_state_bytes(const Engine *e) {
          e->bytes[SPACE_EMA];
 }
 
-int engine_stage_open(Engine *e, Error *err) {
+int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
   const Backend *b = e->model.backend;
-  for (int k = 0; b->queues && k < 2; k++) {
-    if (!e->pinned.stage[k]) e->pinned.stage[k] = b->host_alloc(ENGINE_STAGE);
-    if (!e->pinned.stage[k])
+  if (!b->queues || e->pinned.stage_bytes) return 0;
+  for (int k = 0; k < 2; k++)
+    if (!(e->pinned.stage[k] = b->host_alloc((size_t)bytes)))
       return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for checkpoints");
-  }
+  e->pinned.stage_bytes = bytes;
   return 0;
 }
 
@@ -551,22 +551,22 @@ void engine_slab_copy(Engine *e, Space space, void *out) {
   const Backend *b = e->model.backend;
   const Queues *q = b->queues;
   const char *from = e->bases.of[space];
-  int64_t bytes = e->bytes[space], n = (bytes + ENGINE_STAGE - 1) / ENGINE_STAGE;
+  int64_t bytes = e->bytes[space], piece = e->pinned.stage_bytes;
   if (!q) {
     host_copy(out, from, (size_t)bytes);
     return;
   }
   q->record(LANE_COMPUTE, EVENT_SLAB_FREE);
   q->wait(LANE_D2H, EVENT_SLAB_FREE);
-  for (int64_t i = 0; i <= n; i++) {
-    int64_t at = i * ENGINE_STAGE, before = at - ENGINE_STAGE;
-    if (i < n) {
-      queue_copy(b, LANE_D2H, e->pinned.stage[i % 2], from + at, (size_t)min_i64(bytes - at, ENGINE_STAGE));
+  for (int64_t at = 0, i = 0; at - piece < bytes; at += piece, i++) {
+    int64_t before = at - piece; // where the piece before begins
+    if (at < bytes) {
+      queue_copy(b, LANE_D2H, e->pinned.stage[i % 2], from + at, (size_t)min_i64(bytes - at, piece));
       q->record(LANE_D2H, EVENT_STAGED + (int)(i % 2));
     }
     if (i == 0) continue;
     q->finish(EVENT_STAGED + (int)((i - 1) % 2));
-    host_copy((char *)out + before, e->pinned.stage[(i - 1) % 2], (size_t)min_i64(bytes - before, ENGINE_STAGE));
+    host_copy((char *)out + before, e->pinned.stage[(i - 1) % 2], (size_t)min_i64(bytes - before, piece));
   }
 }
 

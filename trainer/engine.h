@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <stdio.h>
 
-enum { ENGINE_FORWARD_PROGRAMS = 64, ENGINE_STAGE = 32 << 20 };
+enum { ENGINE_FORWARD_PROGRAMS = 64 };
 
 // A forward-only program at a power of two of slots (or all of them).
 typedef struct ForwardProgram {
@@ -44,7 +44,8 @@ typedef struct Engine {
     StepScalars *scalars;
     UpdateStatus *status;
     double *metrics;
-    void *stage[2]; // [ENGINE_STAGE] where engine_stage_open was called
+    void *stage[2]; // [stage_bytes] where engine_stage_open was called
+    int64_t stage_bytes;
   } pinned;
 } Engine;
 
@@ -111,8 +112,9 @@ void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t 
 // Whether a slab's elements are put together of two as they are stored: the weight and its rest (kernels/master.h).
 int engine_joins(const Engine *e, Space space);
 
-// Allocates what engine_slab_copy needs beside a device. -1 with *err when it cannot be had.
-int engine_stage_open(Engine *e, Error *err);
+// Allocates what engine_slab_copy passes through beside a device, twice `bytes`, unless that was done before. -1 with
+// *err when it cannot be had.
+int engine_stage_open(Engine *e, int64_t bytes, Error *err);
 // Copies a slab to host memory [bytes[space]] as it is stored, at the link's speed, by all threads.
 void engine_slab_copy(Engine *e, Space space, void *out);
 // Bytes of all slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA.

@@ -14,6 +14,7 @@
 #endif
 
 static const size_t PAGE = 4096, FIND_AT_ONCE = 64 << 20;
+static const int64_t STAGE = 32 << 20; // of a slab at a time on its way from a device
 static const Space stored[] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
 enum { STORED = sizeof stored / sizeof *stored };
 
@@ -190,7 +191,7 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
   pthread_mutex_init(&s->device, NULL);
   SaveCopy copy = e->config->checkpoint.copy;
   if (copy == COPY_AUTO && !e->config->checkpoint.every) copy = COPY_NEVER; // nothing is trained after the only save
-  int bad = copy != COPY_NEVER && (engine_stage_open(e, err) != 0 || take_copy(s, err) != 0);
+  int bad = copy != COPY_NEVER && (engine_stage_open(e, STAGE, err) != 0 || take_copy(s, err) != 0);
   if (bad && copy == COPY_AUTO) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
