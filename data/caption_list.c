@@ -19,6 +19,13 @@ typedef struct List {
   void *context;
 } List;
 
+// Takes note of a picture that the list names.
+static void list_name(const List *l, const char *file) {
+  char *path = file[0] == '/' ? xstrdup(file) : xasprintf("%s/%s", l->folder, file);
+  l->named(l->context, path);
+  free(path);
+}
+
 // One picture with its caption. -1 only for errors that end the opening.
 static int list_add(const List *l, const char *where, const char *file, const char *caption, size_t caption_bytes,
                     const cJSON *fields, Error *err) {
@@ -27,9 +34,6 @@ static int list_add(const List *l, const char *where, const char *file, const ch
   // The folder of a nested list is a part of its samples' keys.
   const char *below = path_below(l->folder, s->path);
   char *key = file[0] == '/' || !*below ? xstrdup(file) : xasprintf("%s/%s", below, file);
-  char *path = file[0] == '/' ? xstrdup(file) : xasprintf("%s/%s", l->folder, file);
-  l->named(l->context, path);
-  free(path);
   SampleDraft d = {.kind = SAMPLE_CAPTIONED, .key = pool_string(s, key, strlen(key))};
   free(key);
   caption = text_trim(caption, &caption_bytes);
@@ -51,6 +55,7 @@ static int list_add_object(const List *l, const char *where, const char *line, s
   cJSON *object = json_parse(line, n, "JSON", JSON_PLAIN, &skip.why);
   const char *file = object_string(object, file_names), *caption = object_string(object, caption_names);
   int rc = 0;
+  if (file && file[0]) list_name(l, file);
   if (file && file[0] && caption) {
     rc = list_add(l, where, file, caption, strlen(caption), object, err);
   } else {
@@ -120,6 +125,7 @@ static int list_add_record(const List *l, const Columns *c, const CsvReader *r, 
   Skip skip = {0};
   const CsvCell *file = c->file < r->cells ? &r->cell[c->file] : NULL;
   const CsvCell *caption = c->caption < r->cells ? &r->cell[c->caption] : NULL;
+  if (file && file->bytes) list_name(l, file->text);
   if (file && file->bytes && caption && r->cells <= c->count) {
     cJSON *fields = columns_fields(l->source, c, r);
     int rc = list_add(l, where, file->text, caption->text, caption->bytes, fields, err);

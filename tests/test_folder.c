@@ -180,11 +180,11 @@ static void test_list_faults(void **state) {
   write_text("faults/metadata.jsonl", "{\"file_name\": \"a.png\", \"text\": \"good\", \"aspect\": 1}\n"
                                       "{\"file_name\": \"a.png\", \"text\": \"x\", \"aspect\": NaN}\n"
                                       "{\"file_name\": \"a.png\", \"text\": \"x\", \"aspect\": -Infinity}\n"
-                                      "{\"file_name\": \"a.png\", \"words\": \"x\"}\n"
+                                      "{\"file_name\": \"unlisted.png\", \"words\": \"x\"}\n"
                                       "{\"name\": \"a.png\", \"text\": \"x\"}\n");
   s = open_good("folder", at("faults"), NULL);
   expect_samples(s, "a.png=good (2x2)");
-  expect_unused(s, (const int[]){UNUSED_JSON, 2, UNUSED_NO_CAPTION, 5, UNUSED_LINE, 1, -1});
+  expect_unused(s, (const int[]){UNUSED_JSON, 2, UNUSED_NO_CAPTION, 4, UNUSED_LINE, 1, -1});
   expect_first(s, UNUSED_JSON, "line 2", "NaN");
   expect_first(s, UNUSED_LINE, "line 5", "file_name");
   source_close(s);
