@@ -63,9 +63,9 @@ endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
 REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE -UTESSERA_CUDA
-PRELOADED := tests/flip_gemm.c tests/slow_disk.c
+PRELOADED := tests/flip_gemm.c tests/slow_disk.c tests/wrong_blas.c
 TEST_HELPERS := $(filter-out $(PRELOADED) $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c tests/cuda_*.c),$(wildcard tests/*.c))
-F64_TESTS := test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
+F64_TESTS := test_blas test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
 TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
 ifeq ($(SANITIZE),thread)
@@ -76,7 +76,7 @@ TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif
 
-.PHONY: all demo demo-emoji demo-icons test test-long test-gpu bench-gpu gpu-tests check-asan check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
+.PHONY: all demo demo-emoji demo-icons test test-long test-gpu bench-gpu gpu-tests check-asan check-blas check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
 all: train
 
 ifeq ($(SANITIZE)$(COVERAGE),)
@@ -167,6 +167,11 @@ test-long: deps-test
 # Everything but training runs under ASan and UBSan.
 check-asan: deps-test
 	@$(MAKE) --no-print-directory SANITIZE=1 suite
+
+# What computes with OpenBLAS, under each of its kinds of kernels that this processor runs.
+check-blas: deps-test
+	@$(MAKE) --no-print-directory tests
+	@tests/blas_kinds.sh $(BUILD)
 
 # The loader and whatever else starts threads, under ThreadSanitizer.
 check-tsan: deps-test

@@ -1,4 +1,5 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
+#include "base/machine.h"
 #include "base/standard.h"
 #include "model/config.h"
 #include "model/config_history.h"
@@ -14,14 +15,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// Compute threads: as configured, or the cores shared out among the processes that mpirun started here.
+// Compute threads: as configured, or as many as this process has processors.
 static void set_threads(const Config *c) {
-  const char *local = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
-  long processes = local ? atol(local) : 1, cores = sysconf(_SC_NPROCESSORS_ONLN);
   if (c->run.threads)
     omp_set_num_threads(c->run.threads);
   else if (!getenv("OMP_NUM_THREADS"))
-    omp_set_num_threads((int)max_i64(1, cores / max_i64(1, processes)));
+    omp_set_num_threads(machine_threads(""));
 }
 
 // The backend to measure a config for: a plan needs no device.
@@ -88,14 +87,36 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   return tokens_fit(o, file, b, low, c, err) == 1 ? 0 : -1;
 }
 
+// What libraries read from the environment as they are loaded is set, and the program started again.
+//
 // OpenMP threads that wait for each other spin for milliseconds by default: on cores shared with anything else a step
-// then takes ten times as long (measured in docs/LOG.md). The runtime reads its spin count before main, so it is set
-// and the program started again; whoever sets a policy keeps it.
-static void shorten_spinning(char **argv) {
-  if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-  setenv("GOMP_SPINCOUNT", "1000", 1);
-  execv("/proc/self/exe", argv); // returns only where /proc is missing: then it spins
+// then takes ten times as long (measured in docs/LOG.md); whoever sets a policy keeps it. OpenBLAS starts a thread a
+// core that nothing here uses, and hangs at once where the address space is too small for all their buffers (ulimit
+// -v).
+static void set_environment(char **argv) {
+  const char *blas = getenv("OPENBLAS_NUM_THREADS");
+  int spins = !getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY"), bad = 0;
+  if (!spins && blas && strcmp(blas, "1") == 0) return;
+  if (spins) bad |= setenv("GOMP_SPINCOUNT", "1000", 1);
+  bad |= setenv("OPENBLAS_NUM_THREADS", "1", 1);
+  if (bad) return;
+  char path[4096]; // by its own name, which ps shows
+  ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+  if (n > 0) {
+    path[n] = 0;
+    execv(path, argv);
+  }
+  execv("/proc/self/exe", argv); // it was moved; returns only where /proc is missing: then it goes on as it is
 }
+
+// Called before the libraries are initialised, when the C library does not know the environment yet.
+static void before_libraries(int argc, char **argv, char **environment) {
+  (void)argc;
+  environ = environment;
+  set_environment(argv);
+}
+__attribute__((section(".preinit_array"), used)) static void (*const before_all)(int, char **,
+                                                                                 char **) = before_libraries;
 
 // Whether the command line names the run's folder. A saved config may name one too: where the run was then.
 static bool run_dir_given(const Config *c) {
@@ -142,6 +163,7 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
     return -1;
   }
   int bad = config_load(c, file, o->sets, o->n_sets, err);
+  if (!bad) set_threads(c);
   if (!bad && folder) name_new_keys(c, file);
   if (!bad && o->tokens_max) bad = find_tokens(o, file, c, err);
   free(file);
@@ -180,7 +202,7 @@ int main(int argc, char **argv) {
   Error err;
   char *run = NULL;
   standard_open();
-  shorten_spinning(argv);
+  set_environment(argv); // again, for C libraries that call nothing before
   if (options_parse(&o, argc, argv, &err) != 0) fatal(&err);
   if (o.help || (!o.config && !o.print_config)) {
     fputs(options_help, stdout);
@@ -199,7 +221,6 @@ int main(int argc, char **argv) {
     bad = print_plan(&c, &err);
   } else {
     if (options_check_outputs(&o, run, &err) != 0) fatal(&err);
-    set_threads(&c);
     Trainer *t = trainer_open(&c, &o, run, &err);
     if (!t)
       bad = -1;

@@ -378,8 +378,9 @@ struct Backend {
   int width_multiple;     // what every width of a model must be a multiple of
   KernelFn fn[OP_COUNT];
   size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
-  const Queues *queues;    // NULL: an op has run when its function returns (CPU)
-  int (*open)(Error *err); // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  const Queues *queues;         // NULL: an op has run when its function returns (CPU)
+  int (*open)(Error *err);      // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  const char *(*kernels)(void); // whose kernels compute (OpenBLAS's name, the GPU's): only equal ones give equal bits
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.
   double (*sheet_flops)(void);
   DeviceRates (*rates)(void);   // measures the open device; NULL: nothing is known

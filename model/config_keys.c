@@ -13,7 +13,7 @@ const Key config_keys[] = {
     {"run.folder", KEY_STRING, AT(run.folder), "", 0, 0, NULL, "--run-dir", "this run's folder, instead of DIR/NAME"},
     {"run.seed", KEY_INT, AT(run.seed), "1", 0, 9007199254740992.0, NULL, "--seed", "seed of every random number"},
     {"run.device", KEY_ENUM, AT(run.device), "auto", 0, 0, "auto|cpu|cuda", "--device", "auto: CUDA where it works"},
-    {"run.threads", KEY_INT, AT(run.threads), "0", 0, 4096, NULL, NULL, "compute threads; 0: cores / local processes"},
+    {"run.threads", KEY_INT, AT(run.threads), "0", 0, 4096, NULL, NULL, "compute threads; 0: as many as there are processors for this process"},
 
     {"model.dim", KEY_INT, AT(model.dim), "128", 1, 65536, NULL, NULL, "width of the residual stream, C"},
     {"model.layers", KEY_INT, AT(model.layers), "4", 1, 1024, NULL, NULL, "blocks, L"},

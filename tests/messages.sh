@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-train=$(realpath "$1/train")
+train=$(realpath "$1/train") wrong_blas=$(realpath "$1/tests/wrong_blas.so")
 out=${2:+$(realpath "$2")}
 work=$(mktemp -d)
 trap 'chmod -R u+w "$work" && rm -rf "$work"' EXIT
@@ -128,6 +128,14 @@ case_of 'a value of the wrong type' 2 './train configs/demo.json --set train.ste
 case_of 'sizes that do not go together' 2 './train configs/demo.json --set data.image_size=30' \
   'multiple of model.patch' 'hint:'
 case_of 'a GPU asked for where none is' 2 'CUDA_VISIBLE_DEVICES= ./train configs/demo.json --device cuda' '--device cuda:'
+
+section 'The machine'
+case_of 'too little address space' 2 'ulimit -v 250000; ./train configs/demo.json --device cpu --set run.threads=2' \
+  'OpenBLAS and 2 compute threads need' 'ulimit -v' 'run.threads'
+as="env OPENBLAS_CORETYPE=Nehalem LD_PRELOAD=$wrong_blas WRONG_BLAS=tail"
+case_of 'an OpenBLAS that computes wrong on this processor' 2 './train configs/demo.json --device cpu' \
+  'OpenBLAS computes wrong on this processor' 'OPENBLAS_CORETYPE'
+as=
 
 section 'Runs'
 [ -f "$root/.cache/shapes/shapes.tar" ] || "$root/scripts/make_shapes.py" "$root/.cache/shapes/shapes.tar" >"$work/log"

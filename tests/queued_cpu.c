@@ -273,6 +273,7 @@ const Backend backend_queued_cpu = {
     .width_multiple = 1,
     .queues = &queues,
     .open = device_open,
+    .kernels = blas_kernels,
     .memory = device_memory,
     .alloc = device_alloc,
     .release = device_release,

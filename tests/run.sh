@@ -91,6 +91,7 @@ case $part in
     check resume limited tests/resume.sh "$build"
     check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
     check data_run limited "$python" tests/data_run.py "$build/train"
+    check machine limited "$python" tests/machine.py "$build"
     check run_folder limited "$python" tests/run_folder.py "$build/train"
     check guards limited "$python" tests/guards.py "$build"
     check emoji_fill limited tests/emoji_fill.sh "$build"

@@ -160,7 +160,8 @@ def test_overview(runs):
     drawn = int(re.search(r"fill .*, (\d+) documents", said)[1])  # the loader is some documents ahead of the 11 steps
     have, about = 11 * 256 / drawn, 1000 * tokens / trained
     check(0.75 * about < have < 1.1 * about, f"{have:.1f} tokens a document in the run, of {about:.1f}: {data}")
-    check(re.fullmatch(r"device: cpu, \d+ threads; memory: 0\.0\d+ GB of the [\d.]+ GB .*, policy keep", device), device)
+    memory = r"memory: 0\.0\d+ GB of the [\d.]+ GB .*, policy keep"
+    check(re.fullmatch(rf"device: cpu, \d+ threads, OpenBLAS's \w+ kernels; {memory}", device), device)
     check(steps.startswith("steps 1 to 11 of 3000: 1 x 256 = 256 token slots each, "), steps)
     check("warning: train.warmup_steps = 3000 is not over within the 3000 steps" in said, f"no word of it:\n{said}")
     found = re.search(r"(\d+):(\d\d) to go at (\d+) ms a step", said)

@@ -14,9 +14,8 @@
 #include "model/planner.h"
 #include "model/schedule.h"
 #include "model/waits.h"
+#include "tests/count_malloc.h"
 #include "tests/sketch.h"
-
-int64_t allocations_counted(void); // count_malloc.c
 
 // ---- proofs ----
 

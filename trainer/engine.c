@@ -1,5 +1,6 @@
 #include "trainer/engine.h"
 
+#include "base/machine.h"
 #include "data/loader.h"
 #include "kernels/master.h"
 
@@ -14,9 +15,8 @@ static int64_t pack_bytes(const Config *c, int slots, int segments) {
 }
 
 // memory.budget_gb is about the arena; memory.arena: false, which is for sanitizers, takes more.
-static int64_t budget_bytes(const Engine *e) {
-  double gb = e->config->memory.budget_gb;
-  return gb > 0 ? (int64_t)(gb * 1e9) : e->model.backend->memory();
+static int64_t budget_bytes(const Config *c, const Backend *b) {
+  return c->memory.budget_gb > 0 ? (int64_t)(c->memory.budget_gb * 1e9) : b->memory();
 }
 
 static void measure(Engine *e, const Program *p) {
@@ -91,7 +91,7 @@ static int choose_policy(Engine *e, Error *err) {
   memcpy(rest, e->bytes, sizeof rest);
   if (want != MEMORY_AUTO) return try_policy(e, want, rest, err);
   if (try_policy(e, MEMORY_KEEP, rest, err) != 0) return -1;
-  return total_bytes(e) <= budget_bytes(e) ? 0 : try_policy(e, MEMORY_RECOMPUTE, rest, err);
+  return total_bytes(e) <= e->budget ? 0 : try_policy(e, MEMORY_RECOMPUTE, rest, err);
 }
 
 static const char *const memory_policy_name[] = {
@@ -111,23 +111,27 @@ static void name_largest(const Engine *e, char *text, size_t size) {
 
 char *engine_memory_text(const Engine *e) {
   return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s", (double)total_bytes(e) / 1e9,
-                   (double)budget_bytes(e) / 1e9, memory_policy_name[e->chosen]);
+                   (double)e->budget / 1e9, memory_policy_name[e->chosen]);
 }
 
 int engine_check_budget(const Engine *e, Error *err) {
-  int64_t budget = budget_bytes(e), need = total_bytes(e);
+  int64_t budget = e->budget, need = total_bytes(e);
   int64_t activations = e->bytes[SPACE_ARENA] + (counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
   if (need <= budget) return 0;
   char largest[128];
+  const char *limit;
   name_largest(e, largest, sizeof largest);
+  machine_memory("", &limit);
+  int given = e->config->memory.budget_gb > 0, device = !given && e->model.backend->queues;
   return error_set(err, "lower data.micro_batch_tokens (--tokens) or raise memory.budget_gb; --plan shows the table",
                    "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s; %s), %.3f GB "
-                   "more than the %.3f GB of memory.budget_gb%s",
+                   "more than the %.3f GB of memory.budget_gb%s%s",
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
                    memory_policy_name[e->chosen], largest, (double)(need - budget) / 1e9, (double)budget / 1e9,
-                   e->config->memory.budget_gb > 0 ? ""
-                   : e->model.backend->queues      ? " auto, what the device has free"
-                                                   : " auto, four fifths of the machine's memory");
+                   given    ? ""
+                   : device ? " auto, what the device has free"
+                            : " auto, four fifths of ",
+                   given || device ? "" : limit);
 }
 
 int engine_check_host(const Engine *e, Error *err) {
@@ -175,8 +179,12 @@ static int check_widths(const Config *c, const Backend *b, Error *err) {
 }
 #endif
 
+static const Backend *cpu_backend(Error *err) {
+  return backend_cpu.open(err) == 0 ? &backend_cpu : NULL;
+}
+
 static const Backend *device_backend(const Config *c, int plan, Error *err) {
-  if (c->run.device == DEVICE_CPU) return &backend_cpu;
+  if (c->run.device == DEVICE_CPU) return cpu_backend(err);
 #ifdef TESSERA_CUDA
   const Backend *b = &backend_cuda;
   // A plan with "auto" is one for the machine it is made on.
@@ -188,7 +196,7 @@ static const Backend *device_backend(const Config *c, int plan, Error *err) {
   error_set(err, "build it where nvcc (the CUDA toolkit) is installed, or use --device cpu",
             "--device cuda: this build has no CUDA backend");
 #endif
-  return c->run.device == DEVICE_CUDA ? NULL : &backend_cpu;
+  return c->run.device == DEVICE_CUDA ? NULL : cpu_backend(err);
 }
 
 const Backend *engine_backend(const Config *c, Error *err) {
@@ -202,6 +210,7 @@ const Backend *engine_plan_backend(const Config *c, Error *err) {
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
   *e = (Engine){.config = c, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
   e->backend = *backend;
+  e->budget = budget_bytes(c, backend);
   const KernelChoice choice = {.adaln_unfused = c->kernels.adaln == ADALN_UNFUSED,
                                .experts_loop = c->kernels.moe_gemm == MOE_GEMM_LOOP};
   if (backend->choose) backend->choose(&e->backend, choice);

@@ -32,6 +32,7 @@ typedef struct Engine {
   int uses_ema;
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
+  int64_t budget;             // bytes that all of them may take
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;
   int next_results;  // with queues: which EVENT_RESULTS the next update records; the other one began its step

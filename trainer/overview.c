@@ -70,7 +70,7 @@ static void log_device(const Engine *e) {
     double rate = b->sheet_flops ? b->sheet_flops() : 0;
     what = rate > 0 ? xasprintf("%.0f TFLOP/s by its data sheet", rate / 1e12) : xstrdup("of unknown rate");
   } else {
-    what = xasprintf("%d threads", omp_get_max_threads());
+    what = xasprintf("%d threads, OpenBLAS's %s kernels", omp_get_max_threads(), b->kernels());
   }
   log_info("device: %s, %s; memory: %s", b->name, what, memory);
   free(what);

@@ -1,5 +1,6 @@
 #include "trainer/saver.h"
 
+#include "base/machine.h"
 #include "base/thread.h"
 #include "kernels/master.h"
 
@@ -54,17 +55,6 @@ static size_t page_round(size_t bytes) {
 
 // ---- the copy's memory ----
 
-// Bytes of memory that a process of this host can still have.
-static int64_t host_memory_available(void) {
-  FILE *f = fopen("/proc/meminfo", "r");
-  char line[128];
-  long long kb = 0;
-  while (f && fgets(line, sizeof line, f))
-    if (sscanf(line, "MemAvailable: %lld kB", &kb) == 1) break;
-  if (f) fclose(f);
-  return kb * 1024;
-}
-
 // The system gives memory when it is first touched, which for many gigabytes takes longer than to fill it.
 static void *find_memory(void *argument) {
   Saver *s = argument;
@@ -85,7 +75,7 @@ static int take_copy(Saver *s, Error *err) {
   const int64_t *bytes = s->engine->bytes;
   size_t need = 0;
   for (int i = 0; i < STORED; i++) need += page_round((size_t)bytes[stored[i]]);
-  int64_t room = host_memory_available();
+  int64_t room = machine_memory_left("");
   // An eighth is left for the data, its decoding and everybody else.
   void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                                          : MAP_FAILED;

@@ -77,16 +77,24 @@ static char *norms_json(const OptimizerState *o) {
   return text;
 }
 
+// What computes: two runs have the same bits only where it is the same. malloc'd.
+static char *kernels_text(const Engine *e) {
+  const Backend *b = e->model.backend;
+  return xasprintf("%s %s", b->name, b->kernels());
+}
+
 char *state_json(const Engine *e, const RunState *s) {
-  char data[17];
+  char data[17], *kernels = kernels_text(e);
   state_data_identity(e->config, data);
   char *norms = norms_json(&s->optimizer);
   char *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
+                          ", \"kernels\": \"%s\""
                           ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
                           ", \"rewinds\": %" PRId64 ", \"norms\": %s, \"loader\": %s}",
-                          s->step, e->config->run.seed, data, s->tokenizer, s->optimizer.applied, s->optimizer.skipped,
-                          s->optimizer.skipped_in_row, s->optimizer.rewinds, norms, s->loader);
+                          s->step, e->config->run.seed, data, s->tokenizer, kernels, s->optimizer.applied,
+                          s->optimizer.skipped, s->optimizer.skipped_in_row, s->optimizer.rewinds, norms, s->loader);
   free(norms);
+  free(kernels);
   return state;
 }
 
@@ -155,6 +163,17 @@ static int load_counters(RunState *s, const Config *config, const Checkpoint *c,
   free(s->loader);
   s->loader = text;
   return 0;
+}
+
+// Checkpoints of older versions do not say what computed.
+static void name_other_kernels(const Engine *e, const Checkpoint *c) {
+  const char *before = read_string(c, "kernels");
+  char *now = kernels_text(e);
+  if (before[0] && strcmp(before, now) != 0)
+    log_info(
+        "%s was computed by the kernels of %s, here they are those of %s: the run goes on, but not to the same bits",
+        c->dir, before, now);
+  free(now);
 }
 
 // ---- loading: the slabs ----
@@ -260,6 +279,7 @@ int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Er
   for (int i = 0; i < STATE_FILES; i++) free(targets[i].mine);
   state_layout_free(&layout);
   if (rc == 0 && !weights_only) {
+    name_other_kernels(e, c);
     free(s->loader);
     s->loader = next.loader;
     s->step = next.step;

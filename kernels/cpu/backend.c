@@ -1,9 +1,10 @@
 // The CPU backend's table of kernels.
 #include "kernels/cpu/cpu.h"
 
+#include "base/machine.h"
+
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 // Slabs of many megabytes lie on huge pages where the system has them: fewer TLB misses in every product. Written once,
 // so that a machine without room says so now, and the first step finds its pages.
@@ -18,14 +19,13 @@ static void *cpu_alloc(size_t bytes) {
   return p;
 }
 
-// Four fifths of the machine: the rest is for data, decoding and everybody else.
+// Four fifths of what this process may use: the rest is for data, decoding and everybody else.
 static int64_t cpu_memory(void) {
-  return (int64_t)sysconf(_SC_PHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE) / 5 * 4;
+  return machine_memory("", NULL) / 5 * 4;
 }
 
 static int cpu_open(Error *err) {
-  (void)err;
-  return 0;
+  return blas_open(err) != 0 ? -2 : 0;
 }
 
 static void cpu_copy(void *dst, const void *src, size_t bytes) {
@@ -43,6 +43,7 @@ const Backend backend_cpu = {
     .head_chunk = 256,
     .width_multiple = 1,
     .open = cpu_open,
+    .kernels = blas_kernels,
     .memory = cpu_memory,
     .alloc = cpu_alloc,
     .release = free,

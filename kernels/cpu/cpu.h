@@ -32,6 +32,13 @@ typedef struct GemmItem {
 } GemmItem;
 void gemm_batch(int ta, int tb, real beta, const GemmItem *items, int n);
 
+// Takes the address space that OpenBLAS needs for every compute thread, and compares products of odd shapes with plain
+// loops: about a millisecond. 0, or -1 with *err: there is no room, or this OpenBLAS computes wrong on this processor.
+int blas_open(Error *err);
+// OpenBLAS's name of the kernels it chose for this processor ("Haswell"): products have the same bits only with the
+// same.
+const char *blas_kernels(void);
+
 // Memory for arrays whose size the model decides, which may be more than a stack holds: `bytes` for each thread of the
 // next parallel region, of any content, until the calling thread's next scratch_take. An op takes what it needs before
 // its loop, so that no thread allocates.

@@ -22,6 +22,7 @@ static struct {
   std::vector<cudaEvent_t> event; // made when first named
   int sm_count;
   double sheet_flops; // Backend.sheet_flops
+  char name[256];
   std::mutex pinned_lock;
   std::map<void *, size_t> pinned; // bytes of large host memory
 } gpu;
@@ -63,6 +64,10 @@ static double cuda_sheet_flops(void) {
   return gpu.sheet_flops;
 }
 
+static const char *cuda_kernels(void) {
+  return gpu.name;
+}
+
 // Any kernel, for what the build has code for.
 __global__ void build_probe(void) {}
 
@@ -100,6 +105,7 @@ static int cuda_open(Error *err) {
   for (int l = 0; l < LANE_COUNT; l++) CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream[l], cudaStreamNonBlocking));
   gpu.sm_count = prop.multiProcessorCount;
   gpu.sheet_flops = sheet_flops(&prop);
+  snprintf(gpu.name, sizeof gpu.name, "%s", prop.name);
   log_info("%s, %d multiprocessors, %.1f GB", prop.name, prop.multiProcessorCount, (double)prop.totalGlobalMem / 1e9);
   return 0;
 }
@@ -392,6 +398,7 @@ static Backend backend_make(void) {
   b.scratch_bytes = cuda_scratch;
   b.queues = &queues;
   b.open = cuda_open;
+  b.kernels = cuda_kernels;
   b.sheet_flops = cuda_sheet_flops;
   b.rates = cuda_rates;
   b.cache_bytes = cuda_cache_bytes;
