@@ -69,17 +69,25 @@ folder, plain, *others = sys.argv[1:]
 AT_MOST = 0.02
 
 
+def column(run, key):
+    return [row.get(key) for row in map(json.loads, open(f"{folder}/{run}/metrics.jsonl")) if "loss" in row]
+
+
 def losses(run):
-    return [row["loss"] for row in map(json.loads, open(f"{folder}/{run}/metrics.jsonl")) if "loss" in row]
+    return column(run, "loss")
 
 
 want, said, bad = losses(plain), [], False
+mfu = column(plain, "mfu")
+if not all(x is not None and 0 < x < 1 for x in mfu):
+    sys.exit(f"{plain}: a step's share of what the data sheet promises cannot be {mfu}")
 for run in others:
     got = losses(run)
     worst = max(abs(a - b) / b for a, b in zip(got, want)) if len(got) == len(want) else float("inf")
     said.append(f"{run} {100 * worst:.3f}%")
     bad |= not worst <= AT_MOST
-print(f"largest difference of the loss in {len(want)} steps: {', '.join(said)} (may be {100 * AT_MOST:.0f}%)")
+print(f"largest difference of the loss in {len(want)} steps: {', '.join(said)} (may be {100 * AT_MOST:.0f}%); "
+      f"MFU at most {100 * max(mfu):.2f}%")
 sys.exit(bad)
 P
 }
