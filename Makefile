@@ -76,7 +76,7 @@ TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif
 
-.PHONY: all demo demo-emoji demo-icons test test-long test-gpu bench-gpu gpu-tests check-asan check-blas check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
+.PHONY: all demo demo-emoji demo-icons test test-long mutants test-gpu bench-gpu gpu-tests check-asan check-blas check-tsan coverage suite-coverage bench tests suite deps format lint clean help probes
 all: train
 
 ifeq ($(SANITIZE)$(COVERAGE),)
@@ -163,6 +163,10 @@ test-long: deps-test
 	@$(MAKE) --no-print-directory SANITIZE=1 BUILD=$(BUILD)-sanitize \
 	  $(BUILD)-sanitize/tests/test_hostile $(BUILD)-sanitize/tests/test_fuzz
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_CC="$(FUZZ_CC)" tests/run_long.sh $(BUILD) $(BUILD)-sanitize $(FUZZ_TARGETS)
+
+# Does a test notice when a line is wrong? tests/mutants.txt, in a copy of the tree; SELECT="..." names some of them.
+mutants: deps-test
+	@MUTANTS_CC="$(CC)" $(PYTHON) tests/mutants.py $(BUILD) $(SELECT)
 
 # Everything but training runs under ASan and UBSan.
 check-asan: deps-test

@@ -238,6 +238,11 @@ def tasks(process):
     return 0
 
 
+def memory_of(field):
+    """A look at a process: bytes of VmRSS or VmSize."""
+    return lambda process: 1024 * int(re.search(rf"{field}:\s+(\d+)", open(f"/proc/{process.pid}/status").read())[1])
+
+
 def while_running(sets, look):
     """look(process) once steps are being made; the run is stopped then."""
     process = start({"train.steps": 1000000, **sets})

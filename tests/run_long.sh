@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that takes long, about two hours on two cores: tests/run_long.sh BUILD BUILD_SANITIZED FUZZ_TARGET...
-# One after the other, as they use all cores: long learning runs, drawings, real images, tests of data
+# One after the other, as they use all cores: long learning runs, drawings, planted bugs, real images, tests of data
 # that has to be fetched (GPT-2's merges, packs of emoji), 50 kills, 2,000 steps with flat memory, mutations of every
-# input format under ASan and UBSan. Then the fuzz targets, as many at a time as there are cores. From the environment: FUZZ_SECONDS of each target and FUZZ_CC, a clang with libFuzzer.
+# input format under ASan and UBSan. Then the fuzz targets, as many at a time as there are cores. From the environment:
+# FUZZ_SECONDS of each target and FUZZ_CC, a clang with libFuzzer.
 # Runs stay in BUILD/long, drawings among them; a second call starts over. All figures are in one table at the end. The
 # last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed.
 set -u
@@ -95,6 +96,7 @@ rm -rf "$long" && mkdir -p "$long"
 check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
 check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
 check drawings drawings
+check mutants "$python" tests/mutants.py "$build"
 check emoji emoji
 check emoji_fill tests/emoji_fill.sh "$build"
 check gpt2 gpt2

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "base/philox.h"
 #include "trainer/tail.h"
 
 #include <pthread.h>
@@ -117,7 +118,27 @@ static void test_tail(void **state) {
   assert_non_null(strstr(err.text, "/nowhere/at/all"));
 }
 
+// The vectors that its authors publish (Random123, kat_vectors).
+static void test_philox(void **state) {
+  (void)state;
+  static const struct {
+    uint32_t counter[4], key[2], want[4];
+  } known[] = {
+      {{0, 0, 0, 0}, {0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+      {{~0u, ~0u, ~0u, ~0u}, {~0u, ~0u}, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+      {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+       {0xa4093822, 0x299f31d0},
+       {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+  };
+  for (int i = 0; i < 3; i++) {
+    const uint32_t *c = known[i].counter, *k = known[i].key;
+    Philox4 got = philox4((uint64_t)k[1] << 32 | k[0], (uint64_t)c[1] << 32 | c[0], c[2], c[3]);
+    for (int j = 0; j < 4; j++) assert_int_equal(got.v[j], known[i].want[j]);
+  }
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_log), cmocka_unit_test(test_tail)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_log), cmocka_unit_test(test_tail),
+                                     cmocka_unit_test(test_philox)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -28,16 +28,9 @@ static void naive_gemm(int ta, int tb, const GemmItem *g, double beta, double *C
   }
 }
 
-static GemmItem random_item(OpCase *c, int ta, int tb, int beta) {
-  int most = case_int(c, 0, 3) ? 40 : 300;
-  GemmItem g = {.M = case_int(c, 0, most), .N = case_int(c, 0, most), .K = case_int(c, 0, most)};
-  // Rows and columns beyond every number at which C is cut another way, now and then.
-  const int64_t rows[] = {95, 97, 129, 257, 513}, columns[] = {127, 129, 257, 513, 770};
-  if (case_int(c, 0, 4) == 0) {
-    g.M = rows[case_int(c, 0, 4)];
-    g.N = columns[case_int(c, 0, 4)];
-    g.K = case_int(c, 1, 20);
-  }
+// Of the sizes given, with rows longer than they need be.
+static GemmItem item_of(OpCase *c, int ta, int tb, int beta, int64_t M, int64_t N, int64_t K) {
+  GemmItem g = {.M = M, .N = N, .K = K};
   g.lda = (ta ? g.M : g.K) + case_int(c, 0, 5) + 1;
   g.ldb = (tb ? g.K : g.N) + case_int(c, 0, 5) + 1;
   g.ldc = g.N + case_int(c, 0, 5) + 1;
@@ -47,6 +40,30 @@ static GemmItem random_item(OpCase *c, int ta, int tb, int beta) {
   for (int64_t i = 0; i < g.ldc * g.M && !beta; i++)
     if (i % g.ldc < g.N) g.C[i] = (real)NAN;
   return g;
+}
+
+static GemmItem random_item(OpCase *c, int ta, int tb, int beta) {
+  int most = case_int(c, 0, 3) ? 40 : 300;
+  int64_t M = case_int(c, 0, most), N = case_int(c, 0, most), K = case_int(c, 0, most);
+  return item_of(c, ta, tb, beta, M, N, K);
+}
+
+// Rows and columns around every number at which C is cut another way, and of several blocks.
+static void test_gemm_blocks(void **state) {
+  (void)state;
+  const int64_t rows[] = {8, 95, 97, 129, 257, 601}, columns[] = {7, 127, 257, 513, 770};
+  for (int i = 0; i < 6; i++)
+    for (int j = 0; j < 5; j++)
+      for (int t = 0; t < 4; t++) {
+        OpCase c;
+        op_case_init(&c, (uint64_t)(i * 5 + j) * 4 + (uint64_t)t);
+        GemmItem g = item_of(&c, t & 1, t >> 1, 1, rows[i], columns[j], case_int(&c, 1, 9));
+        double *want = case_double(&c, g.C, g.ldc * g.M);
+        naive_gemm(t & 1, t >> 1, &g, 1, want);
+        gemm_batch(t & 1, t >> 1, 1, &g, 1);
+        assert_close(g.C, want, g.ldc * g.M);
+        op_case_free(&c);
+      }
 }
 
 static void test_gemm(void **state) {
@@ -430,14 +447,9 @@ static void test_threads(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_gemm),
-      cmocka_unit_test(test_exp),
-      cmocka_unit_test(test_spans),
-      cmocka_unit_test(test_grad_norm),
-      cmocka_unit_test(test_grad_norm_rounds),
-      cmocka_unit_test(test_grad_hash),
-      cmocka_unit_test(test_adamw_ema),
-      cmocka_unit_test(test_threads),
+      cmocka_unit_test(test_gemm),      cmocka_unit_test(test_gemm_blocks), cmocka_unit_test(test_exp),
+      cmocka_unit_test(test_spans),     cmocka_unit_test(test_grad_norm),   cmocka_unit_test(test_grad_norm_rounds),
+      cmocka_unit_test(test_grad_hash), cmocka_unit_test(test_adamw_ema),   cmocka_unit_test(test_threads),
   };
   return cmocka_run_group_tests_name("ops update", tests, NULL, NULL);
 }

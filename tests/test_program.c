@@ -298,6 +298,31 @@ static void test_reload_follows_its_copy(void **state) {
   policy_table_free(&policy);
 }
 
+// The same where the copy is the first thing of a layer: the lead would place the reload right there.
+static void test_reload_follows_a_copy_that_opens_a_layer(void **state) {
+  (void)state;
+  PolicyTable policy = policy_table_new(2, MEMORY_KEEP);
+  Error err;
+  assert_int_equal(policy_table_set(&policy, "x", "offload", &err), 0);
+  Program *p = program_new("opening", &sketch_dims, &backend_hash, &policy);
+  TensorId w = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "w");
+  TensorId x = program_tensor(p, DT_ACT, 8, "x"), y = program_tensor(p, DT_ACT, 8, "y");
+  program_layer(p, 0);
+  program_op(p, OP_SWIGLU_FWD, &w, &x, NULL);
+  program_layer(p, 1);
+  program_save(p, x, SAVED_X);
+  program_layer(p, 2);
+  TensorId again = program_need(p, x);
+  program_op(p, OP_SWIGLU_FWD, &again, &y, NULL);
+  program_finish(p);
+  static const Lane lanes[] = {LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMPUTE};
+  assert_int_equal(p->n_ops, 4);
+  for (int i = 0; i < p->n_ops; i++) assert_int_equal(p->ops[i].lane, lanes[i]);
+  assert_int_equal(waits_verify(p, &err), 0);
+  program_free(p);
+  policy_table_free(&policy);
+}
+
 // One op, recorded again, serves all of its outputs that were not kept; a need is answered once.
 static void test_rebuild_is_shared(void **state) {
   (void)state;
@@ -455,6 +480,7 @@ int main(void) {
     cmocka_unit_test(test_early_free_is_caught),
     cmocka_unit_test(test_reloads_move_one_layer_earlier),
     cmocka_unit_test(test_reload_follows_its_copy),
+    cmocka_unit_test(test_reload_follows_a_copy_that_opens_a_layer),
     cmocka_unit_test(test_rebuild_is_shared),
     cmocka_unit_test(test_wrong_programs_are_named),
 #if defined(__SANITIZE_ADDRESS__)

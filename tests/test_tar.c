@@ -40,6 +40,7 @@ static void test_tar_names(void **state) {
   archive_text(&a, hundred, ""); // fills its field: no NUL
   archive_header(&a, "in/prefix.txt", "long/path", '0', 2);
   archive_append(&a, "xy", 2);
+  archive_header(&a, "short.txt", "p", '0', 0);
   archive_header(&a, "././@LongLink", "", 'L', strlen(long_name) + 1);
   archive_append(&a, long_name, strlen(long_name) + 1);
   archive_header(&a, "cut", "", '0', 700);
@@ -58,11 +59,11 @@ static void test_tar_names(void **state) {
   TarIndex index;
   Error err;
   assert_int_equal(index_file("names.tar", &index, &err), 0);
-  const char *names[] = {"plain.txt", hundred, "long/path/in/prefix.txt", long_name, "p\xc3\xa4th/to/file.txt",
-                         "last.txt"};
-  const int64_t sizes[] = {3, 0, 2, 700, 5, 1};
-  assert_int_equal(index.count, 6);
-  for (int i = 0; i < 6; i++) {
+  const char *names[] = {
+      "plain.txt", hundred, "long/path/in/prefix.txt", "p/short.txt", long_name, "p\xc3\xa4th/to/file.txt", "last.txt"};
+  const int64_t sizes[] = {3, 0, 2, 0, 700, 5, 1};
+  assert_int_equal(index.count, 7);
+  for (int i = 0; i < 7; i++) {
     assert_string_equal(index.member[i].name, names[i]);
     assert_int_equal(index.member[i].size, sizes[i]);
     assert_int_equal(index.member[i].offset % 512, 0);

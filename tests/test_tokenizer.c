@@ -371,6 +371,10 @@ static void test_training_edges(void **state) {
   t = tokenizer_train((const char *const[]){"abcdefg", ""}, bytes, 2, 300, &err); // no pair occurs twice
   assert_int_equal(tokenizer_used(t), 256);
   tokenizer_free(t);
+  bytes[0] = 4;
+  t = tokenizer_train((const char *const[]){"abab"}, bytes, 1, 300, &err); // twice is enough, and (ab, ab) comes once
+  assert_int_equal(tokenizer_used(t), 257);
+  tokenizer_free(t);
   assert_null(tokenizer_train(NULL, NULL, 0, 259, &err));
 }
 
