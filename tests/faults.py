@@ -436,7 +436,7 @@ def test_signals(work, reference, rng):
 
 def test_stop_in_evaluation(work, reference):
     """An evaluation that would take hours is left at once, saved first, and the last one is owed still."""
-    run, slow = work / "evaluated", {"eval__sampler_steps": 1000, "eval__samples": 8, "eval__documents": 8,
+    run, slow = work / "evaluated", {"eval__sampler_steps": 1000, "eval__samples": 64, "eval__documents": 64,
                                      "checkpoint__every": 0, "data__threads": 1}
     def stop(*flags, **keys):
         trainer = Trainer(run, *flags, **slow, **keys)
@@ -455,7 +455,7 @@ def test_stop_in_evaluation(work, reference):
     shutil.rmtree(run)
     stop(train__steps=2)
     check(checkpoints(run) == [2], f"{run}: {checkpoints(run)} after a signal in the last evaluation")
-    Trainer(run, "--resume", **{**slow, "train__steps": 2, "eval__sampler_steps": 2}).end(0, "drawings: ")
+    Trainer(run, "--resume", **{**slow, "train__steps": 2, "eval__sampler_steps": 1}).end(0, "drawings: ")
     check([row["step"] for row in metrics(run) if "eval" in row] == [2], f"{run}: the evaluation is not made up for")
 
     # SIGINT as a shell leaves it to a job in the background: ignored.
