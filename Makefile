@@ -120,6 +120,9 @@ $(BUILD)/%.o: %.c | probes
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) $(OPT) -c -o $@ $<
 
+# Draws the initial weights, billions of normal numbers for a large model: vectors of them, the same bits.
+$(BUILD)/model/params.o: OPT := $(subst -O2,-O3 -fno-math-errno,$(OPT))
+
 # ---- tests ----
 $(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) $(OBJ64)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka

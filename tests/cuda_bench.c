@@ -13,7 +13,8 @@ static DeviceRates device_rates(void) {
   r = backend_cuda.rates();
   if (!(r.bytes > 0)) panic("the device has no memory free to measure it");
   printf("floors: bytes at %.2f TB/s (a copy of 256 MB); FLOPs at %.0f TFLOP/s (%s); L2 %.0f MB\n", r.bytes / 1e12,
-         r.flops / 1e12, r.flops_measured ? "cuBLASLt, 8192^3" : "four fifths of the data sheet: no cuBLASLt",
+         r.flops / 1e12,
+         r.flops_measured ? "cuBLASLt, best of 2048^3 to 8192^3" : "four fifths of the data sheet: no cuBLASLt",
          (double)backend_cuda.cache_bytes() / 1e6);
   return r;
 }

@@ -59,7 +59,7 @@ done
 import json, sys
 
 folder, first, last, samples = sys.argv[1], *map(int, sys.argv[2:])
-TIMES = ("seconds", "data_wait", "tokens_per_second", "flops_per_second")
+TIMES = ("seconds", "data_wait", "tokens_per_second", "flops_per_second", "mfu")
 
 
 def steps(run):

@@ -153,7 +153,7 @@ graphs = sorted(tuple(map(int, line.split()[1:])) for line in lines if line.star
 launches = [i for i, name in enumerate(calls) if name.startswith("cuGraphLaunch")]
 assert len(launches) == len(graphs) == 120, f"{len(launches)} graphs launched and {len(graphs)} traced in 60 steps"
 steps = Counter(calls[launches[-2 * STEPS - 1] + 1 : launches[-1] + 1])
-allowed = r"cu(GraphLaunch|Memcpy\w*Async|EventRecord|EventSynchronize|StreamWaitEvent)\w*"
+allowed = r"cu(GraphLaunch|Memcpy\w*Async|EventRecord|EventSynchronize|EventElapsedTime|StreamWaitEvent)\w*"
 others = [name for name in steps if not re.fullmatch(allowed, name)]
 print("a step: " + ", ".join(f"{n / STEPS:g} {name}" for name, n in steps.most_common()))
 between = [begin - end for (_, end), (begin, _) in zip(graphs, graphs[1:])][-2 * STEPS :]

@@ -192,8 +192,12 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
     saver_close(s);
     return NULL;
   }
-  if (s->copy) s->started = thread_start(&s->thread, find_memory, s) == 0;
   return s;
+}
+
+void saver_warm(Saver *s) {
+  if (!s->copy || s->started || s->leave) return;
+  s->started = thread_start(&s->thread, find_memory, s) == 0;
 }
 
 void saver_begin(Saver *s, const RunState *state, double began) {

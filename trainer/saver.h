@@ -9,8 +9,12 @@
 typedef struct Saver Saver;
 
 // For an allocated engine that trains, and the run's folder; both are borrowed. The memory of the copy is taken now,
-// and found by a thread beside the first steps. NULL with *err when checkpoint.copy is "always" and there is no room.
+// and found later. NULL with *err when checkpoint.copy is "always" and there is no room.
 Saver *saver_open(Engine *e, const char *run, Error *err);
+
+// Finds the memory of the copy on a thread, so that the first save need not; to be called when the first step has run,
+// since the system gives many gigabytes slowly and to the loader last.
+void saver_warm(Saver *s);
 
 // Saves `state`, between two steps; no save may be under way. `began` (time_now): since when training stands still.
 void saver_begin(Saver *s, const RunState *state, double began);

@@ -529,6 +529,7 @@ static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profi
     if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, loader, *report);
     if (bad == SPIKES && go_back(t, report, &kept, err) == 0) continue;
     if (bad || check_save(t, 0, 0, err) != 0) return -1;
+    saver_warm(t->saver);
     int64_t done = t->state.step;
     int last = done == c->train.steps, leaving = signals_stop() || done == end;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
