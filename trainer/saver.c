@@ -14,7 +14,7 @@
 #define MADV_POPULATE_WRITE 23 // Linux 5.14
 #endif
 
-static const size_t PAGE = 4096, FIND_AT_ONCE = 64 << 20;
+static const size_t PAGE = 4096, FIND_AT_ONCE = 16 << 20;
 static const int64_t STAGE = 32 << 20; // of a slab at a time on its way from a device
 static const Space stored[] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
 enum { STORED = sizeof stored / sizeof *stored };

@@ -203,12 +203,16 @@ static int restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only, 
 // The weights of a checkpoint, and where training goes on its moments and counters too.
 static int load_weights(Trainer *t, Checkpoint **checkpoint, int64_t below, Error *err) {
   const Options *o = t->options;
+  double began = time_now();
   if (restore(t, checkpoint, below, o->init || uses_checkpoint(o), err) != 0) return -1;
   if (uses_checkpoint(o))
     t->state.step = (*checkpoint)->step;
   else if (!o->init)
     run_folder_name_changes(t->config, (*checkpoint)->dir);
-  log_info("loaded %s (step %lld)", (*checkpoint)->dir, (long long)(*checkpoint)->step);
+  char took[32] = "";
+  double seconds = time_now() - began;
+  if (seconds >= 1) snprintf(took, sizeof took, " in %.1f s", seconds);
+  log_info("loaded %s (step %lld)%s", (*checkpoint)->dir, (long long)(*checkpoint)->step, took);
   return 0;
 }
 
