@@ -134,10 +134,11 @@ static void save(const char *name, int kind, const char *copy, uint64_t seed, Qu
   state_free(&state);
 }
 
-static int same_files(const char *a, const char *b) {
+// All but state.json, which names the backend, or that too.
+static int same_files(const char *a, const char *b, int state) {
   Error err;
   int same = 1;
-  for (int f = 0; f < FILES; f++) {
+  for (int f = 0; f < FILES - !state; f++) {
     char *x = xasprintf("%s/%s/ckpt-7/%s", folder, a, files[f]), *y = xasprintf("%s/%s/ckpt-7/%s", folder, b, files[f]);
     size_t n, m;
     char *p = file_read(x, 1 << 30, &n, &err), *q = file_read(y, 1 << 30, &m, &err);
@@ -190,19 +191,19 @@ static void every_way_has_the_same_bytes(void **state) {
     for (int k = 0; k < 3; k++) {
       char *name = xasprintf("%d-%d", kind, k);
       save(name, kind, copies[k], (uint64_t)(10 * kind + k), FAULT_NONE);
-      if (!same_files("plain", name)) fail_msg("backend %d, %s", kind, copies[k]);
+      if (!same_files("plain", name, kind == 0)) fail_msg("backend %d, %s", kind, copies[k]);
       load(name, (kind + k) % KINDS);
       free(name);
     }
   for (uint64_t seed = 100; seed < 110; seed++) { // lanes in other orders
     char *name = xasprintf("%d", (int)seed);
     save(name, 1, copies[0], seed, FAULT_NONE);
-    if (!same_files("plain", name)) fail_msg("seed %s", name);
+    if (!same_files("plain", name, 0)) fail_msg("seed %s", name);
     free(name);
   }
   // A copy that does not wait for what it copies would be noticed.
   save("careless", 1, copies[0], 3, FAULT_FINISH);
-  assert_false(same_files("plain", "careless"));
+  assert_false(same_files("plain", "careless", 0));
 }
 
 static void flip(const char *path, long at) {
