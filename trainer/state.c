@@ -77,24 +77,18 @@ static char *norms_json(const OptimizerState *o) {
   return text;
 }
 
-// What computes: two runs have the same bits only where it is the same. malloc'd.
-static char *kernels_text(const Engine *e) {
-  const Backend *b = e->model.backend;
-  return xasprintf("%s %s", b->name, b->kernels());
-}
-
 char *state_json(const Engine *e, const RunState *s) {
-  char data[17], *kernels = kernels_text(e);
+  char data[17];
   state_data_identity(e->config, data);
   char *norms = norms_json(&s->optimizer);
-  char *state = xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
-                          ", \"kernels\": \"%s\""
-                          ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
-                          ", \"rewinds\": %" PRId64 ", \"norms\": %s, \"loader\": %s}",
-                          s->step, e->config->run.seed, data, s->tokenizer, kernels, s->optimizer.applied,
-                          s->optimizer.skipped, s->optimizer.skipped_in_row, s->optimizer.rewinds, norms, s->loader);
+  char *state =
+      xasprintf("{\"step\": %" PRId64 ", \"seed\": \"%" PRId64 "\", \"data\": \"%s\", \"tokenizer\": \"%s\""
+                ", \"kernels\": \"%s\""
+                ", \"applied\": %" PRId64 ", \"skipped\": %" PRId64 ", \"skipped_in_row\": %" PRId64
+                ", \"rewinds\": %" PRId64 ", \"norms\": %s, \"loader\": %s}",
+                s->step, e->config->run.seed, data, s->tokenizer, e->model.backend->kernels(), s->optimizer.applied,
+                s->optimizer.skipped, s->optimizer.skipped_in_row, s->optimizer.rewinds, norms, s->loader);
   free(norms);
-  free(kernels);
   return state;
 }
 
@@ -167,13 +161,11 @@ static int load_counters(RunState *s, const Config *config, const Checkpoint *c,
 
 // Checkpoints of older versions do not say what computed.
 static void name_other_kernels(const Engine *e, const Checkpoint *c) {
-  const char *before = read_string(c, "kernels");
-  char *now = kernels_text(e);
+  const char *before = read_string(c, "kernels"), *now = e->model.backend->kernels();
   if (before[0] && strcmp(before, now) != 0)
     log_info(
         "%s was computed by the kernels of %s, here they are those of %s: the run goes on, but not to the same bits",
         c->dir, before, now);
-  free(now);
 }
 
 // ---- loading: the slabs ----
