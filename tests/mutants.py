@@ -18,7 +18,10 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TREE = "Makefile README.md train.c base configs data docs kernels model scripts tests trainer".split()
-SCRIPTS = {"run_folder": [PYTHON, "tests/run_folder.py", "build/train"], "uses": [PYTHON, "tests/uses.py", "build"]}  # others are tests/NAME.sh build
+SCRIPTS = {  # others are tests/NAME.sh build
+    "run_folder": [PYTHON, "tests/run_folder.py", "build/train"],
+    "uses": [PYTHON, "tests/uses.py", "build"],
+}
 
 
 class Mutant:

@@ -59,7 +59,8 @@ def check_figures(said, run):
 
 
 def pictures(folder):
-    return [np.repeat(np.repeat(png_decode((folder / f"{i:04d}.png").read_bytes()), 2, 0), 2, 1) for i in range(SAMPLES)]
+    decoded = [png_decode((folder / f"{i:04d}.png").read_bytes()) for i in range(SAMPLES)]
+    return [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in decoded]
 
 
 def check_sheet(sheet, folder):
@@ -93,7 +94,8 @@ def check_real(folder):
         file, caption = row.split("\t")
         check(file == f"{i:04d}.png", row)
         real = png_decode((folder / "real" / file).read_bytes())
-        check(any((png_decode(png) == real).all() for png in images[caption]), f"real/{file} is no image of '{caption}'")
+        is_one = any((png_decode(png) == real).all() for png in images[caption])
+        check(is_one, f"real/{file} is no image of '{caption}'")
 
 
 def main():
