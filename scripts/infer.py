@@ -305,7 +305,7 @@ def from_patches(patches, p, rows):
 
 # ---- flow times ---------------------------------------------------------------------------------------------------
 
-SAMPLER_TRAINED = 0.999  # share of the training times below the latest that is asked for
+SAMPLER_TRAINED = 0.99  # share of the training times below the latest that is asked for
 
 
 def time_quantile(flow, p):
@@ -321,7 +321,7 @@ def time_quantile(flow, p):
 
 def time_grid(config):
     """Where the sampler's steps begin, and 1: uniform, with its last step from t_end at the latest."""
-    flow, steps, end = config["flow"], config["eval"]["sampler_steps"], config["eval"].get("t_end", 1)
+    flow, steps, end = config["flow"], config["eval"]["sampler_steps"], config["eval"].get("t_end", "auto")
     end = min(time_quantile(flow, SAMPLER_TRAINED), 1 - flow["t_floor"]) if end in ("auto", 0) else float(end)
     if steps == 1 or (steps - 1) / steps <= end:
         return [s / steps for s in range(steps + 1)]

@@ -12,12 +12,12 @@ trap 'rm -rf "$dir"' EXIT
 
 tiny=(configs/demo.json --tokens 256 --steps 2 --set model.dim=48 --set model.layers=2 --set model.head_dim=16
   --set model.cond_dim=32 --set train.lr=1e-2 --set train.warmup_steps=5 --set checkpoint.every=0 --set eval.documents=1
-  --set eval.samples=0 --set eval.sampler_steps=6 --set eval.guidance=3)
+  --set eval.samples=0 --set eval.sampler=euler --set eval.sampler_steps=6 --set eval.guidance=3)
 other=(--set model.attn_per_modality=true --set model.tie_embeddings=true --set model.patch_bottleneck=20
   --set model.text.shared_dim=24 --set model.image.shared_dim=16 --set model.text.experts=3 --set model.text.top_k=1
   --set model.image.top_k=1 --set model.kv_heads=1 --set model.patch=4 --set eval.sampler=heun --set train.ema=0
   --set data.tokenizer=bytes --set data.image_mode=aspect --set data.max_caption=20 --set eval.guidance_from=0.4
-  --set eval.t_end=auto --set flow.t_mean=-2 --set flow.t_uniform=0.002)
+  --set flow.t_mean=-2 --set flow.t_uniform=0.002)
 for run in plain other; do
   flags=("${tiny[@]}")
   [ $run = plain ] || flags+=("${other[@]}")

@@ -190,7 +190,7 @@ static const char *const other_values[] = {
     "train.spike_rewinds=1",
     "train.verify_every=100",
     "flow.t_mean=0",
-    "flow.t_std=1",
+    "flow.t_std=0.8",
     "flow.t_uniform=0.1",
     "flow.t_floor=0.01",
     "router.balance=0",
@@ -200,7 +200,7 @@ static const char *const other_values[] = {
     "eval.documents=3",
     "eval.sampler=euler",
     "eval.sampler_steps=50",
-    "eval.t_end=auto",
+    "eval.t_end=1",
     "eval.guidance=1.5",
     "eval.guidance_from=0",
     "eval.temperature=0",
@@ -370,17 +370,17 @@ static void versions(void **state) {
       {"{}", NULL, 0},
       {"{\"train\": {\"steps\": 3}, \"tessera\": 1}", NULL, 1},
       {"{\"tessera\": 2}", NULL, 2},
-      {"{\"tessera\": 3}", NULL, 3},
-      {"{\"tessera\": 0}", "config.json:1: tessera must be an integer from 1 to 3", 0},
-      {"{\"tessera\": 1.5}", "tessera must be an integer from 1 to 3", 0},
-      {"{\"tessera\": \"2\"}", "tessera must be an integer from 1 to 3", 0},
-      {"{\"tessera\": null}", "tessera must be an integer from 1 to 3", 0},
+      {"{\"tessera\": 4}", NULL, 4},
+      {"{\"tessera\": 0}", "config.json:1: tessera must be an integer from 1 to 4", 0},
+      {"{\"tessera\": 1.5}", "tessera must be an integer from 1 to 4", 0},
+      {"{\"tessera\": \"2\"}", "tessera must be an integer from 1 to 4", 0},
+      {"{\"tessera\": null}", "tessera must be an integer from 1 to 4", 0},
       // Said before the keys that only the newer version knows.
-      {"{\"train\": {\"stepz\": 3},\n\"tessera\": 4}",
-       "config.json:2: tessera = 4: this config is of a newer version than this program, which knows 1 to 3", 0},
+      {"{\"train\": {\"stepz\": 3},\n\"tessera\": 5}",
+       "config.json:2: tessera = 5: this config is of a newer version than this program, which knows 1 to 4", 0},
       {"{\"model\": {\"tessera\": 2}}", "unknown key model.tessera", 0},
   };
-  assert_int_equal(CONFIG_VERSION, 3); // the cases above name it
+  assert_int_equal(CONFIG_VERSION, 4); // the cases above name it
   Config c;
   Error err;
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -403,7 +403,7 @@ static void older_config_lacks_keys(void **state) {
   char *text = config_to_json(&c);
   if (load_text(&c, text, &err)) fail_msg("%s", err.text);
   assert_null(config_new_keys(&c)); // of this version
-  static const char *const gone[] = {"\"tessera\": 3,", "\"max_bad\": 100,", ",\n    \"on_error\": \"stop\""};
+  static const char *const gone[] = {"\"tessera\": 4,", "\"max_bad\": 100,", ",\n    \"on_error\": \"stop\""};
   for (int i = 0; i < 3; i++) { // blanked out, as if they had never been
     char *at = strstr(text, gone[i]);
     assert_non_null(at);

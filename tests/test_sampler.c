@@ -214,23 +214,25 @@ static void test_draw_times(void **state) {
   world_close(&w);
 }
 
-// "auto" ends at the quantile of the training times, and at 1 - t_floor at the latest; a number is taken as it is.
+// "auto", the default, ends at the quantile of the training times, and at 1 - t_floor at the latest; a number is taken
+// as it is.
 static void test_end_time(void **state) {
   (void)state;
   const struct {
     double mean, std, uniform, floor, asked, end;
   } cases[] = {
-      {-0.8, 0.8, 0, 0.05, 0, 0.84186}, // -0.8 + 0.8 * 3.0902
-      {-0.8, 1.2, 0, 0.05, 0, 0.94827}, //
-      {-0.8, 0.8, 0.1, 0.05, 0, 0.95},  // the floor: .99 of them are below 1 - .01 / .1 of the uniform ones
-      {-0.8, 0.8, 0.1, 0.001, 0, 0.99}, //
-      {-0.8, 0.8, 0.1, 0.05, 1, 1},     //
+      {-0.8, 0.8, 0, 0.05, 0, 0.74290},   // -0.8 + 0.8 * 2.3263
+      {-0.8, 1.2, 0, 0.05, 0, 0.87991},   //
+      {-0.8, 1.2, 0, 0.2, 0, 0.8},        // the floor
+      {-0.8, 0.8, 0.1, 0.05, 0, 0.90077}, // of the uniform ones a tenth is later, of the others nearly none
+      {-0.8, 0.8, 0.1, 0.05, 1, 1},       //
       {-0.8, 0.8, 0, 0.05, 0.97, 0.97},
   };
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     Config c;
     Error err;
     assert_int_equal(config_load(&c, NULL, NULL, 0, &err), 0);
+    assert_float_equal(sampler_options(&c).t_end, 0.82147, 2e-5); // -0.8 + 2.3263
     c.flow.t_mean = cases[i].mean, c.flow.t_std = cases[i].std, c.flow.t_uniform = cases[i].uniform;
     c.flow.t_floor = cases[i].floor, c.eval.t_end = cases[i].asked;
     assert_float_equal(sampler_options(&c).t_end, cases[i].end, 2e-5);

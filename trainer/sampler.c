@@ -8,8 +8,9 @@
 #include <string.h>
 
 // Share of the training times below the latest that is asked for: the network's answers beyond are arbitrary, often the
-// same in every patch.
-#define SAMPLER_TRAINED 0.999
+// same in every patch. With .99 drawings are the same from 10 steps on; .999 still leaves some of it, 1 makes it worse
+// with every step (docs/LOG.md).
+#define SAMPLER_TRAINED 0.99
 
 SamplerOptions sampler_options(const Config *c) {
   FlowTimes times = config_flow_times(c);

@@ -15,7 +15,7 @@ typedef struct SamplerOptions {
   double guidance_from; // guidance acts for t in (guidance_from, 1); below it the velocity is the conditional one
 } SamplerOptions;
 
-// As the config's eval says. t_end "auto": .999 of the training times lie below, and at most 1 - t_floor, so that the
+// As the config's eval says. t_end "auto": .99 of the training times lie below, and at most 1 - t_floor, so that the
 // last step is a whole jump to x^.
 SamplerOptions sampler_options(const Config *c);
 
