@@ -7,7 +7,6 @@
 #include <string.h>
 
 static int64_t ours, of_blas;
-static uintptr_t blas_begin, blas_end; // where the library's code lies
 
 int64_t allocations_counted(void) {
   return __atomic_load_n(&ours, __ATOMIC_RELAXED);
@@ -18,6 +17,8 @@ int64_t allocations_of_blas(void) {
 }
 
 #ifndef __SANITIZE_ADDRESS__
+static uintptr_t blas_begin, blas_end; // where the library's code lies
+
 extern void *__libc_malloc(size_t bytes);
 extern void *__libc_calloc(size_t n, size_t bytes);
 extern void *__libc_realloc(void *p, size_t bytes);
