@@ -89,12 +89,11 @@ static int jpeg_header(const uint8_t *bytes, size_t n, ImageHeader *out, Error *
 }
 
 // The size a PNG claims, for the images so large that stb refuses to say.
-static bool png_huge_size(const FilePart *header, ImageHeader *out) {
+static void png_huge_size(const FilePart *header, ImageHeader *out) {
   uint32_t width = read_u32(header->data), height = read_u32(header->data + 4);
-  if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height <= IMAGE_MAX_PIXELS) return false;
+  if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height <= IMAGE_MAX_PIXELS) return;
   out->width = (int)width;
   out->height = (int)height;
-  return true;
 }
 
 static int png_header(const uint8_t *bytes, size_t n, ImageHeader *out, Error *err) {

@@ -1,11 +1,10 @@
 #include "data/loader.h"
 
 #include "base/philox.h"
+#include "base/thread.h"
 #include "data/cache.h"
 #include "data/loader_state.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -388,19 +387,11 @@ static int loader_check_config(const LoaderConfig *c, Error *err) {
 }
 
 static int loader_start_threads(Loader *l, Error *err) {
-  // Signals that ask the program to end are the main thread's.
-  sigset_t end, old;
-  sigemptyset(&end);
-  sigaddset(&end, SIGINT);
-  sigaddset(&end, SIGTERM);
-  sigaddset(&end, SIGHUP);
-  pthread_sigmask(SIG_BLOCK, &end, &old);
   int rc = 0;
   while (l->threads < l->config.threads && !rc) {
-    rc = pthread_create(&l->thread[l->threads], NULL, loader_thread, l);
+    rc = thread_start(&l->thread[l->threads], loader_thread, l);
     if (!rc) l->threads++;
   }
-  pthread_sigmask(SIG_SETMASK, &old, NULL);
   if (rc)
     return error_set(err, "lower data.threads", "cannot start loader thread %d: %s", l->threads + 1, strerror(rc));
   return 0;

@@ -33,10 +33,6 @@ size_t safe_dtype_bytes(SafeDtype dtype) {
   return dtypes[dtype].bytes;
 }
 
-const char *safe_dtype_name(SafeDtype dtype) {
-  return dtypes[dtype].name;
-}
-
 int64_t safe_elements(const SafeTensor *t) {
   int64_t n = 1;
   for (int i = 0; i < t->rank; i++) n *= t->shape[i];

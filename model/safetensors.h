@@ -56,10 +56,9 @@ typedef struct SafeFile {
   struct SafeMap *map;
 } SafeFile;
 
-size_t safe_dtype_bytes(SafeDtype dtype);     // of an element
-const char *safe_dtype_name(SafeDtype dtype); // "F32", ...
-int64_t safe_elements(const SafeTensor *t);   // product of the shape
-size_t safe_bytes(const SafeTensor *t);       // elements times their size
+size_t safe_dtype_bytes(SafeDtype dtype);   // of an element
+int64_t safe_elements(const SafeTensor *t); // product of the shape
+size_t safe_bytes(const SafeTensor *t);     // elements times their size
 
 // Maps a file and checks its header: length, JSON, dtypes, shapes (overflow included), and that the tensors cover the
 // data exactly, without overlap or hole. NULL with *err set naming the file and the tensor. The names, strings and

@@ -1,6 +1,7 @@
 #include "trainer/engine.h"
 
 #include "base/machine.h"
+#include "base/thread.h"
 #include "data/loader.h"
 #include "kernels/master.h"
 
@@ -359,7 +360,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for two packs");
   if (b->queues && e->bytes[SPACE_HOST] && e->config->memory.arena) {
-    e->is_pinning = pthread_create(&e->pinning, NULL, pin_host_slab, e) == 0;
+    e->is_pinning = thread_start(&e->pinning, pin_host_slab, e) == 0;
     if (!e->is_pinning) pin_host_slab(e);
   }
   return 0;
