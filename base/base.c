@@ -155,6 +155,16 @@ char *file_read(const char *path, size_t max_bytes, size_t *bytes, Error *err) {
   return text;
 }
 
+int file_write(const char *path, const void *data, size_t bytes, Error *err) {
+  FILE *f = fopen(path, "wb");
+  int bad = !f || fwrite(data, 1, bytes, f) != bytes, code = errno;
+  if (f && fclose(f) != 0 && !bad) {
+    bad = 1;
+    code = errno;
+  }
+  return bad ? error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(code)) : 0;
+}
+
 int folder_make(const char *path, Error *err) {
   char part[4096];
   if ((size_t)snprintf(part, sizeof part, "%s", path) >= sizeof part)

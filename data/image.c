@@ -1,11 +1,11 @@
 #include "data/image.h"
 
+#include "base/text_out.h"
 #include "data/image_header.h"
 #include "data/intact.h"
 #include "data/orientation.h"
 #include "data/palette.h"
 
-#include <errno.h>
 #include <limits.h>
 #include <math.h>
 #include <stdio.h>
@@ -195,12 +195,12 @@ static void stream_write(void *stream, void *data, int n) {
 }
 
 uint8_t *image_encode_png(const Image *image, size_t *bytes, Error *err) {
-  char *png = NULL;
-  FILE *f = open_memstream(&png, bytes);
-  if (!f) panic("out of memory: a PNG");
+  TextOut out;
+  FILE *f = text_begin(&out);
   int made = image->width > 0 && image->height > 0 &&
              stbi_write_png_to_func(stream_write, f, image->width, image->height, 3, image->rgb, 3 * image->width);
-  if (fclose(f) != 0) panic("out of memory: a PNG");
+  char *png = text_end(&out);
+  *bytes = out.bytes;
   if (made) return (uint8_t *)png;
   free(png);
   error_set(err, NULL, "cannot encode an image of %d x %d pixels as PNG", image->width, image->height);
@@ -211,14 +211,7 @@ int image_write_png(const char *path, const Image *image, Error *err) {
   size_t n;
   uint8_t *png = image_encode_png(image, &n, err);
   if (!png) return error_prefix(err, "%s", path);
-  FILE *f = fopen(path, "wb");
-  if (!f) {
-    free(png);
-    return error_set(err, "check the folder and its permissions", "cannot write %s: %s", path, strerror(errno));
-  }
-  int bad = fwrite(png, 1, n, f) != n;
-  bad |= fclose(f) != 0;
+  int bad = file_write(path, png, n, err);
   free(png);
-  if (bad) return error_set(err, "is the disk full?", "cannot write %s: %s", path, strerror(errno));
-  return 0;
+  return bad;
 }

@@ -1,6 +1,7 @@
 #include "data/index_cache.h"
 
 #include "base/hash.h"
+#include "base/text_out.h"
 #include "data/image.h"
 
 #include <fcntl.h>
@@ -151,15 +152,15 @@ static char *cache_print(const Source *s, const DataFile *shard, int64_t samples
     h.first[i] = s->unused.first[i] ? (int64_t)strlen(s->unused.first[i]) : 0;
   }
   memcpy(h.magic, MAGIC, sizeof MAGIC);
-  char *bytes = NULL;
-  FILE *f = open_memstream(&bytes, n);
-  if (!f) panic("out of memory for the index of %s", shard->path);
+  TextOut out;
+  FILE *f = text_begin(&out);
   fwrite(&h, sizeof h, 1, f);
   fwrite(s->held_out_by, 1, (size_t)h.held_out_by + 1, f);
   for (int i = 0; i < UNUSED_REASONS; i++)
     fwrite(s->unused.first[i] ? s->unused.first[i] : "", 1, (size_t)h.first[i] + 1, f);
   for (int64_t i = samples; i < s->count; i++) cache_print_sample(s, &s->sample[i], f);
-  if (fclose(f)) panic("out of memory for the index of %s", shard->path);
+  char *bytes = text_end(&out);
+  *n = out.bytes;
   uint64_t checksum = hash64(bytes + CHECKED_FROM, *n - CHECKED_FROM, 0);
   memcpy(bytes + offsetof(CacheHeader, checksum), &checksum, sizeof checksum);
   return bytes;

@@ -1,6 +1,7 @@
 #include "data/loader_state.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -18,10 +19,8 @@ static void print_origin(FILE *f, const Origin *origin) {
 }
 
 char *loader_state_print(const LoaderState *state) {
-  char *text = NULL;
-  size_t bytes = 0;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory for the data state");
+  TextOut out;
+  FILE *f = text_begin(&out);
   const StreamState *stream = &state->stream;
   fprintf(f, "{\"pack\":%lld,\"given\":%lld,\"packs_per_step\":%lld,\"draw\":%llu", (long long)state->pack,
           (long long)state->given, (long long)state->packs_per_step, (unsigned long long)stream->draw);
@@ -40,8 +39,7 @@ char *loader_state_print(const LoaderState *state) {
   for (int64_t i = 0; i < state->bad.n; i++)
     fprintf(f, "%s[%d,%lld]", i ? "," : "", state->bad.of[i].source, (long long)state->bad.of[i].image);
   fprintf(f, "]}");
-  if (fclose(f)) panic("out of memory for the data state");
-  return text;
+  return text_end(&out);
 }
 
 // A whole number in [low, 2^53]; -1 sets *bad.

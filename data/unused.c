@@ -1,5 +1,7 @@
 #include "data/unused.h"
 
+#include "base/text_out.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -34,16 +36,13 @@ int64_t unused_total(const Unused *unused) {
 }
 
 char *unused_print(const Unused *unused) {
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory for a line of the log");
+  TextOut out;
+  FILE *f = text_begin(&out);
   const char *separator = "";
   for (int i = 0; i < UNUSED_FILE; i++) {
     if (unused->count[i] == 0) continue;
     fprintf(f, "%s%lld %s", separator, (long long)unused->count[i], words[i]);
     separator = ", ";
   }
-  if (fclose(f)) panic("out of memory for a line of the log");
-  return text;
+  return text_end(&out);
 }

@@ -1,6 +1,7 @@
 #include "model/checkpoint_internal.h"
 
 #include "base/file_out.h"
+#include "base/text_out.h"
 #include "base/thread.h"
 
 #include <dirent.h>
@@ -153,16 +154,14 @@ static int write_files(const char *dir, int64_t step, const CheckpointFile *file
 static int write_folder(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
                         Error *err) {
   if (mkdir(dir, 0777) != 0) return error_set(err, NULL, "cannot create %.300s: %s", dir, strerror(errno));
-  char *text = NULL, head[STATE_LINE_BYTES + 1];
-  size_t bytes;
-  FILE *out = open_memstream(&text, &bytes);
-  if (!out) panic("out of memory");
-  int rc = write_files(dir, step, files, n_files, state, out, err);
-  if (fclose(out)) panic("out of memory");
+  char head[STATE_LINE_BYTES + 1];
+  TextOut out;
+  int rc = write_files(dir, step, files, n_files, state, text_begin(&out), err);
+  char *text = text_end(&out);
   if (rc == 0) {
     char *path = xasprintf("%s/" STATE_FILE, dir);
-    snprintf(head, sizeof head, STATE_LINE, hash64(text, bytes, 0));
-    rc = write_text(path, head, text, bytes, err);
+    snprintf(head, sizeof head, STATE_LINE, hash64(text, out.bytes, 0));
+    rc = write_text(path, head, text, out.bytes, err);
     free(path);
   }
   free(text);

@@ -1,5 +1,6 @@
 #include "model/config.h"
 
+#include "base/text_out.h"
 #include "model/config_history.h"
 
 #include <ctype.h>
@@ -278,10 +279,8 @@ static void indent(FILE *f, int level) {
 }
 
 char *config_to_json(const Config *c) {
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory");
+  TextOut out;
+  FILE *f = text_begin(&out);
   const char *last = "";
   fprintf(f, "{\n  \"tessera\": %d,", CONFIG_VERSION);
   for (int k = 0; k < config_key_count; k++) {
@@ -311,8 +310,7 @@ char *config_to_json(const Config *c) {
     fputc('}', f);
   }
   fputc('\n', f);
-  if (fclose(f)) panic("out of memory");
-  return text;
+  return text_end(&out);
 }
 
 void config_print(const Config *c, FILE *f) {
@@ -335,13 +333,10 @@ void config_print(const Config *c, FILE *f) {
 // ---- comparing ----
 
 static char *value_text(const Config *c, const Key *key) {
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory");
+  TextOut out;
+  FILE *f = text_begin(&out);
   key_write(c, key, f);
-  if (fclose(f)) panic("out of memory");
-  return text;
+  return text_end(&out);
 }
 
 static char *source_text(const Config *c, int i) {
@@ -366,10 +361,8 @@ static void write_source_changes(FILE *f, const Config *before, const Config *af
 
 char *config_changes(const Config *before, const Config *after) {
   static const char *const places[] = {"run.name", "run.dir", "run.folder"};
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory");
+  TextOut out;
+  FILE *f = text_begin(&out);
   for (int k = 0; k < config_key_count; k++) {
     const Key *key = &config_keys[k];
     bool place = false;
@@ -379,8 +372,8 @@ char *config_changes(const Config *before, const Config *after) {
     else if (!place)
       write_change(f, key->path, value_text(before, key), value_text(after, key));
   }
-  if (fclose(f)) panic("out of memory");
-  if (bytes) return text;
+  char *text = text_end(&out);
+  if (out.bytes) return text;
   free(text);
   return NULL;
 }

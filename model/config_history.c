@@ -1,5 +1,7 @@
 #include "model/config_history.h"
 
+#include "base/text_out.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,17 +49,15 @@ int config_version_take(cJSON *root, const char *file, int *version, Error *err)
 
 char *config_new_keys(const Config *c) {
   if (c->version == CONFIG_VERSION) return NULL;
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory");
+  TextOut out;
+  FILE *f = text_begin(&out);
   for (int k = 0; k < config_key_count; k++) {
     if (c->origin[k] != ORIGIN_DEFAULT) continue;
     fprintf(f, "%s%s=", ftell(f) > 0 ? " " : "", config_keys[k].path);
     key_write(c, &config_keys[k], f);
   }
-  if (fclose(f)) panic("out of memory");
-  if (bytes) return text;
+  char *text = text_end(&out);
+  if (out.bytes) return text;
   free(text);
   return NULL;
 }

@@ -2,6 +2,7 @@
 
 #include "base/file_out.h"
 #include "base/json.h"
+#include "base/text_out.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -249,9 +250,8 @@ const SafeTensor *safetensors_get(const SafeFile *f, const char *name, SafeDtype
 // The header for the tensors in `order`, malloc'd, padded with spaces so that the data is aligned.
 static char *build_header(const SafeTensor *const *order, int n, const SafePair *metadata, int n_metadata,
                           size_t *length) {
-  char *text = NULL;
-  FILE *f = open_memstream(&text, length);
-  if (!f) panic("out of memory");
+  TextOut out;
+  FILE *f = text_begin(&out);
   fputc('{', f);
   for (int i = 0; i < n_metadata; i++) {
     fputs(i ? "," : "\"__metadata__\":{", f);
@@ -274,7 +274,8 @@ static char *build_header(const SafeTensor *const *order, int n, const SafePair 
   fputc('}', f);
   long end = ftell(f);
   fprintf(f, "%*s", (int)((ALIGNMENT - end % ALIGNMENT) % ALIGNMENT), "");
-  if (fclose(f)) panic("out of memory");
+  char *text = text_end(&out);
+  *length = out.bytes;
   return text;
 }
 

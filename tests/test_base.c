@@ -1,4 +1,4 @@
-// The log under threads, and the lines of a file from its end.
+// The log under threads, texts and whole files, the lines of a file from its end, random numbers.
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -6,6 +6,7 @@
 #include <cmocka.h>
 
 #include "base/philox.h"
+#include "base/text_out.h"
 #include "trainer/tail.h"
 
 #include <pthread.h>
@@ -118,6 +119,35 @@ static void test_tail(void **state) {
   assert_non_null(strstr(err.text, "/nowhere/at/all"));
 }
 
+// ---- texts and files ----
+
+static void test_whole_files(void **state) {
+  (void)state;
+  char path[] = "/tmp/test_base.XXXXXX";
+  close(mkstemp(path));
+  Error err;
+  for (int n = 3000; n >= 0; n -= 1000) { // each shorter than what it replaces
+    TextOut out;
+    FILE *f = text_begin(&out);
+    for (int i = 0; i < n; i++) fputc('a' + i % 23, f);
+    char *text = text_end(&out);
+    assert_int_equal(out.bytes, n);
+    assert_int_equal(strlen(text), n);
+    assert_int_equal(file_write(path, text, out.bytes, &err), 0);
+    size_t bytes;
+    char *back = file_read(path, 3000, &bytes, &err);
+    assert_int_equal(bytes, n);
+    assert_memory_equal(back, text, (size_t)n + 1);
+    free(back);
+    free(text);
+  }
+  unlink(path);
+  assert_int_equal(file_write("/dev/full", "text", 4, &err), -1); // fails as late as it is closed
+  assert_string_equal(err.text, "cannot write /dev/full: No space left on device");
+  assert_int_equal(file_write("/nowhere/at/all", "text", 4, &err), -1);
+  assert_string_equal(err.text, "cannot write /nowhere/at/all: No such file or directory");
+}
+
 // The vectors that its authors publish (Random123, kat_vectors).
 static void test_philox(void **state) {
   (void)state;
@@ -139,6 +169,6 @@ static void test_philox(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_log), cmocka_unit_test(test_tail),
-                                     cmocka_unit_test(test_philox)};
+                                     cmocka_unit_test(test_whole_files), cmocka_unit_test(test_philox)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

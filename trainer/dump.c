@@ -1,10 +1,10 @@
 #include "trainer/dump.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 #include "model/safetensors.h"
 #include "trainer/losses.h"
 
-#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,12 +22,9 @@ static int write_file(const char *folder, const char *name, const SafeTensor *t,
 
 static int write_text(const char *folder, const char *name, const char *text, Error *err) {
   char *path = xasprintf("%s/%s", folder, name);
-  FILE *f = fopen(path, "wb");
-  int bad = !f || fputs(text, f) < 0;
-  if (f && fclose(f) != 0) bad = 1;
-  if (bad) error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(errno));
+  int bad = file_write(path, text, strlen(text), err);
   free(path);
-  return bad ? -1 : 0;
+  return bad;
 }
 
 // One slab of parameters or gradients, by name.
@@ -123,17 +120,14 @@ static char *losses_json(StepLosses l, double grad_norm, int n) {
                  {"targets", l.targets},
                  {"noised_tokens", l.noised_tokens},
                  {"micro_batches", n}};
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory: losses.json");
+  TextOut out;
+  FILE *f = text_begin(&out);
   for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
     fprintf(f, "%s\"%s\": ", i ? ", " : "{", figures[i].key);
     json_write_number(f, figures[i].value);
   }
   fputs("}\n", f);
-  if (fclose(f) != 0) panic("out of memory: losses.json");
-  return text;
+  return text_end(&out);
 }
 
 int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, Error *err) {

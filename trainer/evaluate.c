@@ -1,6 +1,7 @@
 #include "trainer/evaluate.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 #include "data/loader.h"
 #include "trainer/forward.h"
 #include "trainer/signals.h"
@@ -363,10 +364,8 @@ static void write_figure(FILE *f, const char *name, double v) {
 }
 
 char *evaluation_json(const Evaluation *e, int64_t step) {
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory: a line of metrics");
+  TextOut out;
+  FILE *f = text_begin(&out);
   const char *of = !e->documents ? "null" : e->of_training ? "\"training\"" : "\"held_out\"";
   fprintf(f, "{\"step\":%lld,\"eval\":{\"documents\":%d,\"of\":%s", (long long)step, e->documents, of);
   write_figure(f, "flow", e->flow);
@@ -389,6 +388,5 @@ char *evaluation_json(const Evaluation *e, int64_t step) {
     fputc('}', f);
   }
   fputs("}}", f);
-  fclose(f);
-  return text;
+  return text_end(&out);
 }

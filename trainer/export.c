@@ -1,6 +1,7 @@
 #include "trainer/export.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 #include "data/document.h"
 #include "model/checkpoint.h"
 
@@ -31,10 +32,8 @@ char *export_config(const Config *c, const char *dtype) {
                {"patch_size", c->model.patch},
                {"patch_bottleneck_size", c->model.patch_bottleneck},
                {"max_caption_tokens", c->data.max_caption}};
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory");
+  TextOut out;
+  FILE *f = text_begin(&out);
   fprintf(f,
           "{\n  \"model_type\": \"tessera\",\n  \"architectures\": [\"TesseraForConditionalGeneration\"],\n"
           "  \"tessera_version\": \"%d\",\n  \"torch_dtype\": \"%s\",\n",
@@ -48,6 +47,5 @@ char *export_config(const Config *c, const char *dtype) {
   fputs("  \"hidden_act\": \"silu\",\n  \"norm_eps\": 1e-06,\n  \"rope_theta\": 10000,\n  \"flow_time_floor\": ", f);
   json_write_number(f, c->flow.t_floor);
   fputs("\n}\n", f);
-  if (fclose(f)) panic("out of memory");
-  return text;
+  return text_end(&out);
 }

@@ -1,6 +1,7 @@
 #include "trainer/report.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 #include "trainer/append.h"
 #include "trainer/tail.h"
 #include "trainer/tensorboard.h"
@@ -113,24 +114,16 @@ Report *report_open(const char *folder, int64_t from_step, int64_t steps, Error 
 
 // ---- lines ----
 
-// A line of metrics.jsonl in the making; line_end writes it.
-typedef struct Line {
-  FILE *f;
-  char *text;
-  size_t bytes;
-} Line;
-
-static void line_begin(Line *l, int64_t step) {
-  l->f = open_memstream(&l->text, &l->bytes);
-  if (!l->f) panic("out of memory: a line of metrics");
-  fprintf(l->f, "{\"step\":%lld", (long long)step);
+// Begins a line of metrics.jsonl; line_end writes it.
+static void line_begin(TextOut *line, int64_t step) {
+  fprintf(text_begin(line), "{\"step\":%lld", (long long)step);
 }
 
-static void line_end(Line *l, Report *r) {
-  fputs("}\n", l->f);
-  if (fclose(l->f) != 0) panic("out of memory: a line of metrics");
-  append_record(&r->metrics, l->text, l->bytes);
-  free(l->text);
+static void line_end(TextOut *line, Report *r) {
+  fputs("}\n", line->f);
+  char *text = text_end(line);
+  append_record(&r->metrics, text, line->bytes);
+  free(text);
 }
 
 // ---- steps ----
@@ -226,7 +219,7 @@ void report_step(Report *r, const StepReport *s) {
       {"expert_load_max", "router/expert_load_max", s->load_max},
   };
   log_step(s);
-  Line line;
+  TextOut line;
   line_begin(&line, s->step);
   for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
     if (!isfinite(figures[i].value)) continue;
@@ -271,7 +264,7 @@ static void write_load(Report *r) {
   LoadFigures figures[MODALITIES];
   load_figures(r->load, d, figures);
   double *shares = xmalloc((size_t)n * sizeof *shares);
-  Line line;
+  TextOut line;
   line_begin(&line, r->done);
   fprintf(line.f, ",\"load\":{\"steps\":%d", r->load_steps);
   for (int m = 0; m < MODALITIES; m++) {

@@ -30,16 +30,7 @@ static int save_tokenizer(const Tokenizer *tokenizer, const char *run, Error *er
 
 static int save_config(const Config *c, const char *run, Error *err) {
   char *path = xasprintf("%s/config.json", run), *next = xasprintf("%s.new", path), *text = config_to_json(c);
-  FILE *f = fopen(next, "wb");
-  int bad = !f || fputs(text, f) < 0, code = errno;
-  if (f && fclose(f) != 0 && !bad) {
-    bad = 1;
-    code = errno;
-  }
-  if (bad)
-    error_set(err, "check space and permissions", "cannot write %s: %s", next, strerror(code));
-  else
-    bad = replace_file(next, path, err) != 0;
+  int bad = file_write(next, text, strlen(text), err) != 0 || replace_file(next, path, err) != 0;
   free(text);
   free(next);
   free(path);

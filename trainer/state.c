@@ -2,6 +2,7 @@
 
 #include "base/hash.h"
 #include "base/json.h"
+#include "base/text_out.h"
 #include "trainer/export.h"
 #include "trainer/slab_writer.h"
 
@@ -67,14 +68,11 @@ void state_data_identity(const Config *c, char out[17]) {
 
 // [0.51,0.49,...], exact. malloc'd.
 static char *norms_json(const OptimizerState *o) {
-  char *text = NULL;
-  size_t bytes;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) panic("out of memory: gradient norms");
+  TextOut out;
+  FILE *f = text_begin(&out);
   for (int i = 0; i < o->norms; i++) fprintf(f, "%s%.17g", i ? "," : "[", o->norm[i]);
   fputs(o->norms ? "]" : "[]", f);
-  if (fclose(f) != 0) panic("out of memory: gradient norms");
-  return text;
+  return text_end(&out);
 }
 
 char *state_json(const Engine *e, const RunState *s) {

@@ -1,9 +1,9 @@
 #include "trainer/verify.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 #include "trainer/dump.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,8 +19,11 @@ static int differs(const Hashes *h, int param) {
   return h->of[FIRST][param] != h->of[SECOND][param];
 }
 
-static void write_hashes(FILE *f, const Engine *e, const Hashes *h, int64_t step) {
+// What hashes.json says; malloc'd.
+static char *hashes_json(const Engine *e, const Hashes *h, int64_t step) {
   const ParamTable *p = &e->model.params;
+  TextOut out;
+  FILE *f = text_begin(&out);
   const char *between = "";
   fprintf(f, "{\"step\": %" PRId64 ", \"backend\": \"%s\", \"parameters\": {", step, e->model.backend->name);
   for (int i = 0; i < p->n; i++) {
@@ -32,20 +35,18 @@ static void write_hashes(FILE *f, const Engine *e, const Hashes *h, int64_t step
     between = ", ";
   }
   fputs("}}\n", f);
+  return text_end(&out);
 }
 
 // What dump_step writes of one more replay, and the hashes of all three.
 static int save_apart(Engine *e, const Batch *pack, Hashes *h, int64_t step, const char *folder, Error *err) {
   if (dump_step(e, &pack, 1, folder, err) != 0) return -1;
   engine_hash(e, h->of[THIRD]);
-  char *path = xasprintf("%s/hashes.json", folder);
-  FILE *f = fopen(path, "wb");
-  if (f) write_hashes(f, e, h, step);
-  int bad = !f || ferror(f);
-  if (f && fclose(f) != 0) bad = 1;
-  if (bad) error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(errno));
+  char *path = xasprintf("%s/hashes.json", folder), *text = hashes_json(e, h, step);
+  int bad = file_write(path, text, strlen(text), err);
+  free(text);
   free(path);
-  return bad ? -1 : 0;
+  return bad;
 }
 
 // "block.0.wqkv, block.1.wo and 3 more".
