@@ -76,13 +76,10 @@ static void *read_ahead(void *argument) {
   return NULL;
 }
 
-static int start_threads(FileIn *f) {
-  int rc = 0;
-  while (rc == 0 && f->threads < min_i64(THREADS, f->chunks)) {
-    rc = thread_start(&f->thread[f->threads], read_ahead, f);
-    if (rc == 0) f->threads++;
-  }
-  return f->threads || !f->chunks ? 0 : rc; // fewer than wished are enough
+// As many as are wished and can be had; without any, file_in_next reads.
+static void start_threads(FileIn *f) {
+  while (f->threads < min_i64(THREADS, f->chunks) && thread_start(&f->thread[f->threads], read_ahead, f) == 0)
+    f->threads++;
 }
 
 FileIn *file_in_open(const char *path, void *memory, Error *err) {
@@ -98,7 +95,7 @@ FileIn *file_in_open(const char *path, void *memory, Error *err) {
     f->chunks = (st.st_size + FILE_IN_CHUNK - 1) / FILE_IN_CHUNK;
     f->slots = (int64_t)(file_in_memory(f->bytes) / FILE_IN_CHUNK);
     for (int i = 0; i < FILE_IN_SLOTS; i++) f->length[i] = -1;
-    code = start_threads(f);
+    start_threads(f);
   }
   if (code == 0) return f;
   error_set(err, "check the path", "cannot open %.300s: %s", path, strerror(code));
@@ -112,6 +109,7 @@ int64_t file_in_next(FileIn *f, const void **data, Error *err) {
   int64_t chunk = f->given, length = 0;
   if (chunk < f->chunks) {
     f->given++; // frees the slot of the chunk before
+    if (!f->threads) f->length[f->taken++ % f->slots] = read_chunk(f, chunk, &f->code);
     pthread_cond_broadcast(&f->freed);
     // Not taken yet, or not read yet; a slot that was just freed still has the length of what lay there.
     while (f->taken <= chunk || f->length[chunk % f->slots] == -1) pthread_cond_wait(&f->read, &f->lock);

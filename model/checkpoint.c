@@ -178,23 +178,44 @@ const SafeFile *checkpoint_file(const Checkpoint *c, const char *name) {
   return i < 0 ? NULL : c->file[i];
 }
 
+// Whether the system keeps a checkpoint that does not open from this process: no damage, so that none before it may
+// take its place. Then *err says so.
+static bool is_withheld(const char *dir, Error *err) {
+  DIR *d = opendir(dir);
+  int code = d ? 0 : errno;
+  char *path = xstrdup(dir);
+  for (struct dirent *e; d && code != EACCES && (e = readdir(d));) {
+    free(path);
+    path = xasprintf("%s/%s", dir, e->d_name);
+    code = faccessat(AT_FDCWD, path, R_OK, AT_EACCESS) ? errno : 0;
+  }
+  if (d) closedir(d);
+  if (code == EACCES)
+    error_set(err, "train as its owner, or change its permissions; --from CKPT goes on from an older one",
+              "cannot read checkpoint %.300s: %s", path, strerror(code));
+  free(path);
+  return code == EACCES;
+}
+
 int checkpoint_find(const char *run_dir, int64_t *below, Checkpoint **out, Error *err) {
   *out = NULL;
   int64_t *steps;
   int n = checkpoint_steps(run_dir, &steps);
   if (n < 0 && errno == ENOENT) return 0;
   if (n < 0) return error_set(err, "check its permissions", "cannot read %.300s: %s", run_dir, strerror(errno));
-  for (int i = 0; i < n && !*out; i++) {
+  bool withheld = false;
+  for (int i = 0; i < n && !*out && !withheld; i++) {
     if (steps[i] >= *below) continue;
     char *dir = checkpoint_path(run_dir, steps[i]);
     *out = checkpoint_open(dir, err);
     if (*out)
       *below = steps[i];
-    else
+    else if (!(withheld = is_withheld(dir, err)))
       log_warn("checkpoint %s is left out: %s", dir, err->text);
     free(dir);
   }
   free(steps);
+  if (withheld) return -1;
   if (*out) return 1;
   if (n == 0) return 0;
   return error_set(err, "restore one from a backup, or start a new run in another folder",

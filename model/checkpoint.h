@@ -72,9 +72,9 @@ int checkpoint_verify(const Checkpoint *c, Error *err);
 int64_t checkpoint_step(const char *name);
 
 // Opens the newest checkpoint of a run that opens among those of steps below *below (INT64_MAX: all), to which *below
-// is then set; each newer one that does not is warned about. 1 and *out, 0 when the run has no checkpoints at all, -1
-// with *err set when it has some and none opens (or the folder cannot be read). Who finds this one damaged when reading
-// it calls again.
+// is then set; each newer one that is damaged is warned about, one that may not be read is an error. 1 and *out, 0 when
+// the run has no checkpoints at all, -1 with *err set when it has some and none opens (or the folder cannot be read).
+// Who finds this one damaged when reading it calls again.
 int checkpoint_find(const char *run_dir, int64_t *below, Checkpoint **out, Error *err);
 
 // Takes the run's lock (RUN/lock, gone with the process): a descriptor to close, or -1 with *err set when another

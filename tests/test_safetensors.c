@@ -376,6 +376,49 @@ static void files_are_read_in_order(void **state) {
   free(memory);
 }
 
+// Runs `test` in a child without root's rights, which may read `folder`: its exit code.
+static int as_nobody(int (*test)(void)) {
+  assert_int_equal(chmod(folder, 0755), 0);
+  pid_t child = fork();
+  if (child == 0) _exit(geteuid() == 0 && setuid(65534) != 0 ? 100 : test());
+  int status;
+  assert_int_equal(waitpid(child, &status, 0), child);
+  assert_true(WIFEXITED(status));
+  return WEXITSTATUS(status);
+}
+
+// Reads the file "big" where no thread can be started. 0 when it is whole.
+static int read_alone(void) {
+  Error err;
+  char *path = in_folder("big"), *memory = xmalloc(file_in_memory(1ull << 40));
+  if (setrlimit(RLIMIT_NPROC, &(struct rlimit){0, 0}) != 0) return 1;
+  FileIn *f = file_in_open(path, memory, &err);
+  const void *data;
+  int64_t at = 0, n;
+  if (!f) return 2;
+  while ((n = file_in_next(f, &data, &err)) > 0) {
+    if (memcmp(data, &at, 8) != 0) return 3;
+    at += n;
+  }
+  file_in_close(f);
+  free(memory);
+  free(path);
+  return n == 0 && at == (FILE_IN_SLOTS + 2) * FILE_IN_CHUNK + 9 ? 0 : 4;
+}
+
+// That there is no thread to be had is no fault of the file.
+static void files_are_read_without_threads(void **state) {
+  (void)state;
+  char *path = in_folder("big");
+  int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0644);
+  assert_int_equal(ftruncate(fd, (FILE_IN_SLOTS + 2) * FILE_IN_CHUNK + 9), 0);
+  for (int64_t at = 0; at <= (FILE_IN_SLOTS + 2) * FILE_IN_CHUNK; at += FILE_IN_CHUNK)
+    assert_int_equal(pwrite(fd, &at, 8, at), 8);
+  close(fd);
+  assert_int_equal(as_nobody(read_alone), 0);
+  free(path);
+}
+
 static void names_of_checkpoints(void **state) {
   (void)state;
   static const struct {
@@ -621,6 +664,30 @@ static void damage_is_found(void **state) {
 }
 
 // A save that runs out of room: an error, no temporary folder, the old checkpoint as it was.
+static int finds_one_that_may_not_be_read(void) {
+  int64_t below = INT64_MAX;
+  Checkpoint *c;
+  Error err = {0};
+  if (checkpoint_find(folder, &below, &c, &err) != -1) return 1;
+  return strstr(err.text, "ckpt-2") && strstr(err.text, "Permission denied") && strstr(err.hint, "owner") ? 0 : 2;
+}
+
+// Who may not read the newest checkpoint must not go on from the one before as if it were damaged.
+static void unreadable_is_not_damaged(void **state) {
+  (void)state;
+  Error err;
+  for (int step = 1; step <= 2; step++) assert_int_equal(save(folder, step, keep_all, &err), 0);
+  char *paths[] = {in_folder("ckpt-2"), in_folder("ckpt-2/state.json"), in_folder("ckpt-2/model.safetensors")};
+  for (int i = 0; i < 3; i++) {
+    mode_t mode = i ? 0644 : 0755;
+    assert_int_equal(chmod(paths[i], 0), 0);
+    assert_int_equal(as_nobody(finds_one_that_may_not_be_read), 0);
+    assert_int_equal(chmod(paths[i], mode), 0);
+  }
+  assert_int_equal(as_nobody(finds_one_that_may_not_be_read), 1);
+  for (int i = 0; i < 3; i++) free(paths[i]);
+}
+
 static void failed_save_loses_nothing(void **state) {
   (void)state;
   Error err;
@@ -735,11 +802,13 @@ int main(void) {
       cmocka_unit_test_setup(write_errors, empty_folder),
       cmocka_unit_test_setup(sources_give_the_same_bytes, empty_folder),
       cmocka_unit_test_setup(files_are_read_in_order, empty_folder),
+      cmocka_unit_test_setup(files_are_read_without_threads, empty_folder),
       cmocka_unit_test_setup(names_of_checkpoints, empty_folder),
       cmocka_unit_test_setup(hash_is_xxh64, empty_folder),
       cmocka_unit_test_setup(checkpoint_round_trip, empty_folder),
       cmocka_unit_test_setup(pruning, empty_folder),
       cmocka_unit_test_setup(damage_is_found, empty_folder),
+      cmocka_unit_test_setup(unreadable_is_not_damaged, empty_folder),
       cmocka_unit_test_setup(failed_save_loses_nothing, empty_folder),
       cmocka_unit_test_setup(killed_save_loses_nothing, empty_folder),
       cmocka_unit_test_setup(one_run_per_folder, empty_folder),
