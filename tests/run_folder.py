@@ -93,6 +93,14 @@ def test_going_back_again(runs):
         check(steps == [0, 1, 2, 3], f"time {time_ + 1}: steps {steps}")
 
 
+def test_going_back_to_what_was_given_up(runs):
+    """Going on from a checkpoint that was set aside gives up the one that took its name."""
+    said = runs.make("again", "--from", runs.folder / "again/set-aside-ckpt-4", "--stop-at", 5)
+    check(f"again/ckpt-4 belongs to what is given up now: set aside as {runs.folder}/again/set-aside-ckpt-4-4" in said,
+          f"the other checkpoint of step 4 stays for --resume to take:\n{said}")
+    check(runs.checkpoints("again") == [2, 5], f"checkpoints {runs.checkpoints('again')}, not 2 and 5")
+
+
 def test_fresh_start(runs):
     """A folder with a run's checkpoints is refused to whoever would begin anew in it, and left as it is; names that are
     no checkpoint's are none to anybody."""
@@ -274,7 +282,8 @@ def main():
         if not (ROOT / ".cache/shapes/shapes.tar").exists():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
-        for test in (test_missed_evaluation, test_going_back, test_going_back_again, test_fresh_start,
+        for test in (test_missed_evaluation, test_going_back, test_going_back_again, test_going_back_to_what_was_given_up,
+                     test_fresh_start,
                      test_long_metrics, test_text_alone, test_padding, test_overview, test_changes, test_seconds,
                      test_terminal, test_narrow_terminal):
             test(runs)

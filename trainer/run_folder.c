@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 // Puts a file that was written as PATH.new in the place of PATH: a run killed here still has its old one whole.
@@ -64,14 +65,22 @@ static char *free_name(const char *run, const char *name) {
   return path;
 }
 
-// Renames the checkpoints of steps beyond `step`: --resume must not take them. -1 with *err where one stays.
-static int set_aside_later(const char *run, int64_t step, Error *err) {
+static bool same_folder(const char *a, const char *b) {
+  struct stat x, y;
+  return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+// Renames the checkpoints that are not of the past of `given`, one of step `step`: those of later steps, and where it
+// was itself set aside or renamed, that of its step. --resume must not take them. -1 with *err where one stays.
+static int set_aside_others(const char *run, const char *given, int64_t step, Error *err) {
   DIR *dir = opendir(run);
   int rc = 0;
   for (struct dirent *entry; rc == 0 && dir && (entry = readdir(dir));) {
-    if (checkpoint_step(entry->d_name) <= step) continue;
+    if (checkpoint_step(entry->d_name) < step) continue;
     char *from = xasprintf("%s/%s", run, entry->d_name), *to = free_name(run, entry->d_name);
-    if (rename(from, to) == 0)
+    if (checkpoint_step(entry->d_name) == step && same_folder(from, given))
+      ; // the one gone on from
+    else if (rename(from, to) == 0)
       log_info("%s belongs to what is given up now: set aside as %s", from, to);
     else
       rc = error_set(err, "remove it, or go back in a copy of the run: --resume would take it",
@@ -98,7 +107,7 @@ int run_folder_prepare(const char *run, const Config *c, const Options *o, const
                      "%s already holds checkpoints of a run", run);
   }
   // --resume took the newest valid one: what is newer is damaged and stays for the next save to replace.
-  int bad = continues && o->from && set_aside_later(run, step, err) != 0;
+  int bad = continues && o->from && set_aside_others(run, o->from, step, err) != 0;
   if (!bad && save_tokenizer(tokenizer, run, err) == 0 && save_config(c, run, err) == 0) return lock;
   close(lock);
   return -1;
