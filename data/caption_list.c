@@ -97,8 +97,18 @@ static int64_t column_find(const CsvReader *r, const char *const *names) {
   return -1;
 }
 
+// Headings are written by hand: "file_name, text".
+static void cells_trim(CsvReader *r) {
+  for (int64_t i = 0; i < r->cells; i++) {
+    CsvCell *cell = &r->cell[i];
+    cell->text += text_trim(cell->text, &cell->bytes) - cell->text;
+    cell->text[cell->bytes] = 0;
+  }
+}
+
 // Whether the record just read is a heading: then *c holds it.
-static bool columns_read(const CsvReader *r, Columns *c) {
+static bool columns_read(CsvReader *r, Columns *c) {
+  cells_trim(r);
   int64_t file = column_find(r, file_names), caption = column_find(r, caption_names);
   if (file < 0 || caption < 0) return false;
   *c = (Columns){

@@ -125,7 +125,7 @@ static int list_find(const char *path, const PathList *files, const char **list,
 // Counts the pictures that the list above them does not name.
 static void pictures_skip(Folder *folder, const PathList *files) {
   Skip skip = {0};
-  skip_set(&skip, UNUSED_NO_CAPTION, "the list of captions does not name it");
+  skip_set(&skip, UNUSED_UNLISTED, "the list of captions does not name it");
   for (int i = 0; i < files->count; i++) {
     struct stat st;
     if (file_kind(files->path[i]) > FILE_PICTURE_OTHER) continue;

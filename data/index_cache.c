@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 // Change it whenever indexing a shard gives other samples than before. Little-endian, like the hosts this runs on.
-static const char MAGIC[8] = "TESIDX2\n";
+static const char MAGIC[8] = "TESIDX3\n";
 static const size_t MAX_CACHE_BYTES = (size_t)1 << 34;
 // A file system's clock may tick this slowly: a younger shard could change again without another time.
 static const int64_t SETTLED_NS = 2000000000;

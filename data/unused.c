@@ -16,6 +16,7 @@ static const char *const words[UNUSED_FILE] = {
     [UNUSED_EMPTY] = "empty",
     [UNUSED_ENCODING] = "not in UTF-8",
     [UNUSED_TOO_LONG] = "too long",
+    [UNUSED_UNLISTED] = "not named by their list",
     [UNUSED_TWICE] = "twice in one sample",
 };
 

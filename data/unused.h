@@ -18,6 +18,7 @@ typedef enum UnusedReason {
   UNUSED_ENCODING,   // a text that is not UTF-8 but UTF-16 or UTF-32
   UNUSED_TOO_LONG,   // a file beyond what its kind may have
   UNUSED_TWICE,      // a second picture or caption of one sample
+  UNUSED_UNLISTED,   // a picture that the list above it does not name: behind the others, which may be why
   UNUSED_FILE,       // no sample, but a file beside them that is part of none, or a further part of one
   UNUSED_REASONS
 } UnusedReason;

@@ -100,6 +100,7 @@ static void test_lists(void **state) {
                          "{\"file_name\": \"sub/b.png\", \"text\": \"two, \\\"quoted\\\"\", \"k\": \"h\"}\n"},
       {"metadata.csv", "file_name,text,k\r\na.png,one,g\r\nsub/b.png,\"two, \"\"quoted\"\"\",h\r\n"},
       {"metadata.csv", "\xef\xbb\xbfk;Text;File_Name\ng;one;a.png\nh;\"two, \"\"quoted\"\"\";sub/b.png"},
+      {"metadata.csv", "file_name, text , k\na.png,one,g\nsub/b.png,\"two, \"\"quoted\"\"\",h\n"},
       {"metadata.tsv", "image\tk\tprompt\na.png\tg\tone\nsub/b.png\th\ttwo, \"quoted\"\n"},
       {"captions.csv", "k,path,description,title\ng,a.png, one ,x\nh,sub/b.png,\"two, \"\"quoted\"\"\",y\n"},
       {"captions.tsv", "file\tk\tcaption\na.png\tg\tone\nsub/b.png\th\t\"two, \"\"quoted\"\"\"\n"},
@@ -158,8 +159,9 @@ static void test_list_faults(void **state) {
   Source *s = open_good("folder", at("faults"), NULL);
   expect_samples(s, "a.png=good (2x2)");
   expect_unused(s, (const int[]){UNUSED_LINE, 4, UNUSED_FORMAT, 2, UNUSED_DAMAGED, 1, UNUSED_NO_IMAGE, 1,
-                                 UNUSED_NO_CAPTION, 2, -1});
+                                 UNUSED_NO_CAPTION, 1, UNUSED_UNLISTED, 1, -1});
   expect_first(s, UNUSED_LINE, "metadata.csv line 3", "3 cells");
+  expect_first(s, UNUSED_UNLISTED, "faults/unlisted.png", "does not name it");
   expect_first(s, UNUSED_FORMAT, "line 5", "WebP");
   expect_first(s, UNUSED_DAMAGED, "line 7", "d.png");
   expect_first(s, UNUSED_NO_IMAGE, "line 8", "gone.png");
@@ -184,10 +186,34 @@ static void test_list_faults(void **state) {
                                       "{\"name\": \"a.png\", \"text\": \"x\"}\n");
   s = open_good("folder", at("faults"), NULL);
   expect_samples(s, "a.png=good (2x2)");
-  expect_unused(s, (const int[]){UNUSED_JSON, 2, UNUSED_NO_CAPTION, 4, UNUSED_LINE, 1, -1});
+  expect_unused(s, (const int[]){UNUSED_JSON, 2, UNUSED_NO_CAPTION, 1, UNUSED_UNLISTED, 3, UNUSED_LINE, 1, -1});
   expect_first(s, UNUSED_JSON, "line 2", "NaN");
   expect_first(s, UNUSED_LINE, "line 5", "file_name");
   source_close(s);
+}
+
+// Where nothing is usable, the fault in the list is named, and not that it therefore names no picture.
+static void test_list_useless(void **state) {
+  (void)state;
+  make("useless/train");
+  write_png("useless/train/a.png", 2, 2);
+  static const struct {
+    const char *list, *text, *says;
+  } cases[] = {
+      {"metadata.jsonl", "{\"file_name\": \"train/a.png\", \"text\": \"x\", \"score\": NaN}\n", "NaN"},
+      {"metadata.jsonl", "[\n{\"file_name\": \"train/a.png\", \"text\": \"x\"},\n]\n", "line 1"},
+      {"metadata.csv", "file_name,text\ntrain\\a.png,x\n", "cannot open"},
+      {"metadata.csv", "file_name,text\ntrain/a.png,x,y\n", "3 cells"},
+      {"captions.tsv", "train/a.png\n", "FILE<TAB>CAPTION"},
+      {"captions.csv", "file,caption\n", "does not name it"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    char name[64];
+    snprintf(name, sizeof name, "useless/%s", cases[i].list);
+    write_text(name, cases[i].text);
+    expect_error("folder", at("useless"), cases[i].says, "");
+    assert_int_equal(unlink(at(name)), 0);
+  }
 }
 
 // A .txt beside each picture, in folders nested as they like.
@@ -463,15 +489,11 @@ int main(int argc, char **argv) {
   int pictures = argc > 1 ? atoi(argv[1]) : 3000;
   if (pictures < 3000) panic("at least 3000 pictures, not %s", argv[1]);
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_lists),
-      cmocka_unit_test(test_list_faults),
-      cmocka_unit_test(test_pairs),
-      cmocka_unit_test(test_circles),
-      cmocka_unit_test(test_unknown),
-      cmocka_unit_test(test_max_pixels),
-      cmocka_unit_test(test_turned),
-      cmocka_unit_test(test_paths),
-      cmocka_unit_test_prestate(test_many_files, &pictures),
+      cmocka_unit_test(test_lists),        cmocka_unit_test(test_list_faults),
+      cmocka_unit_test(test_list_useless), cmocka_unit_test(test_pairs),
+      cmocka_unit_test(test_circles),      cmocka_unit_test(test_unknown),
+      cmocka_unit_test(test_max_pixels),   cmocka_unit_test(test_turned),
+      cmocka_unit_test(test_paths),        cmocka_unit_test_prestate(test_many_files, &pictures),
   };
   return cmocka_run_group_tests(tests, scratch_begin, scratch_end);
 }

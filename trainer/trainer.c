@@ -36,7 +36,7 @@ static int open_sources(Trainer *t, Error *err) {
   for (int i = 0; i < c->data.sources; i++) {
     t->source[i] = source_open(c->data.source[i].type, c->data.source[i].path, c->data.held_out_by, err);
     if (!t->source[i]) {
-      if (access(c->data.source[i].path, F_OK) != 0 && !strpbrk(c->data.source[i].path, "*?[{~"))
+      if (access(c->data.source[i].path, F_OK) != 0 && !strpbrk(c->data.source[i].path, "*?[{~:"))
         snprintf(err->hint, sizeof err->hint,
                  "paths are relative to the folder ./train is called in; make demo (scripts/make_shapes.py) and make "
                  "demo-emoji (scripts/make_emoji.py) make the demos' data");

@@ -72,10 +72,10 @@ def tensors(entries, metadata=None):
 
 
 def index(samples, unused=(), held_out_by=b"key"):
-    """unused: a pair (count, the first of them) for some of the 12 reasons, by number."""
-    unused = [dict(unused).get(i, (0, b"")) for i in range(12)]
-    out = struct.pack("<8sQqqq", b"TESIDX2\n", 0, 0, 0, len(samples))
-    out += struct.pack("<25q", *(n for n, _ in unused), *(len(first) for _, first in unused), len(held_out_by))
+    """unused: a pair (count, the first of them) for some of the 13 reasons, by number."""
+    unused = [dict(unused).get(i, (0, b"")) for i in range(13)]
+    out = struct.pack("<8sQqqq", b"TESIDX3\n", 0, 0, 0, len(samples))
+    out += struct.pack("<27q", *(n for n, _ in unused), *(len(first) for _, first in unused), len(held_out_by))
     out += held_out_by + b"\0" + b"".join(first + b"\0" for _, first in unused)
     for offset, size, width, height, *strings in samples:
         out += struct.pack("<qqiiIIII", offset, size, width, height, *map(len, strings))
