@@ -47,7 +47,31 @@ static int edit_distance(const char *a, const char *b) {
   return row[n];
 }
 
-// The known key nearest to a path. The right key in the wrong group is as near as one slip of the pen.
+// Whether `name`, "learning_rate" or "learning-rate", stands in a key's help as words: "learning rate".
+static bool help_says(const Key *key, const char *name) {
+  enum { SHORTEST = 6 }; // shorter words stand in the help of many keys
+  char words[PATH_MAX_BYTES];
+  snprintf(words, sizeof words, "%s", name);
+  for (char *c = words; *c; c++)
+    if (*c == '_' || *c == '-') *c = ' ';
+  return strlen(words) >= SHORTEST && strcasestr(key->help, words);
+}
+
+const char *config_key_meant(const char *name) {
+  char spelt[PATH_MAX_BYTES];
+  snprintf(spelt, sizeof spelt, "%s", name);
+  for (char *c = spelt; *c; c++)
+    if (*c == '-') *c = '_';
+  for (int k = 0; k < config_key_count; k++)
+    if (strcmp(config_keys[k].path, spelt) == 0 || strcmp(leaf(config_keys[k].path), spelt) == 0)
+      return config_keys[k].path;
+  for (int k = 0; k < config_key_count; k++)
+    if (help_says(&config_keys[k], spelt)) return config_keys[k].path;
+  return NULL;
+}
+
+// The known key nearest to a path. The right key in the wrong group is as near as one slip of the pen, a key whose help
+// says what is looked for as near as three.
 static const char *key_nearest(const char *path) {
   const char *best = NULL;
   int least = 0;
@@ -55,6 +79,7 @@ static const char *key_nearest(const char *path) {
     const char *known = config_keys[k].path;
     int d = 2 * edit_distance(known, path), leaves = 3 + 2 * edit_distance(leaf(known), leaf(path));
     if (leaves < d) d = leaves;
+    if (d > 6 && help_says(&config_keys[k], leaf(path))) d = 6;
     if (best && d >= least) continue;
     best = known;
     least = d;

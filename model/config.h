@@ -165,6 +165,9 @@ int config_load(Config *c, const char *path, const char *const *sets, int n_sets
 // The key that a flag of the command line sets ("--steps" -> "train.steps"), NULL when it is not such a flag. Pass
 // "KEY=VALUE" to config_load.
 const char *config_flag_key(const char *flag);
+// The key somebody means by a name: its path or the last part of it ("lr"), or words of its help ("learning-rate").
+// NULL: none.
+const char *config_key_meant(const char *name);
 
 // The configuration as a JSON text with every key and the format's version, which loads back to the same values.
 // malloc'd.

@@ -395,7 +395,7 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--sample", metavar="CAPTION", help="draw a caption")
     what.add_argument("--describe", metavar="IMAGE", help="caption an image")
-    parser.add_argument("--out", metavar="FILE.png", default="drawn.png")
+    parser.add_argument("--out", metavar="FILE.png", help="default: RUN/samples/drawn.png")
     parser.add_argument("--seed", type=int, help="default: run.seed")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the config")
     a = parser.parse_args()
@@ -403,7 +403,11 @@ def main():
     seed = run.config["run"]["seed"] if a.seed is None else a.seed
     with torch.inference_mode():
         if a.sample is not None:
-            png_write(a.out, draw(run, a.sample, seed))
+            out = pathlib.Path(a.out or pathlib.Path(a.run) / "samples" / "drawn.png")
+            if not a.out:
+                out.parent.mkdir(exist_ok=True)
+            png_write(out, draw(run, a.sample, seed))
+            print(f"drawn: {out}", file=sys.stderr)
             return
         sys.stdout.buffer.write(describe(run, image_read(a.describe, run.config), seed) + b"\n")
 

@@ -20,6 +20,12 @@ refused() { # EXPECTED_TEXT ARGS...
 
 run=(--run-dir "$dir/run")
 refused 'unknown flag --bogus' configs/demo.json --bogus
+for flag in --lr --learning-rate --train.lr; do
+  refused "unknown flag $flag" configs/demo.json $flag 1e-3
+  grep -q 'hint: --set train.lr=VALUE' "$dir/out"
+done
+refused 'a second config on the command line: black' configs/demo.json --sample a black cat
+grep -q 'hint: .*in quotes' "$dir/out"
 refused 'needs a value' configs/demo.json --steps
 refused 'exclude each other' configs/demo.json --resume --from x
 refused 'exclude each other' configs/demo.json --plan --eval
@@ -99,6 +105,7 @@ refused 'already holds checkpoints' configs/demo.json "${run[@]}" "${short[@]}" 
 [ -f "$dir/drawings/captions.tsv" ]
 [ -f "$dir/drawings/real/0001.png" ]
 cmp "$dir/drawings/captions.tsv" "$dir/drawings/real/captions.tsv"
+grep -q "^drawn: 2 held-out captions in $dir/drawings, the real images in real/" "$dir/log"
 "$train" "$dir/run" --sample "a small red circle" --out "$dir/one.png" 2>"$dir/log"
 "$train" "$dir/run" --describe "$dir/one.png" >"$dir/caption" 2>"$dir/log"
 printf 'a red square\na blue circle\n' | "$train" "$dir/run" --sample - --out "$dir/two.png" 2>"$dir/log"

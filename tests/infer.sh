@@ -131,6 +131,12 @@ drawn = [folder / f"plain/samples/drawn-{i:04}.png" for i in (1, 2)]
 assert all(f"{path} (--seed {seed})" in said for seed, path in enumerate(drawn, 1)), said
 assert difference(*map(infer.png_read, drawn)) > 3
 
+# The script by itself: the picture goes where ./train puts it.
+(folder / "plain/samples/drawn.png").unlink(missing_ok=True)
+said = subprocess.run([sys.executable, "scripts/infer.py", folder / "plain", "--sample", "x"], stderr=lines, check=True)
+assert said.stderr.decode() == f"drawn: {folder}/plain/samples/drawn.png\n", said.stderr
+assert infer.png_read(folder / "plain/samples/drawn.png").shape == (32, 32, 3)
+
 # Damage to the text of a checkpoint is damage.
 path = folder / "plain/ckpt-2/config.json"
 path.write_text(path.read_text().replace("tessera", "tesserb"))

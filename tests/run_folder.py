@@ -107,6 +107,9 @@ def test_fresh_start(runs):
     before = {path: path.read_bytes() for path in (runs.folder / "again").rglob("*") if path.is_file()}
     for flags in ((), ("--init", runs.folder / "again/ckpt-2"), ("--init", runs.folder / "whole/ckpt-2")):
         runs.refuse("again", "already holds checkpoints", *flags)
+    newest = f"{runs.folder}/again/ckpt-{runs.checkpoints('again')[-1]}"
+    for flag in ("--init", "--from"):  # a run's folder is no checkpoint: the newest one in it is named
+        runs.refuse("anew", f"hint: its newest is {newest}\n", flag, runs.folder / "again")
     before.pop(runs.folder / "again/lock")
     for path, data in before.items():
         check(path.read_bytes() == data, f"a refused run changed {path}")
@@ -176,6 +179,10 @@ def test_overview(runs):
     check(found, f"no time to go:\n{said}")
     minutes, seconds, each = map(int, found.groups())
     check(abs(60 * minutes + seconds - 2.990 * each) < 0.51 * 2.990 + 1, f"2,990 steps: {found[0]}")
+    check("training cuts them" not in said, f"no caption is longer than the demo allows:\n{said}")
+    said = runs.make("cut", "--stop-at", 1, "--set", "data.max_caption=4")
+    found = re.search(r"warning: (\d+) of (\d+) captions looked at are longer than data.max_caption = 4 tokens", said)
+    check(found and 128 <= int(found[1]) == int(found[2]), f"every caption is cut, and nobody says so:\n{said}")
 
 
 def test_changes(runs):

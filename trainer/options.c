@@ -52,6 +52,13 @@ static int parse_number(const char *flag, const char *value, int64_t *out, Error
   return error_set(err, "./train --help shows what it counts", "%s %s is not a positive number", flag, value);
 }
 
+static int unknown_flag(const char *flag, Error *err) {
+  char hint[sizeof err->hint] = "./train --help lists all of them; --set KEY=VALUE reaches any key";
+  const char *key = config_key_meant(flag + strspn(flag, "-"));
+  if (key) snprintf(hint, sizeof hint, "--set %s=VALUE sets that key; ./train --help lists flags and keys", key);
+  return error_set(err, hint, "unknown flag %s", flag);
+}
+
 int options_parse(Options *o, int argc, char **argv, Error *err) {
   *o = (Options){.count = 1};
   const struct {
@@ -70,7 +77,9 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
   for (int i = 1; i < argc; i++) {
     const char *arg = argv[i];
     if (arg[0] != '-' || !arg[1]) {
-      if (o->config) return error_set(err, "one config per run", "a second config on the command line: %s", arg);
+      if (o->config)
+        return error_set(err, "--sample and --describe take one argument each: a caption of several words in quotes",
+                         "a second config on the command line: %s", arg);
       o->config = xstrdup(arg);
       continue;
     }
@@ -83,9 +92,7 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
       *table[t].on = true;
       continue;
     }
-    if (!known && !key && strcmp(arg, "--set") != 0)
-      return error_set(err, "./train --help lists all of them; --set KEY=VALUE reaches any key", "unknown flag %s",
-                       arg);
+    if (!known && !key && strcmp(arg, "--set") != 0) return unknown_flag(arg, err);
     if (!value) return error_set(err, "./train --help shows what it takes", "%s needs a value", arg);
     if (value[0] == '-' && value[1] == '-') // a forgotten value, not a file of that name
       return error_set(err, "./train --help shows what it takes; a path may begin with ./",

@@ -11,15 +11,21 @@ enum {
 // One pass over all training samples.
 typedef struct Epoch {
   int64_t samples, held_out, images;
-  double tokens; // about
+  int64_t probed, cut; // captions looked at, and those of them that are longer than data.max_caption
+  double tokens;       // about
 } Epoch;
 
-// Tokens of a text, by its beginning; a caption is cut as in training.
-static double text_tokens(const Config *c, const Tokenizer *t, const Sample *sample, const SampleSegment *text) {
+// Tokens of a text, by its beginning; a caption is cut as in training, and counted.
+static double text_tokens(Epoch *epoch, const Config *c, const Tokenizer *t, const Sample *sample,
+                          const SampleSegment *text) {
   int32_t ids[PROBED_BYTES];
   size_t n = (size_t)min_i64((int64_t)text->text_bytes, PROBED_BYTES);
   double tokens = (double)tokenizer_encode(t, text->text, n, ids) * (double)text->text_bytes / (double)n;
-  return sample->kind == SAMPLE_CAPTIONED && tokens > c->data.max_caption ? c->data.max_caption : tokens;
+  if (sample->kind != SAMPLE_CAPTIONED) return tokens;
+  epoch->probed++;
+  if (tokens <= c->data.max_caption) return tokens;
+  epoch->cut++;
+  return c->data.max_caption;
 }
 
 // Adds what one source has.
@@ -43,7 +49,7 @@ static void count_source(Epoch *epoch, const Config *c, const Source *source, co
         epoch->images++;
         epoch->tokens += (double)grid.rows * grid.columns + 1; // eoi and one more where it is described, else none
       } else if (probe) {
-        probed_tokens += text_tokens(c, t, sample, s);
+        probed_tokens += text_tokens(epoch, c, t, sample, s);
       }
     }
   }
@@ -87,6 +93,9 @@ void overview_log(const Engine *e, Source *const *source, int sources, const Tok
            short_number(d, (double)params_active(c, IMAGE)));
   log_info("data: %lld samples with %lld images, about %s tokens; held out: %lld samples", (long long)epoch.samples,
            (long long)epoch.images, short_number(a, epoch.tokens), (long long)epoch.held_out);
+  if (epoch.cut)
+    log_warn("%lld of %lld captions looked at are longer than data.max_caption = %d tokens: training cuts them",
+             (long long)epoch.cut, (long long)epoch.probed, c->data.max_caption);
   log_device(e);
   double step = (double)c->train.micro_batches * e->slots;
   log_info("steps %lld to %lld of %d: %d x %d = %s token slots each, %.3g epochs in all", (long long)from + 1,

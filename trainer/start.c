@@ -6,12 +6,16 @@
 
 static const double noticed = 2, named = 0.05; // seconds
 
-static const char *const part_name[START_PARTS] = {
-    [START_DEVICE] = "opening the device", [START_CHECKPOINT] = "checking the checkpoint",
-    [START_DATA] = "indexing data",        [START_TOKENIZER] = "tokenizer",
-    [START_PLAN] = "planning memory",      [START_MEMORY] = "allocating it",
-    [START_WEIGHTS] = "weights",           [START_RUN] = "run folder and loader",
-    [START_PACK] = "first pack",           [START_LAUNCH] = "loading kernels and capturing graphs"};
+static const char *const part_name[START_PARTS] = {[START_DEVICE] = "opening the device",
+                                                   [START_CHECKPOINT] = "checking the checkpoint",
+                                                   [START_DATA] = "indexing data",
+                                                   [START_TOKENIZER] = "tokenizer",
+                                                   [START_PLAN] = "planning",
+                                                   [START_MEMORY] = "allocating memory",
+                                                   [START_WEIGHTS] = "weights",
+                                                   [START_RUN] = "run folder and loader",
+                                                   [START_PACK] = "first pack",
+                                                   [START_LAUNCH] = "loading kernels and capturing graphs"};
 
 void start_begin(StartTimes *s) {
   *s = (StartTimes){.last = time_now()};

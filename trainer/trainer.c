@@ -37,9 +37,11 @@ static int open_sources(Trainer *t, Error *err) {
     t->source[i] = source_open(c->data.source[i].type, c->data.source[i].path, c->data.held_out_by, err);
     if (!t->source[i]) {
       if (access(c->data.source[i].path, F_OK) != 0 && !strpbrk(c->data.source[i].path, "*?[{~:"))
-        snprintf(err->hint, sizeof err->hint,
-                 "paths are relative to the folder ./train is called in; make demo (scripts/make_shapes.py) and make "
-                 "demo-emoji (scripts/make_emoji.py) make the demos' data");
+        snprintf(err->hint, sizeof err->hint, "paths are relative to the folder ./train is called in%s",
+                 strncmp(c->data.source[i].path, ".cache/", 7)
+                     ? ""
+                     : "; make demo (scripts/make_shapes.py), make demo-emoji "
+                       "and make demo-icons make the demos' data");
       return error_prefix(err, "data.sources[%d]", i);
     }
     t->weight[i] = c->data.source[i].weight;
@@ -126,6 +128,23 @@ static int open_tokenizer(Trainer *t, int continues, Error *err) {
 
 #define OTHER_CHECKPOINT "name another one; --resume takes the newest valid one of a run"
 
+// --from and --init take a checkpoint: where the folder of a run was given, the hint names the newest in it. Returns
+// -1.
+static int hint_checkpoint_of_run(const char *given, Error *err) {
+  Checkpoint *newest = NULL;
+  Error none;
+  int64_t below = INT64_MAX;
+  char *config = xasprintf("%s/config.json", given), *state = xasprintf("%s/state.json", given);
+  if (access(config, F_OK) == 0 && access(state, F_OK) != 0 && checkpoint_find(given, &below, &newest, &none) > 0) {
+    error_set(err, NULL, "%s is the folder of a run, not a checkpoint", given);
+    snprintf(err->hint, sizeof err->hint, "its newest is %s", newest->dir);
+    checkpoint_close(newest);
+  }
+  free(state);
+  free(config);
+  return -1;
+}
+
 // Opens the checkpoint that the options ask for; *c stays NULL where they ask for none or --resume finds none. *below
 // as in checkpoint_find.
 static int open_checkpoint(const Trainer *t, Checkpoint **c, int64_t *below, Error *err) {
@@ -134,8 +153,9 @@ static int open_checkpoint(const Trainer *t, Checkpoint **c, int64_t *below, Err
   *c = NULL;
   if (given) {
     *c = checkpoint_open(given, err);
-    if (!*c && !err->hint[0]) snprintf(err->hint, sizeof err->hint, OTHER_CHECKPOINT);
-    return *c ? 0 : -1;
+    if (*c) return 0;
+    if (!err->hint[0]) snprintf(err->hint, sizeof err->hint, OTHER_CHECKPOINT);
+    return hint_checkpoint_of_run(given, err);
   }
   if (!o->resume && !uses_checkpoint(o)) return 0;
   int found = checkpoint_find(t->run, below, c, err);

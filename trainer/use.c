@@ -223,7 +223,10 @@ int trainer_evaluate(Trainer *t, Error *err) {
   for (int i = 0; i < n; i++) captions[i] = t->held_out[i].caption;
   Drawings d = {.image = xcalloc((size_t)n, sizeof *d.image), .caption = captions, .n = n, .count = 1};
   int bad = trainer_draw_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
-  if (!bad && !options_out_is_file(t->options->out)) bad = write_real(t->config, t->held_out, &d, t->options->out, err);
+  bool sheet = options_out_is_file(t->options->out);
+  if (!bad && !sheet) bad = write_real(t->config, t->held_out, &d, t->options->out, err);
+  if (!bad)
+    log_info("drawn: %d held-out captions in %s%s", n, t->options->out, sheet ? "" : ", the real images in real/");
   drawings_free(&d);
   free(captions);
   return bad;
