@@ -274,12 +274,10 @@ static void test_json(void **state) {
   world_close(&w);
 }
 
-static void file_write(const char *folder, const char *name, const void *bytes, size_t n) {
+static void file_in(const char *folder, const char *name, const void *bytes, size_t n) {
+  Error err;
   char *path = xasprintf("%s/%s", folder, name);
-  FILE *f = fopen(path, "wb");
-  assert_non_null(f);
-  assert_int_equal(fwrite(bytes, 1, n, f), n);
-  fclose(f);
+  if (file_write(path, bytes, n, &err) != 0) fail_msg("%s", err.text);
   free(path);
 }
 
@@ -297,12 +295,12 @@ static void test_items_load(void **state) {
     size_t n;
     uint8_t *png = image_encode_png(&image, &n, &err);
     assert_non_null(png);
-    file_write(folder, name, png, i == 4 ? 50 : n); // one has a header and hardly a pixel
+    file_in(folder, name, png, i == 4 ? 50 : n); // one has a header and hardly a pixel
     snprintf(index + strlen(index), sizeof index - strlen(index), "%s\tcaption %d\n", name, i);
     free(png);
     image_free(&image);
   }
-  file_write(folder, "captions.tsv", index, strlen(index));
+  file_in(folder, "captions.tsv", index, strlen(index));
   Source *source = source_open("folder", folder, NULL, &err);
   if (!source) fail_msg("%s", err.text);
   HeldOut *list;

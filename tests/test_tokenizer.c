@@ -36,11 +36,9 @@ static int files_end(void **state) {
   return 0;
 }
 
-static void file_write(const char *text) {
-  FILE *f = fopen(file_path, "wb");
-  assert_non_null(f);
-  fputs(text, f);
-  fclose(f);
+static void merges_write(const char *text) {
+  Error err;
+  if (file_write(file_path, text, strlen(text), &err) != 0) fail_msg("%s", err.text);
 }
 
 static void expect_ids(const Tokenizer *t, const char *text, int n, const int32_t *want) {
@@ -113,7 +111,7 @@ static void test_byte_order(void **state) {
 static void test_small_table(void **state) {
   (void)state;
   Error err;
-  file_write(SMALL);
+  merges_write(SMALL);
   Tokenizer *t = tokenizer_load(file_path, 400, &err);
   assert_non_null(t);
   assert_int_equal(tokenizer_used(t), 264);
@@ -137,7 +135,7 @@ static void test_small_table(void **state) {
 static void test_specials_are_silent(void **state) {
   (void)state;
   Error err;
-  file_write(SMALL);
+  merges_write(SMALL);
   Tokenizer *t = tokenizer_load(file_path, 400, &err);
   const int32_t ids[] = {396, 259, 398, 399, 264, 395, -1, 400, 1 << 30, 260, 397};
   size_t n;
@@ -185,7 +183,7 @@ static void test_words(void **state) {
 static void test_invalid_utf8(void **state) {
   (void)state;
   Error err;
-  file_write(SMALL);
+  merges_write(SMALL);
   Tokenizer *t = tokenizer_load(file_path, 400, &err);
   const int32_t ff = 187, c3 = 94 + 12 + (0xC3 - 0xAE);
   expect_ids(t, "hello\xffhello", 3, (const int32_t[]){259, ff, 259});
@@ -216,7 +214,7 @@ static Tokenizer *trained(int vocab) {
 static void test_round_trip(void **state) {
   (void)state;
   Error err;
-  file_write(SMALL);
+  merges_write(SMALL);
   Tokenizer *t[3] = {tokenizer_load(NULL, 260, &err), tokenizer_load(file_path, 400, &err), trained(320)};
   for (int trial = 0; trial < 3000; trial++) {
     size_t n = trial < 5 ? (size_t)trial : rng() % 300;
@@ -399,7 +397,7 @@ static void test_bad_files(void **state) {
   };
   for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
     Error err = {0};
-    file_write(bad[i].text);
+    merges_write(bad[i].text);
     assert_null(tokenizer_load(file_path, 400, &err));
     assert_non_null(strstr(err.text, bad[i].says));
     assert_non_null(strstr(err.text, file_path));
@@ -409,7 +407,7 @@ static void test_bad_files(void **state) {
   assert_non_null(strstr(err.text, "/nonexistent/vocab.bpe"));
   assert_null(tokenizer_load(NULL, 259, &err));
   assert_null(tokenizer_load(NULL, -5, &err));
-  file_write("a b\r\nab c\r\n"); // line ends of another system, no version line: fine
+  merges_write("a b\r\nab c\r\n"); // line ends of another system, no version line: fine
   Tokenizer *t = tokenizer_load(file_path, 400, &err);
   assert_non_null(t);
   assert_int_equal(tokenizer_used(t), 258);
@@ -420,7 +418,7 @@ static void test_bad_files(void **state) {
 static void test_long_word(void **state) {
   (void)state;
   Error err;
-  file_write("a a\naa aa\naaaa aaaa\n\xc3\x83 \xc2\xa9\n");
+  merges_write("a a\naa aa\naaaa aaaa\n\xc3\x83 \xc2\xa9\n");
   Tokenizer *t = tokenizer_load(file_path, 400, &err);
   size_t n = 1500000;
   char *text = xmalloc(n);
