@@ -21,15 +21,6 @@ fuzz_cc=${FUZZ_CC:-clang}
 # shellcheck source=tests/count.sh
 . tests/count.sh
 
-# Held-out captions of the 3500-step run, drawn: what does the nearest template show?
-drawings() {
-  local templates=.cache/shapes/templates.tar
-  [ -f "$templates" ] || scripts/make_shapes.py --templates "$templates" || return 1
-  "$build/train" "$long/shapes-3500" --eval --set eval.samples=64 --out "$long/drawings" || return 1
-  "$python" scripts/nearest_template.py "$long/drawings" "$templates" \
-    --at-least color=.9 position=.9 background=.9
-}
-
 # Real images: the right caption among 16, for images that were trained on.
 emoji() {
   if ! [ -f .cache/emoji/emoji.tar ] && ! scripts/make_emoji.py .cache/emoji; then
@@ -95,7 +86,7 @@ can_fuzz() {
 rm -rf "$long" && mkdir -p "$long"
 check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
 check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
-check drawings drawings
+check drawings tests/drawings.sh "$build" "$long/shapes-3500" "$long/drawings"
 check mutants "$python" tests/mutants.py "$build"
 check emoji emoji
 check emoji_fill tests/emoji_fill.sh "$build"
