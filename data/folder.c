@@ -140,7 +140,12 @@ static void pictures_skip(Folder *folder, const PathList *files) {
 static int folder_list(Folder *folder, const char *path, PathList *files, PathList *folders, Error *err) {
   *files = *folders = (PathList){0};
   DIR *open = opendir(path);
-  if (!open) return error_set(err, "check data.sources[].path", "cannot open the folder %s: %s", path, strerror(errno));
+  if (!open)
+    return error_set(err,
+                     errno == ENOTDIR ? "name the folder that the pictures and their list are in; a .tar is of type "
+                                        "webdataset, a .txt or .jsonl of texts of type text"
+                                      : "check data.sources[].path",
+                     "cannot open the folder %s: %s", path, strerror(errno));
   for (struct dirent *e; (e = readdir(open));) {
     if (e->d_name[0] == '.' || strcmp(e->d_name, "__MACOSX") == 0) continue;
     char *full = xasprintf("%s/%s", path, e->d_name);

@@ -157,8 +157,11 @@ static int folder_add_files(const char *path, const char *suffix, const char *su
       path_list_add(out, xasprintf("%s/%s", path, e->d_name));
   closedir(folder);
   if (out->count > before) return 0;
-  return error_set(err, "check data.sources[].path", "no file in %s ends in %s%s%s", path, suffix,
-                   strcmp(suffix, suffix2) ? " or " : "", strcmp(suffix, suffix2) ? suffix2 : "");
+  return error_set(err,
+                   strcmp(suffix, ".tar") == 0 ? "a folder of pictures with their captions is of type folder"
+                                               : "check data.sources[].path",
+                   "no file in %s ends in %s%s%s", path, suffix, strcmp(suffix, suffix2) ? " or " : "",
+                   strcmp(suffix, suffix2) ? suffix2 : "");
 }
 
 static int path_add_files(const char *path, const char *suffix, const char *suffix2, PathList *out, Error *err) {

@@ -24,6 +24,16 @@ for flag in --lr --learning-rate --train.lr; do
   refused "unknown flag $flag" configs/demo.json $flag 1e-3
   grep -q 'hint: --set train.lr=VALUE' "$dir/out"
 done
+refused 'unknown flag --steps=100' configs/demo.json --steps=100
+grep -q 'hint: .* two words: --steps 100$' "$dir/out"
+for out in cat.jpg cat.WEBP; do
+  refused "drawings are PNG files" configs/demo.json --sample x --out "$dir/no/$out"
+done
+refused "cannot write $dir/no/x.PNG: No such file" configs/demo.json --sample x --out "$dir/no/x.PNG"
+refused 'cannot open the folder README.md' configs/demo.json --set 'data.sources=[{"type":"folder","path":"README.md"}]'
+grep -q 'hint: .* a .tar is of type webdataset' "$dir/out"
+refused 'no file in docs ends in .tar' configs/demo.json --set 'data.sources=[{"type":"webdataset","path":"docs"}]'
+grep -q 'hint: .* is of type folder' "$dir/out"
 refused 'a second config on the command line: black' configs/demo.json --sample a black cat
 grep -q 'hint: .*in quotes' "$dir/out"
 refused 'needs a value' configs/demo.json --steps

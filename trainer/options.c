@@ -1,5 +1,7 @@
 #include "trainer/options.h"
 
+#include "data/paths.h"
+#include "data/sample_files.h"
 #include "model/config.h"
 
 #include <errno.h>
@@ -55,7 +57,12 @@ static int parse_number(const char *flag, const char *value, int64_t *out, Error
 static int unknown_flag(const char *flag, Error *err) {
   char hint[sizeof err->hint] = "./train --help lists all of them; --set KEY=VALUE reaches any key";
   const char *key = config_key_meant(flag + strspn(flag, "-"));
-  if (key) snprintf(hint, sizeof hint, "--set %s=VALUE sets that key; ./train --help lists flags and keys", key);
+  const char *equals = strchr(flag, '=');
+  if (equals)
+    snprintf(hint, sizeof hint, "a flag and its value are two words: %.*s %.100s", (int)min_i64(equals - flag, 100),
+             flag, equals + 1);
+  else if (key)
+    snprintf(hint, sizeof hint, "--set %s=VALUE sets that key; ./train --help lists flags and keys", key);
   return error_set(err, hint, "unknown flag %s", flag);
 }
 
@@ -121,15 +128,17 @@ int options_parse(Options *o, int argc, char **argv, Error *err) {
     return error_set(err, "they time the steps of a run that trains", "--profile and --trace go with training alone");
   if (o->out && !o->sample && !o->eval)
     return error_set(err, "--sample \"a caption\" --out FILE.png", "--out goes with --sample or --eval");
+  FileKind kind = o->out ? file_kind(o->out) : FILE_OTHER;
+  if ((kind == FILE_PICTURE || kind == FILE_PICTURE_OTHER) && !options_out_is_file(o->out))
+    return error_set(err, "name a .png, or a folder, which gets a PNG for each drawing",
+                     "--out %s: drawings are PNG files", o->out);
   if (o->count > 1 && !o->sample)
     return error_set(err, "--sample \"a caption\" --count 8", "--count goes with --sample");
   return 0;
 }
 
 bool options_out_is_file(const char *out) {
-  static const char suffix[] = ".png";
-  size_t n = strlen(out), k = sizeof suffix - 1;
-  return n >= k && strcmp(out + n - k, suffix) == 0;
+  return path_ends(out, ".png");
 }
 
 // What is in the way of writing a file, or of making a folder with its parents and files in it; 0: nothing. `made`: a
