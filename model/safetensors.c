@@ -161,7 +161,7 @@ static int read_header(SafeFile *f, const char *path, Error *err) {
 }
 
 static int map_file(struct SafeMap *map, const char *path, Error *err) {
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe would wait for its writer
   struct stat st;
   if (fd < 0 || fstat(fd, &st) != 0) {
     error_set(err, "check the path", "cannot open %.300s: %s", path, strerror(errno));

@@ -435,6 +435,15 @@ def test_signals(work, reference, rng):
         verify(run, reference, step)
         Trainer(run, "--resume", "--stop-at", STEPS).end(0)
         same(run, STEPS, reference)
+    # A machine that shuts down ends the terminal's session, then asks every process to end. The save lasts longer.
+    run = work / "shut-down"
+    trainer = Trainer(run, "--stop-at", 10 * STEPS, disk={"SLOW_DISK_MB_S": "40"}, checkpoint__every=0)
+    trainer.wait_log("step +2 ")
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        trainer.signal(number)
+        time.sleep(0.05)
+    log = trainer.end(-signal.SIGHUP, "stopped by a signal after step")
+    check(checkpoints(run) == [int(re.search(r"stopped by a signal after step (\d+)", log)[1])], f"{run}: {log}")
     return "SIGINT and SIGTERM save and end the process, a second one at once"
 
 

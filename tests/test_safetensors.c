@@ -630,6 +630,11 @@ static void damage_is_found(void **state) {
     assert_int_equal(unlink(path), 0);
     assert_null(open_whole(dir, &err));
     assert_newest(1);
+    assert_int_equal(mkfifo(path, 0600), 0); // nobody ever writes into it
+    alarm(20);
+    assert_newest(1);
+    alarm(0);
+    assert_int_equal(unlink(path), 0);
     write_bytes(path, bytes, n);
     assert_newest(2);
     free(bytes);

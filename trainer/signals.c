@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 static volatile sig_atomic_t stop_signal; // the first that came
+static volatile sig_atomic_t asked;       // somebody asked for the end
 
 // Ends the process by a signal's default action: in its handler as soon as that returns.
 static void die_by(int number) {
@@ -13,14 +14,13 @@ static void die_by(int number) {
 }
 
 static void ask_stop(int number) {
-  if (stop_signal)
-    die_by(number);
-  else
-    stop_signal = number;
+  if (asked) die_by(number);
+  asked = 1;
+  if (!stop_signal) stop_signal = number;
 }
 
 // The terminal or the reader of the log is gone. Both may say so several times (the kernel and the shell each send
-// SIGHUP, every lost line brings SIGPIPE), which asks for no more haste than once.
+// SIGHUP, every lost line brings SIGPIPE), and a machine that shuts down sends SIGTERM too: no more haste than once.
 static void note_hangup(int number) {
   if (!stop_signal) stop_signal = number;
 }

@@ -6,7 +6,7 @@
 #include "base/base.h"
 
 // From here on SIGINT, SIGTERM, SIGHUP and SIGPIPE are remembered, but for those that are ignored already: a job in the
-// background, or under nohup. After one of them SIGINT and SIGTERM end the process at once.
+// background, or under nohup. A second SIGINT or SIGTERM ends the process at once.
 void signals_catch(void);
 // The signal that came, 0: none.
 int signals_stop(void);
