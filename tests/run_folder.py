@@ -101,6 +101,20 @@ def test_going_back_to_what_was_given_up(runs):
     check(runs.checkpoints("again") == [2, 5], f"checkpoints {runs.checkpoints('again')}, not 2 and 5")
 
 
+def test_refused_for_its_data(runs):
+    """A run that is refused when all else is ready leaves settings and checkpoints as they were."""
+    def files():
+        found = (path for path in (runs.folder / "again").rglob("*") if path.is_file() and path.name != "lock")
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
+    for flags in (("--resume",), ("--from", runs.folder / "again/ckpt-2")):
+        runs.refuse("again", "the data is not what it was", *flags, "--set", "data.held_out=0.3")
+        after = files()
+        changed = [str(path) for path in {*before, *after} if before.get(path) != after.get(path)]
+        check(not changed, f"{flags}: a refused run changed {changed}")
+
+
 def test_fresh_start(runs):
     """A folder with a run's checkpoints is refused to whoever would begin anew in it, and left as it is; names that are
     no checkpoint's are none to anybody."""
@@ -289,8 +303,8 @@ def main():
         if not (ROOT / ".cache/shapes/shapes.tar").exists():
             subprocess.run(["scripts/make_shapes.py", ".cache/shapes/shapes.tar"], cwd=ROOT, check=True)
         runs = Runs(sys.argv[1], folder)
-        for test in (test_missed_evaluation, test_going_back, test_going_back_again, test_going_back_to_what_was_given_up,
-                     test_fresh_start,
+        for test in (test_missed_evaluation, test_going_back, test_going_back_again,
+                     test_going_back_to_what_was_given_up, test_refused_for_its_data, test_fresh_start,
                      test_long_metrics, test_text_alone, test_padding, test_overview, test_changes, test_seconds,
                      test_terminal, test_narrow_terminal):
             test(runs)

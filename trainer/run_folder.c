@@ -92,25 +92,27 @@ static int set_aside_others(const char *run, const char *given, int64_t step, Er
   return rc;
 }
 
-int run_folder_prepare(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
-                       Error *err) {
+static bool continues_own(const char *run, const Options *o) {
+  return o->resume || (o->from && is_own(run, o->from));
+}
+
+int run_folder_lock(const char *run, const Options *o, Error *err) {
   char *samples = xasprintf("%s/samples", run);
   int lock = folder_make(samples, err) == 0 ? run_lock(run, err) : -1;
   free(samples);
-  if (lock < 0) return -1;
-  bool continues = o->resume || (o->from && is_own(run, o->from));
-  if (!continues && count_checkpoints(run) > 0) {
-    close(lock);
-    return error_set(err,
-                     "--resume goes on from the newest, --from CKPT from one of them, --run-dir trains elsewhere; or "
-                     "remove the folder",
-                     "%s already holds checkpoints of a run", run);
-  }
-  // --resume took the newest valid one: what is newer is damaged and stays for the next save to replace.
-  int bad = continues && o->from && set_aside_others(run, o->from, step, err) != 0;
-  if (!bad && save_tokenizer(tokenizer, run, err) == 0 && save_config(c, run, err) == 0) return lock;
+  if (lock < 0 || continues_own(run, o) || count_checkpoints(run) == 0) return lock;
   close(lock);
-  return -1;
+  return error_set(err,
+                   "--resume goes on from the newest, --from CKPT from one of them, --run-dir trains elsewhere; or "
+                   "remove the folder",
+                   "%s already holds checkpoints of a run", run);
+}
+
+int run_folder_begin(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
+                     Error *err) {
+  // --resume took the newest valid one: what is newer is damaged and stays for the next save to replace.
+  if (o->from && continues_own(run, o) && set_aside_others(run, o->from, step, err) != 0) return -1;
+  return save_tokenizer(tokenizer, run, err) == 0 ? save_config(c, run, err) : -1;
 }
 
 void run_folder_name_changes(const Config *c, const char *checkpoint) {

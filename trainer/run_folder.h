@@ -6,13 +6,16 @@
 #include "model/config.h"
 #include "trainer/options.h"
 
-// Creates the folder and its samples/, takes its lock, and writes config.json and tokenizer.bpe, each whole or not at
-// all. A folder that already has checkpoints is refused unless the run continues one of them (--resume, or --from one
-// of its own). With --from those of later steps than `step`, which this run will make again, are set aside (renamed to
-// set-aside-ckpt-N, with a further number where that exists). Returns the lock's descriptor, to be closed at the end,
-// or -1 with *err set.
-int run_folder_prepare(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
-                       Error *err);
+// Creates the folder and its samples/ and takes its lock. A folder that already has checkpoints is refused unless the
+// run continues one of them (--resume, or --from one of its own). Returns the lock's descriptor, to be closed at the
+// end, or -1 with *err set.
+int run_folder_lock(const char *run, const Options *o, Error *err);
+// Makes the locked folder that of the run which begins now at `step`; called when nothing can refuse it any more. With
+// --from, checkpoints that are not of the past of the one named are set aside (renamed to set-aside-ckpt-N, with a
+// further number where that exists): this run will make them again. Writes config.json and tokenizer.bpe, each whole
+// or not at all. 0, or -1 with *err set.
+int run_folder_begin(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
+                     Error *err);
 
 // Warns of the settings that are not those which the run of a checkpoint had so far: its config.json lies beside it.
 void run_folder_name_changes(const Config *c, const char *checkpoint);

@@ -585,13 +585,15 @@ int trainer_train(Trainer *t, Error *err) {
     return 0;
   }
   signals_catch();
-  t->lock = run_folder_prepare(t->run, c, t->options, t->tokenizer, from, err);
+  t->lock = run_folder_lock(t->run, t->options, err);
   if (t->lock < 0) return -1;
+  // What may refuse the run comes first: one that is refused leaves the folder as it was.
   Loader *loader = open_loader(t, err);
-  Report *report = loader ? report_open(t->run, from, c->train.steps, err) : NULL;
-  if (report && !trained) t->saver = saver_open(&t->engine, t->run, err);
-  if (!report || (!trained && !t->saver)) {
-    report_close(report);
+  Report *report = NULL;
+  if (loader && !trained) t->saver = saver_open(&t->engine, t->run, err);
+  if (loader && (trained || t->saver) && run_folder_begin(t->run, c, t->options, t->tokenizer, from, err) == 0)
+    report = report_open(t->run, from, c->train.steps, err);
+  if (!report) {
     loader_close(loader);
     return -1;
   }
