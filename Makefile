@@ -242,6 +242,7 @@ lint: | probes
 clean:
 	rm -rf build build-sanitize build-thread build-coverage build-fuzz train
 help:
-	@sed -n '1,5p' Makefile | sed 's/^# //'
+	@sed -n '/^#/!q; s/^# //p' Makefile
+	@sed -n '/^| `make[` ]/s/^| \(.*\) | \(.*\) |$$/  \1: \2/p' README.md | tr -d '`'
 
 -include $(shell find $(BUILD) $(FUZZ_BUILD) -name '*.d' 2>/dev/null)
