@@ -42,3 +42,13 @@ void floats_to(const float *x, size_t element, int64_t n, void *elements) {
   else
     for (int64_t i = 0; i < n; i++) wide[i] = (double)x[i];
 }
+
+void queue_copy(const Backend *b, Lane lane, void *to, const void *from, size_t bytes) {
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  b->fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args, .stream = b->queues->stream(lane)});
+}
+
+void host_copy(void *to, const void *from, size_t bytes) {
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  backend_cpu.fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args});
+}

@@ -441,6 +441,10 @@ int config_max_images(const Config *c) {
   return c->data.micro_batch_tokens / (tokens + 1);
 }
 
+SaveCopy config_save_copy(const Config *c) {
+  return c->checkpoint.copy == COPY_AUTO && !c->checkpoint.every ? COPY_NEVER : c->checkpoint.copy;
+}
+
 FlowTimes config_flow_times(const Config *c) {
   return (FlowTimes){.mean = c->flow.t_mean, .std = c->flow.t_std, .uniform = c->flow.t_uniform};
 }

@@ -190,6 +190,8 @@ int config_max_document(const Config *c);
 // data.max_images with 0 resolved: square: T / (tokens of an image + 1), which no pack exceeds, since every image has
 // a boi; aspect: the same for images of half the cap. The modulation table has one row more.
 int config_max_images(const Config *c);
+// checkpoint.copy, which is never where auto has nothing to gain: the only save is the one that ends the run.
+SaveCopy config_save_copy(const Config *c);
 // How flow times are drawn.
 FlowTimes config_flow_times(const Config *c);
 // How images become patch grids.

@@ -6,7 +6,7 @@
 // No CPU computes such a step in time. So the same documents are computed as one pack of 262144 slots and as eight
 // packs of 32768, whose losses and gradients add up to the same; the one document is held against its own beginning,
 // which sees nothing of what follows, and its gradient against differences of its loss.
-#include "trainer/slab_writer.h"
+#include "trainer/slab.h"
 
 #include "base/base.h"
 #include "base/philox.h"

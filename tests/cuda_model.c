@@ -8,7 +8,7 @@
 // second replay that chooses freely. Then: that replay has the same bits as graphs, and graphs under random memory
 // policies, with their copies delayed at random, have the same gradient bits as keeping everything.
 #include "tests/cuda_shapes.h"
-#include "trainer/engine.h"
+#include "trainer/slab.h"
 
 #include "base/base.h"
 

@@ -550,6 +550,7 @@ def _():  # on a slow disk training waits for the writing, or for the copy alone
         stood, written = re.search(r"step 1: training stood still ([\d.]+) ms, .* after ([\d.]+) s", log).groups()
         assert (float(stood) / 1e3 > float(written) / 2) == waits, log
         assert ("copy for checkpoints" in plan(sets)) != waits
+    assert "copy for checkpoints" not in plan({"checkpoint.every": 0})  # nothing is trained after the only save
 
 
 MEMORY = {"data.micro_batch_tokens": 4096, "data.max_images": 100}  # activations are most of it

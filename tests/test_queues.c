@@ -9,7 +9,7 @@
 #include "model/optimizer.h"
 #include "tests/model_case.h"
 #include "tests/queued_cpu.h"
-#include "trainer/slab_writer.h"
+#include "trainer/slab.h"
 
 #include "base/base.h"
 
@@ -17,8 +17,8 @@
 #include <string.h>
 
 enum { VARIANTS = 5, STEPS = 4, MICRO = 3, PACKS = STEPS * MICRO };
-static const Space state_spaces[] = {SPACE_WEIGHTS, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
-enum { STATE_SPACES = sizeof state_spaces / sizeof *state_spaces };
+static const Space spaces[] = {SPACE_WEIGHTS, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
+enum { SPACES = sizeof spaces / sizeof *spaces };
 
 // A model and the packs of a short run.
 typedef struct World {
@@ -29,8 +29,8 @@ typedef struct World {
 
 // What a run leaves.
 typedef struct Outcome {
-  real *state[STATE_SPACES]; // [parameters] each
-  double *metrics[STEPS];    // of each step
+  real *state[SPACES];    // [parameters] each
+  double *metrics[STEPS]; // of each step
   UpdateStatus status[STEPS];
   double seconds[STEPS]; // of each step
   double elapsed;        // with queues: what the device's clock says all steps took
@@ -60,7 +60,7 @@ static void world_close(World *w) {
 }
 
 static void outcome_free(Outcome *o) {
-  for (int s = 0; s < STATE_SPACES; s++) free(o->state[s]);
+  for (int s = 0; s < SPACES; s++) free(o->state[s]);
   for (int s = 0; s < STEPS; s++) free(o->metrics[s]);
   free(o->nll);
 }
@@ -130,9 +130,9 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   }
   collect(&e, &o, &state, STEPS);
   o.elapsed += device_time();
-  for (int s = 0; s < STATE_SPACES; s++) {
+  for (int s = 0; s < SPACES; s++) {
     o.state[s] = xmalloc(o.elements * sizeof(real));
-    engine_slab_read(&e, state_spaces[s], o.state[s]);
+    engine_slab_read(&e, spaces[s], o.state[s]);
   }
   free(given);
   engine_free(&e);
@@ -141,7 +141,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
 
 static int outcomes_equal(const Outcome *a, const Outcome *b) {
   int same = memcmp(a->nll, b->nll, a->nll_bytes) == 0;
-  for (int s = 0; s < STATE_SPACES; s++) same &= memcmp(a->state[s], b->state[s], a->elements * sizeof(real)) == 0;
+  for (int s = 0; s < SPACES; s++) same &= memcmp(a->state[s], b->state[s], a->elements * sizeof(real)) == 0;
   for (int s = 0; s < STEPS; s++) {
     same &= memcmp(a->metrics[s], b->metrics[s], a->metrics_bytes) == 0;
     same &= memcmp(&a->status[s], &b->status[s], sizeof a->status[s]) == 0;
@@ -245,15 +245,15 @@ static int slabs_arrive(World *w, int master_rest, QueuedFault fault, uint64_t s
   assert_non_null(writer);
   for (int64_t first = 0, n; first < total; first += n) {
     n = min_i64(1 + first % PIECE, total - first);
-    for (int s = 0; s < STATE_SPACES; s++) {
+    for (int s = 0; s < SPACES; s++) {
       memcpy(given, want + first, (size_t)n * sizeof *given);
-      slab_writer_put(writer, state_spaces[s], first, n, given);
+      slab_writer_put(writer, spaces[s], first, n, given);
       memset(given, 0xFF, PIECE * sizeof *given);
     }
   }
   slab_writer_close(writer);
-  for (int s = 0; s < STATE_SPACES; s++) {
-    engine_slab_read(&e, state_spaces[s], got);
+  for (int s = 0; s < SPACES; s++) {
+    engine_slab_read(&e, spaces[s], got);
     same &= memcmp(got, want, bytes) == 0;
   }
   engine_free(&e);

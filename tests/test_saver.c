@@ -10,6 +10,7 @@
 #include "base/philox.h"
 #include "tests/queued_cpu.h"
 #include "trainer/saver.h"
+#include "trainer/slab.h"
 
 #include <ftw.h>
 #include <omp.h>

@@ -4,6 +4,7 @@
 #include "base/text_out.h"
 #include "model/safetensors.h"
 #include "trainer/losses.h"
+#include "trainer/slab.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -416,11 +416,6 @@ const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int
   return NULL;
 }
 
-static void queue_copy(const Backend *b, Lane lane, void *to, const void *from, size_t bytes) {
-  OpArgs args = {.span = {.count = (int64_t)bytes}};
-  b->fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args, .stream = b->queues->stream(lane)});
-}
-
 // The pack travels while the compute lane is busy with what it was given before, and is copied to its place when the
 // lane gets there.
 static void stage_pack(Engine *e, const void *pack, size_t bytes) {
@@ -493,117 +488,39 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   free(wide);
 }
 
-int engine_joins(const Engine *e, Space space) {
-  return space == SPACE_WEIGHTS && e->model.backend->master_rest;
-}
-
-void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch) {
-  const Backend *b = e->model.backend;
-  size_t element = b->dtype_bytes[DT_REAL], half = sizeof(uint16_t), n = (size_t)count;
-  const char *from = e->bases.of[space], *rest = e->bases.of[SPACE_REST];
-  if (!engine_joins(e, space)) {
-    b->download(out, from + (size_t)first * element, n * element);
-    return;
-  }
-  uint16_t *weight = scratch, *lower = weight + n;
-  b->download(weight, from + (size_t)first * half, n * half);
-  if (rest) b->download(lower, rest + (size_t)first * half, n * half);
-  masters_join(weight, rest ? lower : NULL, count, out);
-}
-
-void engine_slab_read(const Engine *e, Space space, void *out) {
-  int64_t n = e->model.params.total;
-  void *scratch = engine_joins(e, space) ? xmalloc((size_t)n * sizeof(float)) : NULL;
-  engine_slab_read_part(e, space, 0, n, out, scratch);
-  free(scratch);
-}
-
-void engine_slab_write(Engine *e, Space space, const void *from) {
-  const Backend *b = e->model.backend;
-  int64_t n = e->model.params.total;
-  if (space != SPACE_WEIGHTS || !b->master_rest) {
-    b->upload(e->bases.of[space], from, (size_t)n * b->dtype_bytes[DT_REAL]);
-    return;
-  }
-  uint16_t *weight = xmalloc((size_t)n * sizeof *weight), *rest = xmalloc((size_t)n * sizeof *rest);
-  const float *master = from;
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) master_split(master[i], &weight[i], &rest[i]);
-  b->upload(e->bases.of[SPACE_WEIGHTS], weight, (size_t)n * sizeof *weight);
-  if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], rest, (size_t)n * sizeof *rest);
-  free(weight);
-  free(rest);
-}
+const Space state_spaces[STATE_SPACES] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
 
 int64_t engine_state_bytes(const Engine *e) {
-  return e->bytes[SPACE_WEIGHTS] + e->bytes[SPACE_REST] + e->bytes[SPACE_ADAM_M] + e->bytes[SPACE_ADAM_V] +
-         e->bytes[SPACE_EMA];
-}
-
-int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
-  const Backend *b = e->model.backend;
-  if (!b->queues || e->pinned.stage_bytes) return 0;
-  for (int k = 0; k < 2; k++)
-    if (!(e->pinned.stage[k] = b->host_alloc((size_t)bytes)))
-      return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for checkpoints");
-  e->pinned.stage_bytes = bytes;
-  return 0;
-}
-
-static void host_copy(void *to, const void *from, size_t bytes) {
-  OpArgs args = {.span = {.count = (int64_t)bytes}};
-  backend_cpu.fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args});
-}
-
-// While one piece travels to the host, the one before is copied to its place: memory of this size cannot be pinned
-// within a run's first steps, and the processors keep up with the link.
-void engine_slab_copy(Engine *e, Space space, void *out) {
-  const Backend *b = e->model.backend;
-  const Queues *q = b->queues;
-  const char *from = e->bases.of[space];
-  int64_t bytes = e->bytes[space], piece = e->pinned.stage_bytes;
-  if (!q) {
-    host_copy(out, from, (size_t)bytes);
-    return;
-  }
-  q->record(LANE_COMPUTE, EVENT_SLAB_FREE);
-  q->wait(LANE_D2H, EVENT_SLAB_FREE);
-  for (int64_t at = 0, i = 0; at - piece < bytes; at += piece, i++) {
-    int64_t before = at - piece; // where the piece before begins
-    if (at < bytes) {
-      queue_copy(b, LANE_D2H, e->pinned.stage[i % 2], from + at, (size_t)min_i64(bytes - at, piece));
-      q->record(LANE_D2H, EVENT_STAGED + (int)(i % 2));
-    }
-    if (i == 0) continue;
-    q->finish(EVENT_STAGED + (int)((i - 1) % 2));
-    host_copy((char *)out + before, e->pinned.stage[(i - 1) % 2], (size_t)min_i64(bytes - before, piece));
-  }
+  int64_t sum = 0;
+  for (int i = 0; i < STATE_SPACES; i++) sum += e->bytes[state_spaces[i]];
+  return sum;
 }
 
 void *engine_slab(const Engine *e, Space space) {
   return e->bases.of[space];
 }
 
+#define OF_HOST " of the host, not in the total"
+
+// A row of the memory table; `note` is text behind it.
+static void print_row(FILE *f, const char *label, int64_t bytes, const char *note) {
+  fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", label, (long long)bytes, (double)bytes / 1e6, note);
+}
+
 void engine_print_plan(const Engine *e, FILE *f) {
+  const Config *c = e->config;
   fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s\n",
-          (double)e->model.params.parameters / 1e6, e->slots, e->segments, e->config->train.micro_batches,
+          (double)e->model.params.parameters / 1e6, e->slots, e->segments, c->train.micro_batches,
           memory_policy_name[e->chosen]);
-  for (int s = 0; s < SPACE_COUNT; s++) {
-    if (!e->bytes[s]) continue;
-    fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", space_label[s], (long long)e->bytes[s], (double)e->bytes[s] / 1e6,
-            counts(e, (Space)s) ? "" : " of the host, not in the total");
-  }
-  if (e->first.program) {
-    int64_t ahead = loader_packs(e->config->train.micro_batches, e->config->data.threads) * e->bytes[SPACE_STAGING];
-    fprintf(f, "  %-24s %14lld bytes  %9.3f MB of the host, not in the total\n", "packs decoded ahead",
-            (long long)ahead, (double)ahead / 1e6);
-  }
-  int64_t total = total_bytes(e);
-  fprintf(f, "  %-24s %14lld bytes  %9.3f MB\n", "total", (long long)total, (double)total / 1e6);
-  int64_t copy = e->bytes[SPACE_ADAM_M] ? engine_state_bytes(e) : 0;
-  if (copy && e->config->checkpoint.copy != COPY_NEVER)
-    fprintf(f, "  %-24s %14lld bytes  %9.3f MB of the host, not in the total%s\n", "copy for checkpoints",
-            (long long)copy, (double)copy / 1e6,
-            e->config->checkpoint.copy == COPY_AUTO ? "; without that room a save holds up training" : "");
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (e->bytes[s]) print_row(f, space_label[s], e->bytes[s], counts(e, (Space)s) ? "" : OF_HOST);
+  if (e->first.program)
+    print_row(f, "packs decoded ahead", loader_packs(c->train.micro_batches, c->data.threads) * e->bytes[SPACE_STAGING],
+              OF_HOST);
+  print_row(f, "total", total_bytes(e), "");
+  SaveCopy copy = config_save_copy(c);
+  if (e->bytes[SPACE_ADAM_M] && copy != COPY_NEVER)
+    print_row(f, "copy for checkpoints", engine_state_bytes(e),
+              copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
   if (e->first.program) planner_print(e->first.program, f);
 }

@@ -70,8 +70,8 @@ char *engine_memory_text(const Engine *e);
 // Allocates the slabs (Adam's moments as zeros, all else with any content) and binds the programs.
 // -1 with *err naming what did not fit.
 int engine_allocate(Engine *e, Error *err);
-// The same in two parts: pinning a large host slab takes seconds, in which weights can be written (engine_slab_write,
-// slab_writer.h) but nothing replayed.
+// The same in two parts: pinning a large host slab takes seconds, in which weights can be written (trainer/slab.h)
+// but nothing replayed.
 int engine_allocate_begin(Engine *e, Error *err);
 int engine_allocate_end(Engine *e, Error *err);
 void engine_free(Engine *e);
@@ -103,22 +103,9 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
 // nothing is trained or saved meanwhile.
 void engine_use_ema(Engine *e, int ema);
 
-// A slab with an element a parameter (weights, EMA, moments, gradients) to and from the host, as DT_REAL; the weights
-// as their masters.
-void engine_slab_read(const Engine *e, Space space, void *out);
-void engine_slab_write(Engine *e, Space space, const void *from);
-// Elements [first, first + count) of a slab. `scratch` [4 count bytes] is used where engine_joins says so. May be
-// called by any thread, one at a time.
-void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);
-// Whether a slab's elements are put together of two as they are stored: the weight and its rest (kernels/master.h).
-int engine_joins(const Engine *e, Space space);
-
-// Allocates what engine_slab_copy passes through beside a device, twice `bytes`, unless that was done before. -1 with
-// *err when it cannot be had.
-int engine_stage_open(Engine *e, int64_t bytes, Error *err);
-// Copies a slab to host memory [bytes[space]] as it is stored, at the link's speed, by all threads.
-void engine_slab_copy(Engine *e, Space space, void *out);
-// Bytes of all slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA.
+// The slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA; and their bytes together.
+enum { STATE_SPACES = 5 };
+extern const Space state_spaces[STATE_SPACES];
 int64_t engine_state_bytes(const Engine *e);
 
 // Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.

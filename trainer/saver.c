@@ -3,6 +3,7 @@
 #include "base/machine.h"
 #include "base/thread.h"
 #include "kernels/master.h"
+#include "trainer/slab.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -16,8 +17,6 @@
 
 static const size_t PAGE = 4096, FIND_AT_ONCE = 16 << 20;
 static const int64_t STAGE = 32 << 20; // of a slab at a time on its way from a device
-static const Space stored[] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
-enum { STORED = sizeof stored / sizeof *stored };
 
 // A file of tensors and where those without data in host memory come from.
 typedef struct SavedFile {
@@ -74,7 +73,7 @@ static void join_thread(Saver *s) {
 static int take_copy(Saver *s, Error *err) {
   const int64_t *bytes = s->engine->bytes;
   size_t need = 0;
-  for (int i = 0; i < STORED; i++) need += page_round((size_t)bytes[stored[i]]);
+  for (int i = 0; i < STATE_SPACES; i++) need += page_round((size_t)bytes[state_spaces[i]]);
   int64_t room = machine_memory_left("");
   // An eighth is left for the data, its decoding and everybody else.
   void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
@@ -86,8 +85,8 @@ static int take_copy(Saver *s, Error *err) {
   madvise(p, need, MADV_HUGEPAGE);
   s->copy = p;
   s->copy_bytes = need;
-  for (size_t i = 0, at = 0; i < STORED; at += page_round((size_t)bytes[stored[i++]]))
-    if (bytes[stored[i]]) s->at[stored[i]] = s->copy + at;
+  for (size_t i = 0, at = 0; i < STATE_SPACES; at += page_round((size_t)bytes[state_spaces[i++]]))
+    if (bytes[state_spaces[i]]) s->at[state_spaces[i]] = s->copy + at;
   return 0;
 }
 
@@ -179,15 +178,14 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
   s->engine = e;
   s->run = run;
   pthread_mutex_init(&s->device, NULL);
-  SaveCopy copy = e->config->checkpoint.copy;
-  if (copy == COPY_AUTO && !e->config->checkpoint.every) copy = COPY_NEVER; // nothing is trained after the only save
+  SaveCopy copy = config_save_copy(e->config);
   int bad = copy != COPY_NEVER && (engine_stage_open(e, STAGE, err) != 0 || take_copy(s, err) != 0);
   if (bad && copy == COPY_AUTO) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
   }
-  for (int i = 0; !s->copy && !e->model.backend->queues && i < STORED; i++) // host memory, as it is
-    s->at[stored[i]] = engine_slab(e, stored[i]);
+  for (int i = 0; !s->copy && !e->model.backend->queues && i < STATE_SPACES; i++) // host memory, as it is
+    s->at[state_spaces[i]] = engine_slab(e, state_spaces[i]);
   if (bad || open_files(s, err) != 0) {
     saver_close(s);
     return NULL;
@@ -210,8 +208,8 @@ void saver_begin(Saver *s, const RunState *state, double began) {
   s->config = state_config(s->engine);
   s->pending = true;
   s->written = false;
-  for (int i = 0; s->copy && i < STORED; i++)
-    if (s->at[stored[i]]) engine_slab_copy(s->engine, stored[i], s->at[stored[i]]);
+  for (int i = 0; s->copy && i < STATE_SPACES; i++)
+    if (s->at[state_spaces[i]]) engine_slab_copy(s->engine, state_spaces[i], s->at[state_spaces[i]]);
   s->started = s->copy && thread_start(&s->thread, write_checkpoint, s) == 0;
   if (!s->started) write_checkpoint(s);
   s->stood = time_now() - began;

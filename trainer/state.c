@@ -4,7 +4,7 @@
 #include "base/json.h"
 #include "base/text_out.h"
 #include "trainer/export.h"
-#include "trainer/slab_writer.h"
+#include "trainer/slab.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -219,8 +219,7 @@ static void clear_slab(Engine *e, Space space) {
 
 // Reads the files of all targets, each once.
 static int read_slabs(Engine *e, Target *targets, int n, const Checkpoint *c, Error *err) {
-  static const Space all[] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
-  for (size_t s = 0; s < sizeof all / sizeof *all; s++) clear_slab(e, all[s]);
+  for (int i = 0; i < STATE_SPACES; i++) clear_slab(e, state_spaces[i]);
   SlabWriter *writer = slab_writer_open(e, FILE_IN_CHUNK / (int64_t)e->model.backend->dtype_bytes[DT_REAL], err);
   if (!writer) return -1;
   void *memory = xmalloc(checkpoint_memory(c));

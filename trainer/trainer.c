@@ -7,7 +7,7 @@
 #include "trainer/profile.h"
 #include "trainer/report.h"
 #include "trainer/run_folder.h"
-#include "trainer/slab_writer.h"
+#include "trainer/slab.h"
 #include "trainer/signals.h"
 #include "trainer/verify.h"
 

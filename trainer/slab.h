@@ -1,0 +1,34 @@
+// Slabs with an element a parameter (weights, EMA, moments, gradients) to and from the host.
+#ifndef TESSERA_SLAB_H
+#define TESSERA_SLAB_H
+
+#include "trainer/engine.h"
+
+// A whole slab as DT_REAL, the weights as their masters.
+void engine_slab_read(const Engine *e, Space space, void *out);
+void engine_slab_write(Engine *e, Space space, const void *from);
+// Elements [first, first + count) of a slab. `scratch` [4 count bytes] is used where engine_joins says so. May be
+// called by any thread, one at a time.
+void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);
+// Whether a slab's elements are put together of two as they are stored: the weight and its rest (kernels/master.h).
+int engine_joins(const Engine *e, Space space);
+
+// Allocates what engine_slab_copy passes through beside a device, twice `bytes`, unless that was done before. -1 with
+// *err when it cannot be had.
+int engine_stage_open(Engine *e, int64_t bytes, Error *err);
+// Copies a slab to host memory [bytes[space]] as it is stored, at the link's speed, by all threads.
+void engine_slab_copy(Engine *e, Space space, void *out);
+
+// Writes slabs piece by piece: on a backend with queues a piece travels while the next ones are made, through a few
+// pinned buffers, so that no whole slab lies in host memory.
+typedef struct SlabWriter SlabWriter;
+
+// For pieces of at most `piece` elements. Ops that were replayed before come first. NULL with *err set when there is no
+// pinned memory.
+SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err);
+// Elements [first, first + count) of a slab, as DT_REAL; the weights as their masters. `values` may be overwritten when
+// this returns.
+void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values);
+// Waits until all has arrived. NULL is allowed.
+void slab_writer_close(SlabWriter *w);
+#endif
