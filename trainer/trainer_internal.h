@@ -1,4 +1,4 @@
-// What trainer.c (training) and use.c (uses of a checkpoint) share.
+// What open.c (opening), trainer.c (training) and use.c (uses of a checkpoint) share.
 #ifndef TESSERA_TRAINER_INTERNAL_H
 #define TESSERA_TRAINER_INTERNAL_H
 
@@ -30,6 +30,9 @@ struct Trainer {
   int n_held_out, n_training;
 };
 
+// Restores from an open checkpoint. One that checkpoint_find chose (*c was not named: below says which it was) and that
+// proves to be damaged makes way for the one before. 0, or -1 with *err set.
+int trainer_restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only, Error *err);
 // Loads the evaluation's items on first use.
 void trainer_load_items(Trainer *t);
 // The quality figures with training retrieval, printed.
