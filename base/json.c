@@ -260,7 +260,7 @@ cJSON *json_parse(const char *text, size_t bytes, const char *name, JsonComments
   s.text = xmalloc(bytes + 1);
   memcpy(s.text, text, bytes);
   s.text[bytes] = 0;
-  if (bytes >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) s.at = 3; // a byte order mark; cJSON skips it too
+  s.at = utf8_mark(text, bytes); // cJSON skips it too
   cJSON *root = NULL;
   if (scan_space(&s) || scan_value(&s, 0) || scan_space(&s)) goto done;
   if (s.at != s.bytes) {

@@ -37,6 +37,10 @@ char *utf8_printable(const char *text) {
   return out;
 }
 
+size_t utf8_mark(const char *text, size_t n) {
+  return n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;
+}
+
 const char *text_encoding(const char *text, size_t n) {
   // The longer marks first: UTF-32's begins with UTF-16's.
   if (n >= 4 && memcmp(text, "\xFF\xFE\0\0", 4) == 0) return "UTF-32 (little-endian)";

@@ -12,6 +12,9 @@ size_t utf8_length(const unsigned char *s, size_t n);
 // would obey: each becomes a space, each byte that is not UTF-8 U+FFFD. malloc'd.
 char *utf8_printable(const char *s);
 
+// Bytes of the byte order mark that a text of n bytes begins with, which is no part of it: 3, or 0.
+size_t utf8_mark(const char *text, size_t n);
+
 // "UTF-16" or "UTF-32", with the byte order, when a text begins as one: by its byte order mark, or by the zero bytes
 // around its first letter; NULL for any other.
 const char *text_encoding(const char *text, size_t n);

@@ -19,10 +19,9 @@ const char *object_string(const cJSON *object, const char *const *names) {
 static int txt_caption(const CaptionTexts *texts, const char **caption, size_t *n, Skip *skip) {
   const char *encoding = text_encoding(texts->txt, texts->txt_bytes);
   if (encoding) return skip_set(skip, UNUSED_ENCODING, "its .txt is in %s; save it as UTF-8", encoding);
-  *caption = texts->txt;
-  *n = texts->txt_bytes;
-  if (*n >= 3 && memcmp(*caption, "\xef\xbb\xbf", 3) == 0) *caption += 3, *n -= 3;
-  *caption = text_trim(*caption, n);
+  size_t mark = utf8_mark(texts->txt, texts->txt_bytes);
+  *n = texts->txt_bytes - mark;
+  *caption = text_trim(texts->txt + mark, n);
   return 0;
 }
 

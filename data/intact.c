@@ -3,7 +3,6 @@
 #include "data/segments.h"
 
 #include <stdbool.h>
-#include <string.h>
 
 #define DAMAGED "the file is damaged or incomplete; get it again"
 

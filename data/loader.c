@@ -5,7 +5,6 @@
 #include "data/cache.h"
 #include "data/loader_state.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>

@@ -94,16 +94,11 @@ void source_log(const Source *s) {
   int64_t skipped = source_skipped(s), files = stats.unused.count[UNUSED_FILE];
   for (int i = 0; i < UNUSED_FILE; i++)
     if (stats.unused.first[i]) log_warn("%s", stats.unused.first[i]);
-  char *unused = unused_print(&stats.unused), *left_out = xstrdup(""), *others = xstrdup("");
-  if (skipped > 0) {
-    free(left_out);
-    left_out = xasprintf("; %lld left out: %s", (long long)skipped, unused);
-  }
-  if (files > 0) {
-    free(others);
-    others = xasprintf("; %lld other file%s (%s%s)", (long long)files, files > 1 ? "s" : "",
-                       stats.unused.first[UNUSED_FILE], files > 1 ? " .." : "");
-  }
+  char *unused = unused_print(&stats.unused);
+  char *left_out = skipped > 0 ? xasprintf("; %lld left out: %s", (long long)skipped, unused) : xstrdup("");
+  char *others = files > 0 ? xasprintf("; %lld other file%s (%s%s)", (long long)files, files > 1 ? "s" : "",
+                                       stats.unused.first[UNUSED_FILE], files > 1 ? " .." : "")
+                           : xstrdup("");
   log_info("%s: %lld sample%s, %lld image%s%s%s", s->path, (long long)stats.samples, stats.samples == 1 ? "" : "s",
            (long long)stats.images, stats.images == 1 ? "" : "s", left_out, others);
   free(unused);

@@ -1,5 +1,4 @@
 #include "data/image.h"
-#include "data/image_header.h"
 #include "data/segments.h"
 #include "data/source_internal.h"
 
@@ -217,9 +216,10 @@ char *list_read(const char *path, size_t *n, Error *err) {
     error_set(err, "save it as UTF-8", "%s is in %s", path, encoding);
     return NULL;
   }
-  if (text && *n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0) { // a byte order mark is no part of the first line
-    *n -= 3;
-    memmove(text, text + 3, *n + 1);
+  size_t mark = text ? utf8_mark(text, *n) : 0;
+  if (mark) {
+    *n -= mark;
+    memmove(text, text + mark, *n + 1);
   }
   return text;
 }

@@ -3,7 +3,6 @@
 #include "base/text_out.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 
 static const char *const words[UNUSED_FILE] = {
     [UNUSED_NO_CAPTION] = "without a caption",

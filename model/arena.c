@@ -3,7 +3,6 @@
 #include "base/base.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 // An item on its way to a place. `rank` orders equal items, so that the result never depends on qsort.
 typedef struct Candidate {

@@ -62,6 +62,10 @@ bool checkpoint_holds_tensors(const char *name) {
 
 // ---- opening ----
 
+static int damaged(const char *path, Error *err) {
+  return error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
+}
+
 // state.json, its checksum and the types of its members checked.
 static cJSON *state_read(const char *dir, Error *err) {
   char *path = xasprintf("%s/" STATE_FILE, dir), line[STATE_LINE_BYTES + 1];
@@ -72,7 +76,7 @@ static cJSON *state_read(const char *dir, Error *err) {
   if (bytes >= STATE_LINE_BYTES)
     snprintf(line, sizeof line, STATE_LINE, hash64(text + STATE_LINE_BYTES, bytes - STATE_LINE_BYTES, 0));
   if (bytes < STATE_LINE_BYTES || memcmp(text, line, STATE_LINE_BYTES) != 0) {
-    error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
+    damaged(path, err);
     goto done;
   }
   root = json_parse(text, bytes, path, JSON_PLAIN, err);
@@ -101,10 +105,6 @@ static int entry_read(const cJSON *entry, double *bytes, const char **checksum) 
   *bytes = b->valuedouble;
   *checksum = h->valuestring;
   return 0;
-}
-
-static int damaged(const char *path, Error *err) {
-  return error_set(err, NULL, "%.300s is damaged: its checksum differs", path);
 }
 
 // Checks a file as far as can be done without reading its tensors; *file is left open when it holds any.

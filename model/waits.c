@@ -3,7 +3,6 @@
 #include "model/program_state.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 // What every op touches, computed once.
 typedef struct OpAccess {

@@ -1,6 +1,5 @@
 #include "trainer/grid.h"
 
-#include <math.h>
 #include <stdalign.h>
 #include <stdio.h>
 #include <stdlib.h>

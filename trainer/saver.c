@@ -5,7 +5,6 @@
 #include "kernels/master.h"
 #include "trainer/slab.h"
 
-#include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
