@@ -9,6 +9,8 @@ import json, math, os, random, re, shutil, struct, subprocess, sys, tarfile, tem
 from io import BytesIO
 from pathlib import Path
 
+from checks import check
+
 SIDE, PATCH = 16, 8  # images of four patches
 VOCAB = 260  # bytes and the special ids
 BOS, EOS, BOI, EOI = range(VOCAB - 4, VOCAB)
@@ -16,11 +18,6 @@ BOS, EOS, BOI, EOI = range(VOCAB - 4, VOCAB)
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += sorted(set(range(256)) - set(BYTES))
 KINDS = {"U8": ("B", 1), "I32": ("i", 4), "I64": ("q", 8), "F32": ("f", 4)}
-
-
-def check(holds, what):
-    if not holds:
-        raise AssertionError(what)
 
 
 def png(seed):

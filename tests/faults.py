@@ -29,6 +29,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from checks import check
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / ".cache/shapes/shapes.tar"
 STEPS = 24  # of a run that goes to its end; the schedule is longer, so that no evaluation takes time
@@ -38,11 +40,6 @@ TINY = {
     "model.cond_dim": 32, "model.vocab": 300, "model.text.expert_dim": 32, "model.image.expert_dim": 32,
     "train.micro_batches": 2, "train.steps": 10 * STEPS, "eval.every": 0, "checkpoint.every": 1, "run.threads": 1,
 }
-
-
-def check(truth, text):
-    if not truth:
-        raise AssertionError(text)
 
 
 class Trainer:

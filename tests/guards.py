@@ -11,17 +11,14 @@ and too many of that end it. Exit code 1 on the first thing that is not as it sh
 import json, os, re, shutil, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
+from checks import check
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ["configs/demo.json", "--tokens", "256", "--steps", "60"] + [
     part for key, value in {"checkpoint.every": 0, "checkpoint.keep_last": 9, "eval.every": 0, "eval.documents": 0,
                             "eval.samples": 0, "train.micro_batches": 2, "train.warmup_steps": 4}.items()
     for part in ("--set", f"{key}={value}")
 ]
-
-
-def check(holds, what):
-    if not holds:
-        raise AssertionError(what)
 
 
 class Runs:

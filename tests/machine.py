@@ -8,15 +8,12 @@ Exit code 1 on the first thing that is not as it should be.
 import json, os, platform, re, resource, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
+from checks import check
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--tokens", "256", "--set", "data.threads=1", "--set", "checkpoint.every=1"]
 HERE = len(os.sched_getaffinity(0))
 SECONDS = 120  # more is a hang
-
-
-def check(holds, what):
-    if not holds:
-        raise AssertionError(what)
 
 
 class Machine:

@@ -8,6 +8,8 @@ Exit code 1 on the first thing that is not as it should be.
 import fcntl, json, math, os, pty, re, shutil, struct, subprocess, sys, tarfile, tempfile, termios, time
 from pathlib import Path
 
+from checks import check
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--tokens", "256", "--steps", "6"] + [
     part
@@ -20,11 +22,6 @@ FLAGS = ["--tokens", "256", "--steps", "6"] + [
     }.items()
     for part in ("--set", f"{key}={value}")
 ]
-
-
-def check(holds, what):
-    if not holds:
-        raise AssertionError(what)
 
 
 class Runs:

@@ -10,13 +10,12 @@
 #include "base/philox.h"
 #include "model/config.h"
 #include "model/config_history.h"
+#include "tests/temp_folder.h"
 
 #include <glob.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-static char folder[64]; // of temporary files
 
 static const char *write_temp(const char *text, size_t n) {
   static char path[96];
@@ -614,18 +613,6 @@ static void mutations(void **state) {
   }
   assert_true(refused > 500 && refused < 2000);
   free(text);
-}
-
-static int make_folder(void **state) {
-  (void)state;
-  snprintf(folder, sizeof folder, "/tmp/test_config.XXXXXX");
-  return mkdtemp(folder) ? 0 : -1;
-}
-
-static int remove_folder(void **state) {
-  (void)state;
-  unlink(write_temp("", 0));
-  return rmdir(folder);
 }
 
 int main(void) {

@@ -7,11 +7,11 @@
 #include <cmocka.h>
 
 #include "model/checkpoint.h"
+#include "tests/temp_folder.h"
 #include "trainer/run_folder.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,7 +29,6 @@ typedef struct Call {
   char path[256]; // RENAME: what was named so before
 } Call;
 
-static char folder[64];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; // of all below: files are written by several threads
 static Call call[CALLS];
 static int calls, watching;
@@ -93,17 +92,6 @@ int unlinkat(int dir, const char *name, int flags) {
 }
 
 // ---- tests ----
-
-static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
-  (void)st;
-  (void)kind;
-  return at->level ? remove(path) : 0;
-}
-
-static int empty_folder(void **state) {
-  (void)state;
-  return nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
-}
 
 // Where a call on FOLDER/path is in the order, the first or the last; -1: there was none.
 static int first(CallKind kind, const char *path) {
@@ -250,17 +238,6 @@ static void what_is_given_up_is_renamed_or_refused(void **state) {
   free(from);
   free(config);
   tokenizer_free(tokenizer);
-}
-
-static int make_folder(void **state) {
-  (void)state;
-  const char *parent = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-  snprintf(folder, sizeof folder, "%s/test_durable.XXXXXX", parent);
-  return mkdtemp(folder) ? 0 : -1;
-}
-
-static int remove_folder(void **state) {
-  return empty_folder(state) || rmdir(folder);
 }
 
 int main(void) {

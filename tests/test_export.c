@@ -1,6 +1,7 @@
 // What a checkpoint holds beside tensors: texts, the metadata of its weights, and config.json for other tools.
 #include "base/philox.h"
 #include "model/checkpoint.h"
+#include "tests/temp_folder.h"
 #include "trainer/export.h"
 
 #include <stdarg.h>
@@ -12,7 +13,6 @@
 #include <string.h>
 #include <unistd.h>
 
-static char folder[64];
 static const CheckpointKeep keep = {1, 0};
 
 static uint32_t rnd(uint64_t draw, uint32_t block) {
@@ -147,20 +147,6 @@ static void config_follows_the_model(void **state) {
     cJSON_Delete(root);
     free(text);
   }
-}
-
-static int make_folder(void **state) {
-  (void)state;
-  snprintf(folder, sizeof folder, "/tmp/test_export.XXXXXX");
-  return mkdtemp(folder) ? 0 : -1;
-}
-
-static int remove_folder(void **state) {
-  (void)state;
-  char *command = xasprintf("rm -r %s", folder);
-  int rc = system(command);
-  free(command);
-  return rc;
 }
 
 int main(void) {

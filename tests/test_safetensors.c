@@ -9,18 +9,16 @@
 #include "base/hash.h"
 #include "base/philox.h"
 #include "model/checkpoint.h"
+#include "tests/temp_folder.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-static char folder[64]; // of temporary files, emptied before every test
 
 static uint32_t rnd(uint64_t draw, uint32_t stream, uint32_t i) {
   return philox4(5, draw, stream, i).v[0];
@@ -773,29 +771,6 @@ static void one_run_per_folder(void **state) {
   close(fd);
   assert_int_equal(run_lock("/nonexistent/run", &err), -1);
   free(expected);
-}
-
-static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
-  (void)st;
-  (void)kind;
-  return at->level ? remove(path) : 0;
-}
-
-static int empty_folder(void **state) {
-  (void)state;
-  return nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
-}
-
-static int make_folder(void **state) {
-  (void)state;
-  // In memory where there is such a place: hundreds of files are flushed here.
-  const char *parent = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-  snprintf(folder, sizeof folder, "%s/test_safetensors.XXXXXX", parent);
-  return mkdtemp(folder) ? 0 : -1;
-}
-
-static int remove_folder(void **state) {
-  return empty_folder(state) || rmdir(folder);
 }
 
 int main(void) {

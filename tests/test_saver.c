@@ -9,10 +9,10 @@
 
 #include "base/philox.h"
 #include "tests/queued_cpu.h"
+#include "tests/temp_folder.h"
 #include "trainer/saver.h"
 #include "trainer/slab.h"
 
-#include <ftw.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,8 +24,6 @@ enum { SPACES = sizeof spaces / sizeof *spaces, KINDS = 3 };
 static const char *const files[] = {"model.safetensors", "optimizer-0x1.safetensors", "ema.safetensors", "config.json",
                                     "state.json"};
 enum { FILES = sizeof files / sizeof *files };
-
-static char folder[64];
 
 // The plain CPU, one behind queues, and one behind queues that keeps a weight as bf16 and a 16-bit rest, as a GPU does.
 static Backend backend_of(int kind) {
@@ -266,28 +264,6 @@ static void damage_is_not_another_model(void **state) {
   free(dir);
   free(c);
   free(deeper);
-}
-
-static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
-  (void)st;
-  (void)kind;
-  return at->level ? remove(path) : 0;
-}
-
-static int empty_folder(void **state) {
-  (void)state;
-  return nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
-}
-
-static int make_folder(void **state) {
-  (void)state;
-  const char *parent = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-  snprintf(folder, sizeof folder, "%s/test_saver.XXXXXX", parent);
-  return mkdtemp(folder) ? 0 : -1;
-}
-
-static int remove_folder(void **state) {
-  return empty_folder(state) || rmdir(folder);
 }
 
 int main(void) {

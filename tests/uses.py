@@ -13,16 +13,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from nearest_template import png_decode
+from checks import check
 
 DOCUMENTS, SAMPLES, STEPS = 20, 5, 2
 SHARES = ("retrieval", "retrieval_training")
 PAIRS = ("flow_at", "flow_at_shuffled", "x_mse", "x_mse_shuffled")
 EXPERTS = ("text_experts", "image_experts")
-
-
-def check(holds, what):
-    if not holds:
-        raise AssertionError(what)
 
 
 def train(binary, *arguments):
