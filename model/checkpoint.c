@@ -197,27 +197,40 @@ static bool is_withheld(const char *dir, Error *err) {
   return code == EACCES;
 }
 
-int checkpoint_find(const char *run_dir, int64_t *below, Checkpoint **out, Error *err) {
-  *out = NULL;
-  int64_t *steps;
-  int n = checkpoint_steps(run_dir, &steps);
-  if (n < 0 && errno == ENOENT) return 0;
-  if (n < 0) return error_set(err, "check its permissions", "cannot read %.300s: %s", run_dir, strerror(errno));
-  bool withheld = false;
-  for (int i = 0; i < n && !*out && !withheld; i++) {
+// Opens the newest of steps[n] below *below. 1, 0 when none opens, -1 with *err set when one may not be read.
+static int open_newest(const char *run_dir, const int64_t *steps, int n, int64_t *below, Checkpoint **out, Error *err) {
+  for (int i = 0; i < n; i++) {
     if (steps[i] >= *below) continue;
     char *dir = checkpoint_path(run_dir, steps[i]);
     *out = checkpoint_open(dir, err);
-    if (*out)
-      *below = steps[i];
-    else if (!(withheld = is_withheld(dir, err)))
-      log_warn("checkpoint %s is left out: %s", dir, err->text);
+    bool withheld = !*out && is_withheld(dir, err);
+    if (!*out && !withheld) log_warn("checkpoint %s is left out: %s", dir, err->text);
     free(dir);
+    if (withheld) return -1;
+    if (!*out) continue;
+    *below = steps[i];
+    return 1;
   }
+  return 0;
+}
+
+int checkpoint_find(const char *run_dir, int64_t *below, Checkpoint **out, Error *err) {
+  *out = NULL;
+  int64_t *steps, newest = -1;
+  int n, rc = 0;
+  // A run that is being trained removes what was listed here once there is a newer one: then all are listed again.
+  while ((n = checkpoint_steps(run_dir, &steps)) > 0 && rc == 0 && steps[0] > newest) {
+    newest = steps[0];
+    rc = open_newest(run_dir, steps, n, below, out, err);
+    free(steps);
+    steps = NULL;
+  }
+  int code = errno;
   free(steps);
-  if (withheld) return -1;
-  if (*out) return 1;
-  if (n == 0) return 0;
+  if (rc) return rc;
+  if (n < 0 && code != ENOENT)
+    return error_set(err, "check its permissions", "cannot read %.300s: %s", run_dir, strerror(code));
+  if (n <= 0) return 0;
   return error_set(err, "restore one from a backup, or start a new run in another folder",
                    "none of the %d checkpoints in %.300s is valid", n, run_dir);
 }

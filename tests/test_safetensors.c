@@ -667,6 +667,31 @@ static void damage_is_found(void **state) {
 }
 
 // A save that runs out of room: an error, no temporary folder, the old checkpoint as it was.
+// Who uses a run that is being trained finds a checkpoint although older ones go all the time.
+static void pruned_ones_are_not_damage(void **state) {
+  (void)state;
+  enum { LOOKS = 1000 };
+  Error err;
+  CheckpointKeep keep_one = {1, 0};
+  assert_int_equal(save(folder, 1, keep_one, &err), 0);
+  pid_t trainer = fork();
+  for (int64_t step = 2; trainer == 0; step++)
+    if (save(folder, step, keep_one, &err) != 0 || getppid() == 1) _exit(1);
+  for (int i = 0; i < LOOKS; i++) {
+    int64_t below = INT64_MAX;
+    Checkpoint *c;
+    int rc = checkpoint_find(folder, &below, &c, &err);
+    if (rc == 1) {
+      checkpoint_close(c);
+      continue;
+    }
+    kill(trainer, SIGKILL);
+    fail_msg("look %d: %d, %s", i, rc, err.text);
+  }
+  assert_int_equal(kill(trainer, SIGKILL), 0);
+  assert_int_equal(waitpid(trainer, NULL, 0), trainer);
+}
+
 static int finds_one_that_may_not_be_read(void) {
   int64_t below = INT64_MAX;
   Checkpoint *c;
@@ -788,6 +813,7 @@ int main(void) {
       cmocka_unit_test_setup(checkpoint_round_trip, empty_folder),
       cmocka_unit_test_setup(pruning, empty_folder),
       cmocka_unit_test_setup(damage_is_found, empty_folder),
+      cmocka_unit_test_setup(pruned_ones_are_not_damage, empty_folder),
       cmocka_unit_test_setup(unreadable_is_not_damaged, empty_folder),
       cmocka_unit_test_setup(failed_save_loses_nothing, empty_folder),
       cmocka_unit_test_setup(killed_save_loses_nothing, empty_folder),

@@ -213,6 +213,8 @@ int trainer_restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only,
       return -1;
     }
     log_warn("checkpoint %s is left out: %s", (*c)->dir, err->text);
+    // A run that is being trained removes it when it has a newer one.
+    if (access((*c)->dir, F_OK) != 0) below = INT64_MAX;
     checkpoint_close(*c);
     int found = checkpoint_find(t->run, &below, c, err);
     if (found == 0) error_set(err, "does another program change it?", "the checkpoints in %s are gone", t->run);
