@@ -158,7 +158,7 @@ def judge(copy, mutant, usual):
 
 
 def main():
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     build = pathlib.Path(sys.argv[1]).resolve()
     mutants = chosen(read_table(ROOT / "tests/mutants.txt"), sys.argv[2:])
