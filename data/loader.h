@@ -82,10 +82,4 @@ void loader_release(Loader *loader, Pack *pack);
 char *loader_state(Loader *loader);
 
 LoaderStats loader_stats(Loader *loader);
-
-// Decodes an image segment of a sample, fits it and cuts it into patches [rows * columns, 3p^2] of the grid that
-// image_fit_grid gives for the segment's size. -1 with *err set when it cannot be decoded or has another size than its
-// header said, SOURCE_CHANGED as source_read_image. Thread-safe; for evaluation and sampling too.
-int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
-                   uint8_t *patches, Error *err);
 #endif

@@ -6,8 +6,9 @@
 #include <cmocka.h>
 
 #include "data/image.h"
-#include "data/loader.h"
 #include "data/paths.h"
+#include "data/sample_patches.h"
+#include "data/tokenizer.h"
 #include "tests/archive.h"
 #include "tests/jpeg_bytes.h"
 #include "tests/png_bytes.h"

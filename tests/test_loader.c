@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "base/philox.h"
+#include "data/sample_patches.h"
 #include "tests/data_case.h"
 
 #include <stdlib.h>

@@ -2,7 +2,7 @@
 
 #include "base/json.h"
 #include "base/text_out.h"
-#include "data/loader.h"
+#include "data/sample_patches.h"
 #include "trainer/forward.h"
 #include "trainer/signals.h"
 
