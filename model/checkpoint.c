@@ -117,7 +117,10 @@ static int entry_open(const char *dir, const cJSON *entry, SafeFile **file, cons
   size_t found_bytes = 0;
   if (checkpoint_holds_tensors(path)) {
     *file = safetensors_open(path, err);
-    if (*file) found_bytes = safetensors_size(*file);
+    if (*file) {
+      found_bytes = safetensors_size(*file);
+      safetensors_unmap_data(*file); // it is read through checkpoint_read
+    }
   } else if ((text = file_read(path, TEXT_MAX_BYTES, &found_bytes, err))) {
     snprintf(found, sizeof found, "%016" PRIx64, hash64(text, found_bytes, 0));
   }

@@ -51,7 +51,7 @@ typedef struct Checkpoint {
 // tensors. NULL with *err set saying what is wrong with it.
 Checkpoint *checkpoint_open(const char *dir, Error *err);
 void checkpoint_close(Checkpoint *c);
-// A file of tensors by name; NULL when it has none of that name.
+// A file of tensors by name, which tells names and shapes but not their data; NULL when it has none of that name.
 const SafeFile *checkpoint_file(const Checkpoint *c, const char *name);
 
 // Takes bytes [at, at + n) of tensor i of the file that is being read, both multiples of its element's size.

@@ -18,8 +18,8 @@ static const double EXACT_MAX = 9007199254740992.0; // 2^53: integers a JSON num
 
 struct SafeMap {
   void *base;
-  size_t bytes;
-  cJSON *header; // owns names and metadata
+  size_t bytes, mapped; // of the file; of them still mapped
+  cJSON *header;        // owns names and metadata
 };
 
 static const struct {
@@ -175,7 +175,7 @@ static int map_file(struct SafeMap *map, const char *path, Error *err) {
   if (!usable) return error_set(err, NULL, "%.300s is not a safetensors file", path);
   if (base == MAP_FAILED) return error_set(err, NULL, "cannot map %.300s: %s", path, strerror(code));
   map->base = base;
-  map->bytes = (size_t)st.st_size;
+  map->bytes = map->mapped = (size_t)st.st_size;
   return 0;
 }
 
@@ -189,12 +189,19 @@ SafeFile *safetensors_open(const char *path, Error *err) {
 
 void safetensors_close(SafeFile *f) {
   if (!f) return;
-  if (f->map->base) munmap(f->map->base, f->map->bytes);
+  if (f->map->base) munmap(f->map->base, f->map->mapped);
   cJSON_Delete(f->map->header);
   free(f->map);
   free(f->tensor);
   free(f->metadata);
   free(f);
+}
+
+void safetensors_unmap_data(SafeFile *f) {
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), keep = (safetensors_header(f) + page - 1) / page * page;
+  if (keep >= f->map->mapped) return;
+  munmap((char *)f->map->base + keep, f->map->mapped - keep);
+  f->map->mapped = keep;
 }
 
 uint64_t safetensors_size(const SafeFile *f) {

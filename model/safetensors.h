@@ -65,6 +65,9 @@ size_t safe_bytes(const SafeTensor *t);     // elements times their size
 // data of the result live until safetensors_close.
 SafeFile *safetensors_open(const char *path, Error *err);
 void safetensors_close(SafeFile *f);
+// Gives back the address space of the tensors, which may be as scarce as memory (ulimit -v): their data can no longer
+// be read here, its addresses only tell the order.
+void safetensors_unmap_data(SafeFile *f);
 // Its size, and where its first tensor's data begins.
 uint64_t safetensors_size(const SafeFile *f);
 uint64_t safetensors_header(const SafeFile *f);

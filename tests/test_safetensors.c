@@ -509,9 +509,25 @@ static void take_part(void *context, int i, size_t at, size_t n, const void *dat
   memcpy(((char **)context)[i] + at, data, n);
 }
 
+// A file of a checkpoint with its data.
+static SafeFile *open_file(const Checkpoint *c, const char *name) {
+  Error err;
+  char *path = xasprintf("%s/%s", c->dir, name);
+  SafeFile *f = safetensors_open(path, &err);
+  if (!f) fail_msg("%s", err.text);
+  free(path);
+  return f;
+}
+
+static void assert_file_holds(const Checkpoint *c, const char *name, const Model *m) {
+  SafeFile *f = open_file(c, name);
+  assert_same(f, m);
+  safetensors_close(f);
+}
+
 // A file as it is read, tensor by tensor.
 static void assert_reads(const Checkpoint *c, const char *name) {
-  const SafeFile *f = checkpoint_file(c, name);
+  SafeFile *f = open_file(c, name);
   Error err;
   char **taken = xcalloc((size_t)f->n, sizeof *taken), *memory = xmalloc(checkpoint_memory(c));
   for (int i = 0; i < f->n; i++) taken[i] = xmalloc(safe_bytes(&f->tensor[i]));
@@ -522,6 +538,7 @@ static void assert_reads(const Checkpoint *c, const char *name) {
   }
   free(taken);
   free(memory);
+  safetensors_close(f);
 }
 
 static void assert_holds(const Checkpoint *c, int64_t step) {
@@ -529,8 +546,8 @@ static void assert_holds(const Checkpoint *c, int64_t step) {
   Model a = model_random((uint64_t)step, 9), b = model_random((uint64_t)step + 1000, 5);
   model_name(&a);
   model_name(&b);
-  assert_same(checkpoint_file(c, "model.safetensors"), &a);
-  assert_same(checkpoint_file(c, "optimizer-0x1.safetensors"), &b);
+  assert_file_holds(c, "model.safetensors", &a);
+  assert_file_holds(c, "optimizer-0x1.safetensors", &b);
   assert_reads(c, "model.safetensors");
   assert_reads(c, "optimizer-0x1.safetensors");
   assert_null(checkpoint_file(c, "ema.safetensors"));
@@ -667,6 +684,34 @@ static void damage_is_found(void **state) {
 }
 
 // A save that runs out of room: an error, no temporary folder, the old checkpoint as it was.
+static size_t address_space(void) {
+  size_t pages = 0;
+  FILE *f = fopen("/proc/self/statm", "r");
+  if (!f || fscanf(f, "%zu", &pages) != 1) fail();
+  fclose(f);
+  return pages * (size_t)sysconf(_SC_PAGESIZE);
+}
+
+// A run that fits into ulimit -v must be able to go on there: while its slabs are taken, its checkpoint is open.
+static void open_checkpoints_take_no_room(void **state) {
+  (void)state;
+  enum { BYTES = 32 << 20 };
+  Error err;
+  SafeTensor t = {.name = "w", .dtype = SAFE_U8, .rank = 1, .shape = {BYTES}, .data = xcalloc(BYTES, 1)};
+  CheckpointFile file = {"model.safetensors", &t, 1, NULL};
+  assert_int_equal(checkpoint_save(folder, 1, &file, 1, "{}", keep_all, &err), 0);
+  free((void *)t.data);
+  char *dir = in_folder("ckpt-1");
+  size_t before = address_space();
+  Checkpoint *c = checkpoint_open(dir, &err);
+  size_t after = address_space();
+  assert_non_null(c);
+  assert_in_range(after, 0, before + BYTES / 2);
+  assert_int_equal(checkpoint_verify(c, &err), 0);
+  checkpoint_close(c);
+  free(dir);
+}
+
 // Who uses a run that is being trained finds a checkpoint although older ones go all the time.
 static void pruned_ones_are_not_damage(void **state) {
   (void)state;
@@ -813,6 +858,7 @@ int main(void) {
       cmocka_unit_test_setup(checkpoint_round_trip, empty_folder),
       cmocka_unit_test_setup(pruning, empty_folder),
       cmocka_unit_test_setup(damage_is_found, empty_folder),
+      cmocka_unit_test_setup(open_checkpoints_take_no_room, empty_folder),
       cmocka_unit_test_setup(pruned_ones_are_not_damage, empty_folder),
       cmocka_unit_test_setup(unreadable_is_not_damaged, empty_folder),
       cmocka_unit_test_setup(failed_save_loses_nothing, empty_folder),
