@@ -131,7 +131,7 @@ ImageGrid image_fit_grid(const ImageFit *fit, int width, int height) {
   return grid;
 }
 
-int image_fit(const Image *src, const ImageFit *fit, bool flip, Image *out, Error *err) {
+int image_fit(const Image *src, const ImageFit *fit, Image *out, Error *err) {
   ImageGrid grid = image_fit_grid(fit, src->width, src->height);
   int width = grid.columns * fit->patch, height = grid.rows * fit->patch;
   // Cropping before resizing gives what resizing before cropping gives, to within a source pixel, for less work.
@@ -160,16 +160,6 @@ int image_fit(const Image *src, const ImageFit *fit, bool flip, Image *out, Erro
       return error_set(err, NULL, "cannot resize an image of %d x %d pixels to %d x %d", crop_width, crop_height, width,
                        height);
     }
-  }
-  if (!flip) return 0;
-  for (int y = 0; y < height; y++) {
-    uint8_t *row = out->rgb + (size_t)y * 3 * (size_t)width; // [width, 3]
-    for (int a = 0, b = width - 1; a < b; a++, b--)
-      for (int c = 0; c < 3; c++) {
-        uint8_t swapped = row[3 * a + c];
-        row[3 * a + c] = row[3 * b + c];
-        row[3 * b + c] = swapped;
-      }
   }
   return 0;
 }

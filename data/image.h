@@ -52,9 +52,9 @@ void image_free(Image *image);
 // max_tokens, each side rounded to the nearest number of patches, at least 1.
 ImageGrid image_fit_grid(const ImageFit *fit, int width, int height);
 
-// The largest centred part of `src` with the grid's aspect, resized to [rows*patch, columns*patch], mirrored left to
-// right when `flip`. *out is allocated here; 0, or -1 with *err set.
-int image_fit(const Image *src, const ImageFit *fit, bool flip, Image *out, Error *err);
+// The largest centred part of `src` with the grid's aspect, resized to [rows*patch, columns*patch]. *out is
+// allocated here; 0, or -1 with *err set.
+int image_fit(const Image *src, const ImageFit *fit, Image *out, Error *err);
 
 // Pixels to patches, row-major over the grid, each patch in (row, column, channel) order. Both sides of `image` are
 // multiples of `patch`. patches: [rows*columns, 3*patch*patch].

@@ -16,7 +16,7 @@ int sample_patches(const Source *source, const SampleSegment *segment, const Ima
   if (image.width != segment->width || image.height != segment->height)
     rc = error_set(err, NULL, "the image has %d x %d pixels, its header said %d x %d", image.width, image.height,
                    segment->width, segment->height);
-  if (!rc) rc = image_fit(&image, fit, false, &fitted, err);
+  if (!rc) rc = image_fit(&image, fit, &fitted, err);
   if (!rc) image_to_patches(&fitted, fit->patch, patches);
   image_free(&image);
   image_free(&fitted);

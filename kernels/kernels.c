@@ -47,8 +47,3 @@ void queue_copy(const Backend *b, Lane lane, void *to, const void *from, size_t 
   OpArgs args = {.span = {.count = (int64_t)bytes}};
   b->fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args, .stream = b->queues->stream(lane)});
 }
-
-void host_copy(void *to, const void *from, size_t bytes) {
-  OpArgs args = {.span = {.count = (int64_t)bytes}};
-  backend_cpu.fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args});
-}

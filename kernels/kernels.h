@@ -408,9 +408,8 @@ void floats_from(const void *elements, size_t element, int64_t n, float *out);
 void floats_to(const float *x, size_t element, int64_t n, void *elements);
 uint16_t bf16_from_float(float x);
 
-// Copies bytes on a lane of a backend with queues; between two places of the host, by all threads.
+// Copies bytes on a lane of a backend with queues.
 void queue_copy(const Backend *b, Lane lane, void *to, const void *from, size_t bytes);
-void host_copy(void *to, const void *from, size_t bytes);
 
 extern const Backend backend_cpu;
 extern const Backend backend_cuda; // where the build has it (TESSERA_CUDA)

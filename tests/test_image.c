@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#include "data/image.h"
+#include "data/sample_patches.h"
 #include "tests/jpeg_bytes.h"
 #include "tests/png_bytes.h"
 #include "tests/slow.h"
@@ -357,43 +357,35 @@ static void test_fit(void **state) {
     Image flat = image_random(rng_in(1, 90), rng_in(1, 90)), out;
     for (int i = 3; i < 3 * flat.width * flat.height; i++) flat.rgb[i] = flat.rgb[i % 3];
     ImageGrid grid = image_fit_grid(&fit, flat.width, flat.height);
-    assert_int_equal(image_fit(&flat, &fit, trial % 3 == 0, &out, &err), 0);
+    assert_int_equal(image_fit(&flat, &fit, &out, &err), 0);
     assert_int_equal(out.width, grid.columns * patch);
     assert_int_equal(out.height, grid.rows * patch);
     for (int i = 0; i < 3 * out.width * out.height; i++) assert_in_range(abs(out.rgb[i] - flat.rgb[i % 3]), 0, 1);
     image_free(&flat);
     image_free(&out);
   }
-  // The right size already: not a bit changes. Flipped: mirrored, and twice is the same again.
+  // The right size already: not a bit changes.
   ImageFit fit = {IMAGE_SQUARE, 12, 4, 0};
-  Image image = image_random(12, 12), same, mirrored, twice;
-  assert_int_equal(image_fit(&image, &fit, false, &same, &err), 0);
+  Image image = image_random(12, 12), same;
+  assert_int_equal(image_fit(&image, &fit, &same, &err), 0);
   assert_memory_equal(same.rgb, image.rgb, 3 * 12 * 12);
-  assert_int_equal(image_fit(&image, &fit, true, &mirrored, &err), 0);
-  for (int y = 0; y < 12; y++)
-    for (int x = 0; x < 12; x++)
-      assert_memory_equal(mirrored.rgb + 3 * (y * 12 + x), image.rgb + 3 * (y * 12 + 11 - x), 3);
-  assert_int_equal(image_fit(&mirrored, &fit, true, &twice, &err), 0);
-  assert_memory_equal(twice.rgb, image.rgb, 3 * 12 * 12);
   image_free(&same);
-  image_free(&mirrored);
-  image_free(&twice);
   image_free(&image);
   // The centre is kept: an image three times as wide as high, black but for its white middle third, comes out white.
   Image wide = {90, 30, xcalloc(90 * 30, 3)};
   for (int y = 0; y < 30; y++) memset(wide.rgb + 3 * (y * 90 + 30), 255, 3 * 30);
-  assert_int_equal(image_fit(&wide, &fit, false, &same, &err), 0);
+  assert_int_equal(image_fit(&wide, &fit, &same, &err), 0);
   for (int i = 0; i < 3 * 12 * 12; i++) assert_int_equal(same.rgb[i], 255);
   image_free(&same);
   image_free(&wide);
   // The same for one three times as high as wide, and for its halves: what is above the middle stays above.
   Image tall = {30, 90, xcalloc(30 * 90, 3)};
   memset(tall.rgb + 3 * 30 * 30, 255, 3 * 30 * 30);
-  assert_int_equal(image_fit(&tall, &fit, false, &same, &err), 0);
+  assert_int_equal(image_fit(&tall, &fit, &same, &err), 0);
   for (int i = 0; i < 3 * 12 * 12; i++) assert_int_equal(same.rgb[i], 255);
   image_free(&same);
   memset(tall.rgb + 3 * 30 * 45, 0, 3 * 30 * 15); // white are rows 30 to 44
-  assert_int_equal(image_fit(&tall, &fit, true, &same, &err), 0);
+  assert_int_equal(image_fit(&tall, &fit, &same, &err), 0);
   for (int i = 0; i < 3 * 12 * 5; i++) assert_int_equal(same.rgb[i], 255);
   for (int i = 3 * 12 * 7; i < 3 * 12 * 12; i++) assert_int_equal(same.rgb[i], 0);
   image_free(&same);
@@ -401,10 +393,34 @@ static void test_fit(void **state) {
   // A ramp stays a ramp.
   Image ramp = {64, 64, xmalloc(3 * 64 * 64)};
   for (int i = 0; i < 3 * 64 * 64; i++) ramp.rgb[i] = (uint8_t)(i / 3 % 64 * 4);
-  assert_int_equal(image_fit(&ramp, &fit, false, &same, &err), 0);
+  assert_int_equal(image_fit(&ramp, &fit, &same, &err), 0);
   for (int x = 0; x < 12; x++) assert_in_range(abs(same.rgb[3 * (12 * 6 + x)] - (int)((x + 0.5) * 64 / 12 * 4)), 0, 8);
   image_free(&same);
   image_free(&ramp);
+}
+
+// Mirrored: each row the other way round, and twice is the same again.
+static void test_mirror(void **state) {
+  (void)state;
+  for (int trial = 0; trial < 20; trial++) {
+    int patch = rng_in(1, 5), rows = rng_in(1, 4), columns = rng_in(1, 4), W = columns * patch, H = rows * patch;
+    size_t n = 3 * (size_t)W * (size_t)H;
+    Image image = image_random(W, H), mirrored = image_random(W, H);
+    uint8_t *patches = xmalloc(n), *there = xmalloc(n), *back = xmalloc(n);
+    image_to_patches(&image, patch, patches);
+    patches_mirror(patches, rows, columns, patch, there);
+    image_from_patches(there, patch, &mirrored);
+    for (int y = 0; y < H; y++)
+      for (int x = 0; x < W; x++)
+        assert_memory_equal(mirrored.rgb + 3 * (y * W + x), image.rgb + 3 * (y * W + W - 1 - x), 3);
+    patches_mirror(there, rows, columns, patch, back);
+    assert_memory_equal(back, patches, n);
+    image_free(&image);
+    image_free(&mirrored);
+    free(patches);
+    free(there);
+    free(back);
+  }
 }
 
 static void test_patches(void **state) {
@@ -436,7 +452,7 @@ int main(void) {
       cmocka_unit_test(test_jpeg),           cmocka_unit_test(test_long_huffman_table),
       cmocka_unit_test(test_pixel_cap),      cmocka_unit_test(test_damage),
       cmocka_unit_test(test_grid),           cmocka_unit_test(test_fit),
-      cmocka_unit_test(test_patches),
+      cmocka_unit_test(test_mirror),         cmocka_unit_test(test_patches),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

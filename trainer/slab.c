@@ -59,6 +59,11 @@ int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
   return 0;
 }
 
+static void host_copy(void *to, const void *from, size_t bytes) {
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  backend_cpu.fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args});
+}
+
 // While one piece travels to the host, the one before is copied to its place: memory of this size cannot be pinned
 // within a run's first steps, and the processors keep up with the link.
 void engine_slab_copy(Engine *e, Space space, void *out) {

@@ -362,7 +362,7 @@ int trainer_describe(Trainer *t, const char *path, Error *err) {
   free(data);
   if (bad) return error_prefix(err, "%s", path);
   ImageFit fit = config_image_fit(c);
-  bad = image_fit(&decoded, &fit, false, &fitted, err);
+  bad = image_fit(&decoded, &fit, &fitted, err);
   image_free(&decoded);
   if (bad) return error_prefix(err, "%s", path);
   WriterOptions options = writer_options(c);

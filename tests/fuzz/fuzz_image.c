@@ -1,6 +1,6 @@
 // The way of an image: header, decoding, fitting, patches. Four bytes say how it is fitted, the rest is the file; a PNG
 // is tried again with its checksums made right, since no fuzzer guesses them.
-#include "data/image.h"
+#include "data/sample_patches.h"
 #include "tests/fuzz/fuzz.h"
 
 #include <stdlib.h>
@@ -33,11 +33,11 @@ static bool png_sign(uint8_t *bytes, size_t n) {
   return changed;
 }
 
-static void check_fit(const Image *image, const ImageFit *fit, bool flip) {
+static void check_fit(const Image *image, const ImageFit *fit, bool mirror) {
   Error err = {0};
   Image fitted, back;
   ImageGrid grid = image_fit_grid(fit, image->width, image->height);
-  if (image_fit(image, fit, flip, &fitted, &err) != 0) fuzz_fail(err.text, __FILE__, __LINE__);
+  if (image_fit(image, fit, &fitted, &err) != 0) fuzz_fail(err.text, __FILE__, __LINE__);
   FUZZ_CHECK(fitted.width == grid.columns * fit->patch && fitted.height == grid.rows * fit->patch);
   size_t n = 3 * (size_t)fitted.width * (size_t)fitted.height;
   uint8_t *patches = xmalloc(n);
@@ -45,12 +45,19 @@ static void check_fit(const Image *image, const ImageFit *fit, bool flip) {
   back = (Image){fitted.width, fitted.height, xmalloc(n)};
   image_from_patches(patches, fit->patch, &back);
   FUZZ_CHECK(memcmp(back.rgb, fitted.rgb, n) == 0);
+  if (mirror) { // twice is the same again
+    patches_mirror(patches, grid.rows, grid.columns, fit->patch, back.rgb);
+    uint8_t *twice = xmalloc(n);
+    patches_mirror(back.rgb, grid.rows, grid.columns, fit->patch, twice);
+    FUZZ_CHECK(memcmp(twice, patches, n) == 0);
+    free(twice);
+  }
   image_free(&back);
   image_free(&fitted);
   free(patches);
 }
 
-static void check_image(const uint8_t *bytes, size_t n, const ImageFit *fit, bool flip) {
+static void check_image(const uint8_t *bytes, size_t n, const ImageFit *fit, bool mirror) {
   Error err = {0};
   int width = 0, height = 0;
   bool known = image_info(bytes, n, &width, &height, &err) == 0;
@@ -65,7 +72,7 @@ static void check_image(const uint8_t *bytes, size_t n, const ImageFit *fit, boo
   FUZZ_CHECK(image_decode(bytes, n, MAX_PIXELS, &second, &err) == 0);
   FUZZ_CHECK(memcmp(image.rgb, second.rgb, 3 * (size_t)width * (size_t)height) == 0);
   image_free(&second);
-  check_fit(&image, fit, flip);
+  check_fit(&image, fit, mirror);
   image_free(&image);
 }
 
@@ -73,13 +80,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (size < 4) return 0;
   int patch = 1 + data[0] % 16;
   ImageFit fit = {data[1] & 1 ? IMAGE_ASPECT : IMAGE_SQUARE, patch * (1 + data[2] % 16), patch, data[3]};
-  bool flip = data[1] & 2;
+  bool mirror = data[1] & 2;
   data += 4;
   size -= 4;
-  check_image(data, size, &fit, flip);
+  check_image(data, size, &fit, mirror);
   uint8_t *copy = xmalloc(size ? size : 1); // its exact size: sanitizers see every read past the end
   if (size) memcpy(copy, data, size);
-  if (png_sign(copy, size)) check_image(copy, size, &fit, flip);
+  if (png_sign(copy, size)) check_image(copy, size, &fit, mirror);
   free(copy);
   return 0;
 }
