@@ -51,7 +51,7 @@ NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo $(foreach arch,$(CUDA_ARCH:90=90a),-g
 LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
 
 # ---- sources ----
-ENGINE := $(wildcard base/*.c data/*.c model/*.c trainer/*.c kernels/*.c)
+ENGINE := $(wildcard base/*.c data/*.c model/*.c model/*/*.c trainer/*.c kernels/*.c)
 KERNELS := $(wildcard kernels/cpu/*.c)
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 OBJ := $(ENGINE:%.c=$(BUILD)/%.o) $(KERNELS:%.c=$(BUILD)/%.o)
@@ -232,7 +232,7 @@ deps-%:
 	@scripts/deps.sh $*
 
 # ---- upkeep ----
-FORMATTED := $(wildcard train.c base/*.[ch] data/*.[ch] model/*.[ch] trainer/*.[ch] kernels/*.[ch] kernels/cpu/*.[ch] tests/*.[ch])
+FORMATTED := $(wildcard train.c base/*.[ch] data/*.[ch] model/*.[ch] model/*/*.[ch] trainer/*.[ch] kernels/*.[ch] kernels/cpu/*.[ch] tests/*.[ch])
 FORMATTED_CUDA := $(wildcard kernels/cuda/*.cu kernels/cuda/*.h)
 format:
 	clang-format -i $(FORMATTED) $(FORMATTED_CUDA)

@@ -1,12 +1,13 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
 #include "base/machine.h"
 #include "base/standard.h"
-#include "model/config.h"
-#include "model/config_history.h"
+#include "model/config/config.h"
+#include "model/config/history.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
 #include "trainer/signals.h"
 #include "trainer/trainer.h"
+#include "model/config/load.h"
 
 #include <omp.h>
 #include <stdio.h>

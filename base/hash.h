@@ -25,7 +25,8 @@ static inline uint64_t hash64_load(const uint8_t *p) { // little-endian hosts, l
   return v;
 }
 
-// A hash of bytes that come piece by piece: begin with hash64_begin, add them in order, hash64_end tells the hash of all.
+// A hash of bytes that come piece by piece: begin with hash64_begin, add them in order, hash64_end tells the hash of
+// all.
 typedef struct Hash64 {
   uint64_t acc[4];
   uint64_t bytes;   // so far

@@ -4,6 +4,10 @@
 
 #include <math.h>
 
+FlowTimes flow_times_of(const Config *c) {
+  return (FlowTimes){.mean = c->flow.t_mean, .std = c->flow.t_std, .uniform = c->flow.t_uniform};
+}
+
 float flow_time_draw(const FlowTimes *f, uint64_t seed, uint64_t draw, int ordinal) {
   Philox4 words = philox4(seed, draw, STREAM_TIME | (uint32_t)ordinal << 8, 0);
   if (philox_uniform(words.v[2]) < f->uniform) return philox_uniform(words.v[3]);

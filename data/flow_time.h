@@ -2,6 +2,8 @@
 #ifndef TESSERA_FLOW_TIME_H
 #define TESSERA_FLOW_TIME_H
 
+#include "model/config/config.h"
+
 #include <stdint.h>
 
 // sigmoid(N(mean, std)), but for a share `uniform` of the draws, which are uniform.
@@ -10,6 +12,8 @@ typedef struct FlowTimes {
   double uniform; // 0 to 1
 } FlowTimes;
 
+// As the config says.
+FlowTimes flow_times_of(const Config *c);
 // The time of noised image `ordinal` of document `draw`: the first block of its STREAM_TIME, words 0 and 1 for the
 // normal, 2 to choose, 3 for the uniform.
 float flow_time_draw(const FlowTimes *f, uint64_t seed, uint64_t draw, int ordinal);

@@ -110,6 +110,10 @@ void image_free(Image *image) {
   *image = (Image){0};
 }
 
+ImageFit image_fit_of(const Config *c) {
+  return (ImageFit){c->data.image_mode, c->data.image_size, c->model.patch, c->data.max_image_tokens};
+}
+
 ImageGrid image_fit_grid(const ImageFit *fit, int width, int height) {
   int side = fit->size / fit->patch;
   if (fit->mode == IMAGE_SQUARE) return (ImageGrid){side, side};

@@ -2,22 +2,15 @@
 #ifndef TESSERA_IMAGE_H
 #define TESSERA_IMAGE_H
 
-#include "base/base.h"
+#include "data/image_header.h"
+#include "model/config/config.h"
 
 #include <stdbool.h>
-
-// The largest image the engine decodes: 67 megapixels.
-enum { IMAGE_MAX_PIXELS = 1 << 26 };
 
 typedef struct Image {
   int width, height;
   uint8_t *rgb; // [height, width, 3], malloc'd
 } Image;
-
-typedef enum ImageMode {
-  IMAGE_SQUARE, // shorter side to `size`, centre crop: [size, size]
-  IMAGE_ASPECT, // aspect kept, both sides multiples of `patch`, at most `max_tokens` patches
-} ImageMode;
 
 // How images become patch grids; one per run.
 typedef struct ImageFit {
@@ -26,6 +19,9 @@ typedef struct ImageFit {
   int patch;      // pixels of a patch's side
   int max_tokens; // IMAGE_ASPECT only: most patches of an image; 0 = (size/patch)^2
 } ImageFit;
+
+// As the config says.
+ImageFit image_fit_of(const Config *c);
 
 typedef struct ImageGrid {
   int rows, columns; // in patches; tokens = rows * columns

@@ -1,6 +1,5 @@
 #include "data/image_header.h"
 
-#include "data/image.h"
 #include "data/orientation.h"
 #include "data/segments.h"
 

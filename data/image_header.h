@@ -2,7 +2,10 @@
 #ifndef TESSERA_IMAGE_HEADER_H
 #define TESSERA_IMAGE_HEADER_H
 
-#include "base/base.h"
+#include "model/config/config.h"
+
+// The largest image the engine decodes: 67 megapixels.
+enum { IMAGE_MAX_PIXELS = CONFIG_MAX_PIXELS };
 
 // For every file that is not decoded.
 #define IMAGE_FORMAT_HINT "images are JPEG or PNG files; convert others first"

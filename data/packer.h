@@ -4,12 +4,7 @@
 
 #include "data/document.h"
 #include "kernels/batch.h"
-
-// How documents are laid into the slots of a pack.
-//   varlen   end to end, each with its own tokens
-//   padded   each followed by padding up to the longest document of its pack: the baseline that varlen is measured
-//            against. Padding is text without targets (document_pad), computed like any other.
-typedef enum Packing { PACKING_VARLEN, PACKING_PADDED } Packing;
+#include "model/config/config.h"
 
 // Room in a pack: token slots, text rows, image segments.
 typedef struct PackRoom {

@@ -6,10 +6,11 @@
 #ifndef TESSERA_BATCH_H
 #define TESSERA_BATCH_H
 
+#include "base/modality.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
-enum { TEXT = 0, IMAGE = 1, MODALITIES = 2 };
 enum { SEGMENT_NOISED = 0, SEGMENT_CLEAN = 1 }; // seg_kind
 enum { TARGET_TEXT = 0, TARGET_CAPTION = 1 };   // target_kind: plain text, or text that follows an image it can see
 

@@ -3,7 +3,7 @@
 #define TESSERA_OPTIMIZER_H
 
 #include "kernels/kernels.h"
-#include "model/config.h"
+#include "model/config/config.h"
 
 enum {
   SPIKE_WINDOW = 64, // gradient norms whose median a spike is measured against

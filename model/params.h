@@ -4,7 +4,7 @@
 #define TESSERA_PARAMS_H
 
 #include "kernels/kernels.h"
-#include "model/config.h"
+#include "model/config/config.h"
 
 typedef enum ParamInit { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_TRUNCATED, INIT_TEXT_GATES } ParamInit;
 

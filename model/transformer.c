@@ -5,6 +5,7 @@
 #include "model/transformer.h"
 
 #include "base/philox.h"
+#include "model/program/compile.h"
 
 #include <stdio.h>
 #include <stdlib.h>

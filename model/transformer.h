@@ -2,10 +2,10 @@
 #ifndef TESSERA_TRANSFORMER_H
 #define TESSERA_TRANSFORMER_H
 
-#include "model/config.h"
+#include "model/config/config.h"
 #include "model/params.h"
-#include "model/planner.h"
-#include "model/program.h"
+#include "model/program/planner.h"
+#include "model/program/program.h"
 
 typedef struct Model {
   const Config *config;

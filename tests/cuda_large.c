@@ -11,6 +11,7 @@
 #include "base/base.h"
 #include "base/philox.h"
 #include "data/packer.h"
+#include "model/config/load.h"
 
 #include <math.h>
 #include <stdio.h>

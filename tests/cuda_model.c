@@ -11,6 +11,10 @@
 #include "trainer/slab.h"
 
 #include "base/base.h"
+#include "data/packer.h"
+#include "model/config/load.h"
+#include "model/program/replay.h"
+#include "model/program/policy.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -5,6 +5,7 @@
 //   dump_model DIR [CASES]    writes DIR/model_0, DIR/model_1, ..
 #include "tests/op_case.h"
 #include "trainer/dump.h"
+#include "model/config/load.h"
 
 #include <stdio.h>
 #include <stdlib.h>

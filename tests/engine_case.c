@@ -7,6 +7,7 @@
 #include "base/philox.h"
 #include "kernels/cpu/cpu.h"
 #include "tests/engine_case.h"
+#include "model/config/load.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -1,6 +1,8 @@
 #include "tests/model_case.h"
 
 #include "base/base.h"
+#include "model/config/load.h"
+#include "model/program/replay.h"
 
 #include <stdlib.h>
 #include <string.h>

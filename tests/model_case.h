@@ -4,6 +4,7 @@
 
 #include "model/transformer.h"
 #include "tests/op_case.h"
+#include "model/program/replay.h"
 
 typedef struct ModelCase {
   Config config;

@@ -21,6 +21,7 @@ TREE = "Makefile README.md train.c base configs data docs kernels model scripts 
 SCRIPTS = {  # others are tests/NAME.sh build
     "run_folder": [PYTHON, "tests/run_folder.py", "build/train"],
     "uses": [PYTHON, "tests/uses.py", "build"],
+    "house": [PYTHON, "tests/house.py"],
 }
 
 

@@ -358,7 +358,7 @@ def attend_flex(mask, s):
 
 
 def load_sizes(path):
-    """Sizes from a config file; // comments, defaults of model/config_keys.c."""
+    """Sizes from a config file; // comments, defaults of model/config/keys.c."""
     config = json.loads("\n".join(line.split("//")[0] for line in open(path)))
     config.setdefault("flow", {}).setdefault("t_floor", 0.05)
     router, model = config.setdefault("router", {}), config["model"]

@@ -72,6 +72,7 @@ case $part in
     rm -rf "$build/dumps"
     ;;
   all)
+    check house "$python" tests/house.py
     check cli limited tests/cli.sh "$build"
     check messages limited tests/messages.sh "$build"
     if "$python" -c 'import torch' 2>/dev/null; then

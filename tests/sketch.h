@@ -2,7 +2,8 @@
 // hash bytes: one wrong byte of an input changes every byte of every output.
 #ifndef TESSERA_TESTS_SKETCH_H
 #define TESSERA_TESTS_SKETCH_H
-#include "model/program.h"
+#include "model/program/program.h"
+#include "model/program/replay.h"
 
 typedef struct Rng {
   uint64_t state;

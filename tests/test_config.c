@@ -8,8 +8,10 @@
 
 #include "base/json.h"
 #include "base/philox.h"
-#include "model/config.h"
-#include "model/config_history.h"
+#include "data/image.h"
+#include "model/config/config.h"
+#include "model/config/history.h"
+#include "model/config/load.h"
 #include "tests/temp_folder.h"
 
 #include <glob.h>
@@ -566,7 +568,7 @@ static void derived_sizes(void **state) {
   free(run);
   assert_int_equal(config_max_image_tokens(&c), 64);
   assert_int_equal(config_max_images(&c), 1024 / 33);
-  ImageFit fit = config_image_fit(&c);
+  ImageFit fit = image_fit_of(&c);
   assert_true(fit.mode == IMAGE_ASPECT && fit.size == 32 && fit.patch == 8 && fit.max_tokens == 64);
 }
 

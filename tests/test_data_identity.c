@@ -5,8 +5,9 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#include "model/config_keys.h"
+#include "model/config/keys.h"
 #include "trainer/state.h"
+#include "model/config/load.h"
 
 #include <stdlib.h>
 #include <string.h>

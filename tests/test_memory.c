@@ -9,9 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/arena.h"
-#include "model/planner.h"
+#include "model/program/arena.h"
+#include "model/program/planner.h"
 #include "tests/sketch.h"
+#include "model/program/compile.h"
+#include "model/program/policy.h"
 
 // ---- arena ----
 

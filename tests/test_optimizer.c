@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "model/optimizer.h"
+#include "model/config/load.h"
 
 #include <math.h>
 #include <string.h>

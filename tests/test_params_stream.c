@@ -8,6 +8,7 @@
 #include "base/base.h"
 #include "base/philox.h"
 #include "model/params.h"
+#include "model/config/load.h"
 
 #include <math.h>
 #include <omp.h>

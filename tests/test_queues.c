@@ -12,6 +12,7 @@
 #include "trainer/slab.h"
 
 #include "base/base.h"
+#include "model/program/replay.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -8,7 +8,7 @@
 
 #include "base/hash.h"
 #include "base/philox.h"
-#include "model/checkpoint.h"
+#include "model/files/checkpoint.h"
 #include "tests/temp_folder.h"
 
 #include <errno.h>

@@ -10,6 +10,7 @@
 #include "kernels/cpu/cpu.h"
 #include "tests/engine_case.h"
 #include "trainer/sampler.h"
+#include "model/config/load.h"
 
 #include <math.h>
 #include <omp.h>

@@ -11,6 +11,7 @@
 #include "tests/queued_cpu.h"
 #include "tests/temp_folder.h"
 #include "trainer/saver.h"
+#include "model/config/load.h"
 #include "trainer/slab.h"
 
 #include <omp.h>

@@ -2,8 +2,9 @@
 
 #include "base/json.h"
 #include "base/text_out.h"
-#include "model/safetensors.h"
-#include "trainer/losses.h"
+#include "model/config/load.h"
+#include "model/files/safetensors.h"
+#include "model/losses.h"
 #include "trainer/slab.h"
 
 #include <math.h>

@@ -4,6 +4,9 @@
 #include "base/thread.h"
 #include "data/loader.h"
 #include "kernels/master.h"
+#include "model/program/replay.h"
+#include "model/program/policy.h"
+#include "model/program/planner.h"
 
 #include <stdlib.h>
 #include <string.h>

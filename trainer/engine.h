@@ -4,6 +4,7 @@
 #define TESSERA_ENGINE_H
 
 #include "model/transformer.h"
+#include "model/program/replay.h"
 
 #include <pthread.h>
 #include <stdio.h>

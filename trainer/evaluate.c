@@ -19,7 +19,7 @@ const double eval_time[EVAL_TIMES] = {.1, .3, .5, .7, .9};
 
 int eval_items_load(const Config *c, Source *const *source, const HeldOut *list, int64_t n, int most,
                     EvalItem **items) {
-  ImageFit fit = config_image_fit(c);
+  ImageFit fit = image_fit_of(c);
   size_t P = 3 * (size_t)c->model.patch * (size_t)c->model.patch;
   *items = xcalloc((size_t)max_i64(min_i64(n, most), 1), sizeof **items);
   int count = 0;
@@ -213,7 +213,7 @@ static int measure_flow(EvalSet *s, const double *time, const int *text, double 
 }
 
 static int measure_draw(EvalSet *s, const int *own, const int *other, Evaluation *out, Error *err) {
-  FlowTimes times = config_flow_times(s->engine->config);
+  FlowTimes times = flow_times_of(s->engine->config);
   double *time = xmalloc(((size_t)s->n + 1) * sizeof *time), ignored;
   for (int i = 0; i < s->n; i++) { // a quantile's item is a random one
     double p = ((double)stream_permute(EVAL_SEED, 0, 1, s->n, i) + 0.5) / s->n;

@@ -6,7 +6,7 @@
 #include "data/stream.h"
 #include "data/tokenizer.h"
 #include "trainer/engine.h"
-#include "trainer/losses.h"
+#include "model/losses.h"
 
 #include <stdbool.h>
 

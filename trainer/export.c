@@ -3,7 +3,7 @@
 #include "base/json.h"
 #include "base/text_out.h"
 #include "data/document.h"
-#include "model/checkpoint.h"
+#include "model/files/checkpoint.h"
 
 static void write_experts(FILE *f, const char *modality, const ExpertConfig *e) {
   fprintf(f,

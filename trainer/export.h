@@ -2,7 +2,7 @@
 #ifndef TESSERA_EXPORT_H
 #define TESSERA_EXPORT_H
 
-#include "model/config.h"
+#include "model/config/config.h"
 
 // config.json beside model.safetensors, in the style of Hugging Face's transformers: model_type, architectures, sizes
 // under the names they have there, ids of the special tokens, CHECKPOINT_FORMAT as tessera_version. Only what the

@@ -2,7 +2,8 @@
 
 #include "data/paths.h"
 #include "data/sample_files.h"
-#include "model/config.h"
+#include "model/config/config.h"
+#include "model/config/load.h"
 
 #include <errno.h>
 #include <libgen.h>

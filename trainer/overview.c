@@ -1,5 +1,7 @@
 #include "trainer/overview.h"
 
+#include "data/image.h"
+
 #include <omp.h>
 #include <stdlib.h>
 
@@ -30,7 +32,7 @@ static double text_tokens(Epoch *epoch, const Config *c, const Tokenizer *t, con
 
 // Adds what one source has.
 static void count_source(Epoch *epoch, const Config *c, const Source *source, const Tokenizer *t) {
-  ImageFit fit = config_image_fit(c);
+  ImageFit fit = image_fit_of(c);
   int64_t n = source_count(source), every = n / PROBED_SAMPLES + 1, probed = 0, used = 0;
   double probed_tokens = 0;
   for (int64_t i = 0; i < n; i++) {

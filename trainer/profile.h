@@ -6,6 +6,8 @@
 #define TESSERA_PROFILE_H
 
 #include "trainer/engine.h"
+#include "model/program/replay.h"
+#include "model/program/cost.h"
 
 typedef struct Profile Profile;
 

@@ -1,6 +1,7 @@
 #include "trainer/run_folder.h"
 
-#include "model/checkpoint.h"
+#include "model/files/checkpoint.h"
+#include "model/config/load.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -3,7 +3,7 @@
 #define TESSERA_RUN_FOLDER_H
 
 #include "data/tokenizer.h"
-#include "model/config.h"
+#include "model/config/config.h"
 #include "trainer/options.h"
 
 // Creates the folder and its samples/ and takes its lock. A folder that already has checkpoints is refused unless the

@@ -1,6 +1,7 @@
 #include "trainer/sampler.h"
 
 #include "base/philox.h"
+#include "data/flow_time.h"
 #include "trainer/forward.h"
 #include "trainer/signals.h"
 
@@ -13,7 +14,7 @@
 #define SAMPLER_TRAINED 0.99
 
 SamplerOptions sampler_options(const Config *c) {
-  FlowTimes times = config_flow_times(c);
+  FlowTimes times = flow_times_of(c);
   double trained = fmin(flow_time_quantile(&times, SAMPLER_TRAINED), 1 - c->flow.t_floor);
   return (SamplerOptions){.kind = c->eval.sampler,
                           .steps = c->eval.sampler_steps,

@@ -2,7 +2,7 @@
 #ifndef TESSERA_STATE_H
 #define TESSERA_STATE_H
 
-#include "model/checkpoint.h"
+#include "model/files/checkpoint.h"
 #include "model/optimizer.h"
 #include "trainer/engine.h"
 

@@ -1,12 +1,14 @@
 #include "trainer/trainer_internal.h"
 
 #include "trainer/dump.h"
-#include "trainer/losses.h"
+#include "model/losses.h"
 #include "trainer/overview.h"
 #include "trainer/profile.h"
 #include "trainer/run_folder.h"
 #include "trainer/signals.h"
 #include "trainer/verify.h"
+#include "model/program/replay.h"
+#include "model/program/cost.h"
 
 #include <stdlib.h>
 
@@ -22,12 +24,12 @@ static Loader *open_loader(Trainer *t, Error *err) {
                                .max_text = config_max_text(c),
                                .max_document = config_max_document(c),
                                .max_caption = c->data.max_caption,
-                               .fit = config_image_fit(c),
+                               .fit = image_fit_of(c),
                                .max_pixels = c->data.max_pixels,
                                .held_out = c->data.held_out,
                                .cfg_drop = c->data.cfg_drop,
                                .caption_to_image = c->data.caption_to_image,
-                               .flow_times = config_flow_times(c),
+                               .flow_times = flow_times_of(c),
                                .seed = (uint64_t)c->run.seed},
                     .flip = c->data.flip,
                     .ce_weight = c->train.ce_weight,

@@ -2,7 +2,7 @@
 #ifndef TESSERA_TRAINER_H
 #define TESSERA_TRAINER_H
 
-#include "model/config.h"
+#include "model/config/config.h"
 #include "trainer/options.h"
 
 typedef struct Trainer Trainer;

@@ -361,7 +361,7 @@ int trainer_describe(Trainer *t, const char *path, Error *err) {
   int bad = image_decode((uint8_t *)data, bytes, c->data.max_pixels, &decoded, err);
   free(data);
   if (bad) return error_prefix(err, "%s", path);
-  ImageFit fit = config_image_fit(c);
+  ImageFit fit = image_fit_of(c);
   bad = image_fit(&decoded, &fit, &fitted, err);
   image_free(&decoded);
   if (bad) return error_prefix(err, "%s", path);

@@ -1,5 +1,5 @@
 // Tensor files: what opens can be read to its last byte and written again.
-#include "model/safetensors.h"
+#include "model/files/safetensors.h"
 #include "tests/fuzz/fuzz.h"
 
 #include <stdlib.h>

@@ -143,7 +143,7 @@ def main():
 
     for path in sorted(Path("configs").glob("*.json")):
         seed("config", path.stem, path.read_bytes())
-    keys = re.findall(r'^    \{"([a-z0-9_.]+)", KEY', Path("model/config_keys.c").read_text(), re.M)
+    keys = re.findall(r'^    \{"([a-z0-9_.]+)", KEY', Path("model/config/keys.c").read_text(), re.M)
     seed("config", "names", b"{}\0" + b"\0".join(k.encode() + b"=1" for k in keys[:8]))
     seed("config", "aspect", b'{"data": {"image_mode": "aspect", "max_image_tokens": 40, "micro_batch_tokens": 256}, '
          b'/* c */ "train": {"batch": 1000} // end\n}\0train.lr=1e-3\0memory.per_tensor={"qkv": "offload"}')

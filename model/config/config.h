@@ -1,0 +1,181 @@
+// The configuration: one JSON file (comments allowed), every key in one table (keys.c) with its type, default,
+// range and help. Loading, --set, flags, --print-config, --help and the saved config.json are loops over that table.
+#ifndef TESSERA_CONFIG_H
+#define TESSERA_CONFIG_H
+
+#include "base/base.h"
+#include "base/modality.h"
+
+#include <stdbool.h>
+#include <stdio.h>
+
+enum {
+  CONFIG_TEXT = 128,           // bytes of a name, its NUL included
+  CONFIG_PATH = 1024,          // bytes of a path
+  CONFIG_SOURCES = 16,         // most data sources
+  CONFIG_PER_TENSOR = 16,      // most entries of memory.per_tensor
+  CONFIG_MAX_PIXELS = 1 << 26, // of an image
+  CONFIG_KEYS = 96,            // room for the origin of every key
+};
+
+typedef enum ImageMode {
+  IMAGE_SQUARE, // shorter side to `size`, centre crop: [size, size]
+  IMAGE_ASPECT, // aspect kept, both sides multiples of `patch`, at most `max_tokens` patches
+} ImageMode;
+
+// How documents are laid into the slots of a pack.
+//   varlen   end to end, each with its own tokens
+//   padded   each followed by padding up to the longest document of its pack: the baseline that varlen is measured
+//            against. Padding is text without targets (document_pad), computed like any other.
+typedef enum Packing { PACKING_VARLEN, PACKING_PADDED } Packing;
+
+// What happens to activations that the backward pass needs.
+typedef enum MemoryPolicy { MEMORY_AUTO, MEMORY_KEEP, MEMORY_RECOMPUTE, MEMORY_OFFLOAD } MemoryPolicy;
+typedef enum DeviceKind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } DeviceKind;
+typedef enum SamplerKind { SAMPLER_HEUN, SAMPLER_EULER } SamplerKind;
+// What a checkpoint that cannot be written does to the run.
+typedef enum SaveError { SAVE_ERROR_STOP, SAVE_ERROR_CONTINUE } SaveError;
+// Whether a checkpoint is copied to host memory, from where it is written while training goes on.
+typedef enum SaveCopy { COPY_AUTO, COPY_ALWAYS, COPY_NEVER } SaveCopy;
+
+// One data source: type and path as source_open takes them; weight is its share of the draws, > 0.
+typedef struct SourceConfig {
+  char type[16];
+  char path[CONFIG_PATH];
+  double weight;
+} SourceConfig;
+
+// The experts of one modality.
+typedef struct ExpertConfig {
+  int experts;    // E
+  int expert_dim; // F
+  int shared_dim; // S, 0 = no shared expert
+  int top_k;      // k <= E
+} ExpertConfig;
+
+// An exception to memory.policy: one saved tensor in all layers, as policy_table_set takes it.
+typedef struct TensorPolicy {
+  char name[32];
+  char policy[16];
+} TensorPolicy;
+
+// Where a value came from: > 0 the line of the file, otherwise one of these.
+enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
+
+typedef enum AdalnKind { ADALN_FUSED, ADALN_UNFUSED } AdalnKind;
+typedef enum MoeGemm { MOE_GEMM_GROUPED, MOE_GEMM_LOOP } MoeGemm;
+typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
+
+// Plain data: may be copied and compared; nothing to free. Names as in the file.
+typedef struct Config {
+  struct {
+    char name[CONFIG_TEXT];   // the run's folder is dir/name, see config_run_folder
+    char dir[CONFIG_PATH];    //
+    char folder[CONFIG_PATH]; // if not empty, the run's folder itself (--run-dir)
+    int64_t seed;             // [0, 2^53]
+    DeviceKind device;
+    int threads; // compute threads, 0 = cores / local processes
+  } run;
+  struct {
+    int dim, layers, heads, kv_heads, head_dim; // C, L, H, G, D
+    int cond_dim;                               // Z
+    int patch, patch_bottleneck;                // p; width of the linear bottleneck, 0 = none
+    int vocab;                                  // V, at least 260
+    bool attn_per_modality, tie_embeddings;
+    ExpertConfig moe[MODALITIES]; // keys model.text.* and model.image.*
+  } model;
+  struct {
+    int micro_batch_tokens; // T
+    int image_size;         // pixels, a multiple of patch
+    ImageMode image_mode;
+    int max_image_tokens;          // image_mode aspect: most patches of an image, 0 = (image_size/patch)^2
+    int64_t max_pixels;            // larger images are left out
+    bool flip;                     // horizontal flip of half of the training images
+    char tokenizer[CONFIG_PATH];   // path of a vocab.bpe; "train": learn V ids from the captions; "bytes": no merges
+    double cfg_drop;               // probability that a caption-to-image document has no caption
+    double caption_to_image;       // probability that a captioned image is drawn rather than described
+    double held_out;               // fraction of the samples held out
+    char held_out_by[CONFIG_TEXT]; // "key", "caption" or a field of the sample
+    int max_text;                  // text rows of a pack, 0 = T
+    int max_images;                // image segments of a pack, 0 = see config_max_images
+    int max_document;              // tokens of a text document, 0 = max_text
+    int max_caption;               // tokens of a caption
+    int cache_mb;                  // resized pixels kept in memory
+    int max_bad;                   // images that cannot be decoded before the run is given up, 0 = no limit
+    int sources;                   // how many of source[]
+    SourceConfig source[CONFIG_SOURCES];
+    int threads; // decode threads
+  } data;
+  struct {
+    int steps;
+    int micro_batches; // per step; from `batch` where that is given
+    int64_t batch;     // tokens per step, 0 = T * micro_batches
+    double lr;
+    int warmup_steps;
+    double decay_fraction; // of the steps; 0 = constant to the end
+    double beta1, beta2;
+    double weight_decay;
+    double clip; // global norm, 0 = off
+    double ema;  // 0 = no EMA
+    int ema_every;
+    double ce_weight;
+    int max_skipped;    // non-finite steps in a row before the run is given up
+    double spike;       // a step is skipped whose gradient norm is beyond this times the median before it, 0 = off
+    int spike_patience; // of them in a row before the run goes back to its newest checkpoint
+    int spike_rewinds;  // how often it goes back before it is given up
+    int verify_every;   // steps between replays whose gradients must have the same bits, 0 = never
+  } train;
+  struct {
+    double t_mean, t_std, t_uniform, t_floor;
+  } flow;
+  struct {
+    double balance, z;
+  } router;
+  struct {
+    int every;     // steps, 0 = only at the end
+    int samples;   // images of the sample grid, 0 = none
+    int documents; // held-out documents measured
+    SamplerKind sampler;
+    int sampler_steps;
+    double t_end;                   // flow time the sampler jumps to x^ from, 0 = "auto"
+    double guidance, guidance_from; // weight; smallest t at which it acts
+    double temperature, top_p;      // of captions; temperature 0 = the most likely token
+  } eval;
+  struct {
+    int every;          // steps, 0 = only at the end
+    int keep_last;      // newest ones kept, at least 1
+    int keep_every;     // those at multiples of this step are kept for good, 0 = none
+    SaveCopy copy;      // auto: where the host has room
+    SaveError on_error; // of any but the run's last one, whose failure is always an error
+  } checkpoint;
+  struct {
+    MemoryPolicy policy;
+    double budget_gb; // 10^9 bytes, 0 = "auto": what the device has
+    int per_tensors;  // how many of per_tensor[]
+    TensorPolicy per_tensor[CONFIG_PER_TENSOR];
+    bool arena; // false: an allocation per tensor, so that sanitizers see every bound
+  } memory;
+  struct {
+    AdalnKind adaln;
+    MoeGemm moe_gemm;
+    Packing packing;    // of training; packs of evaluation and sampling are varlen
+    StreamKind streams; // of the GPU, as is graph
+    bool graph;
+  } kernels;               // what ablations switch
+  int version;             // "tessera" of the file, see model/config/history.h; 0 = it has none
+  int origin[CONFIG_KEYS]; // by row of the key table
+} Config;
+
+// The run's folder: run.folder, else run.dir/run.name. malloc'd.
+char *config_run_folder(const Config *c);
+// Most tokens an image can have: (image_size/patch)^2, or data.max_image_tokens for aspect.
+int config_max_image_tokens(const Config *c);
+// data.max_text with 0 resolved to T, data.max_document with 0 resolved to that.
+int config_max_text(const Config *c);
+int config_max_document(const Config *c);
+// data.max_images with 0 resolved: square: T / (tokens of an image + 1), which no pack exceeds, since every image has
+// a boi; aspect: the same for images of half the cap. The modulation table has one row more.
+int config_max_images(const Config *c);
+// checkpoint.copy, which is never where auto has nothing to gain: the only save is the one that ends the run.
+SaveCopy config_save_copy(const Config *c);
+#endif

@@ -1,0 +1,18 @@
+// What an op costs: the floor that a profile holds it against, and what a plan reckons with.
+#ifndef TESSERA_COST_H
+#define TESSERA_COST_H
+
+#include "model/program/program.h"
+
+// How much of a pack's capacity is used; costs are linear in it.
+typedef struct Extents {
+  double text, image; // rows
+  double segments;    // image segments
+  double targets;     // text rows with a target
+  double pairs;       // (query, key) pairs that the mask allows
+} Extents;
+// FLOPs and bytes that must move (cost.c): at these extents, and at capacity: T text rows or T image rows, whichever
+// costs more, in one document.
+void op_cost(const Program *p, const Op *op, const Extents *x, double *flops, double *bytes);
+void op_cost_full(const Program *p, const Op *op, double *flops, double *bytes);
+#endif

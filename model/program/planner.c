@@ -1,0 +1,99 @@
+#include "model/program/planner.h"
+
+#include "model/program/program_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void bytes_print(FILE *out, double bytes) {
+  if (bytes == 0)
+    fprintf(out, " %12s", "-");
+  else if (bytes < 1e9)
+    fprintf(out, " %9.2f MB", bytes * 1e-6);
+  else
+    fprintf(out, " %9.2f GB", bytes * 1e-9);
+}
+
+static int share_compare(const void *pa, const void *pb) {
+  const PeakShare *a = pa, *b = pb;
+  return a->bytes != b->bytes ? (a->bytes < b->bytes) - (a->bytes > b->bytes) : strcmp(a->name, b->name);
+}
+
+Peak planner_peak(const Program *p) {
+  PeakShare *share = xcalloc((size_t)p->n_tensors + 1, sizeof *share);
+  int n = 0;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (x->space != SPACE_ARENA || x->first < 0 || x->first > p->fullest || x->last < p->fullest) continue;
+    int k = 0;
+    while (k < n && strcmp(share[k].name, x->name) != 0) k++;
+    if (k == n) share[n++] = (PeakShare){.name = x->name};
+    share[k].count++;
+    share[k].bytes += (max_i64(x->bytes, 1) + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+  }
+  qsort(share, (size_t)n, sizeof *share, share_compare);
+  Peak peak = {.n_shares = n < PEAK_SHARES ? n : PEAK_SHARES};
+  memcpy(peak.share, share, (size_t)peak.n_shares * sizeof *share);
+  free(share);
+  return peak;
+}
+
+static void peak_print(const Program *p, FILE *out) {
+  Peak peak = planner_peak(p);
+  int64_t others = p->live_bytes;
+  if (!others) return;
+  const Op *op = &p->ops[p->fullest];
+  fprintf(out, "alive at the fullest moment, op %d %s", p->fullest, op_info[op->kind].name);
+  if (op->layer >= 0) fprintf(out, " of layer %d", op->layer);
+  fputs(":\n", out);
+  for (int i = 0; i < peak.n_shares; i++) {
+    const PeakShare *s = &peak.share[i];
+    fprintf(out, "  %-32s %3d x", s->name, s->count);
+    bytes_print(out, (double)s->bytes / s->count);
+    fputs(" =", out);
+    bytes_print(out, (double)s->bytes);
+    others -= s->bytes;
+    fputc('\n', out);
+  }
+  fprintf(out, "  %-53s", "others");
+  bytes_print(out, (double)others);
+  fputc('\n', out);
+}
+
+void planner_print(const Program *p, void *out_file) {
+  FILE *out = out_file;
+  double bytes[SAVED_COUNT][POLICY_COUNT] = {{0}}, total[POLICY_COUNT] = {0}, rest = 0;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (x->space != SPACE_ARENA || x->first < 0) continue;
+    Revival revival = p->state->revival[t];
+    // What nobody asks for again dies where the forward pass is done with it.
+    if (x->saved < 0 || (revival.policy != POLICY_OFFLOAD && !revival.needed))
+      rest += (double)x->bytes;
+    else
+      bytes[x->saved][revival.policy] += (double)x->bytes;
+  }
+  fprintf(out, "program %s: %d ops\n  %-14s %12s %12s %12s\n", p->name, p->n_ops, "saved tensor", "kept", "recomputed",
+          "offloaded");
+  for (int s = 0; s < SAVED_COUNT; s++) {
+    if (bytes[s][0] + bytes[s][1] + bytes[s][2] == 0) continue;
+    fprintf(out, "  %-14s", saved_name[s]);
+    for (int k = 0; k < POLICY_COUNT; k++) {
+      bytes_print(out, bytes[s][k]);
+      total[k] += bytes[s][k];
+    }
+    fputc('\n', out);
+  }
+  fprintf(out, "  %-14s", "sum");
+  for (int k = 0; k < POLICY_COUNT; k++) bytes_print(out, total[k]);
+  fprintf(out, "\n  %-14s", "passing");
+  bytes_print(out, rest);
+  fprintf(out, "  (gradients, reloads, rebuilt and other passing tensors, which share memory)\n  %-14s", "arena");
+  bytes_print(out, (double)p->arena_bytes);
+  fprintf(out, "  %.3f x the largest sum alive at once\n  %-14s",
+          p->live_bytes ? (double)p->arena_bytes / (double)p->live_bytes : 1.0, "host slab");
+  bytes_print(out, (double)p->host_bytes);
+  fputc('\n', out);
+  peak_print(p, out);
+}

@@ -1,0 +1,314 @@
+// Recording: tensors, ops, and how saved activations come back.
+#include "model/program/program.h"
+
+#include "model/program/ops.h"
+#include "model/program/program_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *const saved_name[SAVED_COUNT] = {"x",          "norm_stats", "h1", "qkv", "qkv_rotated",
+                                             "attention",  "b1",         "x2", "h2",  "router",
+                                             "shared_pre", "expert_pre", "b2"};
+
+// ---- program ----
+
+Program *program_new(const char *name, const Dims *dims, const Backend *backend, const PolicyTable *policy) {
+  Program *p = xcalloc(1, sizeof *p);
+  snprintf(p->name, sizeof p->name, "%s", name);
+  p->backend = backend;
+  p->dims = *dims;
+  if (policy) p->policy = *policy;
+  ProgramState *s = p->state = xcalloc(1, sizeof *s);
+  s->layer = -1;
+  s->cap_marks = 16;
+  s->marks = xcalloc((size_t)s->cap_marks, sizeof *s->marks);
+  s->n_marks = 1;
+  return p;
+}
+
+static void tensor_release(const Program *p, TensorId t) {
+  void *at = p->state->owned[t];
+  if (!at) return;
+  if (!p->backend->queues)
+    free(at);
+  else if (p->tensors[t].space == SPACE_HOST)
+    p->backend->host_release(at);
+  else
+    p->backend->release(at);
+}
+
+void program_unbind(Program *p) {
+  ProgramState *s = p->state;
+  if (s->graph) p->backend->queues->graph_free(s->graph);
+  s->graph = NULL;
+  if (s->owned)
+    for (TensorId t = 0; t < p->n_tensors; t++) tensor_release(p, t);
+  free(s->owned);
+  s->owned = NULL;
+}
+
+void program_free(Program *p) {
+  if (!p) return;
+  ProgramState *s = p->state;
+  program_unbind(p);
+  free(s->address);
+  free(s->awaited);
+  free(s->marks);
+  free(s->recipes);
+  free(s->revival);
+  free(s);
+  free(p->tensors);
+  free(p->ops);
+  free(p);
+}
+
+void program_check_open(const Program *p) {
+  if (p->state->finished) panic("program %s: recorded to after program_finish", p->name);
+}
+
+static Tensor *tensor_check(const Program *p, TensorId t, const char *what) {
+  if (t < 0 || t >= p->n_tensors) panic("program %s: %s: there is no tensor %d", p->name, what, t);
+  return &p->tensors[t];
+}
+
+static TensorId tensor_add(Program *p, Space space, int64_t offset, Dtype dtype, int64_t count, const char *name) {
+  ProgramState *s = p->state;
+  program_check_open(p);
+  if (count < 0 || offset < 0)
+    panic("program %s: tensor %s: %lld elements at byte %lld", p->name, name, (long long)count, (long long)offset);
+  if (p->n_tensors == s->cap_tensors) {
+    s->cap_tensors = s->cap_tensors ? 2 * s->cap_tensors : 256;
+    p->tensors = xrealloc(p->tensors, (size_t)s->cap_tensors * sizeof *p->tensors);
+    s->revival = xrealloc(s->revival, (size_t)s->cap_tensors * sizeof *s->revival);
+  }
+  TensorId t = p->n_tensors++;
+  p->tensors[t] = (Tensor){.dtype = dtype,
+                           .space = space,
+                           .count = count,
+                           .bytes = count * (int64_t)p->backend->dtype_bytes[dtype],
+                           .offset = offset,
+                           .layer = s->layer,
+                           .saved = -1,
+                           .producer = -1,
+                           .rebuild = -1,
+                           .first = -1,
+                           .last = -1};
+  snprintf(p->tensors[t].name, sizeof p->tensors[t].name, "%s", name);
+  s->revival[t] = (Revival){.policy = POLICY_KEEP, .host = NO_TENSOR, .again = NO_TENSOR};
+  return t;
+}
+
+TensorId program_tensor(Program *p, Dtype dtype, int64_t count, const char *fmt, ...) {
+  char name[sizeof p->tensors->name];
+  va_list ap;
+  va_start(ap, fmt);
+  vsnprintf(name, sizeof name, fmt, ap);
+  va_end(ap);
+  return tensor_add(p, SPACE_ARENA, 0, dtype, count, name);
+}
+
+TensorId program_external(Program *p, Space space, int64_t offset, Dtype dtype, int64_t count, const char *name) {
+  if (space == SPACE_ARENA || space == SPACE_HOST)
+    panic("program %s: tensor %s: the program itself lays out this space", p->name, name);
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (x->space == space && x->offset == offset && x->count == count && x->dtype == dtype) return t;
+  }
+  return tensor_add(p, space, offset, dtype, count, name);
+}
+
+// A tensor of the arena or the host slab shaped like another.
+static TensorId tensor_like(Program *p, TensorId t, Space space, const char *suffix) {
+  Tensor like = p->tensors[t]; // a copy: tensor_add may move the table
+  char name[2 * sizeof like.name];
+  snprintf(name, sizeof name, "%.38s%s", like.name, suffix);
+  return tensor_add(p, space, 0, like.dtype, like.count, name);
+}
+
+// One list of operands into op->in or op->out, checked against the table.
+static void operands_take(Program *p, OpKind kind, const Operand *operand, int n, const TensorId *given, TensorId *to,
+                          int max) {
+  for (int i = 0; i < max; i++) {
+    to[i] = i < n && given ? given[i] : NO_TENSOR;
+    if (i >= n) continue;
+    if (to[i] == NO_TENSOR && !operand[i].optional)
+      panic("program %s: op %d %s: operand %s is missing", p->name, p->n_ops, op_info[kind].name, operand[i].name);
+    if (to[i] < NO_TENSOR || to[i] >= p->n_tensors)
+      panic("program %s: op %d %s: operand %s: there is no tensor %d", p->name, p->n_ops, op_info[kind].name,
+            operand[i].name, to[i]);
+  }
+}
+
+static int op_add(Program *p, Lane lane, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args) {
+  ProgramState *s = p->state;
+  program_check_open(p);
+  Operands o = op_operands(kind);
+  Op op = {.kind = kind, .lane = lane, .layer = s->layer};
+  if (args) op.args = *args;
+  operands_take(p, kind, o.in, o.n_in, in, op.in, OP_MAX_IN);
+  operands_take(p, kind, o.out, o.n_out, out, op.out, OP_MAX_OUT);
+  for (int i = 0; i < o.n_out; i++) {
+    if (op.out[i] == NO_TENSOR) continue;
+    if (op_accumulates(kind, i, &op.args)) op.acc |= 1u << i;
+    for (int k = 0; k < o.n_in; k++)
+      if (op.in[k] == op.out[i])
+        panic("program %s: op %d %s: tensor %s is input %s and output %s", p->name, p->n_ops, op_info[kind].name,
+              p->tensors[op.in[k]].name, o.in[k].name, o.out[i].name);
+    for (int k = 0; k < i; k++)
+      if (op.out[k] == op.out[i])
+        panic("program %s: op %d %s: tensor %s is output %s and output %s", p->name, p->n_ops, op_info[kind].name,
+              p->tensors[op.out[k]].name, o.out[k].name, o.out[i].name);
+    if (p->tensors[op.out[i]].producer < 0) p->tensors[op.out[i]].producer = p->n_ops;
+  }
+  if (p->n_ops == s->cap_ops) {
+    s->cap_ops = s->cap_ops ? 2 * s->cap_ops : 256;
+    p->ops = xrealloc(p->ops, (size_t)s->cap_ops * sizeof *p->ops);
+  }
+  p->ops[p->n_ops] = op;
+  return p->n_ops++;
+}
+
+int program_op(Program *p, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args) {
+  return op_add(p, LANE_COMPUTE, kind, in, out, args);
+}
+
+static void copy_add(Program *p, Lane lane, TensorId from, TensorId to) {
+  OpArgs args = {.span = {.count = p->tensors[from].bytes}};
+  op_add(p, lane, OP_COPY, &from, &to, &args);
+}
+
+void program_layer(Program *p, int layer) {
+  ProgramState *s = p->state;
+  program_check_open(p);
+  if (layer == s->layer) return;
+  s->layer = layer;
+  if (s->n_marks == s->cap_marks) {
+    s->cap_marks *= 2;
+    s->marks = xrealloc(s->marks, (size_t)s->cap_marks * sizeof *s->marks);
+  }
+  if (s->marks[s->n_marks - 1] != p->n_ops) s->marks[s->n_marks++] = p->n_ops;
+}
+
+// ---- saved activations ----
+
+void program_save(Program *p, TensorId t, Saved saved) {
+  ProgramState *s = p->state;
+  Tensor *x = tensor_check(p, t, saved_name[saved]);
+  if (x->space != SPACE_ARENA || x->producer < 0 || x->saved >= 0)
+    panic("program %s: save of %s as %s: %s", p->name, x->name, saved_name[saved],
+          x->saved >= 0     ? "it is saved already"
+          : x->producer < 0 ? "nothing has written it"
+                            : "only tensors of the arena are saved");
+  x->saved = (int)saved;
+  x->layer = s->layer;
+  if (s->layer < 0 || s->layer >= p->policy.layers) return;
+  Policy policy = (Policy)p->policy.of[s->layer * SAVED_COUNT + (int)saved];
+  if (saved == SAVED_X && policy == POLICY_RECOMPUTE)
+    panic("program %s: layer %d: block inputs x are kept or offloaded, never recomputed", p->name, s->layer);
+  s->revival[t].policy = policy;
+  if (policy != POLICY_OFFLOAD) return;
+  TensorId host = tensor_like(p, t, SPACE_HOST, " (host)");
+  s->revival[t].host = host;
+  copy_add(p, LANE_D2H, t, host);
+}
+
+void program_save_rebuild(Program *p, const TensorId *t_of_out, OpKind kind, const TensorId *in, const OpArgs *args) {
+  ProgramState *s = p->state;
+  Operands o = op_operands(kind);
+  Recipe r = {.kind = kind};
+  if (args) r.args = *args;
+  operands_take(p, kind, o.in, o.n_in, in, r.in, OP_MAX_IN);
+  for (int i = 0; i < OP_MAX_OUT; i++) {
+    r.out[i] = i < o.n_out ? t_of_out[i] : NO_TENSOR;
+    if (r.out[i] != NO_TENSOR) tensor_check(p, r.out[i], "rebuild")->rebuild = s->n_recipes;
+  }
+  if (s->n_recipes == s->cap_recipes) {
+    s->cap_recipes = s->cap_recipes ? 2 * s->cap_recipes : 32;
+    s->recipes = xrealloc(s->recipes, (size_t)s->cap_recipes * sizeof *s->recipes);
+  }
+  s->recipes[s->n_recipes++] = r;
+}
+
+// An intermediate of a layer that was not saved: when something above it is rebuilt, so is it.
+static int is_intermediate(const Tensor *x) {
+  return x->space == SPACE_ARENA && x->saved < 0 && x->layer >= 0;
+}
+
+static int is_rebuilt(const Program *p, TensorId t) {
+  const Tensor *x = &p->tensors[t];
+  return x->saved < 0 ? is_intermediate(x) : p->state->revival[t].policy == POLICY_RECOMPUTE;
+}
+
+// The op that makes t: its recipe, or its producer.
+static Recipe recipe_of(const Program *p, TensorId t) {
+  const Tensor *x = &p->tensors[t];
+  if (x->rebuild >= 0) return p->state->recipes[x->rebuild];
+  if (x->producer < 0) panic("program %s: tensor %s is needed and nothing has written it", p->name, x->name);
+  const Op *op = &p->ops[x->producer];
+  Recipe r = {.kind = op->kind, .args = op->args};
+  memcpy(r.in, op->in, sizeof r.in);
+  memcpy(r.out, op->out, sizeof r.out);
+  return r;
+}
+
+// A tensor shaped like output i of a recipe: what it rebuilds there, or the same output of a sibling's producer.
+static TensorId recipe_shape(const Program *p, const Recipe *r, int i, const char *operand) {
+  if (r->out[i] != NO_TENSOR) return r->out[i];
+  for (int k = 0; k < OP_MAX_OUT; k++) {
+    if (r->out[k] == NO_TENSOR) continue;
+    const Op *producer = &p->ops[p->tensors[r->out[k]].producer];
+    if (producer->kind == r->kind && producer->out[i] != NO_TENSOR) return producer->out[i];
+  }
+  panic("program %s: rebuild by %s: the shape of its output %s is unknown", p->name, op_info[r->kind].name, operand);
+}
+
+static TensorId tensor_need(Program *p, TensorId t, int nested);
+
+static TensorId tensor_rebuild(Program *p, TensorId t) {
+  ProgramState *s = p->state;
+  if (s->revival[t].busy)
+    panic("program %s: rebuilding %s needs %s itself", p->name, p->tensors[t].name, p->tensors[t].name);
+  s->revival[t].busy = 1;
+  Recipe r = recipe_of(p, t);
+  Operands o = op_operands(r.kind);
+  TensorId in[OP_MAX_IN], out[OP_MAX_OUT];
+  for (int i = 0; i < o.n_in; i++) in[i] = r.in[i] == NO_TENSOR ? NO_TENSOR : tensor_need(p, r.in[i], 1);
+  for (int i = 0; i < o.n_out; i++) {
+    out[i] = NO_TENSOR;
+    if (r.out[i] == NO_TENSOR && o.out[i].optional) continue;
+    TensorId like = recipe_shape(p, &r, i, o.out[i].name);
+    if (o.out[i].accumulates || p->tensors[like].space != SPACE_ARENA)
+      panic("program %s: tensor %s cannot be rebuilt: output %s of %s must not be written again", p->name,
+            p->tensors[t].name, o.out[i].name, op_info[r.kind].name);
+    int wanted = r.out[i] != NO_TENSOR && is_rebuilt(p, r.out[i]) && s->revival[r.out[i]].again == NO_TENSOR;
+    out[i] = tensor_like(p, like, SPACE_ARENA, wanted ? " (again)" : " (scratch)");
+    if (wanted) s->revival[r.out[i]].again = out[i];
+  }
+  op_add(p, LANE_COMPUTE, r.kind, in, out, &r.args);
+  s->revival[t].busy = 0;
+  return s->revival[t].again;
+}
+
+// `nested`: for an op that is recorded again, so that intermediates are rebuilt too.
+static TensorId tensor_need(Program *p, TensorId t, int nested) {
+  ProgramState *s = p->state;
+  const Tensor *x = tensor_check(p, t, "need");
+  if (x->saved < 0 && !(nested && is_intermediate(x))) return t;
+  s->revival[t].needed = 1;
+  if (s->revival[t].again != NO_TENSOR) return s->revival[t].again;
+  if (is_rebuilt(p, t)) return tensor_rebuild(p, t);
+  if (s->revival[t].policy == POLICY_KEEP) return t;
+  TensorId again = tensor_like(p, t, SPACE_ARENA, " (reload)");
+  copy_add(p, LANE_H2D, s->revival[t].host, again);
+  return s->revival[t].again = again;
+}
+
+TensorId program_need(Program *p, TensorId t) {
+  return tensor_need(p, t, 0);
+}
+
+void program_output(Program *p, TensorId t) {
+  tensor_check(p, t, "output")->is_output = 1;
+}

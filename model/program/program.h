@@ -1,0 +1,163 @@
+// The program: tensors and ops recorded by the model, placed in one arena, given their waits, and replayed every step.
+//
+//   record   program_op() appends ops; program_need() is how the backward pass asks for a saved activation
+//   schedule reloads move earlier, offloaded ranges live on a little longer            (program_finish, in this order)
+//   arena    lifetimes over op order -> an offset for every tensor, exact peak         (arena.c)
+//   waits    what each op must wait for on other lanes, from overlaps of addresses     (waits.c)
+//   replay   for each op: run it, or give it to its lane's queue; as a graph, once for all replays    (replay.c)
+//
+// Lanes are in order. Between lanes nothing is ordered but by waits, and waits follow from what ops read and write.
+#ifndef TESSERA_PROGRAM_H
+#define TESSERA_PROGRAM_H
+
+#include "base/base.h"
+#include "kernels/kernels.h"
+
+typedef int32_t TensorId;
+enum { NO_TENSOR = -1 };
+
+// Where a tensor lives. ARENA and HOST (the slab offloaded tensors go to) are laid out by the program; the others are
+// allocations of the trainer, and a tensor there has a fixed byte offset.
+typedef enum Space {
+  SPACE_ARENA,
+  SPACE_HOST,
+  SPACE_WEIGHTS,
+  SPACE_GRADS,
+  SPACE_MICRO_GRADS, // the gradient of one micro-step, where it is formed apart and then added
+  SPACE_ADAM_M,
+  SPACE_ADAM_V,
+  SPACE_EMA,
+  SPACE_STAGING, // the next pack, as uploaded
+  SPACE_BATCH,   // the live pack
+  SPACE_METRICS,
+  SPACE_SCALARS,
+  SPACE_STATUS,
+  SPACE_INPUT,   // what sampling feeds in place of the noised patches
+  SPACE_REST,    // what the weights lack of their fp32 masters
+  SPACE_SCRATCH, // what an op of the compute lane may use while it runs
+  SPACE_COUNT
+} Space;
+
+// Activations the backward pass may ask for, one policy each per layer.
+typedef enum Saved {
+  SAVED_X,           // block input [T,C]: keep or offload only
+  SAVED_NORM_STATS,  // mean, rstd [T] of both sites
+  SAVED_H1,          // attention's input h [T,C]
+  SAVED_QKV,         // before QK-norm [T,(H+2G)D]
+  SAVED_QKV_ROTATED, // q, k, v in sequence order
+  SAVED_ATTENTION,   // o [T,HD] and lse [H,T]
+  SAVED_B1,          // attention branch o Wo [T,C]
+  SAVED_X2,          // middle of the block [T,C]
+  SAVED_H2,          // experts' input h [T,C]
+  SAVED_ROUTER,      // logits, weights, route
+  SAVED_SHARED_PRE,  // shared expert before its activation
+  SAVED_EXPERT_PRE,  // experts before their activation
+  SAVED_B2,          // expert branch [T,C]
+  SAVED_COUNT
+} Saved;
+extern const char *const saved_name[SAVED_COUNT]; // "x", "norm_stats", "h1", ... as in memory.per_tensor
+
+typedef enum Policy { POLICY_KEEP, POLICY_RECOMPUTE, POLICY_OFFLOAD, POLICY_COUNT } Policy;
+
+typedef struct PolicyTable {
+  int layers;
+  uint8_t *of; // [layers][SAVED_COUNT] Policy
+} PolicyTable;
+
+typedef struct Tensor {
+  char name[48];
+  Dtype dtype;
+  Space space;
+  int64_t count, bytes; // bytes rounded up to the arena's alignment is what it occupies
+  int64_t offset;       // within its space
+  int layer;            // -1: none
+  int saved;            // Saved, or -1
+  int producer;         // op that writes it, or -1
+  int rebuild;          // index of the rebuild recipe that replaces its producer, or -1
+  int first, last;      // op positions of its life, set by program_finish; -1: unused. Outputs live to n_ops
+  int is_output;
+} Tensor;
+
+typedef struct Wait {
+  int op; // index of the op, always earlier in recorded order and on another lane
+} Wait;
+
+typedef struct Op {
+  OpKind kind;
+  Lane lane;
+  int layer; // -1: none
+  TensorId in[OP_MAX_IN], out[OP_MAX_OUT];
+  uint32_t acc; // bit i: out[i] is read as well (it accumulates)
+  OpArgs args;
+  double flops, bytes; // at capacity
+  int n_waits;
+  Wait waits[LANE_COUNT];
+  KernelCall call; // bound operands
+} Op;
+
+typedef struct Program Program;
+typedef struct ProgramState ProgramState; // program_internal.h
+
+struct Program {
+  char name[32];
+  const Backend *backend;
+  Dims dims;
+  PolicyTable policy; // borrowed
+  Tensor *tensors;
+  int n_tensors;
+  Op *ops;
+  int n_ops;
+  int64_t arena_bytes, host_bytes; // exact, after program_finish
+  int64_t live_bytes;              // the largest sum of live tensors: a lower bound of arena_bytes
+  int fullest;                     // the op position at which they are alive
+  int64_t scratch_bytes;           // the most that one of its ops uses
+  int one_queue;                   // the copy lanes' ops go to the compute lane's queue, in recorded order
+  int use_graph;                   // replays launch a graph, captured at the first replay after program_bind
+  int takes_pack;                  // its first op copies the staged pack to its place
+  ProgramState *state;             // recorder's own: memo of rebuilt tensors, layer marks, capacities
+  Batch batch;                     // live pack, bound
+};
+
+// ---- record ----
+
+// A new empty program. policy: [dims->L][SAVED_COUNT], borrowed until program_free; NULL: keep everything.
+Program *program_new(const char *name, const Dims *dims, const Backend *backend, const PolicyTable *policy);
+void program_free(Program *p);
+
+// A tensor of the arena, `count` >= 0 elements. The name is for messages and the memory table.
+TensorId program_tensor(Program *p, Dtype dtype, int64_t count, const char *fmt, ...)
+    __attribute__((format(printf, 4, 5)));
+// A tensor of another space (not ARENA or HOST) at a byte offset. Asking again for the same (space, offset, dtype,
+// count) returns the same tensor.
+TensorId program_external(Program *p, Space space, int64_t offset, Dtype dtype, int64_t count, const char *name);
+
+// Appends an op on the compute lane. in/out in the order of kernels.h, NO_TENSOR where an optional operand is absent;
+// both arrays have OP_MAX_IN / OP_MAX_OUT entries or end with the operands the op has. args NULL: zeros. Whether out[i]
+// accumulates follows from the table ('+') and args (see op_accumulates). Checks the presence of operands against the
+// table, and that no output is an input too (panics with op and operand named: a bug of the model code). Ops that use
+// the pack read it implicitly (see op_uses_batch). Returns the op's index, which program_finish may change.
+int program_op(Program *p, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args);
+
+// Following ops and tensors belong to this layer (-1: none). A change of layer is also a scheduling mark: reloads move
+// to the mark before (schedule.h).
+void program_layer(Program *p, int layer);
+
+// Declares that t may be asked for again in the backward pass, under the policy of (current layer, saved); outside of
+// layers it is kept. With POLICY_OFFLOAD records its copy to the host slab right here, on the d2h lane; call it after
+// t's producer was recorded.
+void program_save(Program *p, TensorId t, Saved saved);
+// Says how to rebuild tensors whose policy is recompute, instead of recording their producer again: op `kind` with
+// `in`, whose output i rebuilds t_of_out[i] (NO_TENSOR: an optional output is absent, another is scratch shaped like
+// the same output of the producer of one of the others, which must then be of the same kind). Tensors named here with
+// another policy are not affected; their outputs become scratch.
+void program_save_rebuild(Program *p, const TensorId *t_of_out, OpKind kind, const TensorId *in, const OpArgs *args);
+
+// t as the backward pass can use it: kept, or never saved -> t; offloaded -> its reload, recorded on the h2d lane;
+// recomputed -> output of its producer (or rebuild recipe) recorded again with fresh outputs, inputs through
+// program_need, except that a tensor of a layer which was never saved is rebuilt too: it is an intermediate nobody else
+// keeps. Memoised per program. Panics when that would record an op with accumulating or external outputs again.
+TensorId program_need(Program *p, TensorId t);
+
+// t is read after the replay: it lives to the end of the program.
+void program_output(Program *p, TensorId t);
+#endif

@@ -1,0 +1,302 @@
+// Binding addresses and running the ops.
+#include "model/program/replay.h"
+
+#include "base/philox.h"
+#include "model/program/ops.h"
+#include "model/program/program_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define SHADOW_CLOSE(at, bytes) ASAN_POISON_MEMORY_REGION(at, bytes)
+#define SHADOW_OPEN(at, bytes) ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+enum { SHADOW = 1 };
+#else
+#define SHADOW_CLOSE(at, bytes) ((void)(at), (void)(bytes))
+#define SHADOW_OPEN(at, bytes) ((void)(at), (void)(bytes))
+enum { SHADOW = 0 };
+#endif
+
+static const char *const space_name[SPACE_COUNT] = {
+    [SPACE_ARENA] = "arena",     [SPACE_HOST] = "host slab",  [SPACE_WEIGHTS] = "weights",
+    [SPACE_GRADS] = "gradients", [SPACE_ADAM_M] = "adam m",   [SPACE_MICRO_GRADS] = "micro-step gradients",
+    [SPACE_ADAM_V] = "adam v",   [SPACE_EMA] = "ema",         [SPACE_STAGING] = "staging",
+    [SPACE_BATCH] = "live pack", [SPACE_METRICS] = "metrics", [SPACE_SCALARS] = "scalars",
+    [SPACE_STATUS] = "status",   [SPACE_INPUT] = "input",     [SPACE_REST] = "rest of the weights",
+    [SPACE_SCRATCH] = "scratch"};
+
+// Spaces the program lays out itself; elsewhere a tensor's bytes are the trainer's.
+static int is_laid_out(const Tensor *x) {
+  return x->first >= 0 && (x->space == SPACE_ARENA || x->space == SPACE_HOST);
+}
+
+static void *tensor_allocate(const Program *p, const Tensor *x) {
+  void *at = NULL;
+  size_t bytes = (size_t)max_i64(x->bytes, 1);
+  if (p->backend->queues)
+    at = x->space == SPACE_HOST ? p->backend->host_alloc(bytes) : p->backend->alloc(bytes);
+  else if (posix_memalign(&at, ARENA_ALIGN, bytes) != 0)
+    at = NULL;
+  if (!at) panic("program %s: out of memory: %lld bytes for %s", p->name, (long long)x->bytes, x->name);
+  return at;
+}
+
+static void tensors_bind(Program *p, const Bases *bases) {
+  ProgramState *s = p->state;
+  if (!s->address) s->address = xcalloc((size_t)p->n_tensors, sizeof *s->address);
+  if (bases->separate) s->owned = xcalloc((size_t)p->n_tensors, sizeof *s->owned);
+  s->arena = bases->separate ? NULL : bases->of[SPACE_ARENA];
+  s->host = bases->separate ? NULL : bases->of[SPACE_HOST];
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    s->address[t] = NULL;
+    if (x->first < 0) continue;
+    if (bases->separate && is_laid_out(x)) {
+      s->address[t] = s->owned[t] = tensor_allocate(p, x);
+      continue;
+    }
+    if (!bases->of[x->space]) panic("program %s: tensor %s: %s is not bound", p->name, x->name, space_name[x->space]);
+    s->address[t] = (char *)bases->of[x->space] + x->offset;
+  }
+}
+
+static Lane op_queue(const Program *p, const Op *op) {
+  return p->one_queue ? LANE_COMPUTE : op->lane;
+}
+
+void program_bind(Program *p, const Bases *bases) {
+  ProgramState *s = p->state;
+  if (!s->finished) panic("program %s: bound before program_finish", p->name);
+  if (p->scratch_bytes && !bases->of[SPACE_SCRATCH]) panic("program %s: there is no scratch memory", p->name);
+  program_unbind(p);
+  tensors_bind(p, bases);
+  memset(&p->batch, 0, sizeof p->batch);
+  if (bases->of[SPACE_BATCH]) batch_bind(&p->batch, dims_batch_shape(&p->dims), bases->of[SPACE_BATCH]);
+  for (int i = 0; i < p->n_ops; i++) {
+    Op *op = &p->ops[i];
+    if (!p->backend->fn[op->kind])
+      panic("program %s: backend %s has no %s", p->name, p->backend->name, op_info[op->kind].name);
+    if (op_uses_batch(op->kind) && !bases->of[SPACE_BATCH])
+      panic("program %s: op %d %s reads the live pack, which is not bound", p->name, i, op_info[op->kind].name);
+    op->call = (KernelCall){.batch = &p->batch,
+                            .dims = &p->dims,
+                            .args = &op->args,
+                            .scratch = op->lane == LANE_COMPUTE ? bases->of[SPACE_SCRATCH] : NULL};
+    if (p->backend->queues) op->call.stream = p->backend->queues->stream(op_queue(p, op));
+    for (int k = 0; k < OP_MAX_IN; k++) op->call.in[k] = op->in[k] == NO_TENSOR ? NULL : s->address[op->in[k]];
+    for (int k = 0; k < OP_MAX_OUT; k++) op->call.out[k] = op->out[k] == NO_TENSOR ? NULL : s->address[op->out[k]];
+  }
+}
+
+void *program_address(const Program *p, TensorId t) {
+  const ProgramState *s = p->state;
+  if (!s->address) panic("program %s: not bound", p->name);
+  if (t < 0 || t >= p->n_tensors) panic("program %s: there is no tensor %d", p->name, t);
+  const Tensor *x = &p->tensors[t];
+  if (x->space == SPACE_ARENA && !x->is_output)
+    panic("program %s: tensor %s is gone after a replay: it is no output", p->name, x->name);
+  return s->address[t];
+}
+
+// Calls `visit` for every operand of the op that lies in the arena or the host slab.
+static void operands_visit(Program *p, const Op *op, void (*visit)(Program *, TensorId, void *), void *arg) {
+  for (int i = 0; i < OP_MAX_IN; i++)
+    if (op->in[i] != NO_TENSOR && is_laid_out(&p->tensors[op->in[i]])) visit(p, op->in[i], arg);
+  for (int i = 0; i < OP_MAX_OUT; i++)
+    if (op->out[i] != NO_TENSOR && is_laid_out(&p->tensors[op->out[i]])) visit(p, op->out[i], arg);
+}
+
+// ---- AddressSanitizer: an op may touch its operands only ----
+
+static void operand_open(Program *p, TensorId t, void *arg) {
+  (void)arg;
+  SHADOW_OPEN(p->state->address[t], (size_t)p->tensors[t].bytes);
+}
+
+static void operand_close(Program *p, TensorId t, void *arg) {
+  (void)arg;
+  SHADOW_CLOSE(p->state->address[t], (size_t)p->tensors[t].bytes);
+}
+
+static void shadow_begin(Program *p) {
+  if (!SHADOW) return;
+  ProgramState *s = p->state;
+  if (s->arena) SHADOW_CLOSE(s->arena, (size_t)p->arena_bytes);
+  if (s->host) SHADOW_CLOSE(s->host, (size_t)p->host_bytes);
+  for (TensorId t = 0; s->owned && t < p->n_tensors; t++)
+    if (is_laid_out(&p->tensors[t])) operand_close(p, t, NULL);
+}
+
+// The trainer owns this memory: it gets it back readable.
+static void shadow_end(Program *p) {
+  if (!SHADOW) return;
+  ProgramState *s = p->state;
+  if (s->arena) SHADOW_OPEN(s->arena, (size_t)p->arena_bytes);
+  if (s->host) SHADOW_OPEN(s->host, (size_t)p->host_bytes);
+  for (TensorId t = 0; s->owned && t < p->n_tensors; t++)
+    if (is_laid_out(&p->tensors[t])) operand_open(p, t, NULL);
+}
+
+static void op_run(Program *p, const Op *op) {
+  if (SHADOW) operands_visit(p, op, operand_open, NULL);
+  p->backend->fn[op->kind](&op->call);
+  if (SHADOW) operands_visit(p, op, operand_close, NULL);
+}
+
+// ---- replay ----
+
+static void replay_check(const Program *p) {
+  if (!p->state->address) panic("program %s: replayed before program_bind", p->name);
+}
+
+// Events of a replay: one an op, then the beginning, then each lane's end; with times also two an op.
+static int event_op(int op) {
+  return EVENT_REPLAY + op;
+}
+static int event_begin(const Program *p) {
+  return event_op(p->n_ops);
+}
+static int event_end(const Program *p, Lane lane) {
+  return event_begin(p) + 1 + (int)lane;
+}
+static int event_time(const Program *p, int op, int end) {
+  return event_begin(p) + 1 + LANE_COUNT + 2 * op + end;
+}
+
+// Gives ops from `first` on to the queues. The other lanes begin after what the compute lane was given before, and it
+// goes on after them.
+static void queues_fill(Program *p, int first, int timed) {
+  const Queues *q = p->backend->queues;
+  const ProgramState *s = p->state;
+  q->record(LANE_COMPUTE, event_begin(p));
+  for (int l = 0; l < LANE_COUNT && !p->one_queue; l++)
+    if (l != LANE_COMPUTE && s->uses_lane[l]) q->wait((Lane)l, event_begin(p));
+  for (int i = first; i < p->n_ops; i++) {
+    const Op *op = &p->ops[i];
+    Lane lane = op_queue(p, op);
+    // What ran before `first` was given to the compute lane alone, before all of this.
+    for (int w = 0; w < op->n_waits && !p->one_queue; w++)
+      if (op->waits[w].op >= first) q->wait(lane, event_op(op->waits[w].op));
+    if (timed) q->record(lane, event_time(p, i, 0));
+    q->range(op_info[op->kind].name);
+    p->backend->fn[op->kind](&op->call);
+    q->range(NULL);
+    if (timed) q->record(lane, event_time(p, i, 1));
+    if (s->awaited[i] && !p->one_queue) q->record(lane, event_op(i));
+  }
+  for (int l = 0; l < LANE_COUNT && !p->one_queue; l++) {
+    if (l == LANE_COMPUTE || !s->uses_lane[l]) continue;
+    q->record((Lane)l, event_end(p, (Lane)l));
+    q->wait(LANE_COMPUTE, event_end(p, (Lane)l));
+  }
+}
+
+static void replay_queued(Program *p, OpTime *times) {
+  const Queues *q = p->backend->queues;
+  ProgramState *s = p->state;
+  int first = 0;
+  if (p->takes_pack) { // outside the graph, so that the next pack may be staged as soon as it has run
+    if (times) q->record(LANE_COMPUTE, event_time(p, 0, 0));
+    p->backend->fn[p->ops[0].kind](&p->ops[0].call);
+    if (times) q->record(LANE_COMPUTE, event_time(p, 0, 1));
+    q->record(LANE_COMPUTE, EVENT_PACK_TAKEN);
+    first = 1;
+  }
+  if (times) {
+    queues_fill(p, first, 1);
+    for (int i = 0; i < p->n_ops; i++)
+      for (int end = 0; end < 2; end++)
+        *(end ? &times[i].end : &times[i].begin) = q->seconds(event_time(p, 0, 0), event_time(p, i, end));
+    return;
+  }
+  if (!p->use_graph) {
+    queues_fill(p, first, 0);
+    return;
+  }
+  if (!s->graph) {
+    q->capture_begin();
+    queues_fill(p, first, 0);
+    s->graph = q->capture_end();
+  }
+  q->graph_launch(s->graph);
+}
+
+void program_replay(Program *p, OpTime *times) {
+  replay_check(p);
+  if (p->backend->queues) {
+    p->backend->queues->range(p->name);
+    replay_queued(p, times);
+    p->backend->queues->range(NULL);
+    return;
+  }
+  shadow_begin(p);
+  double start = times ? time_now() : 0;
+  for (int i = 0; i < p->n_ops; i++) {
+    if (times) times[i].begin = time_now() - start;
+    op_run(p, &p->ops[i]);
+    if (times) times[i].end = time_now() - start;
+  }
+  shadow_end(p);
+}
+
+// ---- random legal orders ----
+
+static void tensor_overwrite(Program *p, TensorId t) {
+  operand_open(p, t, NULL);
+  memset(p->state->address[t], 0xFF, (size_t)p->tensors[t].bytes); // NaN in every floating point type
+  operand_close(p, t, NULL);
+}
+
+static void user_add(Program *p, TensorId t, void *users) {
+  (void)p;
+  ((int *)users)[t]++;
+}
+
+static void user_remove(Program *p, TensorId t, void *users) {
+  if (--((int *)users)[t] == 0 && !p->tensors[t].is_output) tensor_overwrite(p, t);
+}
+
+// The next op of the lane at or after position i, or n_ops.
+static int lane_next(const Program *p, Lane lane, int i) {
+  while (i < p->n_ops && p->ops[i].lane != lane) i++;
+  return i;
+}
+
+static int op_ready(const Program *p, int i, const char *done) {
+  if (i >= p->n_ops) return 0;
+  for (int w = 0; w < p->ops[i].n_waits; w++)
+    if (!done[p->ops[i].waits[w].op]) return 0;
+  return 1;
+}
+
+void program_replay_random(Program *p, uint64_t seed) {
+  replay_check(p);
+  int *users = xcalloc((size_t)p->n_tensors, sizeof *users);
+  char *done = xcalloc((size_t)p->n_ops, 1);
+  int next[LANE_COUNT];
+  uint32_t favour[LANE_COUNT] = {0}; // the ready lane with the highest runs; changed now and then, so that lanes
+                                     // sometimes run far ahead of each other
+  for (int l = 0; l < LANE_COUNT; l++) next[l] = lane_next(p, (Lane)l, 0);
+  for (int i = 0; i < p->n_ops; i++) operands_visit(p, &p->ops[i], user_add, users);
+  shadow_begin(p);
+  for (TensorId t = 0; t < p->n_tensors; t++)
+    if (is_laid_out(&p->tensors[t])) tensor_overwrite(p, t);
+  for (int step = 0; step < p->n_ops; step++) {
+    Philox4 r = philox4(seed, (uint64_t)step, 0, 0);
+    if (step == 0 || r.v[LANE_COUNT] % 4 == 0) memcpy(favour, r.v, sizeof favour);
+    int lane = -1;
+    for (int l = 0; l < LANE_COUNT; l++)
+      if (op_ready(p, next[l], done) && (lane < 0 || favour[l] > favour[lane])) lane = l;
+    if (lane < 0) panic("program %s: waits that no order can satisfy", p->name);
+    int i = next[lane];
+    op_run(p, &p->ops[i]);
+    done[i] = 1;
+    operands_visit(p, &p->ops[i], user_remove, users);
+    next[lane] = lane_next(p, (Lane)lane, i + 1);
+  }
+  shadow_end(p);
+  free(done);
+  free(users);
+}
