@@ -120,8 +120,10 @@ $(BUILD)/%.o: %.c | probes
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) $(OPT) -c -o $@ $<
 
-# Draws the initial weights, billions of normal numbers for a large model: vectors of them, the same bits.
-$(BUILD)/model/params.o: OPT := $(subst -O2,-O3 -fno-math-errno,$(OPT))
+# Billions of initial weights are drawn and split for a large model. No product is fused with a sum, so that they have
+# the same bits on every CPU.
+$(BUILD)/model/params.o $(BUILD)/trainer/slab.o: \
+  OPT := $(subst -O2,-O3 -march=native -ffp-contract=off -fno-math-errno,$(OPT))
 
 # ---- tests ----
 $(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) $(OBJ64)

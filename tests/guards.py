@@ -75,9 +75,9 @@ def test_flipped_bit(runs):
         check(said, f"{name}: no such error\n{done.stderr[-2000:]}")
         step = int(said.group(1)) - 1
         check([row["step"] for row in runs.rows(name)] == list(range(step)), f"{name}: rows {runs.rows(name)}")
-        apart = runs.folder / name / f"corrupted-{step:06d}"
+        apart = runs.folder / name / f"corrupted-{step + 1:06d}"
         hashes = json.loads((apart / "hashes.json").read_text())
-        check(hashes["step"] == step and hashes["backend"] == "cpu", str(hashes)[:200])
+        check(hashes["step"] == step + 1 and hashes["backend"] == "cpu", str(hashes)[:200])
         check(hashes["parameters"], "no parameter is named")
         for parameter, (first, second, third) in hashes["parameters"].items():
             check(first != second and third in (first, second), f"{parameter}: {first} {second} {third}")

@@ -25,7 +25,7 @@ static char *hashes_json(const Engine *e, const Hashes *h, int64_t step) {
   TextOut out;
   FILE *f = text_begin(&out);
   const char *between = "";
-  fprintf(f, "{\"step\": %" PRId64 ", \"backend\": \"%s\", \"parameters\": {", step, e->model.backend->name);
+  fprintf(f, "{\"step\": %" PRId64 ", \"backend\": \"%s\", \"parameters\": {", step + 1, e->model.backend->name);
   for (int i = 0; i < p->n; i++) {
     if (!differs(h, i)) continue;
     fputs(between, f);
@@ -63,7 +63,7 @@ static void name_parameters(const Engine *e, const Hashes *h, char *text, size_t
 }
 
 static int report(Engine *e, const Batch *pack, Hashes *h, int64_t step, const char *run, Error *err) {
-  char names[3 * sizeof e->model.params.of[0].name + 64], *folder = xasprintf("%s/corrupted-%06" PRId64, run, step);
+  char names[3 * sizeof e->model.params.of[0].name + 64], *folder = xasprintf("%s/corrupted-%06" PRId64, run, step + 1);
   Error unsaved = {0};
   name_parameters(e, h, names, sizeof names);
   int saved = save_apart(e, pack, h, step, folder, &unsaved) == 0;
