@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 // Linux 5.14
@@ -58,7 +59,9 @@ static void *find_memory(void *argument) {
   Saver *s = argument;
   for (size_t at = 0; at < s->copy_bytes && !s->leave; at += FIND_AT_ONCE) {
     size_t left = s->copy_bytes - at;
+    double began = time_now();
     if (madvise(s->copy + at, left < FIND_AT_ONCE ? left : FIND_AT_ONCE, MADV_POPULATE_WRITE) != 0) break;
+    usleep((useconds_t)(1e6 * (time_now() - began))); // the loader wants memory, too
   }
   return NULL;
 }

@@ -11,6 +11,7 @@
 // To be called when `pack` was just run by e->first, before anything else is: replays it once and compares the hashes
 // of all gradients. The engine is left as after the first run. 0: they are equal. -1 with *err naming step, parameters
 // and backend: they are not; a third replay then decides, and run/corrupted-STEP gets what dump_step writes of it and
-// hashes.json, {"step", "backend", "parameters": {NAME: [hash of each replay]}}. STEP there counts from 1, as in the log.
+// hashes.json, {"step", "backend", "parameters": {NAME: [hash of each replay]}}. Both steps count from 1, as in the
+// log.
 int verify_micro_step(Engine *e, const Batch *pack, int64_t step, const char *run, Error *err);
 #endif
