@@ -14,7 +14,6 @@
 #include "model/config/load.h"
 #include "trainer/slab.h"
 
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -268,9 +267,6 @@ static void damage_is_not_another_model(void **state) {
 }
 
 int main(void) {
-#ifdef __SANITIZE_THREAD__
-  omp_set_num_threads(1); // OpenMP's threads synchronize out of its sight
-#endif
   const struct CMUnitTest tests[] = {
       cmocka_unit_test_setup(every_way_has_the_same_bytes, empty_folder),
       cmocka_unit_test_setup(damage_is_not_another_model, empty_folder),
