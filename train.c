@@ -1,13 +1,14 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
 #include "base/machine.h"
 #include "base/standard.h"
+#include "kernels/backends.h"
 #include "model/config/config.h"
 #include "model/config/history.h"
+#include "model/config/load.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
 #include "trainer/signals.h"
 #include "trainer/trainer.h"
-#include "model/config/load.h"
 
 #include <omp.h>
 #include <stdio.h>
@@ -26,7 +27,7 @@ static void set_threads(const Config *c) {
 
 // The backend to measure a config for: a plan needs no device.
 static const Backend *backend_for(const Options *o, const Config *c, Error *err) {
-  return o->plan ? engine_plan_backend(c, err) : engine_backend(c, err);
+  return o->plan ? backend_for_plan(c, err) : backend_for_run(c, err);
 }
 
 // 1 when a micro-batch of `tokens` slots fits the backend, 0 when it does not, -1 when the config refuses that many; *c
@@ -175,7 +176,7 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
 // The table also of what does not fit.
 static int print_plan(const Config *c, Error *err) {
   Engine e = {0};
-  const Backend *b = engine_plan_backend(c, err);
+  const Backend *b = backend_for_plan(c, err);
   int bad = !b || engine_record(&e, c, b, 1, err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
@@ -190,8 +191,8 @@ static int print_plan(const Config *c, Error *err) {
 static int check_memory(const Config *c, Error *err) {
   Engine e = {0};
   Error no_device;
-  const Backend *b = engine_plan_backend(c, &no_device);
-  int bad = engine_record(&e, c, b ? b : &backend_cpu, 1, err) != 0;
+  const Backend *b = backend_for_plan(c, &no_device);
+  int bad = engine_record(&e, c, b ? b : backend_of_host(), 1, err) != 0;
   if (!bad && b && c->memory.budget_gb > 0) bad = engine_check_budget(&e, err) != 0;
   engine_free(&e);
   return bad ? -1 : 0;

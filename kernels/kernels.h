@@ -19,6 +19,7 @@
 
 #include "base/base.h"
 #include "kernels/batch.h"
+#include "model/config/config.h"
 
 // DT_ACT: activations and weights as the backend stores them (CPU: real; CUDA: bf16). DT_REAL: fp32 (CPU: real).
 typedef enum Dtype { DT_ACT, DT_REAL, DT_I32, DT_U8, DT_F64, DT_COUNT } Dtype;
@@ -375,10 +376,10 @@ struct Backend {
   int gradient_per_micro; // each micro-step forms its gradient from zero and adds it (bit-equal to reducing processes)
   int head_chunk;         // rows of logits at a time (HEAD_CE)
   int master_rest;        // a weight's master is its DT_ACT value and a 16-bit rest (kernels/master.h); 0: DT_ACT is it
-  int width_multiple;     // what every width of a model must be a multiple of
   KernelFn fn[OP_COUNT];
   size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
-  const Queues *queues;         // NULL: an op has run when its function returns (CPU)
+  const Queues *queues;                        // NULL: an op has run when its function returns (CPU)
+  int (*accepts)(const Config *c, Error *err); // -1 with *err naming what of the model it cannot run; NULL: any model
   int (*open)(Error *err);      // before anything below; with *err: -1 there is no such device, -2 it cannot be used
   const char *(*kernels)(void); // whose kernels compute (OpenBLAS's name, the GPU's): only equal ones give equal bits
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.

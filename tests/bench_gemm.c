@@ -5,9 +5,9 @@
 //                       of the packs of a folder that ./train CONFIG --dump wrote
 //
 // FLOPs are counted at the rows the packs really have, where op_cost() counts at capacity.
+#include "model/config/load.h"
 #include "model/files/safetensors.h"
 #include "trainer/engine.h"
-#include "model/config/load.h"
 
 #include <cblas.h>
 #include <omp.h>

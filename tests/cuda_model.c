@@ -13,8 +13,8 @@
 #include "base/base.h"
 #include "data/packer.h"
 #include "model/config/load.h"
-#include "model/program/replay.h"
 #include "model/program/policy.h"
+#include "model/program/replay.h"
 
 #include <stdio.h>
 #include <stdlib.h>

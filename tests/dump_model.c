@@ -3,9 +3,9 @@
 // kind.
 //
 //   dump_model DIR [CASES]    writes DIR/model_0, DIR/model_1, ..
+#include "model/config/load.h"
 #include "tests/op_case.h"
 #include "trainer/dump.h"
-#include "model/config/load.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -6,8 +6,8 @@
 
 #include "base/philox.h"
 #include "kernels/cpu/cpu.h"
-#include "tests/engine_case.h"
 #include "model/config/load.h"
+#include "tests/engine_case.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -2,8 +2,8 @@
 """Holds the tree to its floors: tests/house.py [ROOT]
 
 A room includes only from itself and from floors below it; no files include each other in a circle, where a file is its
-.c (or .cu) and its .h, and NAME_internal.h belongs to NAME. Host code names no kernel room of one backend. Exit code 1
-with a line for everything that is not so.
+.c (or .cu) and its .h, and NAME_internal.h belongs to NAME. Only kernels/ names a backend. Exit code 1 with a line for
+everything that is not so.
 """
 import re
 import sys
@@ -62,6 +62,14 @@ def check_floors(tree):
                 yield f"{file} includes {included}: only {there} itself may"
 
 
+def check_names(root, tree):
+    for file in tree:
+        if not file.startswith("kernels/"):
+            code = re.sub(r"//[^\n]*", "", (root / file).read_text())
+            for name in re.findall(r"\bbackend_(?:cpu|cuda)\b|\bTESSERA_CUDA\b", code):
+                yield f"{file} names {name}: kernels/backends.h chooses"
+
+
 def check_circles(tree):
     """Tarjan's strongly connected components of files."""
     needs = defaultdict(set)
@@ -97,7 +105,7 @@ def check_circles(tree):
 def main(argv):
     root = Path(argv[0]) if argv else Path(__file__).resolve().parent.parent
     tree = read_tree(root)
-    faults = [*check_floors(tree), *check_circles(tree)]
+    faults = [*check_floors(tree), *check_names(root, tree), *check_circles(tree)]
     print("\n".join(faults) or f"{len(tree)} files in {len(FLOORS) - 1} rooms: no include goes up, none in a circle")
     return 1 if faults else 0
 

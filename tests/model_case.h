@@ -2,9 +2,9 @@
 #ifndef TESSERA_MODEL_CASE_H
 #define TESSERA_MODEL_CASE_H
 
+#include "model/program/replay.h"
 #include "model/transformer.h"
 #include "tests/op_case.h"
-#include "model/program/replay.h"
 
 typedef struct ModelCase {
   Config config;

@@ -270,7 +270,6 @@ const Backend backend_queued_cpu = {
     .dtype_bytes = {[DT_ACT] = sizeof(real), [DT_REAL] = sizeof(real), [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8},
     .gradient_per_micro = 1,
     .head_chunk = 256,
-    .width_multiple = 1,
     .queues = &queues,
     .open = device_open,
     .kernels = blas_kernels,

@@ -9,10 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/program/planner.h"
 #include "model/program/compile.h"
-#include "model/program/replay.h"
+#include "model/program/planner.h"
 #include "model/program/policy.h"
+#include "model/program/replay.h"
 
 // ---- random numbers ----
 

@@ -6,8 +6,8 @@
 #include <cmocka.h>
 
 #include "model/config/keys.h"
-#include "trainer/state.h"
 #include "model/config/load.h"
+#include "trainer/state.h"
 
 #include <stdlib.h>
 #include <string.h>

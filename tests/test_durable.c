@@ -6,10 +6,10 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "model/config/load.h"
 #include "model/files/checkpoint.h"
 #include "tests/temp_folder.h"
 #include "trainer/run_folder.h"
-#include "model/config/load.h"
 
 #include <errno.h>
 #include <fcntl.h>

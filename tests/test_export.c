@@ -1,9 +1,9 @@
 // What a checkpoint holds beside tensors: texts, the metadata of its weights, and config.json for other tools.
 #include "base/philox.h"
+#include "model/config/load.h"
 #include "model/files/checkpoint.h"
 #include "tests/temp_folder.h"
 #include "trainer/export.h"
-#include "model/config/load.h"
 
 #include <stdarg.h>
 #include <stddef.h>

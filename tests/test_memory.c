@@ -10,10 +10,10 @@
 #include <string.h>
 
 #include "model/program/arena.h"
-#include "model/program/planner.h"
-#include "tests/sketch.h"
 #include "model/program/compile.h"
+#include "model/program/planner.h"
 #include "model/program/policy.h"
+#include "tests/sketch.h"
 
 // ---- arena ----
 

@@ -10,12 +10,12 @@
 #include "base/base.h"
 #include "data/packer.h"
 #include "kernels/cpu/cpu.h"
+#include "model/program/cost.h"
+#include "model/program/policy.h"
+#include "model/program/replay.h"
 #include "model/program/waits.h"
 #include "tests/count_malloc.h"
 #include "tests/model_case.h"
-#include "model/program/replay.h"
-#include "model/program/cost.h"
-#include "model/program/policy.h"
 
 #include <malloc.h>
 #include <math.h>

@@ -6,8 +6,8 @@
 
 #include <cmocka.h>
 
-#include "model/optimizer.h"
 #include "model/config/load.h"
+#include "model/optimizer.h"
 
 #include <math.h>
 #include <string.h>

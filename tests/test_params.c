@@ -11,8 +11,8 @@
 #include <string.h>
 
 #include "base/base.h"
-#include "model/params.h"
 #include "model/config/load.h"
+#include "model/params.h"
 
 enum { LAYERS = 3, HEADS = 2, HEAD_DIM = 12, COND = 40, PATCH = 4, BOTTLENECK = 30, VOCAB = 300 };
 enum { EXPERT_TEXT = 24, EXPERT_IMAGE = 36, SHARED_TEXT = 20, SHARED_IMAGE = 28, FEATURES = 256 };

@@ -7,8 +7,8 @@
 
 #include "base/base.h"
 #include "base/philox.h"
-#include "model/params.h"
 #include "model/config/load.h"
+#include "model/params.h"
 
 #include <math.h>
 #include <omp.h>

@@ -11,14 +11,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "model/program/compile.h"
 #include "model/program/planner.h"
+#include "model/program/policy.h"
+#include "model/program/replay.h"
 #include "model/program/schedule.h"
 #include "model/program/waits.h"
 #include "tests/count_malloc.h"
 #include "tests/sketch.h"
-#include "model/program/compile.h"
-#include "model/program/replay.h"
-#include "model/program/policy.h"
 
 // ---- proofs ----
 

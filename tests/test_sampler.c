@@ -8,9 +8,9 @@
 
 #include "base/philox.h"
 #include "kernels/cpu/cpu.h"
+#include "model/config/load.h"
 #include "tests/engine_case.h"
 #include "trainer/sampler.h"
-#include "model/config/load.h"
 
 #include <math.h>
 #include <omp.h>

@@ -8,10 +8,10 @@
 #include <cmocka.h>
 
 #include "base/philox.h"
+#include "model/config/load.h"
 #include "tests/queued_cpu.h"
 #include "tests/temp_folder.h"
 #include "trainer/saver.h"
-#include "model/config/load.h"
 #include "trainer/slab.h"
 
 #include <stdlib.h>

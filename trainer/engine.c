@@ -3,10 +3,11 @@
 #include "base/machine.h"
 #include "base/thread.h"
 #include "data/loader.h"
+#include "kernels/backends.h"
 #include "kernels/master.h"
-#include "model/program/replay.h"
-#include "model/program/policy.h"
 #include "model/program/planner.h"
+#include "model/program/policy.h"
+#include "model/program/replay.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -139,76 +140,12 @@ int engine_check_budget(const Engine *e, Error *err) {
 }
 
 int engine_check_host(const Engine *e, Error *err) {
-  int64_t there = backend_cpu.memory();
+  int64_t there = backend_of_host()->memory();
   if (counts(e, SPACE_HOST) || e->bytes[SPACE_HOST] <= there) return 0;
   return error_set(err,
                    "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; --plan shows the table",
                    "%.3f GB of activations are to be offloaded to this machine, which has %.3f GB for that",
                    (double)e->bytes[SPACE_HOST] / 1e9, (double)there / 1e9);
-}
-
-#ifdef TESSERA_CUDA
-// What the kernels of a device ask of a model's widths.
-static int check_widths(const Config *c, const Backend *b, Error *err) {
-  const struct {
-    const char *key;
-    int width;
-  } widths[] = {{"model.dim", c->model.dim},
-                {"model.cond_dim", c->model.cond_dim},
-                {"model.vocab", c->model.vocab},
-                {"3 model.patch^2", 3 * c->model.patch * c->model.patch},
-                {"model.patch_bottleneck", c->model.patch_bottleneck},
-                {"model.text.expert_dim", c->model.moe[TEXT].expert_dim},
-                {"model.image.expert_dim", c->model.moe[IMAGE].expert_dim},
-                {"model.text.shared_dim", c->model.moe[TEXT].shared_dim},
-                {"model.image.shared_dim", c->model.moe[IMAGE].shared_dim}};
-  int D = c->model.head_dim;
-  if (b->width_multiple == 1) return 0;
-  for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
-    if (widths[i].width % b->width_multiple)
-      return error_set(err, "change it, or train with --device cpu", "%s is %d: the %s backend needs a multiple of %d",
-                       widths[i].key, widths[i].width, b->name, b->width_multiple);
-  if (D != 32 && D != 64 && D != 128)
-    return error_set(err, "change it, or train with --device cpu",
-                     "model.head_dim is %d: the %s backend needs 32, 64 or 128", D, b->name);
-  if (c->model.dim > 4096)
-    return error_set(err, "change it, or train with --device cpu", "model.dim is %d: the %s backend goes to 4096",
-                     c->model.dim, b->name);
-  for (int m = 0; m < MODALITIES; m++)
-    if (c->model.moe[m].experts > 256 || c->model.moe[m].top_k > 8)
-      return error_set(err, "change it, or train with --device cpu",
-                       "model.%s has %d experts, top_k %d: the %s backend goes to 256 and 8",
-                       m == TEXT ? "text" : "image", c->model.moe[m].experts, c->model.moe[m].top_k, b->name);
-  return 0;
-}
-#endif
-
-static const Backend *cpu_backend(Error *err) {
-  return backend_cpu.open(err) == 0 ? &backend_cpu : NULL;
-}
-
-static const Backend *device_backend(const Config *c, int plan, Error *err) {
-  if (c->run.device == DEVICE_CPU) return cpu_backend(err);
-#ifdef TESSERA_CUDA
-  const Backend *b = &backend_cuda;
-  // A plan with "auto" is one for the machine it is made on.
-  int there = plan && c->run.device == DEVICE_CUDA ? 0 : b->open(err);
-  if (there == 0 && check_widths(c, b, err) == 0) return b;
-  if (there != -1 && c->run.device != DEVICE_CUDA) log_info("on the CPU, since %s", err->text);
-#else
-  (void)plan;
-  error_set(err, "build it where nvcc (the CUDA toolkit) is installed, or use --device cpu",
-            "--device cuda: this build has no CUDA backend");
-#endif
-  return c->run.device == DEVICE_CUDA ? NULL : cpu_backend(err);
-}
-
-const Backend *engine_backend(const Config *c, Error *err) {
-  return device_backend(c, 0, err);
-}
-
-const Backend *engine_plan_backend(const Config *c, Error *err) {
-  return device_backend(c, 1, err);
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {

@@ -3,8 +3,8 @@
 #ifndef TESSERA_ENGINE_H
 #define TESSERA_ENGINE_H
 
-#include "model/transformer.h"
 #include "model/program/replay.h"
+#include "model/transformer.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -50,12 +50,6 @@ typedef struct Engine {
     int64_t stage_bytes;
   } pinned;
 } Engine;
-
-// The backend for run.device; "auto": the GPU where the build has the CUDA backend and the machine has one whose
-// backend can run this model, else the CPU. NULL with *err where the one asked for cannot be used.
-const Backend *engine_backend(const Config *c, Error *err);
-// The same for a plan, which needs no device.
-const Backend *engine_plan_backend(const Config *c, Error *err);
 
 // Records every program for the config: training when `train` is set, and the forward-only ones. Allocates no slab. The
 // config is borrowed. memory.policy auto becomes the first policy within the budget, or recompute where none is. -1

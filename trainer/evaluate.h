@@ -5,8 +5,8 @@
 
 #include "data/stream.h"
 #include "data/tokenizer.h"
-#include "trainer/engine.h"
 #include "model/losses.h"
+#include "trainer/engine.h"
 
 #include <stdbool.h>
 

@@ -2,6 +2,7 @@
 #include "trainer/trainer_internal.h"
 
 #include "base/hash.h"
+#include "kernels/backends.h"
 #include "trainer/run_folder.h"
 #include "trainer/slab.h"
 
@@ -195,7 +196,7 @@ static int fill_weights(Trainer *t, Error *err) {
 // Records the programs and holds what they need against the budget: before the data, which may take long to index.
 static int plan_memory(Trainer *t, Error *err) {
   Engine *e = &t->engine;
-  const Backend *backend = engine_backend(t->config, err);
+  const Backend *backend = backend_for_run(t->config, err);
   if (!backend) return -1;
   start_mark(&t->start, START_DEVICE);
   if (engine_record(e, t->config, backend, !uses_checkpoint(t->options), err) != 0) return -1;

@@ -1,8 +1,8 @@
 #include "trainer/profile.h"
 
 #include "base/json.h"
-#include "model/program/replay.h"
 #include "model/program/cost.h"
+#include "model/program/replay.h"
 
 #include <errno.h>
 #include <math.h>

@@ -5,9 +5,9 @@
 #ifndef TESSERA_PROFILE_H
 #define TESSERA_PROFILE_H
 
-#include "trainer/engine.h"
-#include "model/program/replay.h"
 #include "model/program/cost.h"
+#include "model/program/replay.h"
+#include "trainer/engine.h"
 
 typedef struct Profile Profile;
 

@@ -1,7 +1,7 @@
 #include "trainer/run_folder.h"
 
-#include "model/files/checkpoint.h"
 #include "model/config/load.h"
+#include "model/files/checkpoint.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -1,14 +1,14 @@
 #include "trainer/trainer_internal.h"
 
-#include "trainer/dump.h"
 #include "model/losses.h"
+#include "model/program/cost.h"
+#include "model/program/replay.h"
+#include "trainer/dump.h"
 #include "trainer/overview.h"
 #include "trainer/profile.h"
 #include "trainer/run_folder.h"
 #include "trainer/signals.h"
 #include "trainer/verify.h"
-#include "model/program/replay.h"
-#include "model/program/cost.h"
 
 #include <stdlib.h>
 

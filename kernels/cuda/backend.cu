@@ -68,6 +68,38 @@ static const char *cuda_kernels(void) {
   return gpu.name;
 }
 
+// What the kernels ask of a model.
+static int cuda_accepts(const Config *c, Error *err) {
+  enum { WIDTHS = 8, MOST_DIM = 4096, MOST_EXPERTS = 256, MOST_CHOSEN = 8 }; // every width a multiple of WIDTHS
+  const char *hint = "change it, or train with --device cpu";
+  const struct {
+    const char *key;
+    int width;
+  } widths[] = {{"model.dim", c->model.dim},
+                {"model.cond_dim", c->model.cond_dim},
+                {"model.vocab", c->model.vocab},
+                {"3 model.patch^2", 3 * c->model.patch * c->model.patch},
+                {"model.patch_bottleneck", c->model.patch_bottleneck},
+                {"model.text.expert_dim", c->model.moe[TEXT].expert_dim},
+                {"model.image.expert_dim", c->model.moe[IMAGE].expert_dim},
+                {"model.text.shared_dim", c->model.moe[TEXT].shared_dim},
+                {"model.image.shared_dim", c->model.moe[IMAGE].shared_dim}};
+  int D = c->model.head_dim;
+  for (const auto &w : widths)
+    if (w.width % WIDTHS)
+      return error_set(err, hint, "%s is %d: the cuda backend needs a multiple of %d", w.key, w.width, WIDTHS);
+  if (D != 32 && D != 64 && D != 128)
+    return error_set(err, hint, "model.head_dim is %d: the cuda backend needs 32, 64 or 128", D);
+  if (c->model.dim > MOST_DIM)
+    return error_set(err, hint, "model.dim is %d: the cuda backend goes to %d", c->model.dim, MOST_DIM);
+  for (int m = 0; m < MODALITIES; m++)
+    if (c->model.moe[m].experts > MOST_EXPERTS || c->model.moe[m].top_k > MOST_CHOSEN)
+      return error_set(err, hint, "model.%s has %d experts, top_k %d: the cuda backend goes to %d and %d",
+                       m == TEXT ? "text" : "image", c->model.moe[m].experts, c->model.moe[m].top_k, MOST_EXPERTS,
+                       MOST_CHOSEN);
+  return 0;
+}
+
 // Any kernel, for what the build has code for.
 __global__ void build_probe(void) {}
 
@@ -396,12 +428,12 @@ static Backend backend_make(void) {
   b.dtype_bytes[DT_F64] = 8;
   b.head_chunk = 4096;
   b.master_rest = 1;
-  b.width_multiple = 8;
 #define OP_ROW(name, in, out) b.fn[OP_##name] = cuda_##name;
   OP_LIST(OP_ROW)
 #undef OP_ROW
   b.scratch_bytes = cuda_scratch;
   b.queues = &queues;
+  b.accepts = cuda_accepts;
   b.open = cuda_open;
   b.kernels = cuda_kernels;
   b.sheet_flops = cuda_sheet_flops;

@@ -2,7 +2,7 @@
 //
 // Activations and weights are bf16, everything else fp32; arithmetic is fp32. Widths (C, F, S, Z, P, V, H D, G D) are
 // multiples of 8, so that every row begins on 16 bytes; C is at most 4096; head_dim is 32, 64 or 128; at most 256
-// experts a modality, 8 of them per token. engine_backend refuses other models on this backend. Nothing here uses float
+// experts a modality, 8 of them per token. cuda_accepts refuses other models. Nothing here uses float
 // atomics: the same inputs give the same bits.
 #ifndef TESSERA_CUDA_H
 #define TESSERA_CUDA_H

@@ -1,8 +1,8 @@
 // Configurations: a file, then what --set says, each after a NUL. What loads must save to a text that loads again to
 // the same.
 #include "model/config/config.h"
-#include "tests/fuzz/fuzz.h"
 #include "model/config/load.h"
+#include "tests/fuzz/fuzz.h"
 
 #include <stdlib.h>
 #include <string.h>

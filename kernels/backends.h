@@ -1,0 +1,15 @@
+// The backends of this build: the one place outside of their own rooms that names them.
+#ifndef TESSERA_BACKENDS_H
+#define TESSERA_BACKENDS_H
+
+#include "kernels/kernels.h"
+#include "model/config/config.h"
+
+// The backend for run.device, opened; "auto": the GPU where the build has its backend and the machine has one whose
+// backend can run this model, else the CPU. NULL with *err where the one asked for cannot be used.
+const Backend *backend_for_run(const Config *c, Error *err);
+// The same for a plan: a device that the config names need not be there.
+const Backend *backend_for_plan(const Config *c, Error *err);
+// The one that computes in host memory, for copies and for what the machine has.
+const Backend *backend_of_host(void);
+#endif
