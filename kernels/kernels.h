@@ -19,7 +19,6 @@
 
 #include "base/base.h"
 #include "kernels/batch.h"
-#include "model/config/config.h"
 
 // DT_ACT: activations and weights as the backend stores them (CPU: real; CUDA: bf16). DT_REAL: fp32 (CPU: real).
 typedef enum Dtype { DT_ACT, DT_REAL, DT_I32, DT_U8, DT_F64, DT_COUNT } Dtype;
@@ -369,6 +368,7 @@ typedef struct DeviceRates {
   int flops_measured; // with a library's product; 0: there is none, it is a share of the data sheet's
 } DeviceRates;
 
+struct Config; // model/config/config.h
 typedef struct Backend Backend;
 struct Backend {
   const char *name;
@@ -378,8 +378,9 @@ struct Backend {
   int master_rest;        // a weight's master is its DT_ACT value and a 16-bit rest (kernels/master.h); 0: DT_ACT is it
   KernelFn fn[OP_COUNT];
   size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
-  const Queues *queues;                        // NULL: an op has run when its function returns (CPU)
-  int (*accepts)(const Config *c, Error *err); // -1 with *err naming what of the model it cannot run; NULL: any model
+  const Queues *queues; // NULL: an op has run when its function returns (CPU)
+  // -1 with *err naming what of the config's model it cannot run. NULL: any model.
+  int (*accepts)(const struct Config *c, Error *err);
   int (*open)(Error *err);      // before anything below; with *err: -1 there is no such device, -2 it cannot be used
   const char *(*kernels)(void); // whose kernels compute (OpenBLAS's name, the GPU's): only equal ones give equal bits
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.

@@ -5,6 +5,7 @@
 
 extern "C" {
 #include "base/base.h"
+#include "model/config/config.h"
 }
 
 #include <atomic>
