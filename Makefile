@@ -53,7 +53,9 @@ LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
 # ---- sources ----
 ENGINE := $(wildcard base/*.c data/*.c model/*.c model/*/*.c trainer/*.c kernels/*.c)
 KERNELS := $(wildcard kernels/cpu/*.c)
-TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+# Programs of tests/unit and tests/ops are built in BUILD/tests, their objects in the folders of their sources.
+TEST_SOURCES := $(wildcard tests/unit/*.c tests/ops/*.c)
+TESTS := $(patsubst %.c,%,$(notdir $(wildcard tests/unit/test_*.c tests/ops/test_*.c)))
 OBJ := $(ENGINE:%.c=$(BUILD)/%.o) $(KERNELS:%.c=$(BUILD)/%.o)
 ifdef HAVE_CUDA
 OBJ += $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
@@ -63,16 +65,16 @@ endif
 # The same engine in double precision, for central differences.
 OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
 REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE -UTESSERA_CUDA
-PRELOADED := tests/flip_gemm.c tests/slow_disk.c tests/wrong_blas.c
-TEST_HELPERS := $(filter-out $(PRELOADED) $(wildcard tests/test_*.c tests/bench_*.c tests/dump_*.c tests/cuda_*.c),$(wildcard tests/*.c))
+PRELOADED := $(wildcard tests/scripts/*.c)
+TEST_HELPERS := $(filter-out tests/unit/test_%.c tests/ops/test_%.c tests/ops/bench_%.c tests/ops/dump_%.c,$(TEST_SOURCES))
 F64_TESTS := test_blas test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
-TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench_*.c tests/dump_*.c))
+TOOLS := $(patsubst tests/ops/%.c,$(BUILD)/tests/%,$(wildcard tests/ops/bench_*.c tests/ops/dump_*.c))
 ifeq ($(SANITIZE),thread)
 # OpenMP's runtime synchronizes out of ThreadSanitizer's sight: only what has threads of its own. One helper owns the
 # allocator, which ThreadSanitizer does too.
 THREADED_TESTS := test_base test_hostile test_loader test_saver test_source test_stream test_tokenizer
-TEST_HELPERS := $(filter-out tests/count_malloc.c,$(TEST_HELPERS))
+TEST_HELPERS := $(filter-out tests/unit/count_malloc.c,$(TEST_HELPERS))
 TOOLS :=
 endif
 
@@ -126,34 +128,35 @@ $(BUILD)/model/params.o $(BUILD)/trainer/slab.o: \
   OPT := $(subst -O2,-O3 -march=native -ffp-contract=off -fno-math-errno,$(OPT))
 
 # ---- tests ----
-$(BUILD)/f64/tests/%: $(BUILD)/f64/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) $(OBJ64)
+$(BUILD)/f64/tests/%: $(BUILD)/f64/tests/ops/%.o $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) $(OBJ64)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
-$(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
+$(BUILD)/tests/%: $(BUILD)/tests/ops/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
+	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
+$(BUILD)/tests/%: $(BUILD)/tests/unit/%.o $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS) -lcmocka
 # What compares the CUDA backend with the CPU's, or times it, is no cmocka program.
-test_objects = $(patsubst %,$(BUILD)/tests/%.o,$(1))
+gpu_objects = $(patsubst %,$(BUILD)/tests/gpu/%.o,$(1))
 CUDA_TESTS := $(patsubst %,$(BUILD)/tests/%,cuda_ops cuda_model cuda_large cuda_peer)
-$(BUILD)/tests/cuda_ops: $(call test_objects,cuda_ops cuda_families cuda_update cuda_stability cuda_shapes)
-$(BUILD)/tests/cuda_model: $(call test_objects,cuda_model cuda_shapes)
-$(BUILD)/tests/cuda_large: $(call test_objects,cuda_large)
-$(BUILD)/tests/cuda_peer: $(call test_objects,cuda_peer)
-$(CUDA_TESTS): $(call test_objects,cuda_case cuda_bench op_case) $(OBJ)
+$(BUILD)/tests/cuda_ops: $(call gpu_objects,cuda_ops cuda_families cuda_update cuda_stability cuda_shapes)
+$(BUILD)/tests/cuda_model: $(call gpu_objects,cuda_model cuda_shapes)
+$(BUILD)/tests/cuda_large: $(call gpu_objects,cuda_large)
+$(BUILD)/tests/cuda_peer: $(call gpu_objects,cuda_peer)
+$(CUDA_TESTS): $(call gpu_objects,cuda_case cuda_bench) $(BUILD)/tests/ops/op_case.o $(OBJ)
 	$(CC) $(CFLAGS_ALL) -o $@ $(filter %.o,$^) $(LIBS)
 # Objects that only pattern rules ask for are kept too. No program is in the list: make would not rebuild one that is
 # missing.
-.SECONDARY: $(OBJ64) $(TEST_HELPERS:%.c=$(BUILD)/%.o) $(TEST_HELPERS:%.c=$(BUILD)/f64/%.o) \
-  $(TEST_BINS:%=%.o) $(TOOLS:%=%.o)
+.SECONDARY: $(OBJ64) $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(TEST_SOURCES:%.c=$(BUILD)/f64/%.o)
 include tests/fuzz/Makefile.inc
 ifeq ($(SANITIZE),thread)
 TEST_BINS := $(THREADED_TESTS:%=$(BUILD)/tests/%)
 endif
 
 # Libraries that tests put before the program's own.
-$(BUILD)/tests/%.so: tests/%.c | probes
+$(BUILD)/tests/%.so: tests/scripts/%.c | probes
 	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -D_GNU_SOURCE $(WARN) -O1 -shared -fPIC -o $@ $< -ldl
 
-tests: train $(TEST_BINS) $(TOOLS) $(PRELOADED:%.c=$(BUILD)/%.so)
+tests: train $(TEST_BINS) $(TOOLS) $(PRELOADED:tests/scripts/%.c=$(BUILD)/tests/%.so)
 
 # A make of its own for what needs libraries that were installed only now.
 suite: tests
@@ -169,9 +172,9 @@ test-long: deps-test
 	  $(BUILD)-sanitize/tests/test_hostile $(BUILD)-sanitize/tests/test_fuzz
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_CC="$(FUZZ_CC)" tests/run_long.sh $(BUILD) $(BUILD)-sanitize $(FUZZ_TARGETS)
 
-# Does a test notice when a line is wrong? tests/mutants.txt, in a copy of the tree; SELECT="..." names some of them.
+# Does a test notice when a line is wrong? tests/scripts/mutants.txt, in a copy of the tree; SELECT="..." names some of them.
 mutants: deps-test
-	@MUTANTS_CC="$(CC)" $(PYTHON) tests/mutants.py $(BUILD) $(SELECT)
+	@MUTANTS_CC="$(CC)" $(PYTHON) tests/scripts/mutants.py $(BUILD) $(SELECT)
 
 # Everything but training runs under ASan and UBSan.
 check-asan: deps-test
@@ -180,7 +183,7 @@ check-asan: deps-test
 # What computes with OpenBLAS, under each of its kinds of kernels that this processor runs.
 check-blas: deps-test
 	@$(MAKE) --no-print-directory tests
-	@tests/blas_kinds.sh $(BUILD)
+	@tests/ops/blas_kinds.sh $(BUILD)
 
 # The loader and whatever else starts threads, under ThreadSanitizer.
 check-tsan: deps-test
@@ -192,24 +195,24 @@ coverage: deps-test
 suite-coverage: tests
 	@find $(BUILD) -name '*.gcda' -delete
 	@rc=0; tests/run.sh $(BUILD) $(TEST_BINS) || rc=1; \
-	  $(PYTHON) tests/coverage.py $(BUILD) --at-least 85 || rc=1; exit $$rc
+	  $(PYTHON) tests/scripts/coverage.py $(BUILD) --at-least 85 || rc=1; exit $$rc
 
 bench: deps-test
 	@$(MAKE) --no-print-directory tests
-	@tests/bench.sh $(BUILD)
+	@tests/ops/bench.sh $(BUILD)
 
 # The CUDA backend against the CPU's, and what a GPU run must keep to; exit code 77 of a script: no GPU, skipped.
 test-gpu: gpu-tests
-	@$(if $(HAVE_CUDA),tests/run_gpu.sh $(BUILD) || [ $$? -eq 77 ],echo 'test-gpu: SKIPPED: no CUDA backend without nvcc')
+	@$(if $(HAVE_CUDA),tests/gpu/run_gpu.sh $(BUILD) || [ $$? -eq 77 ],echo 'test-gpu: SKIPPED: no CUDA backend without nvcc')
 
 # Every op against its floor, then the engine against PyTorch on the same GPU. About ten minutes.
 bench-gpu: gpu-tests
-	@$(if $(HAVE_CUDA),$(BUILD)/tests/cuda_ops --bench && { $(PYTHON) tests/bench_gpu.py $(BUILD) || [ $$? -eq 77 ]; },echo 'bench-gpu: SKIPPED: no CUDA backend without nvcc')
+	@$(if $(HAVE_CUDA),$(BUILD)/tests/cuda_ops --bench && { $(PYTHON) tests/gpu/bench_gpu.py $(BUILD) || [ $$? -eq 77 ]; },echo 'bench-gpu: SKIPPED: no CUDA backend without nvcc')
 
 gpu-tests: $(if $(HAVE_CUDA),train $(CUDA_TESTS) $(BUILD)/tests/cuda_calls.so)
 
 # CUPTI is a part of the toolkit that some distributions leave out: then its test is skipped.
-$(BUILD)/tests/cuda_calls.so: tests/cuda_calls.c | probes
+$(BUILD)/tests/cuda_calls.so: tests/gpu/cuda_calls.c | probes
 	@mkdir -p $(@D)
 	@rm -f $@
 	@if echo '#include <cupti.h>' | nvcc -E -x cu - >/dev/null 2>&1; then \
@@ -234,7 +237,7 @@ deps-%:
 	@scripts/deps.sh $*
 
 # ---- upkeep ----
-FORMATTED := $(wildcard train.c base/*.[ch] data/*.[ch] model/*.[ch] model/*/*.[ch] trainer/*.[ch] kernels/*.[ch] kernels/cpu/*.[ch] tests/*.[ch])
+FORMATTED := $(wildcard train.c base/*.[ch] data/*.[ch] model/*.[ch] model/*/*.[ch] trainer/*.[ch] kernels/*.[ch] kernels/cpu/*.[ch] tests/*/*.[ch])
 FORMATTED_CUDA := $(wildcard kernels/cuda/*.cu kernels/cuda/*.h)
 format:
 	clang-format -i $(FORMATTED) $(FORMATTED_CUDA)

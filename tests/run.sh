@@ -66,23 +66,23 @@ case $part in
     check threads threads
     ;;
   sanitized)
-    check cli limited tests/cli.sh "$build"
+    check cli limited tests/scripts/cli.sh "$build"
     # What the comparisons with PyTorch are made from; they themselves need no sanitizer.
     check dump_ops limited "$build/tests/dump_ops" "$build/dumps/ops"
     check dump_model limited "$build/tests/dump_model" "$build/dumps/models"
     rm -rf "$build/dumps"
     ;;
   all)
-    check house "$python" tests/house.py
-    check cli limited tests/cli.sh "$build"
-    check messages limited tests/messages.sh "$build"
+    check house "$python" tests/scripts/house.py
+    check cli limited tests/scripts/cli.sh "$build"
+    check messages limited tests/scripts/messages.sh "$build"
     if "$python" -c 'import torch' 2>/dev/null; then
-      check reference limited "$python" tests/test_reference.py
-      check parity_ops limited tests/parity.sh ops "$build"
-      check parity_model limited tests/parity.sh model "$build"
-      check peer limited "$python" tests/test_peer.py
-      check keys limited "$python" tests/test_keys.py "$build"
-      check uses limited "$python" tests/uses.py "$build"
+      check reference limited "$python" tests/ops/test_reference.py
+      check parity_ops limited tests/ops/parity.sh ops "$build"
+      check parity_model limited tests/ops/parity.sh model "$build"
+      check peer limited "$python" tests/gpu/test_peer.py
+      check keys limited "$python" tests/scripts/test_keys.py "$build"
+      check uses limited "$python" tests/scripts/uses.py "$build"
     elif [ "${TESSERA_REQUIRE_TORCH:-}" ]; then
       failed=$((failed + 1))
       echo "parity: FAILED: python3-torch is required here and absent"
@@ -90,17 +90,17 @@ case $part in
       skipped=$((skipped + 6))
       echo "parity: SKIPPED: $python has no torch (python3-torch)"
     fi
-    check resume limited tests/resume.sh "$build"
-    check faults limited "$python" tests/faults.py --kills 5 --train "$build/train"
-    check data_run limited "$python" tests/data_run.py "$build/train"
-    check machine limited "$python" tests/machine.py "$build"
-    check run_folder limited "$python" tests/run_folder.py "$build/train"
-    check guards limited "$python" tests/guards.py "$build"
-    check emoji_fill limited tests/emoji_fill.sh "$build"
-    check infer limited tests/infer.sh "$build"
-    check patch_grid limited "$python" tests/test_patch_grid.py
-    check plot limited "$python" tests/test_plot.py
-    check learning limited tests/learning.sh 300 "$build"
+    check resume limited tests/scripts/resume.sh "$build"
+    check faults limited "$python" tests/scripts/faults.py --kills 5 --train "$build/train"
+    check data_run limited "$python" tests/scripts/data_run.py "$build/train"
+    check machine limited "$python" tests/scripts/machine.py "$build"
+    check run_folder limited "$python" tests/scripts/run_folder.py "$build/train"
+    check guards limited "$python" tests/scripts/guards.py "$build"
+    check emoji_fill limited tests/scripts/emoji_fill.sh "$build"
+    check infer limited tests/scripts/infer.sh "$build"
+    check patch_grid limited "$python" tests/scripts/test_patch_grid.py
+    check plot limited "$python" tests/scripts/test_plot.py
+    check learning limited tests/scripts/learning.sh 300 "$build"
     ;;
 esac
 

@@ -84,14 +84,14 @@ can_fuzz() {
 }
 
 rm -rf "$long" && mkdir -p "$long"
-check learning_1500 tests/learning.sh 1500 "$build" "$long/shapes-1500"
-check learning_3500 tests/learning.sh 3500 "$build" "$long/shapes-3500"
-check drawings tests/drawings.sh "$build" "$long/shapes-3500" "$long/drawings"
-check mutants "$python" tests/mutants.py "$build"
+check learning_1500 tests/scripts/learning.sh 1500 "$build" "$long/shapes-1500"
+check learning_3500 tests/scripts/learning.sh 3500 "$build" "$long/shapes-3500"
+check drawings tests/scripts/drawings.sh "$build" "$long/shapes-3500" "$long/drawings"
+check mutants "$python" tests/scripts/mutants.py "$build"
 check emoji emoji
-check emoji_fill tests/emoji_fill.sh "$build"
+check emoji_fill tests/scripts/emoji_fill.sh "$build"
 check gpt2 gpt2
-check faults_50 "$python" tests/faults.py --kills 50 --leaks --train "$build/train"
+check faults_50 "$python" tests/scripts/faults.py --kills 50 --leaks --train "$build/train"
 check many_files many_files
 check mutations_images mutated "$sanitized/tests/test_hostile" $mutations
 check mutations_corpora mutated "$sanitized/tests/test_fuzz" $rounds

@@ -25,7 +25,7 @@ def png(width, height, depth, colour, rows, extra=b"", interlace=0):
 
 
 def jpegs():
-    text = Path("tests/jpeg_bytes.h").read_text()
+    text = Path("tests/unit/jpeg_bytes.h").read_text()
     for name, body in re.findall(r"JPEG_(\w+)\[\d+\] = \{(.*?)\};", text, re.S):
         yield name.lower(), bytes(int(x, 16) for x in re.findall(r"0x[0-9a-f]{2}", body))
 

@@ -1,0 +1,509 @@
+#!/usr/bin/python3
+"""Compares the engine with PyTorch on one GPU: the slow parts as ops of their own, and whole training steps.
+
+    make bench-gpu                              everything, about eight minutes with PyTorch's compilation
+    tests/gpu/bench_gpu.py BUILD SECTION...         some of: adaln linear attention moe step:small step:medium step:base
+
+Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
+engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
+measured first. Ops: captured graphs over operands beyond the L2 cache, medians of rounds that take turns; the engine's
+come from tests/gpu/cuda_peer.c. Steps: the engine, PyTorch (tests/gpu/peer_model.py says how it is written) and the engine
+again, medians over steps.
+Exit code 77 without a GPU or PyTorch.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/ops"))
+try:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    if not torch.cuda.is_available():
+        raise ImportError("PyTorch sees no GPU")
+    import torch._functorch.config
+    import peer_model as M
+    import reference as R
+except ImportError as error:
+    print(f"skipped: {error}")
+    sys.exit(77)
+
+ROUNDS = 5
+LAUNCHES, SAMPLES = 12, 5  # as tests/gpu/cuda_bench.c
+COPIES_BYTES = 4 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)  # of all operands
+
+# ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+def copies_of(bytes):
+    return min(6, COPIES_BYTES // bytes + 1)
+
+
+class Timed:
+    """Calls captured in one graph, LAUNCHES of them in turn. round(): median milliseconds of one."""
+
+    def __init__(self, calls):
+        self.calls = calls  # the graph reads tensors that only they hold
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                for call in calls:
+                    call()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph, stream=stream):
+                for i in range(LAUNCHES):
+                    calls[i % len(calls)]()
+
+    def round(self):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.graph.replay()
+        samples = []
+        for _ in range(SAMPLES):
+            marks[0].record()
+            self.graph.replay()
+            marks[1].record()
+            torch.cuda.synchronize()
+            samples.append(marks[0].elapsed_time(marks[1]) / LAUNCHES)
+        return statistics.median(samples)
+
+
+def backward_calls(forward, inputs, arriving):
+    """Calls of the backward pass alone, one a copy: forward(*inputs[i]), whose outputs' gradients are arriving[i]. The
+    first call, which is never captured, does the forward pass: backward runs on the stream that forward ran on."""
+
+    def make(leaves, grads):
+        outputs = []
+
+        def call():
+            if not outputs:
+                outputs.extend(forward(*leaves))
+            torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+        return call
+
+    return [make(*pair) for pair in zip(inputs, arriving)]
+
+
+class Engine:
+    """tests/cuda_peer with some ops ready."""
+
+    def __init__(self, build, sizes, ops):
+        self.file = tempfile.NamedTemporaryFile()
+        arguments = [f"{key}={value}" for key, value in sizes.items()]
+        command = [f"{build}/tests/cuda_peer", self.file.name, *arguments, *ops]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if self.process.stdout.readline() != "ready\n":
+            sys.exit(f"bench_gpu: cuda_peer failed with exit code {self.process.wait()}")
+        a = np.fromfile(self.file.name, np.int32)
+        self.n_text, self.n_image, segments, T = (int(v) for v in a[:4])
+        self.doc_start, self.kv_end = a[4 : 4 + 2 * T].reshape(2, T)  # sequence order
+        self.seg_len = a[4 + 2 * T :]  # [segments]
+        self.segments = segments
+
+    def round(self, op):
+        self.process.stdin.write(op + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def attempt(make):
+    """A way of PyTorch's that may not work here: None with a note instead of an end of everything."""
+    try:
+        return make()
+    except Exception as error:  # whatever the compiler throws
+        print(f"  (left out: {type(error).__name__}: {str(error).splitlines()[0][:140]})", flush=True)
+        return None
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    def __init__(self):
+        self.bandwidth, self.flops = 3.0e12, 800e12  # until measured
+
+    def head(self, title):
+        columns = f"{'engine ms':>12}{'PyTorch ms':>12} {'(way)':<16}{'ratio':>6}{'engine':>9}{'PyTorch':>9}"
+        print(f"\n{title}\n{'':<48}{columns}{'':<9}{'floor':>6}", flush=True)
+
+    def row(self, name, ours, peers, bytes=0, flops=0):
+        """ours: a round's function; peers: {way: Timed or None}. Rounds take turns."""
+        peers = {way: peer for way, peer in peers.items() if peer}
+        rounds = [(ours(), {way: peer.round() for way, peer in peers.items()}) for _ in range(ROUNDS)]
+        mine = statistics.median(r[0] for r in rounds)
+        theirs = {way: statistics.median(r[1][way] for r in rounds) for way in peers}
+        rate = lambda ms: flops / ms / 1e9 if flops else bytes / ms / 1e9
+        unit = "TFLOP/s" if flops else "TB/s"
+        floor = max(bytes / self.bandwidth, flops / self.flops) * 1e3
+        best = min(theirs, key=theirs.get, default=None)
+        text = f"{name:<48}{mine:>12.4f}"
+        if best:
+            ratio = statistics.median(r[1][best] / r[0] for r in rounds)
+            text += f"{theirs[best]:>12.4f} {'(' + best + ')':<16}{ratio:>6.2f}"
+            text += f"{rate(mine):>9.3g}{rate(theirs[best]):>9.3g}"
+        else:
+            text += f"{'-':>12}{'':<17}{'-':>6}{rate(mine):>9.3g}{'-':>9}"
+        print(f"{text} {unit:<8}{floor / mine:>6.0%}", flush=True)
+        others = {way: ms for way, ms in theirs.items() if way != best}
+        if others:
+            print("    other ways: " + ", ".join(f"{way} {ms:.4f} ms" for way, ms in others.items()), flush=True)
+        return mine
+
+
+def ceilings(table, build):
+    """The copy is the faster one of PyTorch's and the engine's, which is cudaMemcpyAsync."""
+    x = [torch.randn(1 << 28, device="cuda").to(torch.bfloat16) for _ in range(2)]
+    copy = Timed([lambda: x[0].copy_(x[1])])
+    engine = Engine(build, {"T": 1024}, ["COPY"])
+    copies = {"PyTorch": 2 * x[0].nbytes / copy.round() * 1e3, "engine": 2 * (256 << 20) / engine.round("COPY") * 1e3}
+    engine.close()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = Timed([lambda: a @ b])
+    table.bandwidth = max(copies.values())
+    table.flops = 2 * 8192**3 / product.round() * 1e3
+    rates = ", ".join(f"{whose} {rate / 1e12:.2f}" for whose, rate in copies.items())
+    print(f"\nceilings: copy {table.bandwidth / 1e12:.2f} TB/s (read and write; {rates})", end=", ")
+    print(f"product of 8192^3 {table.flops / 1e12:.0f} TFLOP/s", flush=True)
+
+
+# ---- AdaLN ----------------------------------------------------------------------------------------------------------
+
+
+class SegmentRows(torch.autograd.Function):
+    """mod[segment], whose gradient is a product with the matrix of who is in which segment [SEG, T]."""
+
+    @staticmethod
+    def forward(ctx, mod, segment, member):
+        ctx.save_for_backward(member)
+        return mod[segment]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] @ grad, None, None
+
+
+def site(x, branch, mod, rows_of):
+    """Gate, residual, LayerNorm, modulation. x, branch [T, C]; mod [SEG, 3C]; rows_of: mod -> its rows [T, 3C]."""
+    gate, shift, scale = rows_of(mod).chunk(3, dim=1)
+    x = x + gate * branch
+    return x, (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+def adaln(table, build):
+    table.head("AdaLN: gate + residual + LayerNorm + modulation, packed segments of text and 256-token images, bf16")
+    T = 32768
+    for C in (2048, 1024):
+        engine = Engine(build, {"T": T, "C": C, "side": 16}, ["ADALN_FWD", "ADALN_BWD"])
+        lengths = torch.from_numpy(engine.seg_len.astype(np.int64)).cuda()
+        segment = torch.repeat_interleave(torch.arange(engine.segments, device="cuda"), lengths)  # [T] row order
+        member = (segment == torch.arange(engine.segments, device="cuda")[:, None]).to(torch.bfloat16)  # [SEG, T]
+        draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        n = copies_of(4 * T * C * 2)
+        inputs = [[draw(T, C), draw(T, C), draw(engine.segments, 3 * C)] for _ in range(n)]
+        arriving = [[draw(T, C), draw(T, C)] for _ in range(n)]
+        for leaves in inputs:
+            for t in leaves:
+                t.requires_grad_()
+        ways = {
+            "eager": lambda x, b, m: site(x, b, m, lambda mod: mod[segment]),
+            "compile": torch.compile(lambda x, b, m: site(x, b, m, lambda mod: mod[segment]), dynamic=False),
+            "compile+matmul": torch.compile(
+                lambda x, b, m: site(x, b, m, lambda mod: SegmentRows.apply(mod, segment, member)), dynamic=False
+            ),
+        }
+        forwards = {way: attempt(lambda f=f: Timed([lambda a=a: f(*a) for a in inputs])) for way, f in ways.items()}
+        table.row(f"forward, {T} rows, C {C}", lambda: engine.round("ADALN_FWD"), forwards, bytes=8 * T * C)
+        del forwards
+        backwards = {way: attempt(lambda f=f: Timed(backward_calls(f, inputs, arriving))) for way, f in ways.items()}
+        table.row(f"backward, {T} rows, C {C}", lambda: engine.round("ADALN_BWD"), backwards, bytes=12 * T * C)
+        engine.close()
+        del backwards
+        torch.cuda.empty_cache()
+
+
+# ---- projections ----------------------------------------------------------------------------------------------------
+
+# dim, widths of text and image rows, side of an image: base's qkv, output, shared experts; small's qkv
+LINEAR = ((2048, (3072, 3072), 16), (2048, (2048, 2048), 16), (2048, (2048, 4096), 16), (512, (1024, 1024), 8))
+
+
+def linear(table, build):
+    """PyTorch has the rows of text and image apart, and how many there are on the host. Weight gradients are fp32 where
+    its products can be."""
+    T = 16384
+    table.head(f"projections, weights by modality, {T} tokens; bare products, one call a modality")
+    products = {
+        "forward": ("LINEAR_FWD", lambda x, w, dy: F.linear(x, w)),
+        "input gradient": ("LINEAR_DGRAD", lambda x, w, dy: dy @ w),
+        "weight gradient": ("LINEAR_WGRAD", lambda x, w, dy: torch.mm(dy.t(), x, out_dtype=torch.float32)),
+    }
+    for C, out, side in LINEAR:
+        sizes = dict(T=T, C=C, side=side, I0=C, I1=C, O0=out[0], O1=out[1])
+        engine = Engine(build, sizes, [op for op, _ in products.values()])
+        rows = (engine.n_text, engine.n_image)
+        draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        n = copies_of(2 * T * (C + min(out)))
+        # of each copy and modality: x, w, dy
+        operands = [[(draw(r, C), draw(o, C), draw(r, o)) for r, o in zip(rows, out)] for _ in range(n)]
+        calls = lambda product: [lambda both=both: [product(*m) for m in both] for both in operands]
+        flops = sum(2.0 * r * C * o for r, o in zip(rows, out))
+        for name, (op, product) in products.items():
+            ways = {}
+            for library in ("cublas", "cublaslt"):
+                torch.backends.cuda.preferred_blas_library(library)
+                ways[library] = attempt(lambda: Timed(calls(product)))
+                if not ways[library] and op == "LINEAR_WGRAD":
+                    ways[library + " to bf16"] = attempt(lambda: Timed(calls(lambda x, w, dy: dy.t() @ x)))
+            table.row(f"{name}, {C} -> {out[0]}, {out[1]}", lambda: engine.round(op), ways, flops=flops)
+        engine.close()
+        del operands, ways
+        torch.cuda.empty_cache()
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+ATTENTION = ((32768, 16, 16, 128, 16), (32768, 16, 4, 128, 32), (8192, 16, 16, 128, 64), (32768, 16, 16, 64, 16))
+
+
+def attention(table, build):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    table.head("attention with the mixed mask, packed documents, FLOPs of allowed pairs only; ours is deterministic")
+    for T, H, G, D, side in ATTENTION:
+        engine = Engine(build, dict(T=T, H=H, G=G, D=D, side=side), ["ATTENTION_FWD", "ATTENTION_BWD"])
+        pairs = float((engine.kv_end - engine.doc_start).sum())
+        doc_start, kv_end = (torch.from_numpy(a.copy()).cuda() for a in (engine.doc_start, engine.kv_end))
+        mask = M.block_mask(doc_start, kv_end)
+        torch.cuda.empty_cache()
+        # [1, heads, T, D] as views of [T, heads, D], which is how a model has them
+        draw = lambda heads: torch.randn(T, heads, D, device="cuda", dtype=torch.bfloat16).transpose(0, 1)[None]
+        leaf = lambda heads: draw(heads).detach().requires_grad_()
+        n = copies_of(2 * T * D * (2 * H + 2 * G))
+        inputs = [[leaf(H), leaf(G), leaf(G)] for _ in range(n)]
+        arriving = [[draw(H)] for _ in range(n)]
+        call = lambda q, k, v: (flex_attention(q, k, v, block_mask=mask, enable_gqa=H != G),)
+        flex = torch.compile(call, dynamic=False)
+        # forward alone: to tune the backward pass takes minutes
+        tuned = torch.no_grad()(torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs"))
+        ways = {"flex": flex, "flex autotuned": tuned}
+        name = f"T {T}, {H}/{G} x {D}, {side * side}-token images"
+        forwards = {way: attempt(lambda f=f: Timed([lambda a=a: f(*a) for a in inputs])) for way, f in ways.items()}
+        table.row(f"forward, {name}", lambda: engine.round("ATTENTION_FWD"), forwards, flops=4 * pairs * H * D)
+        del forwards
+        backwards = {"flex": attempt(lambda: Timed(backward_calls(flex, inputs, arriving)))}
+        table.row(f"backward, {name}", lambda: engine.round("ATTENTION_BWD"), backwards, flops=10 * pairs * H * D)
+        engine.close()
+        del backwards
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+EXPERT_OPS = (
+    ["ROUTER_FWD", "EXPERT_UP_FWD", "EXPERT_DOWN_FWD", "EXPERT_COMBINE"]
+    + ["EXPERT_DOWN_BWD", "EXPERT_DOWN_WGRAD", "EXPERT_UP_DGRAD", "EXPERT_UP_WGRAD", "ROUTER_BWD"]
+)  # fmt: skip
+
+
+def moe(table, build):
+    """Base's experts. PyTorch's products are bare and its rows already sorted; the engine's ops also gather rows, apply
+    SwiGLU forward and backward, weight and give the router weights' gradient. Then both as whole layers."""
+    table.head("experts of base, 16384 tokens, both modalities; bare torch._grouped_mm, one call a modality")
+    s, side = M.load_sizes(ROOT / "configs/base.json")
+    sizes = dict(T=16384, C=s.C, side=side, E0=s.E[0], E1=s.E[1], F0=s.F[0], F1=s.F[1], K0=s.k[0], K1=s.k[1])
+    engine = Engine(build, sizes, EXPERT_OPS)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
+    tokens = (engine.n_text, engine.n_image)
+    rows = [n * k for n, k in zip(tokens, s.k)]
+    rng = np.random.default_rng(1)
+    groups = [rng.multinomial(r, [1 / e] * e).cumsum() for r, e in zip(rows, s.E)]
+    ends = [torch.tensor(g, dtype=torch.int32, device="cuda") for g in groups]
+    both = (0, 1)
+    x, up = [draw(rows[m], s.C) for m in both], [draw(rows[m], 2 * s.F[m]) for m in both]
+    act = [draw(rows[m], s.F[m]) for m in both]
+    w1, w2 = [draw(s.E[m], 2 * s.F[m], s.C) for m in both], [draw(s.E[m], s.C, s.F[m]) for m in both]
+    mm = torch._grouped_mm
+    products = {
+        "EXPERT_UP_FWD": lambda m: mm(x[m], w1[m].transpose(1, 2), offs=ends[m]),
+        "EXPERT_DOWN_FWD": lambda m: mm(act[m], w2[m].transpose(1, 2), offs=ends[m]),
+        "EXPERT_DOWN_BWD": lambda m: mm(x[m], w2[m], offs=ends[m]),
+        "EXPERT_UP_DGRAD": lambda m: mm(up[m], w1[m], offs=ends[m]),
+        "EXPERT_DOWN_WGRAD": lambda m: mm(x[m].t(), act[m], offs=ends[m]),
+        "EXPERT_UP_WGRAD": lambda m: mm(up[m].t(), x[m], offs=ends[m]),
+    }
+    down = sum(2.0 * rows[m] * s.C * s.F[m] for m in both)
+    ours = {}
+    for op, product in products.items():
+        peer = attempt(lambda: Timed([lambda: [product(m) for m in both]]))
+        ours[op] = table.row(op, lambda: engine.round(op), {"grouped_mm": peer}, flops=down * (2 if "UP" in op else 1))
+    for op in EXPERT_OPS:
+        ours[op] = ours.get(op) or statistics.median(engine.round(op) for _ in range(ROUNDS))
+
+    one = lambda h, p, m: M.moe(p, R.MODALITY[m] + ".", h[m], s.k[m], M.grouped_mm)[0]
+    layer = torch.compile(lambda h, p: (one(h, p, 0), one(h, p, 1)), fullgraph=True, dynamic=False)
+    shapes = {n.split(".", 2)[2]: v for n, v in R.param_shapes(s).items() if n.startswith("layers.0.")}
+    p = {n: draw(*v).requires_grad_() for n, v in shapes.items() if "experts" in n or "router" in n}
+    h = [draw(n, s.C).mul_(s.C**0.5).requires_grad_() for n in tokens]
+    arriving = [draw(n, s.C) for n in tokens]
+    leaves = [*h, *p.values()]
+
+    def both_ways():
+        torch.autograd.grad(layer(h, p), leaves, arriving)
+
+    # The combine runs forward and, as the gather-sum of the gradient, backward.
+    total = lambda: sum(engine.round(op) * (2 if op == "EXPERT_COMBINE" else 1) for op in EXPERT_OPS)
+    table.row("layer forward and backward", total, {"compile": attempt(lambda: Timed([both_ways]))}, flops=9 * down)
+    whole = sum(ms * (2 if op == "EXPERT_COMBINE" else 1) for op, ms in ours.items())
+    router = ours["ROUTER_FWD"] + ours["ROUTER_BWD"]
+    combine = 2 * ours["EXPERT_COMBINE"]
+    print(f"router, sort and their backward: {router:.4f} ms, {router / whole:.1%} of the layer", end="; ")
+    print(f"combines: {combine:.4f} ms, {combine / whole:.1%}", flush=True)
+    engine.close()
+
+
+# ---- whole steps ----------------------------------------------------------------------------------------------------
+
+TOKENS = 16384
+STEPS = {"small": 160, "medium": 100, "base": 32}
+LIMIT = 200  # seconds of one run of the engine
+
+
+def metric_steps(text):
+    """The step lines of a metrics.jsonl that may still be growing: what follows the last newline is cut off."""
+    return [line for line in map(json.loads, text.split("\n")[:-1]) if "seconds" in line]
+
+
+def bench_config(name, data):
+    """configs/NAME.json on the data of scripts/make_bench_data.py."""
+    config = json.loads("\n".join(line.split("//")[0] for line in open(ROOT / f"configs/{name}.json")))
+    config["data"] |= {"micro_batch_tokens": TOKENS, "max_caption": 96, "cfg_drop": 0, "threads": 8, "cache_mb": 1024}
+    config["data"]["tokenizer"] = f"{data}/bench.bpe"
+    config["data"]["sources"] = [{"type": "webdataset", "path": f"{data}/bench.tar"}]
+    config["eval"]["every"] = config["checkpoint"]["every"] = 0
+    return config
+
+
+def engine_steps(name, folder, data):
+    """The step lines of a run of STEPS[name] steps, without the first quarter, and the seconds until the first step
+    was done. The run is killed once it has done its steps: a checkpoint of base would take longer than all of them."""
+    (folder / "config.json").write_text(json.dumps(bench_config(name, data)))
+    metrics, log, lines, first, started = folder / "run/metrics.jsonl", folder / "log", [], None, time.time()
+    with open(log, "w") as out:
+        command = ["./train", folder / "config.json", "--device", "cuda", "--run-dir", folder / "run"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        while process.poll() is None and len(lines) < STEPS[name] and time.time() - started < LIMIT:
+            time.sleep(0.2)
+            lines = metric_steps(metrics.read_text()) if metrics.exists() else []
+            first = first or (time.time() - started if lines else None)
+        process.kill()
+        process.wait()
+    if len(lines) < STEPS[name]:
+        print(f"  the engine did {len(lines)} of {STEPS[name]} steps:", *log.read_text().splitlines()[-5:], sep="\n  ")
+    return lines[len(lines) // 4 :], first
+
+
+def peer_report(name):
+    """What tests/gpu/peer_model.py says, or None. A process of its own: its memory is free again afterwards."""
+    command = [sys.executable, ROOT / "tests/gpu/peer_model.py", ROOT / f"configs/{name}.json", "--tokens", str(TOKENS)]
+    command += ["--steps", str(max(20, STEPS[name] // 2))]
+    peer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if peer.returncode:
+        print(f"  PyTorch failed with exit code {peer.returncode}", flush=True)
+        return None
+    return json.loads(peer.stdout.splitlines()[-1])
+
+
+def step(name, folder):
+    s, side = M.load_sizes(ROOT / f"configs/{name}.json")
+    pixels, data = side * round((s.P // 3) ** 0.5), folder / "data"
+    command = [sys.executable, ROOT / "scripts/make_bench_data.py", data, "--size", str(pixels), "--samples", "1000"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    about = f"captions of 32-96 words, images of {pixels} x {pixels} pixels ({side * side} tokens)"
+    print(f"\nstep:{name}: {about}", flush=True)
+    speeds, waits = [], []
+
+    def engine():
+        with tempfile.TemporaryDirectory(dir=folder) as run:
+            lines, first = engine_steps(name, Path(run), data)
+        if not lines:
+            return
+        speed = [line["tokens"] / line["seconds"] for line in lines]
+        speeds.extend(speed)
+        waits.extend(line["data_wait"] * 1e3 for line in lines)
+        start = f"first step done after {first:.0f} s"
+        print(f"  engine  {statistics.median(speed):>9.0f} tokens/s ({len(speed)} steps; {start})", flush=True)
+
+    engine()
+    report = peer_report(name)
+    if report:
+        modes = ", ".join(f"{mode} {TOKENS / ms * 1e3:.0f}" for mode, ms in report["ms"].items())
+        note = f"; no graph: {report['no_graph']}" if "no_graph" in report else ""
+        about = f"{modes}; {report['memory_gb']:.1f} GB; loss {report['loss']:.2f}{note}"
+        print(f"  PyTorch {report['tokens_per_second']:>9.0f} tokens/s ({about})", flush=True)
+    engine()
+    if speeds and report:
+        mine, wait = statistics.median(speeds), statistics.median(waits)
+        print(f"  engine / PyTorch: {mine / report['tokens_per_second']:.2f}", end="; ")
+        print(f"of its {TOKENS / mine * 1e3:.1f} ms a step the engine waits {wait:.3f} ms for data", flush=True)
+
+
+ABOUT_STEPS = f"""
+Whole steps, {TOKENS} tokens, one micro-batch. PyTorch: bf16 weights, gradients and AdamW states, no EMA; packs and
+block masks ready on the device, the same number of text tokens in each. The engine: fp32 master weights, gradients and
+AdamW states, EMA; data read, decoded and packed as it trains."""
+
+
+SECTIONS = {"adaln": adaln, "linear": linear, "attention": attention, "moe": moe}
+
+
+def section(name, build):
+    """Runs one section in this process."""
+    if name.startswith("step:"):
+        print(ABOUT_STEPS, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            step(name[5:], Path(folder))
+        return
+    # backward passes are timed again and again on one forward pass
+    torch._functorch.config.donated_buffer = False
+    table = Table()
+    ceilings(table, build)
+    SECTIONS[name](table, build)
+
+
+def main():
+    names = [*SECTIONS, *(f"step:{name}" for name in STEPS)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("build", help="build folder with tests/cuda_peer")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(names))
+    options = parser.parse_args()
+    for name in options.sections:
+        if name not in names:
+            parser.error(f"there is no section {name}: {' '.join(names)}")
+    asked = options.sections or names
+    if len(asked) == 1:
+        section(asked[0], options.build)
+        return
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
+    # A process each: after an error on the device none of its process can go on.
+    failed = [name for name in asked if subprocess.run([sys.executable, __file__, options.build, name]).returncode]
+    if failed:
+        sys.exit(f"bench_gpu: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+#!/usr/bin/env bash
+# The proof that a GPU trains what the CPU does, one test a line: tests/gpu/run_gpu.sh BUILD
+# It needs BUILD/train, BUILD/tests/cuda_ops, cuda_model and cuda_large, and python3 with numpy; nothing is built here.
+# One test needs BUILD/tests/cuda_calls.so and CUPTI, and is skipped without them.
+# The last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed, 77 where there is no GPU. About
+# three minutes on an H100. BUILD/logs keeps what each test said, BUILD/logs/curves the losses of CPU and GPU.
+set -u
+cd "$(dirname "$0")/../.." || exit 2
+build=$1
+train=$build/train
+logs=$build/logs/gpu
+curves=$build/logs/curves
+python=${PYTHON:-/usr/bin/python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} # as ./train sets for itself
+# shellcheck source=tests/count.sh
+. tests/count.sh
+
+limited() { # SECONDS COMMAND...; a test that hangs is a failed one
+  local seconds=$1 rc=0
+  shift
+  timeout --kill-after=10 "$seconds" "$@" || rc=$?
+  [ $rc -ne 124 ] || echo "error: no end within $seconds s"
+  return $rc
+}
+
+# Trains into $work/NAME and says why when that fails.
+demo() { # NAME FLAG...
+  local name=$1
+  shift
+  limited 120 "$train" configs/demo.json --run-dir "$work/$name" --set eval.samples=0 --set checkpoint.every=0 "$@" \
+    2>"$work/$name.log" || { echo "$name: $*" && tail -5 "$work/$name.log" && return 1; }
+}
+
+# ---- the same bits ----
+
+# However the step is run: twice; op by op; with copies in the kernels' own queue; whatever is kept, computed again or
+# offloaded; each tensor in memory of its own.
+same_bits() {
+  local steps=20 file name
+  local -A ways=([again]="" [graph_off]="--graph off" [single]="--streams single" [recompute]="--memory recompute"
+    [offload]="--memory offload" [offload_single]="--memory offload --streams single"
+    [no_arena]="--memory offload --set memory.arena=false")
+  local flags=(--device cuda --stop-at "$steps" --memory keep --set train.micro_batches=2 --set eval.every=0
+    --set eval.documents=0)
+  demo first "${flags[@]}" || return
+  for name in "${!ways[@]}"; do
+    # shellcheck disable=SC2086 # a list of flags
+    demo "$name" "${flags[@]}" ${ways[$name]} || return
+    for file in model ema optimizer-0x1; do
+      cmp "$work/first/ckpt-$steps/$file.safetensors" "$work/$name/ckpt-$steps/$file.safetensors" || return
+    done
+  done
+  echo "$steps steps, $((${#ways[@]} + 1)) ways (${!ways[*]}): the same weights, EMA and moments"
+}
+
+# Other kernels for the same ops: the same losses within rounding.
+ablations() {
+  local name flags=(--device cuda --stop-at 20 --set eval.every=0 --set eval.documents=0)
+  demo plain "${flags[@]}" || return
+  demo adaln_unfused "${flags[@]}" --adaln unfused || return
+  demo moe_gemm_loop "${flags[@]}" --moe-gemm loop || return
+  "$python" - "$work" plain adaln_unfused moe_gemm_loop <<'P'
+import json, sys
+
+folder, plain, *others = sys.argv[1:]
+AT_MOST = 0.02
+
+
+def column(run, key):
+    return [row.get(key) for row in map(json.loads, open(f"{folder}/{run}/metrics.jsonl")) if "loss" in row]
+
+
+def losses(run):
+    return column(run, "loss")
+
+
+want, said, bad = losses(plain), [], False
+mfu = column(plain, "mfu")
+if not all(x is not None and 0 < x < 1 for x in mfu):
+    sys.exit(f"{plain}: a step's share of what the data sheet promises cannot be {mfu}")
+for run in others:
+    got = losses(run)
+    worst = max(abs(a - b) / b for a, b in zip(got, want)) if len(got) == len(want) else float("inf")
+    said.append(f"{run} {100 * worst:.3f}%")
+    bad |= not worst <= AT_MOST
+print(f"largest difference of the loss in {len(want)} steps: {', '.join(said)} (may be {100 * AT_MOST:.0f}%); "
+      f"MFU at most {100 * max(mfu):.2f}%")
+sys.exit(bad)
+P
+}
+
+# ---- what a run is for ----
+
+same_curves() {
+  local device
+  mkdir -p "$curves"
+  for device in cpu cuda; do
+    demo $device --device $device --steps 300 --set eval.every=300 || return
+    mkdir -p "$curves/$device"
+    cp "$work/$device/metrics.jsonl" "$curves/$device"
+  done
+  "$python" tests/gpu/curves.py "$curves/cpu" "$curves/cuda" "$curves/cpu_and_cuda.svg"
+}
+
+# The run of same_curves, used: both devices must agree on what it learned, and a drawing has the same bits twice.
+use_run() {
+  local device name
+  [ -d "$work/cuda" ] || { echo "there is no run to use: same_curves failed" && return 1; }
+  for device in cpu cuda; do
+    limited 60 "$train" "$work/cuda" --device $device --eval >"$work/eval.$device" 2>"$work/log" ||
+      { tail -5 "$work/log" && return 1; }
+  done
+  for name in one two; do
+    limited 60 "$train" "$work/cuda" --device cuda --sample "a small red circle at the top left on black" \
+      --out "$work/$name.png" 2>"$work/log" || { tail -5 "$work/log" && return 1; }
+  done
+  cmp "$work/one.png" "$work/two.png" || return
+  "$python" - "$work/eval.cpu" "$work/eval.cuda" <<'P'
+import json, re, sys
+
+AT_MOST = 0.02
+cpu, cuda = (json.loads(re.search(r"\{.*\}", open(path).read(), re.S)[0]) for path in sys.argv[1:])
+cpu, cuda = (figures.get("eval", figures) for figures in (cpu, cuda))
+keys = ("flow", "caption_bits_per_byte")
+worst = max(abs(cuda[k] - cpu[k]) / abs(cpu[k]) for k in keys)
+print("a run of the GPU, evaluated on CPU and GPU: " + ", ".join(f"{k} {cpu[k]:.4f} and {cuda[k]:.4f}" for k in keys)
+      + f": {100 * worst:.2f}% apart (may be {100 * AT_MOST:.0f}%); a drawing has the same bits twice")
+sys.exit(not worst <= AT_MOST)
+P
+}
+
+# ---- what a step asks of the driver ----
+
+# Two graphs and a few copies: nothing is allocated, and the host waits only for what earlier steps left behind.
+driver_calls() {
+  local library=$build/tests/cuda_calls.so
+  if [ ! -f "$library" ] || ldd "$library" | grep -q 'not found'; then
+    echo "there is no CUPTI, which is a part of the CUDA toolkit" && return 77
+  fi
+  CUDA_INJECTION64_PATH=$library CUDA_CALLS=$work/calls.txt \
+    demo calls --device cuda --stop-at 60 --set eval.every=0 --set eval.documents=0 || return
+  "$python" - "$work/calls.txt" <<'P'
+import re, statistics, sys
+from collections import Counter
+
+STEPS = 30  # of the last ones; the final checkpoint follows them
+lines = open(sys.argv[1]).read().split("\n")
+calls = [line for line in lines if line and not line.startswith("graph ")]
+graphs = sorted(tuple(map(int, line.split()[1:])) for line in lines if line.startswith("graph "))
+launches = [i for i, name in enumerate(calls) if name.startswith("cuGraphLaunch")]
+assert len(launches) == len(graphs) == 120, f"{len(launches)} graphs launched and {len(graphs)} traced in 60 steps"
+steps = Counter(calls[launches[-2 * STEPS - 1] + 1 : launches[-1] + 1])
+allowed = r"cu(GraphLaunch|Memcpy\w*Async|EventRecord|EventSynchronize|EventElapsedTime|StreamWaitEvent)\w*"
+others = [name for name in steps if not re.fullmatch(allowed, name)]
+print("a step: " + ", ".join(f"{n / STEPS:g} {name}" for name, n in steps.most_common()))
+between = [begin - end for (_, end), (begin, _) in zip(graphs, graphs[1:])][-2 * STEPS :]
+took = statistics.median(end - begin for begin, end in graphs[-2 * STEPS :: 2])
+print(f"from a step's passes ({took / 1e3:.0f} us) to its update {statistics.median(between[1::2]) / 1e3:.1f} us, "
+      f"to the next step's passes {statistics.median(between[::2]) / 1e3:.1f} us (medians, traced)")
+if others:
+    sys.exit(f"a step allocates, waits or loads: {', '.join(others)}")
+if steps["cuEventSynchronize"] > 2 * STEPS:
+    sys.exit("a step waits for more than a pinned buffer of two steps before and the results of the step before")
+P
+}
+
+# ---- messages ----
+
+# A command that must end with an exit code and say each pattern, and not by a signal.
+says() { # EXIT_CODE PATTERN... -- COMMAND...
+  local code=$1 rc=0 patterns=() pattern
+  shift
+  while [ "$1" != -- ]; do patterns+=("$1") && shift; done
+  shift
+  limited 60 "$@" >"$work/said" 2>&1 || rc=$?
+  [ $rc -eq "$code" ] || { tail -5 "$work/said" && echo "$*: exit code $rc, expected $code" && return 1; }
+  for pattern in "${patterns[@]}"; do
+    grep -q -- "$pattern" "$work/said" || { tail -5 "$work/said" && echo "$*: does not say \"$pattern\"" && return 1; }
+  done
+}
+
+out_of_memory() {
+  says 2 'alive at the fullest moment' 'are needed' 'the largest: .* x ' 'more than the 0.010 GB of memory.budget_gb' \
+    'hint:' -- \
+    "$train" configs/demo.json --device cuda --run-dir "$work/budget" --set memory.budget_gb=0.01 || return
+  # A budget that no GPU has: here the device itself says no, and a table names what was to be allocated.
+  says 2 'activations (arena) .* bytes' 'weights .* bytes' 'hint:' \
+    'out of memory: activations (arena) needs .* GB; the largest: .* x ' -- \
+    "$train" configs/demo.json --device cuda --run-dir "$work/huge" --memory keep --tokens 4194304 \
+    --set model.layers=16 --set memory.budget_gb=1000000 || return
+  grep 'out of memory' "$work/said"
+}
+
+no_gpu() {
+  says 2 'no GPU is visible' 'hint: --device cpu' -- env CUDA_VISIBLE_DEVICES= \
+    "$train" configs/demo.json --device cuda --run-dir "$work/none" || return
+  local said
+  said=$(head -1 "$work/said")
+  says 0 -- env CUDA_VISIBLE_DEVICES= "$train" configs/demo.json --device auto --run-dir "$work/auto" --stop-at 1 \
+    --set eval.every=0 --set eval.documents=0 --set eval.samples=0 || return
+  echo "$said; --device auto trains on the CPU"
+}
+
+# ---- compute-sanitizer ----
+
+# A few steps of a tiny model, each tensor an allocation of its own and each op launched by itself. Shows the summary.
+sanitizer() { # TOOL SECONDS FLAG... -- FLAG_OF_TRAIN...
+  local tool=$1 seconds=$2 rc=0 options=() summary
+  shift 2
+  command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer (CUDA toolkit)" && return 77; }
+  while [ "$1" != -- ]; do options+=("$1") && shift; done
+  shift
+  limited "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 9 "${options[@]}" \
+    "$train" tests/gpu/gpu_tiny.json --device cuda --run-dir "$work/sanitizer-$tool-$RANDOM" "$@" >"$work/said" 2>&1 || rc=$?
+  summary=$(grep -E '^=+ [A-Z]+ SUMMARY' "$work/said" | tail -1)
+  if [ $rc -eq 0 ] && [ "$summary" ]; then
+    echo "${summary#========= }"
+    return 0
+  fi
+  grep -E '^=========|error' "$work/said" | head -60
+  echo "exit code $rc; ${summary:-no summary}"
+  return 1
+}
+
+# Training, evaluation and drawing.
+memcheck() {
+  sanitizer memcheck 120 -- --memory offload --set eval.every=3 --set eval.documents=4 --set eval.samples=2 \
+    --set eval.sampler_steps=2
+}
+# Device memory is not cleared when it is allocated, and here no tensor's memory is another's before it. What kernels
+# read is checked, not what cudaMemcpy does: an offloaded tensor is copied whole, with parts that no kernel writes or
+# reads (slots of experts beyond the used ones).
+initcheck() {
+  sanitizer initcheck 120 --check-api-memory-access no -- --memory offload
+}
+# racecheck follows barriers of threads. What the mbarriers of the Hopper kernels (named *_sm90) order it does not see,
+# so that its word on them, good or bad, means nothing: they are left out, and the second check says so.
+racecheck() {
+  sanitizer racecheck 120 --kernel-name-exclude kns=sm90 -- --steps 1
+}
+racecheck_sm90() {
+  echo "not checked: racecheck cannot follow the mbarriers of the kernels named *_sm90; ops, model and same_bits compare" \
+    "the bits of their results over many runs"
+  return 77
+}
+
+# ---- all of it ----
+
+for program in train tests/cuda_ops tests/cuda_model tests/cuda_large; do
+  [ -x "$build/$program" ] || { echo "test-gpu: there is no $build/$program: make test-gpu builds it"; exit 2; }
+done
+if ! limited 60 "$build/tests/cuda_ops" ZERO >"$work/gpu" 2>&1 && grep -q 'device cuda:' "$work/gpu"; then
+  echo "test-gpu: SKIPPED: $(grep -m 1 'device cuda:' "$work/gpu")"
+  exit 77
+fi
+head -1 "$work/gpu"
+[ -f .cache/shapes/shapes.tar ] || "$python" scripts/make_shapes.py .cache/shapes/shapes.tar || exit 1
+
+began=$SECONDS
+check ops limited 240 "$build/tests/cuda_ops"
+check model limited 120 "$build/tests/cuda_model"
+check large limited 200 "$build/tests/cuda_large"
+check same_bits same_bits
+check resume limited 120 tests/scripts/resume.sh "$build" --device cuda
+check same_curves same_curves
+check use_run use_run
+check ablations ablations
+check driver_calls driver_calls
+check out_of_memory out_of_memory
+check no_gpu no_gpu
+check memcheck memcheck
+check initcheck initcheck
+check racecheck racecheck
+check racecheck_sm90 racecheck_sm90
+count_print

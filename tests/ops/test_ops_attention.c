@@ -1,0 +1,324 @@
+// CPU kernels: QK-norm and rotary, attention. Every op is compared with a naive reference in double written from
+// kernels.h, every gradient with central differences of that reference; every call is repeated with other numbers of
+// threads and must give the same bits. Built in float and in double.
+#include "tests/ops/op_check.h"
+
+#include <stdlib.h>
+
+// ---- QK-norm and rotary ----
+
+typedef struct RopeRef {
+  const OpCase *c;
+  double *qkv, *wq, *wk;
+  double *q, *k, *v;
+  const real *dq, *dk, *dv;
+} RopeRef;
+
+static void reference_head(const OpCase *c, const double *x, const double *w, int64_t s, double *y) {
+  int D = c->dims.D;
+  double mean = 0;
+  for (int i = 0; i < D; i++) mean += x[i] * x[i] / D;
+  for (int j = 0; j < D / 2; j++) {
+    float angle = (float)c->batch.position[2 * s + j % 2] * (float)pow(10000.0, -2.0 * j / D);
+    double n = sqrt(mean + 1e-6), a = x[2 * j] / n * w[2 * j], b = x[2 * j + 1] / n * w[2 * j + 1];
+    y[2 * j] = a * cos((double)angle) - b * sin((double)angle);
+    y[2 * j + 1] = a * sin((double)angle) + b * cos((double)angle);
+  }
+}
+
+static double rope_loss(void *context) {
+  RopeRef *f = context;
+  const Dims *d = &f->c->dims;
+  int D = d->D, H = d->H, G = d->G, T = d->T;
+  memset(f->q, 0, (size_t)(T * H * D) * sizeof *f->q);
+  memset(f->k, 0, (size_t)(T * G * D) * sizeof *f->k);
+  memset(f->v, 0, (size_t)(T * G * D) * sizeof *f->v);
+  for (int r = 0; r < used_rows(f->c); r++) {
+    int64_t s = f->c->batch.seq[r], m = modality_of(f->c, r);
+    const double *x = f->qkv + r * (H + 2 * G) * D;
+    for (int h = 0; h < H; h++) reference_head(f->c, x + h * D, f->wq + m * D, s, f->q + (s * H + h) * D);
+    for (int g = 0; g < G; g++) {
+      reference_head(f->c, x + (H + g) * D, f->wk + m * D, s, f->k + (s * G + g) * D);
+      memcpy(f->v + (s * G + g) * D, x + (H + G + g) * D, (size_t)D * sizeof *f->v);
+    }
+  }
+  return dot(f->dq, f->q, T * H * D) + dot(f->dk, f->k, T * G * D) + dot(f->dv, f->v, T * G * D);
+}
+
+static void test_rope(void **state) {
+  (void)state;
+  for (int seed = 0; seed < SEEDS; seed++) {
+    OpCase box, *c = &box;
+    make_case(c, seed);
+    const Dims *d = &c->dims;
+    int64_t T = d->T, D = d->D, nq = T * d->H * D, nk = T * d->G * D, nx = nq + 2 * nk;
+    for (int64_t i = 0; i < 2 * T && seed % 4 == 1; i++) // far along a document
+      c->batch.position[i] += 2000;
+    real *qkv = case_random(c, nx, 1), *wq = case_random(c, 2 * D, 1), *wk = case_random(c, 2 * D, 1);
+    real *q = case_poison(c, nq), *k = case_poison(c, nk), *v = case_poison(c, nk);
+    run_same(c, OP_QKNORM_ROPE_FWD, (OpArgs){0}, OP_IN(qkv, wq, wk), OP_OUT(q, k, v),
+             SIZES(REALS(nq), REALS(nk), REALS(nk)));
+    real *dq = case_random(c, nq, 1), *dk = case_random(c, nk, 1), *dv = case_random(c, nk, 1);
+    RopeRef f = {.c = c,
+                 .qkv = case_double(c, qkv, nx),
+                 .wq = case_double(c, wq, 2 * D),
+                 .wk = case_double(c, wk, 2 * D),
+                 .q = case_zeros(c, nq),
+                 .k = case_zeros(c, nk),
+                 .v = case_zeros(c, nk),
+                 .dq = dq,
+                 .dk = dk,
+                 .dv = dv};
+    rope_loss(&f);
+    assert_small(relative_error(q, f.q, nq), CASE_TOL);
+    assert_small(relative_error(k, f.k, nk), CASE_TOL);
+    assert_small(relative_error(v, f.v, nk), CASE_TOL);
+
+    const void *const *in = OP_IN(dq, dk, dv, qkv, wq, wk);
+    real *dx = case_poison(c, nx), *dwq = case_poison(c, 2 * D), *dwk = case_poison(c, 2 * D);
+    const size_t *sizes = SIZES(REALS(nx), REALS(2 * D), REALS(2 * D));
+    run_same(c, OP_QKNORM_ROPE_BWD, (OpArgs){0}, in, OP_OUT(dx, dwq, dwk), sizes);
+    int64_t used = used_rows(c) * (d->H + 2 * d->G) * D;
+    assert_true(all_zero(dx + used, nx - used));
+    assert_small(gradient_error(c, rope_loss, &f, f.qkv, dx, nx, 60), CASE_GRAD_TOL);
+    assert_small(gradient_error(c, rope_loss, &f, f.wq, dwq, 2 * D, 20), CASE_GRAD_TOL);
+    assert_small(gradient_error(c, rope_loss, &f, f.wk, dwk, 2 * D, 20), CASE_GRAD_TOL);
+
+    real *prior = case_random(c, 2 * D, 3), *more_q = case_copy(c, prior, 2 * D), *more_k = case_copy(c, prior, 2 * D);
+    run_same(c, OP_QKNORM_ROPE_BWD, (OpArgs){.span = {.accumulate = 1}}, in, OP_OUT(dx, more_q, more_k), sizes);
+    assert_small(accumulate_error(c, more_q, prior, dwq, 2 * D), CASE_TOL);
+    assert_small(accumulate_error(c, more_k, prior, dwk, 2 * D), CASE_TOL);
+    op_case_free(c);
+  }
+}
+
+// ---- attention ----
+
+typedef struct AttentionRef {
+  const OpCase *c;
+  double *q, *k, *v;
+  double *o, *lse;
+  const real *dout;
+} AttentionRef;
+
+static int allowed(const Batch *b, int q, int k) {
+  return b->doc_start[q] <= k && k < b->kv_end[q] && q < b->q_end[k];
+}
+
+// The scores of one (query, head) over all T keys as probabilities [T]; returns lse.
+static double reference_row(const AttentionRef *f, int query, int h, double *p) {
+  const Dims *d = &f->c->dims;
+  int T = d->T, D = d->D, g = h / (d->H / d->G);
+  double top = -INFINITY, sum = 0;
+  for (int k = 0; k < T; k++) {
+    p[k] = -INFINITY;
+    if (!allowed(&f->c->batch, query, k)) continue;
+    double s = 0;
+    for (int i = 0; i < D; i++) s += f->q[(query * d->H + h) * D + i] * f->k[(k * d->G + g) * D + i];
+    p[k] = s / sqrt(D);
+    top = p[k] > top ? p[k] : top;
+  }
+  for (int k = 0; k < T; k++) sum += p[k] = p[k] == -INFINITY ? 0 : exp(p[k] - top);
+  for (int k = 0; k < T; k++) p[k] /= sum;
+  return top + log(sum);
+}
+
+static double attention_loss(void *context) {
+  AttentionRef *f = context;
+  const Dims *d = &f->c->dims;
+  int T = d->T, D = d->D, H = d->H, G = d->G;
+  double *p = malloc((size_t)T * sizeof *p);
+  memset(f->o, 0, (size_t)(T * H * D) * sizeof *f->o);
+  for (int query = 0; query < used_rows(f->c); query++) {
+    for (int h = 0; h < H; h++) {
+      f->lse[h * T + query] = reference_row(f, query, h, p);
+      double *o = f->o + (f->c->batch.row[query] * H + h) * D;
+      for (int k = 0; k < T; k++)
+        for (int i = 0; i < D && p[k] != 0; i++) o[i] += p[k] * f->v[(k * G + h / (H / G)) * D + i];
+    }
+  }
+  free(p);
+  return dot(f->dout, f->o, T * H * D);
+}
+
+// dq, dk, dv by the textbook formulas, for packs too long for differences.
+static void reference_backward(const AttentionRef *f, double *dq, double *dk, double *dv) {
+  const Dims *d = &f->c->dims;
+  int T = d->T, D = d->D, H = d->H, G = d->G;
+  double *p = malloc((size_t)T * sizeof *p), *dp = malloc((size_t)T * sizeof *dp);
+  for (int query = 0; query < used_rows(f->c); query++) {
+    for (int h = 0; h < H; h++) {
+      int g = h / (H / G);
+      const real *dout = f->dout + (f->c->batch.row[query] * H + h) * D;
+      double mean = 0;
+      reference_row(f, query, h, p);
+      for (int k = 0; k < T; k++) {
+        dp[k] = 0;
+        for (int i = 0; i < D && p[k] != 0; i++) dp[k] += (double)dout[i] * f->v[(k * G + g) * D + i];
+        mean += p[k] * dp[k];
+      }
+      for (int k = 0; k < T; k++) {
+        double ds = p[k] * (dp[k] - mean) / sqrt(D);
+        for (int i = 0; i < D && p[k] != 0; i++) {
+          dq[(query * H + h) * D + i] += ds * f->k[(k * G + g) * D + i];
+          dk[(k * G + g) * D + i] += ds * f->q[(query * H + h) * D + i];
+          dv[(k * G + g) * D + i] += p[k] * (double)dout[i];
+        }
+      }
+    }
+  }
+  free(p);
+  free(dp);
+}
+
+// Forward and backward of one pack; differences too when `checked` elements of each input are to be compared so.
+static void check_attention(OpCase *c, int checked) {
+  const Dims *d = &c->dims;
+  int64_t T = d->T, D = d->D, nq = T * d->H * D, nk = T * d->G * D, nl = T * d->H, used = used_rows(c);
+  real *q = case_random(c, nq, 1.5), *k = case_random(c, nk, 1.5), *v = case_random(c, nk, 1);
+  real *o = case_poison(c, nq), *lse = case_poison(c, nl), *dout = case_random(c, nq, 1);
+  run_same(c, OP_ATTENTION_FWD, (OpArgs){0}, OP_IN(q, k, v), OP_OUT(o, lse), SIZES(REALS(nq), REALS(nl)));
+  AttentionRef f = {.c = c,
+                    .q = case_double(c, q, nq),
+                    .k = case_double(c, k, nk),
+                    .v = case_double(c, v, nk),
+                    .o = case_zeros(c, nq),
+                    .lse = case_zeros(c, nl),
+                    .dout = dout};
+  attention_loss(&f);
+  assert_small(relative_error(o, f.o, nq), CASE_TOL);
+  assert_true(all_zero(o + used * d->H * D, (T - used) * d->H * D));
+  for (int64_t i = 0; i < nl; i++) {
+    if (i % T >= used)
+      assert_true(isinf(lse[i]) && lse[i] > 0);
+    else
+      assert_true(fabs((double)lse[i] - f.lse[i]) <= CASE_TOL * (1 + fabs(f.lse[i])));
+  }
+
+  real *dq = case_poison(c, nq), *dk = case_poison(c, nk), *dv = case_poison(c, nk);
+  run_same(c, OP_ATTENTION_BWD, (OpArgs){0}, OP_IN(dout, o, q, k, v, lse), OP_OUT(dq, dk, dv),
+           SIZES(REALS(nq), REALS(nk), REALS(nk)));
+  double *want_q = case_zeros(c, nq), *want_k = case_zeros(c, nk), *want_v = case_zeros(c, nk);
+  reference_backward(&f, want_q, want_k, want_v);
+  assert_small(relative_error(dq, want_q, nq), CASE_TOL);
+  assert_small(relative_error(dk, want_k, nk), CASE_TOL);
+  assert_small(relative_error(dv, want_v, nk), CASE_TOL);
+  assert_true(all_zero(dq + used * d->H * D, (T - used) * d->H * D));
+  assert_true(all_zero(dk + used * d->G * D, (T - used) * d->G * D));
+  assert_true(all_zero(dv + used * d->G * D, (T - used) * d->G * D));
+  if (checked == 0) return;
+  assert_small(gradient_error(c, attention_loss, &f, f.q, dq, nq, checked), CASE_GRAD_TOL);
+  assert_small(gradient_error(c, attention_loss, &f, f.k, dk, nk, checked), CASE_GRAD_TOL);
+  assert_small(gradient_error(c, attention_loss, &f, f.v, dv, nk, checked), CASE_GRAD_TOL);
+}
+
+static void test_attention(void **state) {
+  (void)state;
+  for (int seed = 0; seed < SEEDS; seed++) {
+    OpCase box, *c = &box;
+    make_case(c, seed);
+    check_attention(c, 25);
+    op_case_free(c);
+  }
+}
+
+// Overwrites the attention arrays of an empty pack with documents of random length up to `longest`: runs of text, clean
+// images, and noised images hidden from what follows. Rows are a random permutation: attention must not care.
+static void long_documents(OpCase *c, int longest) {
+  Batch *b = &c->batch;
+  int at = 0, used = c->dims.T - case_int(c, 0, 20);
+  while (at < used) {
+    int start = at, want = at + (longest < used ? case_int(c, 1, longest) : used), end = want < used ? want : used;
+    while (at < end) {
+      int kind = case_int(c, 0, 3), n = case_int(c, 1, 150), stop = at + n < end ? at + n : end; // 2: clean, 3: noised
+      for (int s = at; s < stop; s++) {
+        b->doc_start[s] = start;
+        b->kv_end[s] = kind < 2 ? s + 1 : stop;
+        b->q_start[s] = kind < 2 ? s : at;
+        b->q_end[s] = kind == 3 ? stop : end;
+      }
+      at = stop;
+    }
+  }
+  for (int s = 0; s < used; s++) {
+    int other = case_int(c, 0, s);
+    b->row[s] = b->row[other];
+    b->row[other] = s;
+  }
+  for (int s = 0; s < used; s++) b->seq[b->row[s]] = s;
+  b->dims->n_text = used;
+}
+
+// Documents of many tiles, on both sides of the length where the backward pass changes its way, with one kv head and
+// several, each of one query head and several, and widths on both sides of a tile's.
+static void test_attention_long(void **state) {
+  (void)state;
+  static const struct {
+    int longest, G, R, D; // R query heads to a kv head
+  } shape[] = {{140, 1, 1, 6},  {300, 1, 2, 32},  {500, 1, 4, 6},   {5000, 1, 2, 32}, {5000, 1, 1, 6},
+               {700, 1, 3, 32}, {5000, 2, 1, 18}, {5000, 3, 2, 10}, {5000, 2, 3, 66}, {500, 3, 2, 34}};
+  for (int seed = 0; seed < (int)(sizeof shape / sizeof *shape); seed++) {
+    OpCase box, *c = &box;
+    op_case_init(c, (uint64_t)(1000 + seed));
+    Dims *d = &c->dims;
+    d->T = seed < 2 ? 300 : case_int(c, 530, 800);
+    d->D = shape[seed].D;
+    d->G = shape[seed].G;
+    d->H = shape[seed].G * shape[seed].R;
+    op_case_pack(c, PACK_EMPTY);
+    c->batch.dims->seed_lo = (uint32_t)(1000 + seed);
+    long_documents(c, shape[seed].longest);
+    check_attention(c, 0);
+    op_case_free(c);
+  }
+}
+
+// More query heads to a kv head than a tile has rows.
+static void test_attention_many_heads(void **state) {
+  (void)state;
+  OpCase box, *c = &box;
+  op_case_init(c, 77);
+  c->dims.G = 1;
+  c->dims.H = 70;
+  c->dims.D = 4;
+  op_case_pack(c, PACK_MIXED);
+  c->batch.dims->seed_lo = 77;
+  check_attention(c, 5);
+  c->dims.G = 2;
+  c->dims.H = 2 * 35; // a tile of one query and 29 rows to spare
+  op_case_pack(c, PACK_MIXED);
+  c->batch.dims->seed_lo = 77;
+  check_attention(c, 5);
+  op_case_free(c);
+}
+
+// Large scores neither overflow nor lose the sum; NaN in a query reaches its output.
+static void test_attention_extremes(void **state) {
+  (void)state;
+  OpCase box, *c = &box;
+  op_case_init(c, 78);
+  c->dims.G = c->dims.H = 1;
+  c->dims.D = 8;
+  op_case_pack(c, PACK_FULL);
+  int64_t n = c->dims.T * 8;
+  real *q = case_random(c, n, 60), *k = case_random(c, n, 60), *v = case_random(c, n, 1);
+  real *o = case_poison(c, n), *lse = case_poison(c, c->dims.T);
+  op_run(c, OP_ATTENTION_FWD, (OpArgs){0}, OP_IN(q, k, v), OP_OUT(o, lse));
+  for (int64_t i = 0; i < n; i++) assert_true(isfinite(o[i]));
+  int query = c->dims.T / 2;
+  q[query * 8] = (real)NAN;
+  op_run(c, OP_ATTENTION_FWD, (OpArgs){0}, OP_IN(q, k, v), OP_OUT(o, lse));
+  for (int64_t i = 0; i < n; i++) assert_true(isnan(o[i]) == (i / 8 == c->batch.row[query]));
+  op_case_free(c);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_rope),
+      cmocka_unit_test(test_attention),
+      cmocka_unit_test(test_attention_long),
+      cmocka_unit_test(test_attention_many_heads),
+      cmocka_unit_test(test_attention_extremes),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}

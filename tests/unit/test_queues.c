@@ -1,0 +1,301 @@
+// The engine on a backend with queues, as a GPU's: training steps, evaluation with the EMA and profiled steps leave the
+// same bits as on the plain CPU backend, whatever order the lanes run in.
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "model/optimizer.h"
+#include "tests/ops/model_case.h"
+#include "tests/unit/queued_cpu.h"
+#include "trainer/slab.h"
+
+#include "base/base.h"
+#include "model/program/replay.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { VARIANTS = 5, STEPS = 4, MICRO = 3, PACKS = STEPS * MICRO };
+static const Space spaces[] = {SPACE_WEIGHTS, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
+enum { SPACES = sizeof spaces / sizeof *spaces };
+
+// A model and the packs of a short run.
+typedef struct World {
+  ModelCase c; // its config, weights and pack sizes
+  void *pack[PACKS];
+  size_t pack_bytes;
+} World;
+
+// What a run leaves.
+typedef struct Outcome {
+  real *state[SPACES];    // [parameters] each
+  double *metrics[STEPS]; // of each step
+  UpdateStatus status[STEPS];
+  double seconds[STEPS]; // of each step
+  double elapsed;        // with queues: what the device's clock says all steps took
+  int collected;         // steps whose results were read
+  float *nll;            // [T] of an evaluation with the EMA, between the last two steps
+  size_t elements, metrics_bytes, nll_bytes;
+  QueuedCounts first, last; // once every program has run, and before the evaluation
+} Outcome;
+
+static void world_open(World *w, uint64_t seed, int variant) {
+  model_case_init(&w->c, seed, variant);
+  Config *c = &w->c.config;
+  c->train.micro_batches = MICRO;
+  c->train.ema = 0.9;
+  c->train.ema_every = 2;
+  c->train.steps = STEPS;
+  w->pack_bytes = batch_bind(&(Batch){0}, dims_batch_shape(&w->c.ops.dims), NULL);
+  for (int i = 0; i < PACKS; i++) {
+    op_case_pack(&w->c.ops, i % 4 == 3 ? PACK_TEXT : PACK_MIXED);
+    w->pack[i] = memcpy(xmalloc(w->pack_bytes), w->c.ops.batch.dims, w->pack_bytes);
+  }
+}
+
+static void world_close(World *w) {
+  for (int i = 0; i < PACKS; i++) free(w->pack[i]);
+  model_case_free(&w->c);
+}
+
+static void outcome_free(Outcome *o) {
+  for (int s = 0; s < SPACES; s++) free(o->state[s]);
+  for (int s = 0; s < STEPS; s++) free(o->metrics[s]);
+  free(o->nll);
+}
+
+// Reads the results of all steps before `end` that were not read yet.
+static void collect(Engine *e, Outcome *o, OptimizerState *state, int end) {
+  Error err;
+  for (; o->collected < end; o->collected++) {
+    int step = o->collected;
+    o->metrics[step] = xmalloc(o->metrics_bytes);
+    o->seconds[step] = engine_results(e, &o->status[step], o->metrics[step]);
+    assert_int_equal(optimizer_count(e->config, state, &o->status[step], &err), 0);
+  }
+}
+
+// The device's time when all it was given has run.
+static double device_time(void) {
+  queued_cpu_drain();
+  return queued_cpu_counts().seconds;
+}
+
+// The steps as the trainer runs them: with queues, a step's results are read when the passes of the next are under way.
+// Each pack is handed over in memory that is overwritten at once. `profiled`: that step is timed op by op; -1: none.
+static Outcome run(World *w, const Backend *backend, int profiled) {
+  const Config *c = &w->c.config;
+  Engine e;
+  Error err;
+  Outcome o = {0};
+  OptimizerState state = {0};
+  if (engine_record(&e, c, backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
+  engine_slab_write(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
+  engine_slab_write(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
+  o.elements = (size_t)e.model.params.total;
+  o.metrics_bytes = (size_t)e.bytes[SPACE_METRICS];
+  o.nll_bytes = (size_t)e.slots * sizeof *o.nll;
+  o.nll = xmalloc(o.nll_bytes);
+  void *given = xmalloc(w->pack_bytes);
+  engine_begin_step(&e);
+  o.elapsed = -device_time();
+  for (int step = 0; step < STEPS; step++) {
+    if (step == STEPS - 1) {
+      collect(&e, &o, &state, step);
+      o.last = queued_cpu_counts();
+      o.elapsed += device_time();
+      engine_use_ema(&e, 1);
+      const ForwardProgram *f = engine_forward(&e, MODE_EVAL, e.slots, e.segments - 1);
+      engine_run(&e, &f->m, w->pack[0], NULL);
+      engine_read(&e, &f->m, f->m.nll, e.slots, o.nll);
+      engine_use_ema(&e, 0);
+      engine_begin_step(&e);
+      o.elapsed -= device_time();
+    }
+    for (int m = 0; m < MICRO; m++) {
+      const ModelProgram *p = m ? &e.later : &e.first;
+      OpTime *times = step == profiled ? xcalloc((size_t)p->program->n_ops, sizeof *times) : NULL;
+      memcpy(given, w->pack[step * MICRO + m], w->pack_bytes);
+      engine_run(&e, p, given, times);
+      memset(given, 0xFF, w->pack_bytes);
+      for (int i = 0; times && i < p->program->n_ops; i++) assert_true(times[i].begin <= times[i].end);
+      free(times);
+    }
+    collect(&e, &o, &state, step);
+    StepScalars scalars = optimizer_scalars(c, &state, step);
+    engine_update(&e, &scalars, optimizer_ema_due(c, step), NULL);
+    if (step == 1) o.first = queued_cpu_counts();
+    if (!backend->queues) collect(&e, &o, &state, step + 1);
+  }
+  collect(&e, &o, &state, STEPS);
+  o.elapsed += device_time();
+  for (int s = 0; s < SPACES; s++) {
+    o.state[s] = xmalloc(o.elements * sizeof(real));
+    engine_slab_read(&e, spaces[s], o.state[s]);
+  }
+  free(given);
+  engine_free(&e);
+  return o;
+}
+
+static int outcomes_equal(const Outcome *a, const Outcome *b) {
+  int same = memcmp(a->nll, b->nll, a->nll_bytes) == 0;
+  for (int s = 0; s < SPACES; s++) same &= memcmp(a->state[s], b->state[s], a->elements * sizeof(real)) == 0;
+  for (int s = 0; s < STEPS; s++) {
+    same &= memcmp(a->metrics[s], b->metrics[s], a->metrics_bytes) == 0;
+    same &= memcmp(&a->status[s], &b->status[s], sizeof a->status[s]) == 0;
+  }
+  return same;
+}
+
+static const MemoryPolicy memory_policies[] = {MEMORY_OFFLOAD, MEMORY_KEEP, MEMORY_RECOMPUTE};
+
+// Results are read when the passes of the next step are under way, and yet each step's time is its own: the same work
+// takes the same time, the evaluation between two steps counts for none, and together they are the time that passed.
+static void check_times(const Outcome *o, int profiled) {
+  double sum = 0, least = INFINITY, most = 0;
+  for (int s = 0; s < STEPS; s++) {
+    sum += o->seconds[s];
+    if (s == profiled) continue; // times of ops are work of their own
+    least = fmin(least, o->seconds[s]);
+    most = fmax(most, o->seconds[s]);
+  }
+  if (!(fabs(sum - o->elapsed) < 1e-9)) fail_msg("steps of %g s, %g s passed", sum, o->elapsed);
+  if (!(most <= 1.1 * least)) fail_msg("equal steps took %g to %g s", least, most);
+}
+
+// Graphs or not, transfers in lanes of their own or not, every memory policy, many orders.
+static void test_same_bits(void **state) {
+  (void)state;
+  for (int v = 0; v < VARIANTS; v++) {
+    World w;
+    world_open(&w, 40 + (uint64_t)v, v);
+    Config *c = &w.c.config;
+    c->memory.policy = MEMORY_KEEP;
+    Outcome want = run(&w, &backend_cpu, -1);
+    for (int s = 0; s < STEPS; s++) assert_int_equal(want.status[s].skip, 0);
+    for (int i = 0; i < 12; i++) {
+      c->memory.policy = memory_policies[i % 3];
+      c->kernels.graph = i / 3 % 2;
+      c->kernels.streams = i < 9 ? STREAMS_MULTI : STREAMS_SINGLE;
+      queued_cpu_start((uint64_t)(100 * v + i), FAULT_NONE);
+      int profiled = i == 4 ? 2 : -1;
+      Outcome got = run(&w, &backend_queued_cpu, profiled);
+      if (!outcomes_equal(&got, &want)) fail_msg("variant %d, order %d: other bits", v, i);
+      // Nothing is allocated or captured once every program has run, and the host waits for no copy.
+      assert_int_equal(got.last.allocations, got.first.allocations);
+      assert_int_equal(got.last.captures, got.first.captures);
+      assert_int_equal(got.last.uploads, got.first.uploads);
+      assert_int_equal(got.last.downloads, got.first.downloads);
+      assert_true(c->kernels.graph ? got.last.launches > got.first.launches : got.last.launches == 0);
+      assert_int_equal(queued_cpu_counts().open_ranges, 0);
+      check_times(&got, profiled);
+      outcome_free(&got);
+    }
+    outcome_free(&want);
+    world_close(&w);
+  }
+}
+
+// The test above can fail: where lanes do not wait for each other, or the host not for the device, some order gives
+// other bits.
+static void test_faults_show(void **state) {
+  (void)state;
+  World w;
+  world_open(&w, 40, 0);
+  w.c.config.memory.policy = MEMORY_KEEP;
+  Outcome want = run(&w, &backend_cpu, -1);
+  w.c.config.memory.policy = MEMORY_OFFLOAD;
+  const QueuedFault faults[] = {FAULT_WAIT, FAULT_FINISH};
+  for (int f = 0; f < 2; f++) {
+    int differ = 0;
+    for (int i = 0; i < 10 && !differ; i++) {
+      queued_cpu_start((uint64_t)i, faults[f]);
+      Outcome got = run(&w, &backend_queued_cpu, -1);
+      differ += !outcomes_equal(&got, &want);
+      outcome_free(&got);
+    }
+    if (!differ) fail_msg("fault %d does not show", f);
+  }
+  outcome_free(&want);
+  world_close(&w);
+}
+
+// ---- writing slabs ----
+
+// A slab of every kind written in pieces whose memory is overwritten at once, on a backend whose weights are bf16 with
+// a rest or are what they are; returns whether what is read back is what was written.
+static int slabs_arrive(World *w, int master_rest, QueuedFault fault, uint64_t seed) {
+  enum { PIECE = 700 };
+  Backend backend = backend_queued_cpu;
+  Engine e;
+  Error err;
+  int same = 1;
+  backend.master_rest = master_rest;
+  if (master_rest) backend.dtype_bytes[DT_ACT] = 2;
+  queued_cpu_start(seed, fault);
+  if (engine_record(&e, &w->c.config, &backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0)
+    fail_msg("%s", err.text);
+  int64_t total = e.model.params.total;
+  size_t bytes = (size_t)total * sizeof(real);
+  real *want = xmalloc(bytes), *got = xmalloc(bytes), *given = xmalloc(PIECE * sizeof *given);
+  for (int64_t i = 0; i < total; i++) want[i] = (real)((double)(i % 9973) * 1.1e-4 - 0.31);
+  SlabWriter *writer = slab_writer_open(&e, PIECE, &err);
+  assert_non_null(writer);
+  for (int64_t first = 0, n; first < total; first += n) {
+    n = min_i64(1 + first % PIECE, total - first);
+    for (int s = 0; s < SPACES; s++) {
+      memcpy(given, want + first, (size_t)n * sizeof *given);
+      slab_writer_put(writer, spaces[s], first, n, given);
+      memset(given, 0xFF, PIECE * sizeof *given);
+    }
+  }
+  slab_writer_close(writer);
+  for (int s = 0; s < SPACES; s++) {
+    engine_slab_read(&e, spaces[s], got);
+    same &= memcmp(got, want, bytes) == 0;
+  }
+  engine_free(&e);
+  free(want);
+  free(got);
+  free(given);
+  return same;
+}
+
+static void test_slab_writer(void **state) {
+  (void)state;
+  World w;
+  world_open(&w, 41, 1);
+  for (int i = 0; i < 6; i++) assert_true(slabs_arrive(&w, i % 2, FAULT_NONE, (uint64_t)i));
+  int differ = 0;
+  for (int i = 0; i < 6; i++) differ += !slabs_arrive(&w, i % 2, FAULT_FINISH, (uint64_t)i);
+  assert_true(differ > 0);
+  world_close(&w);
+}
+
+// A host slab that this machine has no memory for is refused, rather than killed for.
+static void test_host_slab(void **state) {
+  (void)state;
+  World w;
+  Engine e;
+  Error err;
+  world_open(&w, 42, 0);
+  w.c.config.memory.policy = MEMORY_OFFLOAD;
+  queued_cpu_start(1, FAULT_NONE);
+  assert_int_equal(engine_record(&e, &w.c.config, &backend_queued_cpu, 1, &err), 0);
+  assert_true(e.bytes[SPACE_HOST] > 0);
+  assert_int_equal(engine_check_host(&e, &err), 0);
+  e.bytes[SPACE_HOST] = (int64_t)1 << 50;
+  assert_int_equal(engine_check_host(&e, &err), -1);
+  assert_non_null(strstr(err.text, "are to be offloaded"));
+  engine_free(&e);
+  world_close(&w);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits), cmocka_unit_test(test_faults_show),
+                                     cmocka_unit_test(test_slab_writer), cmocka_unit_test(test_host_slab)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
