@@ -368,6 +368,13 @@ typedef struct DeviceRates {
   int flops_measured; // with a library's product; 0: there is none, it is a share of the data sheet's
 } DeviceRates;
 
+// What copies between a device and large pinned memory of the host carry, in bytes a second of one direction.
+typedef struct LinkRates {
+  double d2h, h2d;           // alone
+  double both_d2h, both_h2d; // while the other direction is busy too
+  double latency;            // seconds that a copy takes besides
+} LinkRates;
+
 struct Config; // model/config/config.h
 typedef struct Backend Backend;
 struct Backend {
@@ -385,7 +392,11 @@ struct Backend {
   const char *(*kernels)(void); // whose kernels compute (OpenBLAS's name, the GPU's): only equal ones give equal bits
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.
   double (*sheet_flops)(void);
-  DeviceRates (*rates)(void);   // measures the open device; NULL: nothing is known
+  DeviceRates (*rates)(void); // measures the open device; NULL: nothing is known
+  // Measures the open device's copies, with all queues empty. NULL: there is no link.
+  LinkRates (*link)(void);
+  DeviceRates assumed; // of the device that plans are made for where none is open
+  LinkRates assumed_link;
   int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known
   int64_t (*memory)(void);      // bytes that a run may plan with
   void *(*alloc)(size_t bytes); // device memory of any content, aligned to 256; NULL when there is not enough

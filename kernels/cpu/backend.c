@@ -43,6 +43,8 @@ const Backend backend_cpu = {
     .head_chunk = 256,
     .open = cpu_open,
     .kernels = blas_kernels,
+    .assumed = {.bytes = 10e9, .flops = 100e9},
+    .assumed_link = {.d2h = 5e9, .h2d = 5e9, .both_d2h = 5e9, .both_h2d = 5e9},
     .memory = cpu_memory,
     .alloc = cpu_alloc,
     .release = free,

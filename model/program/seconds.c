@@ -1,0 +1,238 @@
+#include "model/program/seconds.h"
+
+#include "kernels/bits.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+// ---- the model ----
+
+// The share of a rate that ops reach, as measured on an H200 at the sizes of the base model (docs/LOG.md). Most ops
+// move bytes and do so at nearly the pace of a copy.
+typedef struct Share {
+  double flops, bytes;
+} Share;
+
+static Share kind_share(OpKind kind) {
+  switch (kind) {
+  case OP_LINEAR_FWD:
+  case OP_LINEAR_DGRAD:
+    return (Share){.9, .8};
+  case OP_LINEAR_WGRAD:
+    return (Share){.85, .8};
+  case OP_EXPERT_UP_FWD:
+  case OP_EXPERT_DOWN_FWD:
+    return (Share){.8, .8};
+  case OP_EXPERT_UP_DGRAD:
+    return (Share){.85, .8};
+  case OP_EXPERT_DOWN_BWD:
+    return (Share){.58, .8};
+  case OP_EXPERT_DOWN_WGRAD:
+  case OP_EXPERT_UP_WGRAD:
+    return (Share){.69, .8};
+  case OP_ATTENTION_FWD:
+    return (Share){.27, .8};
+  case OP_ATTENTION_BWD:
+    return (Share){.2, .8};
+  case OP_HEAD_CE:
+    return (Share){.75, .8};
+  case OP_ROUTER_FWD:
+  case OP_ROUTER_BWD:
+    return (Share){.05, .6};
+  case OP_ADAMW:
+  case OP_EMA:
+  case OP_COPY:
+  case OP_ZERO:
+    return (Share){1, .95};
+  default:
+    return (Share){1, .8};
+  }
+}
+
+static const double launch = 3e-6; // seconds that the smallest op takes
+
+double op_model_seconds(const Costs *c, const Program *p, const Op *op) {
+  double flops, bytes;
+  op_cost(p, op, &c->extents, &flops, &bytes);
+  Share s = kind_share(op->kind);
+  return launch + fmax(flops / (s.flops * c->rates.flops), bytes / (s.bytes * c->rates.bytes));
+}
+
+// ---- classes ----
+
+// Order matters: the same numbers elsewhere are another class.
+static void mix(uint64_t *h, int64_t value) {
+  *h = bits_mix(*h ^ (uint64_t)value, 0);
+}
+
+static void mix_operands(uint64_t *h, const Program *p, const TensorId *t, int n) {
+  for (int i = 0; i < n; i++) {
+    mix(h, t[i] == NO_TENSOR ? -1 : p->tensors[t[i]].count);
+    if (t[i] != NO_TENSOR) mix(h, p->tensors[t[i]].dtype);
+  }
+}
+
+uint64_t op_class(const Program *p, const Op *op) {
+  uint64_t h = 0;
+  mix(&h, op->kind);
+  mix_operands(&h, p, op->in, OP_MAX_IN);
+  mix_operands(&h, p, op->out, OP_MAX_OUT);
+  mix(&h, op->acc);
+  switch (op->kind) {
+  case OP_LINEAR_FWD:
+  case OP_LINEAR_DGRAD:
+  case OP_LINEAR_WGRAD:
+    mix(&h, op->args.linear.extent);
+    for (int m = 0; m < MODALITIES; m++) {
+      mix(&h, op->args.linear.in_dim[m]);
+      mix(&h, op->args.linear.out_dim[m]);
+    }
+    break;
+  case OP_ADALN_FWD:
+  case OP_ADALN_BWD:
+  case OP_COMBINE_ADALN_FWD:
+  case OP_COMBINE_ADALN_BWD:
+    mix(&h, op->args.adaln.silu_image);
+    mix(&h, op->args.adaln.x_is_new);
+    break;
+  case OP_COPY:
+  case OP_ZERO:
+  case OP_ADD:
+  case OP_CAST:
+    mix(&h, op->args.span.count);
+    break;
+  case OP_GRAD_NORM:
+  case OP_GRAD_HASH:
+  case OP_ADAMW:
+  case OP_EMA:
+    mix(&h, op->args.params.n);
+    for (int i = 0; i < op->args.params.n; i++) mix(&h, op->args.params.spans[i].count);
+    break;
+  default:
+    break;
+  }
+  return h;
+}
+
+// Where the class is, or would have to be inserted.
+static int class_at(const Costs *c, uint64_t of) {
+  int low = 0, high = c->n_classes;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (c->classes[middle].of < of)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+static int class_found(const Costs *c, int at, uint64_t of) {
+  return at < c->n_classes && c->classes[at].of == of;
+}
+
+void costs_put(Costs *c, const ClassSeconds *x) {
+  int at = class_at(c, x->of);
+  if (!class_found(c, at, x->of)) {
+    if (c->n_classes == c->room) {
+      c->room = c->room ? 2 * c->room : 64;
+      c->classes = xrealloc(c->classes, (size_t)c->room * sizeof *c->classes);
+    }
+    memmove(c->classes + at + 1, c->classes + at, (size_t)(c->n_classes - at) * sizeof *c->classes);
+    c->n_classes++;
+  }
+  c->classes[at] = *x;
+  double seconds = 0, model = 0;
+  for (int i = 0; i < c->n_classes; i++) {
+    if (c->classes[i].kind != x->kind) continue;
+    seconds += c->classes[i].seconds * c->classes[i].measured;
+    model += c->classes[i].model * c->classes[i].measured;
+  }
+  c->scale[x->kind] = model > 0 ? seconds / model : 0;
+}
+
+Costs costs_new(const Backend *b, const Extents *extents) {
+  return (Costs){.rates = b->assumed, .link = b->assumed_link, .extents = *extents};
+}
+
+void costs_free(Costs *c) {
+  free(c->classes);
+  *c = (Costs){0};
+}
+
+// ---- asking ----
+
+double copy_seconds(const Costs *c, Lane lane, double bytes, int both) {
+  const LinkRates *l = &c->link;
+  double rate = lane == LANE_D2H ? (both ? l->both_d2h : l->d2h) : (both ? l->both_h2d : l->h2d);
+  return l->latency + bytes / rate;
+}
+
+double op_seconds(const Costs *c, const Program *p, const Op *op) {
+  if (op->lane != LANE_COMPUTE) return copy_seconds(c, op->lane, (double)op->args.span.count, 0);
+  uint64_t of = op_class(p, op);
+  int at = class_at(c, of);
+  if (class_found(c, at, of)) return c->classes[at].seconds;
+  return op_model_seconds(c, p, op) * (c->scale[op->kind] > 0 ? c->scale[op->kind] : 1);
+}
+
+double program_seconds(const Costs *c, const Program *p) {
+  double sum = 0;
+  for (int i = 0; i < p->n_ops; i++)
+    if (p->ops[i].lane == LANE_COMPUTE) sum += op_seconds(c, p, &p->ops[i]);
+  return sum;
+}
+
+// ---- measured ----
+
+static int class_compare(const void *a, const void *b) {
+  const ClassSeconds *x = a, *y = b;
+  return (x->of > y->of) - (x->of < y->of);
+}
+
+void costs_note(Costs *c, const Program *p, const double *seconds) {
+  ClassSeconds *noted = xcalloc((size_t)p->n_ops + 1, sizeof *noted);
+  int n = 0;
+  for (int i = 0; i < p->n_ops; i++) {
+    const Op *op = &p->ops[i];
+    if (op->lane == LANE_COMPUTE)
+      noted[n++] = (ClassSeconds){op_class(p, op), op->kind, seconds[i], op_model_seconds(c, p, op), 1};
+  }
+  qsort(noted, (size_t)n, sizeof *noted, class_compare);
+  for (int i = 0, end; i < n; i = end) {
+    ClassSeconds mean = noted[i];
+    for (end = i + 1; end < n && noted[end].of == mean.of; end++) {
+      mean.seconds += noted[end].seconds;
+      mean.measured++;
+    }
+    mean.seconds /= mean.measured;
+    costs_put(c, &mean);
+  }
+  free(noted);
+}
+
+static double fitted(double seconds, double less) {
+  return fmax(seconds - less, seconds / 2);
+}
+
+void seconds_fit(const Program *p, double *seconds, double total) {
+  double low = 0, high = 0, sum = 0;
+  for (int i = 0; i < p->n_ops; i++) {
+    if (p->ops[i].lane != LANE_COMPUTE) continue;
+    sum += seconds[i];
+    high = fmax(high, seconds[i]);
+  }
+  if (total >= sum) return;
+  for (int round = 0; round < 60; round++) { // the sum falls with what is taken
+    double less = (low + high) / 2;
+    sum = 0;
+    for (int i = 0; i < p->n_ops; i++)
+      if (p->ops[i].lane == LANE_COMPUTE) sum += fitted(seconds[i], less);
+    if (sum > total)
+      low = less;
+    else
+      high = less;
+  }
+  for (int i = 0; i < p->n_ops; i++) seconds[i] = fitted(seconds[i], high);
+}
