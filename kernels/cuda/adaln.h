@@ -8,7 +8,7 @@
 #ifndef TESSERA_ADALN_H
 #define TESSERA_ADALN_H
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/activation.h"
 
 #define ADALN_EPS 1e-6f
 enum { ADALN_SUMS = 3, ADALN_MAX_DIM = 4096 };
@@ -125,11 +125,5 @@ static __device__ inline uint4 adaln_residual(uint4 x, const float gate[8], uint
 #pragma unroll
   for (int i = 0; i < 8; i++) a[i] = __fmaf_rn(gate[i], b[i], a[i]);
   return pack8(a);
-}
-
-// silu'(n)
-static __device__ inline float silu_slope(float n) {
-  float s = sigmoid(n);
-  return s * (1.0f + n * (1.0f - s));
 }
 #endif

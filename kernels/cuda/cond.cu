@@ -1,4 +1,5 @@
 // The condition of an image segment and the modulation table: ops over [SEG, .] tensors, row 0 being text.
+#include "kernels/cuda/activation.h"
 #include "kernels/cuda/gemm.h"
 
 enum { THREADS = 256, FREQUENCIES = 128 };
@@ -8,20 +9,6 @@ template <typename F> static __device__ inline void for_eights(int segments, int
   int64_t eights = width / 8, step = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < segments * eights; i += step)
     f((int)(i / eights), (int)(i % eights) * 8);
-}
-
-static int grid_for(int64_t items) {
-  int64_t blocks = ceil_div64(items, THREADS), most = (int64_t)cuda_sm_count() * 8;
-  return (int)(blocks < most ? blocks : most);
-}
-
-static __device__ inline float silu(float x) {
-  return x * sigmoid(x);
-}
-
-static __device__ inline float silu_slope(float x) {
-  float s = sigmoid(x);
-  return s * (1 + x * (1 - s));
 }
 
 static __device__ inline void store_zeros(bf16 *p) {
@@ -68,8 +55,8 @@ static __global__ void __launch_bounds__(THREADS)
 
 extern "C" void cuda_SILU_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  CUDA_LAUNCH(silu_fwd_kernel, grid_for((int64_t)d->segments * d->Z / 8), THREADS, 0, call_stream(c), c->batch->dims,
-              d->segments, d->Z, (const bf16 *)c->in[0], (bf16 *)c->out[0]);
+  CUDA_LAUNCH(silu_fwd_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->Z / 8, THREADS)), THREADS, 0,
+              call_stream(c), c->batch->dims, d->segments, d->Z, (const bf16 *)c->in[0], (bf16 *)c->out[0]);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -88,8 +75,9 @@ static __global__ void __launch_bounds__(THREADS)
 
 extern "C" void cuda_SILU_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  CUDA_LAUNCH(silu_bwd_kernel, grid_for((int64_t)d->segments * d->Z / 8), THREADS, 0, call_stream(c), c->batch->dims,
-              d->segments, d->Z, (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
+  CUDA_LAUNCH(silu_bwd_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->Z / 8, THREADS)), THREADS, 0,
+              call_stream(c), c->batch->dims, d->segments, d->Z, (const bf16 *)c->in[0], (const bf16 *)c->in[1],
+              (bf16 *)c->out[0]);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -117,9 +105,9 @@ static __global__ void __launch_bounds__(THREADS)
 
 extern "C" void cuda_COND_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  CUDA_LAUNCH(cond_fwd_kernel, grid_for((int64_t)d->segments * d->Z / 8), THREADS, 0, call_stream(c), c->batch->dims,
-              c->batch->seg_kind, d->segments, d->Z, (const bf16 *)c->in[0], (const bf16 *)c->in[1],
-              (const bf16 *)c->in[2], (bf16 *)c->out[0], (bf16 *)c->out[1]);
+  CUDA_LAUNCH(cond_fwd_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->Z / 8, THREADS)), THREADS, 0,
+              call_stream(c), c->batch->dims, c->batch->seg_kind, d->segments, d->Z, (const bf16 *)c->in[0],
+              (const bf16 *)c->in[1], (const bf16 *)c->in[2], (bf16 *)c->out[0], (bf16 *)c->out[1]);
 }
 
 // ---- sums over segments ----
@@ -215,8 +203,8 @@ extern "C" void cuda_MOD_FWD(const KernelCall *c) {
   side->K = d->Z;
   side->bias = S + (int64_t)IMAGE * d->M;
   gemm_rows(&product, call_stream(c));
-  CUDA_LAUNCH(mod_rest_kernel, grid_for((int64_t)d->segments * d->M / 8), THREADS, 0, call_stream(c), c->batch->dims,
-              d->segments, d->M, S, (bf16 *)c->out[0]);
+  CUDA_LAUNCH(mod_rest_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->M / 8, THREADS)), THREADS, 0,
+              call_stream(c), c->batch->dims, d->segments, d->M, S, (bf16 *)c->out[0]);
 }
 
 static __global__ void __launch_bounds__(THREADS)

@@ -39,6 +39,13 @@ static inline cudaStream_t call_stream(const KernelCall *c) {
 // Multiprocessors of the GPU; before it is opened, as for a plan, those of an H100.
 int cuda_sm_count(void);
 
+// The grid of a kernel whose blocks walk through `blocks` blocks' worth of work in strides: that many, but no more than
+// keep the multiprocessors busy.
+static inline int grid_striding(int64_t blocks) {
+  int64_t most = 8 * (int64_t)cuda_sm_count();
+  return (int)(blocks < most ? blocks : most);
+}
+
 static __host__ __device__ inline int64_t ceil_div64(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -92,11 +99,6 @@ static __device__ inline float block_sum(float v, float *shared) {
   __syncthreads();
   v = lane < warps ? shared[lane] : 0;
   return warp_sum(v);
-}
-
-// With an approximate division, 2 ulp: an exact one would be most of the work of an activation.
-static __device__ inline float sigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
 // The kernels; operands and formulas: kernels.h.

@@ -181,7 +181,7 @@ extern "C" void cuda_EXPERT_COMBINE(const KernelCall *c) {
     p.y[m] = (const bf16 *)c->in[0] + slots_at(d, C, 1, m);
     p.K[m] = d->K[m];
   }
-  const int wanted = ceil_div(d->T, WARPS), most = 8 * cuda_sm_count(), grid = wanted < most ? wanted : most;
+  const int grid = grid_striding(ceil_div(d->T, WARPS));
   const BatchDims *dims = c->batch->dims;
   if (p.kmax == 1)
     CUDA_LAUNCH(combine_rows<1>, grid, THREADS, 0, call_stream(c), p, dims);

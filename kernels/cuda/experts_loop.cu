@@ -4,7 +4,7 @@
 // The library wants the number of an expert's rows from the host, which therefore waits for the route: once a layer in
 // the forward pass (EXPERT_UP_FWD) and once in the backward pass (EXPERT_DOWN_BWD).
 #include "kernels/cuda/experts.h"
-#include "kernels/cuda/swiglu.h"
+#include "kernels/cuda/activation.h"
 
 extern "C" {
 #include "base/base.h"
@@ -193,8 +193,7 @@ static int group_expert(const Dims *d, int g) {
 
 // Blocks of a kernel whose warps take `rows` rows.
 static int grid_of(int64_t rows) {
-  const int64_t wanted = ceil_div64(rows, WARPS), most = 8 * (int64_t)cuda_sm_count();
-  return (int)(wanted < most ? wanted : most);
+  return grid_striding(ceil_div64(rows, WARPS));
 }
 
 // out [slots, N_m] = x [slots, K_m] times each expert's matrix [K, N], or [N, K] with `transposed`.

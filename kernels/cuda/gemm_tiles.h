@@ -8,7 +8,7 @@
 #define TESSERA_GEMM_TILES_H
 
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/swiglu.h"
+#include "kernels/cuda/activation.h"
 
 // GEMM_NT: C = A B^T and GEMM_NN: C = A B (gemm_rows), GEMM_TN: C = A^T B (gemm_weights).
 enum { GEMM_NT, GEMM_NN, GEMM_TN };

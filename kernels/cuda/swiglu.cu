@@ -1,7 +1,7 @@
 // The shared expert's activation. Both directions move bytes and nothing else: 6 bytes an activation forward, 12
 // backward. A modality's used rows, and the filler rows behind the image rows, are contiguous in its view, so that a
 // thread needs no row to know where it is.
-#include "kernels/cuda/swiglu.h"
+#include "kernels/cuda/activation.h"
 
 enum { THREADS = 256 };
 
@@ -76,8 +76,7 @@ static __global__ void __launch_bounds__(THREADS)
 // A wave of blocks at most: the pieces are counted on the device. Never 0, which no launch may have.
 static int grid_of(const Dims *d) {
   const int one[MODALITIES] = {1, 1};
-  int64_t blocks = 1 + two_sided_size(d->T, one, d->S) / (4 * THREADS), most = 8 * (int64_t)cuda_sm_count();
-  return (int)(blocks < most ? blocks : most);
+  return grid_striding(1 + two_sided_size(d->T, one, d->S) / (4 * THREADS));
 }
 
 extern "C" void cuda_SWIGLU_FWD(const KernelCall *c) {

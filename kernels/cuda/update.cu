@@ -19,11 +19,6 @@ extern "C" void cuda_ZERO(const KernelCall *c) {
   CUDA_CHECK(cudaMemsetAsync(c->out[0], 0, (size_t)c->args->span.count, call_stream(c)));
 }
 
-static int grid_for(int64_t items) {
-  int64_t blocks = ceil_div64(items, THREADS), most = (int64_t)cuda_sm_count() * 8;
-  return (int)(blocks < most ? blocks : most);
-}
-
 static __global__ void __launch_bounds__(THREADS) add_kernel(int64_t count, const float *src, float *dst) {
   int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
 #pragma unroll 2
@@ -41,8 +36,8 @@ extern "C" void cuda_ADD(const KernelCall *c) {
     CUDA_CHECK(cudaMemcpyAsync(c->out[0], c->in[0], (size_t)count * sizeof(float), cudaMemcpyDefault, call_stream(c)));
     return;
   }
-  CUDA_LAUNCH(add_kernel, grid_for(ceil_div64(count, 4)), THREADS, 0, call_stream(c), count, (const float *)c->in[0],
-              (float *)c->out[0]);
+  CUDA_LAUNCH(add_kernel, grid_striding(ceil_div64(ceil_div64(count, 4), THREADS)), THREADS, 0, call_stream(c), count,
+              (const float *)c->in[0], (float *)c->out[0]);
 }
 
 static __device__ inline void load_floats(const float *p, float x[8]) {
@@ -70,8 +65,8 @@ static __global__ void __launch_bounds__(THREADS) cast_kernel(int64_t count, con
 extern "C" void cuda_CAST(const KernelCall *c) {
   int64_t count = c->args->span.count;
   if (count == 0) return;
-  CUDA_LAUNCH(cast_kernel, grid_for(ceil_div64(count, 8)), THREADS, 0, call_stream(c), count, (const float *)c->in[0],
-              (bf16 *)c->out[0]);
+  CUDA_LAUNCH(cast_kernel, grid_striding(ceil_div64(ceil_div64(count, 8), THREADS)), THREADS, 0, call_stream(c), count,
+              (const float *)c->in[0], (bf16 *)c->out[0]);
 }
 
 // ---- parameters by chunks ----

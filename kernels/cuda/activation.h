@@ -1,9 +1,25 @@
-// SwiGLU of one (gate, up) pair, shared by the experts and the shared expert. A row of pre-activations interleaves
-// gate (2f) and up (2f + 1), so that whoever holds one holds the other.
-#ifndef TESSERA_CUDA_SWIGLU_H
-#define TESSERA_CUDA_SWIGLU_H
+// The activations and their slopes. SiLU: the conditions and the image rows of an AdaLN. SwiGLU: the experts and the
+// shared expert; a row of pre-activations interleaves gate (2f) and up (2f + 1), so that whoever holds one holds the
+// other.
+#ifndef TESSERA_CUDA_ACTIVATION_H
+#define TESSERA_CUDA_ACTIVATION_H
 
 #include "kernels/cuda/cuda.h"
+
+// With an approximate division, 2 ulp: an exact one would be most of the work of an activation.
+static __device__ inline float sigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+static __device__ inline float silu(float x) {
+  return x * sigmoid(x);
+}
+
+// The derivative of silu.
+static __device__ inline float silu_slope(float x) {
+  float s = sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
+}
 
 // silu(gate) * up.
 static __device__ inline float swiglu(float gate, float up) {
