@@ -4,7 +4,7 @@
 #include "base/text_out.h"
 #include "model/config/load.h"
 #include "model/files/safetensors.h"
-#include "model/losses.h"
+#include "trainer/figures.h"
 #include "trainer/slab.h"
 
 #include <math.h>
@@ -107,26 +107,16 @@ static double gradient_norm(const Engine *e) {
 }
 
 // null where there is no number: a cross-entropy without targets, a loss that is not finite.
-static char *losses_json(StepLosses l, double grad_norm, int n) {
-  const struct {
-    const char *key;
-    double value;
-  } figures[] = {{"ce_caption", l.ce_caption},
-                 {"ce_text", l.ce_text},
-                 {"ce", l.ce},
-                 {"flow", l.flow},
-                 {"balance", l.balance},
-                 {"z", l.z},
-                 {"total", l.total},
-                 {"grad_norm", grad_norm},
-                 {"targets", l.targets},
-                 {"noised_tokens", l.noised_tokens},
-                 {"micro_batches", n}};
+static char *losses_json(const Config *c, const StepSums *s, int n) {
+  double figure[FIGURES];
+  figures_of(c, s, figure);
   TextOut out;
   FILE *f = text_begin(&out);
-  for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
-    fprintf(f, "%s\"%s\": ", i ? ", " : "{", figures[i].key);
-    json_write_number(f, figures[i].value);
+  fprintf(f, "{\"micro_batches\": %d", n);
+  for (int i = 0; i < FIGURES; i++) {
+    if (!figure_info[i].dump) continue;
+    fprintf(f, ", \"%s\": ", figure_info[i].dump);
+    json_write_number(f, figure[i]);
   }
   fputs("}\n", f);
   return text_end(&out);
@@ -148,7 +138,9 @@ int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, E
   size_t bytes = (size_t)metrics_size(&d) * sizeof(double);
   double *metrics = xmalloc(bytes);
   e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), bytes);
-  char *losses = losses_json(losses_of(e->config, metrics), gradient_norm(e), n);
+  StepSums sums = {.grad_norm = gradient_norm(e)};
+  figures_sum(e->config, metrics, &sums);
+  char *losses = losses_json(e->config, &sums, n);
   free(metrics);
   bad = write_text(folder, "losses.json", losses, err);
   free(losses);

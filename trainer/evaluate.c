@@ -297,7 +297,7 @@ int evaluate(Engine *e, const Tokenizer *t, const EvalItem *items, int n, Evalua
   }
   // Every replay has added its assignments to what was zeroed above.
   e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), metrics_bytes);
-  load_figures(metrics + sizeof(Metrics) / sizeof(double), &d, out->load);
+  load_figures(metrics_load(metrics), &d, out->load);
   free(metrics);
   free(own);
   free(other);

@@ -5,7 +5,7 @@
 
 #include "data/stream.h"
 #include "data/tokenizer.h"
-#include "model/losses.h"
+#include "model/expert_load.h"
 #include "trainer/engine.h"
 
 #include <stdbool.h>

@@ -32,12 +32,6 @@ struct Report {
   int load_steps; // in those sums
 };
 
-// A figure under its name in metrics.jsonl and its tag in TensorBoard. One that is not finite is left out of both.
-typedef struct Figure {
-  const char *key, *tag;
-  double value;
-} Figure;
-
 // The bar stands on the last line of the terminal; log lines erase it first.
 static void erase_bar(void) {
   fputs("\r\033[K", stderr);
@@ -174,57 +168,28 @@ static void log_time_left(const Report *r) {
   log_info("%s to go at %.0f ms a step; evaluations and checkpoints come on top", left, r->per_step * 1e3);
 }
 
-// A figure of the step's line, "-" where there is none.
-static const char *figure_text(char text[32], const char *format, double v) {
-  snprintf(text, 32, isfinite(v) ? format : "-", v);
-  return text;
-}
-
-static double mfu(const StepReport *s) {
-  return s->peak > 0 ? s->flops / s->seconds / s->peak : NAN;
-}
-
 static void log_step(const StepReport *s) {
-  char flow[32], caption[32], text[32], share[32];
-  log_info("step %5lld  loss %.4f  flow %s  ce_caption %s  ce_text %s  balance %.4f  lr %.2e  norm %.2f  %.1fk tok/s  "
-           "%.0f GFLOP/s%s  %.0f ms (data %.1f)%s%s",
-           (long long)s->step + 1, s->loss, figure_text(flow, "%.4f", s->flow),
-           figure_text(caption, "%.3f", s->ce_caption), figure_text(text, "%.3f", s->ce_text), s->balance + s->z, s->lr,
-           s->grad_norm, s->tokens / s->seconds / 1e3, s->flops / s->seconds / 1e9,
-           s->peak > 0 ? figure_text(share, " (MFU %.1f%%)", 100 * mfu(s)) : "", s->seconds * 1e3, s->data_wait * 1e3,
+  TextOut line;
+  figures_print(text_begin(&line), s->figure);
+  char *text = text_end(&line);
+  log_info("step %5lld%s%s%s", (long long)s->step + 1, text,
            !s->skipped ? ""
            : s->spike  ? "  SKIPPED: "
                        : "  SKIPPED: not finite: ",
            s->skipped ? s->bad : "");
+  free(text);
 }
 
 void report_step(Report *r, const StepReport *s) {
-  const Figure figures[] = {
-      {"loss", "loss/total", s->loss},
-      {"flow", "loss/flow", s->flow},
-      {"ce", "loss/ce", s->ce},
-      {"ce_caption", "loss/ce_caption", s->ce_caption},
-      {"ce_text", "loss/ce_text", s->ce_text},
-      {"balance", "router/balance", s->balance},
-      {"z", "router/z", s->z},
-      {"lr", "optimizer/lr", s->lr},
-      {"grad_norm", "optimizer/grad_norm", s->grad_norm},
-      {"tokens", "data/tokens", s->tokens},
-      {"fill", "data/fill", s->fill},
-      {"seconds", "speed/seconds", s->seconds},
-      {"data_wait", "speed/data_wait", s->data_wait},
-      {"tokens_per_second", "speed/tokens_per_second", s->tokens / s->seconds},
-      {"flops_per_second", "speed/flops_per_second", s->flops / s->seconds},
-      {"mfu", "speed/mfu", mfu(s)},
-      {"expert_load_max", "router/expert_load_max", s->load_max},
-  };
+  double seconds = s->figure[FIGURE_SECONDS];
   log_step(s);
   TextOut line;
   line_begin(&line, s->step);
-  for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
-    if (!isfinite(figures[i].value)) continue;
-    fprintf(line.f, ",\"%s\":%.9g", figures[i].key, figures[i].value);
-    events_scalar(r->events, figures[i].tag, figures[i].value);
+  for (int i = 0; i < FIGURES; i++) {
+    const FigureInfo *info = &figure_info[i];
+    if (!isfinite(s->figure[i])) continue;
+    if (info->key) fprintf(line.f, ",\"%s\":%.9g", info->key, s->figure[i]);
+    if (info->tag) events_scalar(r->events, info->tag, s->figure[i]);
   }
   if (s->skipped) {
     fputs(",\"skipped\":", line.f);
@@ -234,7 +199,7 @@ void report_step(Report *r, const StepReport *s) {
   r->done = s->step + 1;
   events_write(r->events, r->done);
   // The first step warms up what later ones find warm.
-  r->per_step = r->done - r->from <= 2 ? s->seconds : 0.9 * r->per_step + 0.1 * s->seconds;
+  r->per_step = r->done - r->from <= 2 ? seconds : 0.9 * r->per_step + 0.1 * seconds;
   if (r->done == r->from + TIMED_STEPS) log_time_left(r);
   if (r->terminal) draw_bar(r);
 }
@@ -247,12 +212,14 @@ static void figure_scalar(Report *r, const char *tag, double v) {
 
 // The load figures of a modality as router/text_entropy or, in an evaluation, eval/text_experts/entropy.
 static void figure_load(Report *r, const char *prefix, const LoadFigures *f) {
-  const Figure figures[] = {{.tag = "entropy", .value = f->entropy},
-                            {.tag = "max_over_mean", .value = f->max_over_mean},
-                            {.tag = "dead", .value = isnan(f->entropy) ? NAN : f->dead}};
+  const struct {
+    const char *name;
+    double value;
+  } figures[] = {
+      {"entropy", f->entropy}, {"max_over_mean", f->max_over_mean}, {"dead", isnan(f->entropy) ? NAN : f->dead}};
   for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
     char tag[64];
-    snprintf(tag, sizeof tag, "%s%s", prefix, figures[i].tag);
+    snprintf(tag, sizeof tag, "%s%s", prefix, figures[i].name);
     figure_scalar(r, tag, figures[i].value);
   }
 }

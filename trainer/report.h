@@ -6,25 +6,14 @@
 #define TESSERA_REPORT_H
 
 #include "trainer/evaluate.h"
+#include "trainer/figures.h"
 
 typedef struct StepReport {
-  int64_t step;               // 0-based
-  double loss;                // what is minimised: flow + ce_weight ce + balance + z
-  double flow;                // mean over noised image elements; NAN without any
-  double ce;                  // mean over all targets, nats; NAN without any
-  double ce_caption, ce_text; // means over their own targets; likewise
-  double balance, z;          // router terms
-  double lr, grad_norm;
-  double tokens;    // without filler
-  double fill;      // tokens / slots
-  double flops;     // that the model needs
-  double peak;      // FLOPs a second that the device's data sheet promises, for MFU; 0: not known
-  double seconds;   // whole step
-  double data_wait; // of it, waiting for the loader
-  int skipped;      // nothing was updated
-  int spike;        // since the gradient norm is beyond train.spike; else what `bad` names is not finite
-  char bad[64];     // "spike", "the loss", or the first parameter whose gradient is not finite
-  double load_max;  // largest share of an expert's load over its fair share, any layer
+  int64_t step; // 0-based
+  double figure[FIGURES];
+  int skipped;  // nothing was updated
+  int spike;    // since the gradient norm is beyond train.spike; else what `bad` names is not finite
+  char bad[64]; // "spike", "the loss", or the first parameter whose gradient is not finite
 } StepReport;
 
 typedef struct Report Report;

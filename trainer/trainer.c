@@ -1,6 +1,6 @@
 #include "trainer/trainer_internal.h"
 
-#include "model/losses.h"
+#include "model/expert_load.h"
 #include "model/program/cost.h"
 #include "model/program/replay.h"
 #include "trainer/dump.h"
@@ -57,10 +57,9 @@ enum {
 };
 
 // The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s. -1 or DATA_ENDED with *err set.
-static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepReport *s, Error *err) {
+static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepSums *s, Error *err) {
   const Config *c = t->config;
   Engine *e = &t->engine;
-  double slots = 0;
   for (int k = 0; k < c->train.micro_batches; k++) {
     Pack *pack;
     double waited = loader_next(loader, &pack, err);
@@ -72,7 +71,7 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepRep
     const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, count_pairs(&pack->batch)};
     // What the model needs: padding is work, but no use.
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
-    slots += e->slots;
+    s->slots += e->slots;
     OpTime *times = profile_times(profile, t->state.step);
     engine_run(e, m, pack->block, times);
     int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&
@@ -81,7 +80,6 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepRep
     if (wrong) return -1;
     if (times && profile_note(profile, m->program, &extents, t->state.step, err) != 0) return -1;
   }
-  s->fill = s->tokens / slots;
   return 0;
 }
 
@@ -91,20 +89,14 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   const Config *c = t->config;
   const ParamTable *params = &t->engine.model.params;
   StepReport *s = &t->pending;
+  StepSums *sums = &t->sums;
   UpdateStatus status;
   if (!t->is_pending) return 0;
   t->is_pending = 0;
-  s->seconds = engine_results(&t->engine, &status, t->metrics);
-  StepLosses l = losses_of(c, t->metrics);
-  s->loss = l.total;
-  s->flow = l.flow;
-  s->ce = l.ce;
-  s->ce_caption = l.ce_caption;
-  s->ce_text = l.ce_text;
-  s->balance = l.balance;
-  s->z = l.z;
-  s->load_max = l.load_max;
-  s->grad_norm = status.norm;
+  sums->seconds = engine_results(&t->engine, &status, t->metrics);
+  sums->grad_norm = status.norm;
+  figures_sum(c, t->metrics, sums);
+  figures_of(c, sums, s->figure);
   s->skipped = status.skip;
   s->spike = status.skip && status.bad < 0;
   if (status.skip)
@@ -136,7 +128,7 @@ static void note_start(Trainer *t, double data_wait) {
 static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   const Backend *b = t->engine.model.backend;
-  StepReport s = {.step = t->state.step, .peak = b->sheet_flops ? b->sheet_flops() : 0};
+  StepSums s = {.peak_flops = b->sheet_flops ? b->sheet_flops() : 0};
   int bad = run_micro_steps(t, loader, profile, &s, err);
   if (bad || (bad = collect_step(t, report, err))) return bad;
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
@@ -147,7 +139,8 @@ static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profi
   const Program *update = ema ? t->engine.update_ema : t->engine.update;
   if (times && profile_note(profile, update, NULL, t->state.step, err) != 0) return -1;
   s.lr = scalars.lr;
-  t->pending = s;
+  t->sums = s;
+  t->pending = (StepReport){.step = t->state.step};
   t->is_pending = 1;
   t->state.step++;
   return b->queues ? 0 : collect_step(t, report, err);

@@ -19,8 +19,9 @@ struct Trainer {
   Engine engine;
   RunState state;
   Saver *saver;       // while training
-  double *metrics;    // [metrics_size] of the step collected last, see losses_of
+  double *metrics;    // [metrics_size] of the step collected last
   StepReport pending; // of the step that the device was given last
+  StepSums sums;      // of that step, as far as they are known
   int is_pending;     // it is not collected yet
   Tokenizer *tokenizer;
   Source *source[CONFIG_SOURCES];

@@ -1,4 +1,4 @@
-// The progress bar on a terminal: steps done and the time left.
+// The figures of a step: what they are made of, where they are described; and the progress bar on a terminal.
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -9,6 +9,7 @@
 
 #include "base/base.h"
 
+#include <math.h>
 #include <pty.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -51,7 +52,7 @@ static void screen_close(Screen *s) {
 // A step of `seconds`; returns what is left by the bar that was drawn after it, in seconds, or -1 where there is none.
 static int step_left(Screen *s, int64_t step, double seconds, int64_t *done) {
   static const char end[] = " left";
-  const StepReport step_report = {.step = step, .loss = 1, .tokens = 100, .seconds = seconds};
+  const StepReport step_report = {.step = step, .figure = {[FIGURE_LOSS] = 1, [FIGURE_SECONDS] = seconds}};
   char shown[4096];
   size_t n = 0;
   ssize_t got;
@@ -101,7 +102,77 @@ static void test_time_left(void **state) {
   }
 }
 
+// The figures of sums whose means are known by hand, and of a step of text alone.
+static void test_figures(void **state) {
+  (void)state;
+  Config c = {.model = {.dim = 1, .layers = 1, .heads = 1, .kv_heads = 1, .head_dim = 1, .vocab = 8, .patch = 2},
+              .train = {.ce_weight = 0.5}};
+  for (int m = 0; m < MODALITIES; m++) c.model.moe[m] = (ExpertConfig){.experts = 2, .expert_dim = 1, .top_k = 1};
+  union {
+    Metrics m;
+    double all[sizeof(Metrics) / sizeof(double) + 4];
+  } metrics = {.m = {.nll = {[TARGET_CAPTION] = 6, [TARGET_TEXT] = 10},
+                     .targets = {[TARGET_CAPTION] = 3, [TARGET_TEXT] = 2},
+                     .flow = 36,
+                     .flow_elems = 24,
+                     .balance = .25,
+                     .z = .125}};
+  const double load[] = {3, 1, 2, 2}; // [L][E_0 + E_1]
+  memcpy(metrics.all + sizeof(Metrics) / sizeof(double), load, sizeof load);
+  StepSums s = {.tokens = 90, .slots = 100, .flops = 200, .seconds = .5, .peak_flops = 800, .lr = 1e-3};
+  double f[FIGURES];
+  figures_sum(&c, metrics.all, &s);
+  figures_of(&c, &s, f);
+  const struct {
+    FigureId id;
+    double value;
+  } expected[] = {{FIGURE_CE_CAPTION, 2},   {FIGURE_CE_TEXT, 5},   {FIGURE_CE, 16. / 5},
+                  {FIGURE_FLOW, 1.5},       {FIGURE_ROUTER, .375}, {FIGURE_LOSS, 1.5 + .5 * 16 / 5 + .375},
+                  {FIGURE_TARGETS, 5},      {FIGURE_FILL, .9},     {FIGURE_NOISED_TOKENS, 2},
+                  {FIGURE_TOKEN_RATE, 180}, {FIGURE_MFU, .5},      {FIGURE_LOAD_MAX, 1.5},
+                  {FIGURE_FLOP_RATE, 400},  {FIGURE_LR, 1e-3}};
+  for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
+    assert_true(fabs(f[expected[i].id] - expected[i].value) < 1e-12);
+  s.m.flow = s.m.flow_elems = s.m.nll[TARGET_CAPTION] = s.m.targets[TARGET_CAPTION] = s.peak_flops = 0;
+  figures_of(&c, &s, f);
+  assert_true(isnan(f[FIGURE_FLOW]) && isnan(f[FIGURE_CE_CAPTION]) && isnan(f[FIGURE_MFU]));
+  assert_true(fabs(f[FIGURE_LOSS] - (.5 * 5 + .375)) < 1e-12);
+  char text[512] = "";
+  FILE *out = fmemopen(text, sizeof text, "w");
+  figures_print(out, f);
+  fclose(out);
+  assert_non_null(strstr(text, "  flow -  ce_caption -  ce_text 5.000  balance 0.3750  "));
+  assert_null(strstr(text, "MFU"));
+}
+
+// docs/metrics.md has a row for every key, with its unit, and names every tag.
+static void test_described(void **state) {
+  (void)state;
+  Error err;
+  size_t n;
+  char *page = file_read("docs/metrics.md", 1 << 20, &n, &err);
+  if (!page) fail_msg("%s", err.text);
+  for (int i = 0; i < FIGURES; i++) {
+    const FigureInfo *info = &figure_info[i];
+    char *key = xasprintf("`%s`", info->key ? info->key : ""), *tag = xasprintf("`%s`", info->tag ? info->tag : "");
+    char *unit = xasprintf("|%s%s |", info->unit[0] ? " " : "", info->unit);
+    int described = !info->key, named = !info->tag;
+    for (char *line = page, *end; (end = strchr(line, '\n')); line = end + 1) {
+      *end = 0;
+      if (!described && line[0] == '|' && strstr(line, key)) described = strstr(line, unit) ? 1 : -1;
+      named |= line[0] == '|' && strstr(line, tag) != NULL;
+      *end = '\n';
+    }
+    if (described != 1 || !named) fail_msg("docs/metrics.md: %s or its unit, or %s, is missing", key, tag);
+    free(unit);
+    free(tag);
+    free(key);
+  }
+  free(page);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_time_left)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_time_left), cmocka_unit_test(test_figures),
+                                     cmocka_unit_test(test_described)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,21 +1,10 @@
-// A step's losses and its expert loads from the metrics its programs summed.
-#ifndef TESSERA_LOSSES_H
-#define TESSERA_LOSSES_H
+// How evenly tokens spread over experts, from the metrics that a step's programs summed.
+#ifndef TESSERA_EXPERT_LOAD_H
+#define TESSERA_EXPERT_LOAD_H
 
 #include "kernels/kernels.h"
-#include "model/config/config.h"
 
-typedef struct StepLosses {
-  double ce_caption, ce_text;    // nats, means over their own targets; NAN without any
-  double ce, flow, balance, z;   // ce: mean over all targets; flow: over noised image elements; NAN without any
-  double total;                  // flow + ce_weight ce + balance + z, of those that there are
-  double targets, noised_tokens; // what the means were divided by
-  double load_max;               // largest expert load over its fair share, any layer and modality; 0 without any
-} StepLosses;
-
-// From a step's metrics [metrics_size doubles]: Metrics, then the load.
-StepLosses losses_of(const Config *c, const double *metrics);
-// The load in them, as the functions below take it.
+// The load in a step's metrics [metrics_size doubles], as the functions below take it.
 static inline const double *metrics_load(const double *metrics) {
   return metrics + sizeof(Metrics) / sizeof(double);
 }

@@ -1,6 +1,6 @@
-#include "model/losses.h"
+#include "model/expert_load.h"
 
-#include "model/params.h"
+#include "base/base.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -38,23 +38,4 @@ void load_figures(const double *load, const Dims *d, LoadFigures out[MODALITIES]
     out[m].entropy = entropy / layers;
     out[m].max_over_mean = most;
   }
-}
-
-StepLosses losses_of(const Config *c, const double *metrics) {
-  Dims d = dims_from_config(c, 1, 1);
-  const Metrics *m = (const Metrics *)metrics;
-  double targets = m->targets[0] + m->targets[1];
-  LoadFigures load[MODALITIES];
-  load_figures(metrics_load(metrics), &d, load);
-  StepLosses l = {.ce_caption = m->nll[TARGET_CAPTION] / m->targets[TARGET_CAPTION],
-                  .ce_text = m->nll[TARGET_TEXT] / m->targets[TARGET_TEXT],
-                  .ce = (m->nll[0] + m->nll[1]) / targets,
-                  .flow = m->flow / m->flow_elems,
-                  .balance = m->balance,
-                  .z = m->z,
-                  .targets = targets,
-                  .noised_tokens = m->flow_elems / d.P,
-                  .load_max = fmax(fmax(load[TEXT].max_over_mean, load[IMAGE].max_over_mean), 0)}; // of NAN and x: x
-  l.total = (m->flow_elems ? l.flow : 0) + (targets ? c->train.ce_weight * l.ce : 0) + l.balance + l.z;
-  return l;
 }
