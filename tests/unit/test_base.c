@@ -1,10 +1,11 @@
-// The log under threads, texts and whole files, the lines of a file from its end, random numbers.
+// The log under threads, texts and whole files, the lines of a file from its end, random numbers, hashes.
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "base/hash.h"
 #include "base/philox.h"
 #include "base/text_out.h"
 #include "trainer/tail.h"
@@ -167,8 +168,39 @@ static void test_philox(void **state) {
   }
 }
 
+static void test_hash(void **state) {
+  (void)state;
+  assert_true(hash64("", 0, 0) == 0xEF46DB3751D8E999ull);
+  assert_true(hash64("abc", 3, 0) == 0x44BC2CF5AD770999ull);
+  // From xxHash's own sanity test: bytes of a multiplicative generator; the lengths reach every branch.
+  uint8_t bytes[222];
+  uint64_t gen = 2654435761u;
+  for (int i = 0; i < 222; i++, gen *= 11400714785074694797ull) bytes[i] = (uint8_t)(gen >> 56);
+  static const struct {
+    size_t n;
+    uint64_t seed, expected;
+  } cases[] = {{1, 0, 0xE934A84ADB052768ull},   {1, 2654435761u, 0x5014607643A9B4C3ull},
+               {14, 0, 0x8282DCC4994E35C8ull},  {14, 2654435761u, 0xC3BD6BF63DEB6DF0ull},
+               {222, 0, 0xB641AE8CB691C174ull}, {222, 2654435761u, 0x20CB8AB7AE10C14Aull}};
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+    assert_true(hash64(bytes, cases[i].n, cases[i].seed) == cases[i].expected);
+  // The same in pieces of any length.
+  for (uint64_t round = 0; round < 200; round++) {
+    size_t n = philox4(5, round, 20, 0).v[0] % sizeof bytes;
+    Hash64 h = hash64_begin(round);
+    for (size_t at = 0, piece; at < n; at += piece) {
+      piece = philox4(5, round, 21, (uint32_t)at).v[0] % (round % 70 + 1);
+      if (piece > n - at) piece = n - at;
+      hash64_add(&h, bytes + at, piece);
+      if (!piece) piece = 1, hash64_add(&h, bytes + at, 1);
+    }
+    assert_true(hash64_end(&h) == hash64(bytes, n, round));
+  }
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_log), cmocka_unit_test(test_tail),
-                                     cmocka_unit_test(test_whole_files), cmocka_unit_test(test_philox)};
+                                     cmocka_unit_test(test_whole_files), cmocka_unit_test(test_philox),
+                                     cmocka_unit_test(test_hash)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

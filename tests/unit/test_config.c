@@ -12,6 +12,7 @@
 #include "model/config/config.h"
 #include "model/config/history.h"
 #include "model/config/load.h"
+#include "tests/unit/assert_text.h"
 #include "tests/unit/temp_folder.h"
 
 #include <glob.h>
@@ -35,10 +36,6 @@ static int load_text(Config *c, const char *text, Error *err) {
 
 static int load_set(Config *c, const char *set, Error *err) {
   return config_load(c, NULL, &set, 1, err);
-}
-
-static void assert_contains(const char *text, const char *part) {
-  if (!strstr(text, part)) fail_msg("\"%s\" does not contain \"%s\"", text, part);
 }
 
 // {"a": {"b": VALUE}} for "a.b", malloc'd.

@@ -7,15 +7,12 @@
 
 #include "base/json.h"
 #include "base/philox.h"
+#include "tests/unit/assert_text.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-static void assert_contains(const char *text, const char *part) {
-  if (!strstr(text, part)) fail_msg("\"%s\" does not contain \"%s\"", text, part);
-}
 
 static void json_errors(void **state) {
   (void)state;
