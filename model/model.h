@@ -1,0 +1,33 @@
+// A model: its sizes, its backend, its parameters; and what a recording of it gives.
+#ifndef TESSERA_MODEL_H
+#define TESSERA_MODEL_H
+
+#include "model/config/config.h"
+#include "model/params.h"
+#include "model/program/program.h"
+
+typedef struct Model {
+  const Config *config;
+  const Backend *backend;
+  ParamTable params;
+} Model;
+
+// What a program computes.
+typedef enum Mode {
+  MODE_TRAIN_FIRST, // forward and backward; gradients overwrite
+  MODE_TRAIN_LATER, // likewise, gradients add to those of the micro-steps before
+  MODE_EVAL,        // forward: nll and seg_error, noise from the evaluation stream
+  MODE_DRAW,        // forward: xhat of image rows, z fed through SPACE_INPUT
+  MODE_WRITE        // forward: logits of the rows with a target, which must be fewer than `segments`
+} Mode;
+
+// A recorded program and the tensors to read after its replay; NO_TENSOR where the mode has none.
+typedef struct ModelProgram {
+  Program *program;
+  TensorId z;         // [T, P] noised patches, row order (train, eval)
+  TensorId xhat;      // [T, P] predicted clean patches, row order (all but write)
+  TensorId nll;       // [T] DT_REAL negative log likelihoods, row order (train, eval)
+  TensorId seg_error; // [SEG] DT_REAL mean squared error of x^ (train, eval)
+  TensorId logits;    // [SEG, V] DT_REAL, first n_target rows (write)
+} ModelProgram;
+#endif
