@@ -67,7 +67,7 @@ OBJ64 := $(ENGINE:%.c=$(BUILD)/f64/%.o) $(KERNELS:%.c=$(BUILD)/f64/%.o)
 REAL64 := -DTESSERA_REAL=double -DTESSERA_DOUBLE -UTESSERA_CUDA
 PRELOADED := $(wildcard tests/scripts/*.c)
 TEST_HELPERS := $(filter-out tests/unit/test_%.c tests/ops/test_%.c tests/ops/bench_%.c tests/ops/dump_%.c,$(TEST_SOURCES))
-F64_TESTS := test_blas test_ops_a test_ops_attention test_ops_experts test_ops_update test_model
+F64_TESTS := $(patsubst tests/ops/%.c,%,$(wildcard tests/ops/test_*.c))
 TEST_BINS := $(TESTS:%=$(BUILD)/tests/%) $(patsubst %,$(BUILD)/f64/tests/%,$(filter $(F64_TESTS),$(TESTS)))
 TOOLS := $(patsubst tests/ops/%.c,$(BUILD)/tests/%,$(wildcard tests/ops/bench_*.c tests/ops/dump_*.c))
 ifeq ($(SANITIZE),thread)

@@ -19,8 +19,7 @@ SkylakeX avx512f avx512bw avx512cd avx512dq avx512vl
 Cooperlake avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16
 SapphireRapids avx512f avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_bf16 amx_int8'
 # The tests whose figures come from matrix products.
-programs="test_blas test_ops_a test_ops_attention test_ops_experts test_ops_update test_model test_queues test_evaluate
-test_sampler"
+programs="$(cd tests/ops && echo test_*.c | sed 's/\.c//g') test_queues test_evaluate test_sampler"
 
 runs() { # FLAG... : whether this processor has them all
   local flag

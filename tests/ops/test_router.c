@@ -1,0 +1,246 @@
+// CPU kernels: routers. Every op is compared with a naive reference in double written from
+// kernels.h, every gradient with central differences of that reference; every call is repeated with other numbers of
+// threads and must give the same bits. Built in float and in double.
+#include "tests/ops/op_check.h"
+
+#include <stdlib.h>
+
+typedef struct RouterRef {
+  const OpCase *c;
+  double *h, *wr[MODALITIES];
+  int *chosen;             // [T][Kmax], fixed by the first evaluation
+  double *weight, *counts; // [T][Kmax]; [E_0 + E_1]
+  double balance, z, balance_loss, z_loss;
+  const real *dweights, *add_seed;
+} RouterRef;
+
+static void reference_logits(const RouterRef *f, int r, double *s) {
+  int m = modality_of(f->c, r), C = f->c->dims.C;
+  for (int e = 0; e < f->c->dims.E[m]; e++) {
+    s[e] = 0;
+    for (int i = 0; i < C; i++) s[e] += f->h[r * C + i] * f->wr[m][e * C + i];
+  }
+}
+
+// Chooses by sorting: descending logits, ties to the lower index.
+static void reference_choice(RouterRef *f) {
+  const Dims *d = &f->c->dims;
+  int kmax = dims_kmax(d);
+  double s[32];
+  for (int r = 0; r < used_rows(f->c); r++) {
+    int m = modality_of(f->c, r), order[32];
+    reference_logits(f, r, s);
+    for (int e = 0; e < d->E[m]; e++) order[e] = e;
+    for (int i = 1; i < d->E[m]; i++)
+      for (int j = i; j > 0 && s[order[j]] > s[order[j - 1]]; j--) {
+        int t = order[j];
+        order[j] = order[j - 1];
+        order[j - 1] = t;
+      }
+    for (int j = 0; j < d->K[m]; j++) {
+      f->chosen[r * kmax + j] = order[j];
+      f->counts[(m ? d->E[0] : 0) + order[j]]++;
+    }
+  }
+}
+
+static double router_loss(void *context) {
+  RouterRef *f = context;
+  const Dims *d = &f->c->dims;
+  const BatchDims *n = f->c->batch.dims;
+  int kmax = dims_kmax(d);
+  double s[32], P[MODALITIES][32] = {{0}}, total = 0;
+  double rows[MODALITIES] = {n->n_text, n->n_image};
+  memset(f->weight, 0, (size_t)(d->T * kmax) * sizeof *f->weight);
+  f->balance_loss = f->z_loss = 0;
+  for (int r = 0; r < used_rows(f->c); r++) {
+    int m = modality_of(f->c, r), E = d->E[m], K = d->K[m];
+    const int *chosen = f->chosen + r * kmax;
+    double all = 0, sum = 0;
+    reference_logits(f, r, s);
+    for (int e = 0; e < E; e++) all += exp(s[e]);
+    for (int e = 0; e < E; e++) P[m][e] += exp(s[e]) / all / rows[m];
+    for (int j = 0; j < K; j++) sum += exp(s[chosen[j]]);
+    for (int j = 0; j < K; j++) f->weight[r * kmax + j] = exp(s[chosen[j]]) / (K == 1 ? all : sum);
+    f->z_loss += (double)n->router_scale * f->z * log(all) * log(all) / rows[m];
+    for (int i = 0; i < d->C; i++) total += (double)f->add_seed[r * d->C + i] * f->h[r * d->C + i];
+  }
+  for (int m = 0; m < MODALITIES; m++)
+    for (int e = 0; e < d->E[m] && rows[m] > 0; e++)
+      f->balance_loss += (double)n->router_scale * f->balance * d->E[m] * P[m][e] * f->counts[(m ? d->E[0] : 0) + e] /
+                         (rows[m] * d->K[m]);
+  return total + f->balance_loss + f->z_loss + dot(f->dweights, f->weight, d->T * kmax);
+}
+
+// The route leads from assignments to slots sorted by (expert, row) and back; the used slots are exactly the packed
+// range of each modality; everything else is -1.
+static void check_route(const OpCase *c, const int *chosen, const double *counts, int32_t *memory) {
+  const Dims *d = &c->dims;
+  const BatchDims *n = c->batch.dims;
+  Route route;
+  route_bind(&route, d, memory);
+  int kmax = dims_kmax(d);
+  for (int m = 0; m < MODALITIES; m++) {
+    int first = (m ? n->n_text : 0) * d->K[m], rows = m ? n->n_image : n->n_text, at = first;
+    for (int e = 0; e < d->E[m]; e++) {
+      int g = (m ? d->E[0] : 0) + e;
+      assert_int_equal(route.begin[g], at);
+      assert_int_equal(route.count[g], (int)counts[g]);
+      for (int s = at; s < at + route.count[g]; s++) {
+        int source = route.source[m][s];
+        assert_int_equal(chosen[source], e);
+        assert_int_equal(route.slot[source], s);
+        assert_int_equal(modality_of(c, source / kmax), m);
+        if (s > at) assert_true(route.source[m][s - 1] / kmax < source / kmax);
+      }
+      at += route.count[g];
+    }
+    assert_int_equal(at, first + rows * d->K[m]);
+    for (int s = 0; s < d->T * d->K[m]; s++)
+      if (s < first || s >= at) assert_int_equal(route.source[m][s], -1);
+  }
+  for (int r = 0; r < d->T; r++)
+    for (int j = 0; j < kmax; j++)
+      if (r >= used_rows(c) || j >= d->K[modality_of(c, r)]) assert_int_equal(route.slot[r * kmax + j], -1);
+}
+
+// Makes every row of a modality prefer its expert 0: h becomes positive, and the router's first row too.
+static void send_to_first_expert(const OpCase *c, real *h, real *wr) {
+  const Dims *d = &c->dims;
+  for (int64_t i = 0; i < d->C; i++) wr[i] = (real)(1 + fabs((double)wr[i]));
+  for (int64_t i = 0; i < (int64_t)d->T * d->C; i++) h[i] = (real)fabs((double)h[i]);
+}
+
+// More rows of each modality and more columns than the gradients' blocks hold, and rests that are odd.
+static void large_router_case(OpCase *c, int number) {
+  Dims *d = &c->dims;
+  op_case_init_large(c, number);
+  d->C = (const int[LARGE_CASES]){531, 70, 1030}[number];
+  for (int m = 0; m < MODALITIES; m++) {
+    d->K[m] = 1 + (number + m) % 3;
+    d->E[m] = d->K[m] + 2 + m;
+  }
+  d->M = 8 * d->C;
+  op_case_pack(c, PACK_EMPTY);
+  c->batch.dims->n_text = (const int[LARGE_CASES]){141, 260, 129}[number]; // a router looks at no more of a pack
+  c->batch.dims->n_image = (const int[LARGE_CASES]){170, 130, 140}[number];
+  c->batch.dims->seed_lo = (uint32_t)(SEEDS + number);
+}
+
+static void test_router(void **state) {
+  (void)state;
+  for (int seed = 0; seed < SEEDS + LARGE_CASES; seed++) {
+    OpCase box, *c = &box;
+    if (seed < SEEDS)
+      make_case(c, seed);
+    else
+      large_router_case(c, seed - SEEDS);
+    const Dims *d = &c->dims;
+    const int one[2] = {1, 1};
+    int kmax = dims_kmax(d), groups = d->E[0] + d->E[1];
+    int64_t T = d->T, C = d->C, nl = two_sided_size(d->T, one, d->E), nw = T * kmax, nx = T * C;
+    real *h = case_random(c, nx, 1), *wr[2];
+    for (int m = 0; m < 2; m++) {
+      wr[m] = case_random(c, d->E[m] * C, seed < SEEDS ? 0.5 : 0.1);
+      if (seed % 6 == 3) send_to_first_expert(c, h, wr[m]);
+    }
+    size_t route_bytes = (size_t)route_bind(&(Route){0}, d, NULL) * sizeof(int32_t);
+    real *logits = case_poison(c, nl), *weights = case_poison(c, nw);
+    int32_t *route = case_bytes(c, route_bytes, 0x5a);
+    run_same(c, OP_ROUTER_FWD, (OpArgs){0}, OP_IN(h, wr[0], wr[1]), OP_OUT(logits, weights, route),
+             SIZES(REALS(nl), REALS(nw), route_bytes));
+
+    real *dweights = case_random(c, nw, 1), *add = seed % 2 ? case_random(c, nx, 1) : NULL;
+    RouterRef f = {.c = c,
+                   .h = case_double(c, h, nx),
+                   .wr = {case_double(c, wr[0], d->E[0] * C), case_double(c, wr[1], d->E[1] * C)},
+                   .chosen = case_bytes(c, (size_t)nw * sizeof(int), 0xff),
+                   .weight = case_zeros(c, nw),
+                   .counts = case_zeros(c, groups),
+                   .balance = 0.7,
+                   .z = 0.3,
+                   .dweights = dweights,
+                   .add_seed = add ? add : case_random(c, nx, 0)};
+    reference_choice(&f);
+    router_loss(&f);
+    assert_small(relative_error(weights, f.weight, nw), CASE_TOL);
+    check_route(c, f.chosen, f.counts, route);
+    if (seed % 6 == 3)
+      for (int m = 0; m < 2; m++) // all rows really are on one expert
+        assert_int_equal((int)f.counts[m ? d->E[0] : 0], m ? c->batch.dims->n_image : c->batch.dims->n_text);
+    for (int r = 0; r < used_rows(c); r++) {
+      double s[32];
+      int m = modality_of(c, r);
+      reference_logits(&f, r, s);
+      assert_small(relative_error(logits + two_sided_base(d->T, one, d->E, m) + r * d->E[m], s, d->E[m]), CASE_TOL);
+    }
+    int64_t filler = (T - used_rows(c)) * d->E[1];
+    assert_true(all_zero(logits + nl - filler, filler));
+
+    // Losses and loads add to what is there.
+    OpArgs args = {.router = {.balance = f.balance, .z = f.z, .layer = d->L - 1}};
+    double *metrics = case_zeros(c, metrics_size(d));
+    for (int64_t i = 0; i < metrics_size(d); i++) metrics[i] = (double)i;
+    Metrics *m = (Metrics *)metrics, prior = *m;
+    run_same(c, OP_ROUTER_LOSS, args, OP_IN(logits, route), OP_OUT(metrics),
+             SIZES((size_t)metrics_size(d) * sizeof(double)));
+    assert_true(fabs(m->balance - prior.balance - f.balance_loss) <= CASE_TOL * (1 + f.balance_loss));
+    assert_true(fabs(m->z - prior.z - f.z_loss) <= CASE_TOL * (1 + f.z_loss));
+    int64_t base = (int64_t)(sizeof(Metrics) / sizeof(double)), layer = base + (d->L - 1) * groups;
+    for (int64_t i = base; i < metrics_size(d); i++)
+      assert_true(metrics[i] == (double)i + (i >= layer ? f.counts[i - layer] : 0));
+    assert_true(same_bits(&prior.nll, &m->nll, offsetof(Metrics, balance)));
+
+    const void *const *in = OP_IN(dweights, logits, weights, route, h, wr[0], wr[1], add);
+    real *dh = case_poison(c, nx), *dwr[2] = {case_poison(c, d->E[0] * C), case_poison(c, d->E[1] * C)};
+    const size_t *sizes = SIZES(REALS(nx), REALS(d->E[0] * C), REALS(d->E[1] * C));
+    run_same(c, OP_ROUTER_BWD, args, in, OP_OUT(dh, dwr[0], dwr[1]), sizes);
+    int64_t used = used_rows(c) * C;
+    assert_true(all_zero(dh + used, nx - used));
+    assert_small(gradient_error(c, router_loss, &f, f.h, dh, nx, seed < SEEDS ? 80 : 6), CASE_GRAD_TOL);
+    for (int k = 0; k < 2; k++)
+      assert_small(gradient_error(c, router_loss, &f, f.wr[k], dwr[k], d->E[k] * C, seed < SEEDS ? 40 : 6),
+                   CASE_GRAD_TOL);
+
+    args.router.accumulate = 1;
+    real *start[2] = {case_random(c, d->E[0] * C, 3), case_random(c, d->E[1] * C, 3)};
+    real *more[2] = {case_copy(c, start[0], d->E[0] * C), case_copy(c, start[1], d->E[1] * C)};
+    run_same(c, OP_ROUTER_BWD, args, in, OP_OUT(dh, more[0], more[1]), sizes);
+    for (int k = 0; k < 2; k++) assert_small(accumulate_error(c, more[k], start[k], dwr[k], d->E[k] * C), CASE_TOL);
+    op_case_free(c);
+  }
+}
+
+// Equal logits go to the lower indices; NaN logits still give a valid route.
+static void test_router_ties(void **state) {
+  (void)state;
+  for (int nan = 0; nan < 2; nan++) {
+    OpCase box, *c = &box;
+    make_case(c, 20);
+    const Dims *d = &c->dims;
+    const int one[2] = {1, 1};
+    int kmax = dims_kmax(d);
+    real *h = case_random(c, (int64_t)d->T * d->C, nan ? (double)NAN : 1);
+    real *wr[2] = {case_random(c, d->E[0] * d->C, 0), case_random(c, d->E[1] * d->C, 0)};
+    real *logits = case_poison(c, two_sided_size(d->T, one, d->E)), *weights = case_poison(c, d->T * kmax);
+    int32_t *memory = case_bytes(c, (size_t)route_bind(&(Route){0}, d, NULL) * sizeof(int32_t), 0);
+    op_run(c, OP_ROUTER_FWD, (OpArgs){0}, OP_IN(h, wr[0], wr[1]), OP_OUT(logits, weights, memory));
+    Route route;
+    route_bind(&route, d, memory);
+    for (int m = 0; m < 2; m++)
+      for (int e = 0; e < d->E[m]; e++)
+        assert_int_equal(route.count[(m ? d->E[0] : 0) + e],
+                         e < d->K[m] ? (m ? c->batch.dims->n_image : c->batch.dims->n_text) : 0);
+    for (int r = 0; r < used_rows(c) && !nan; r++) {
+      int m = modality_of(c, r), K = d->K[m];
+      for (int j = 0; j < K; j++)
+        assert_true(fabs((double)weights[r * kmax + j] - 1.0 / (K == 1 ? d->E[m] : K)) < 1e-6);
+    }
+    op_case_free(c);
+  }
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_router), cmocka_unit_test(test_router_ties)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
