@@ -124,7 +124,7 @@ $(BUILD)/%.o: %.c | probes
 
 # Billions of initial weights are drawn and split for a large model. No product is fused with a sum, so that they have
 # the same bits on every CPU.
-$(BUILD)/model/params.o $(BUILD)/trainer/slab.o: \
+$(BUILD)/model/params.o $(BUILD)/kernels/master.o: \
   OPT := $(subst -O2,-O3 -march=native -ffp-contract=off -fno-math-errno,$(OPT))
 
 # ---- tests ----

@@ -382,9 +382,13 @@ struct Backend {
   size_t dtype_bytes[DT_COUNT];
   int gradient_per_micro; // each micro-step forms its gradient from zero and adds it (bit-equal to reducing processes)
   int head_chunk;         // rows of logits at a time (HEAD_CE)
-  int master_rest;        // a weight's master is its DT_ACT value and a 16-bit rest (kernels/master.h); 0: DT_ACT is it
+  int remainder_bytes;    // of a weight, beside its DT_ACT value: the two are its master. 0: DT_ACT is the master
   KernelFn fn[OP_COUNT];
   size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
+  // Masters [n] of weights, as DT_REAL, from what is stored of them and back, in host memory. Without remainders
+  // (NULL) those nearest to the weights are read. NULL: DT_ACT is the master.
+  void (*weights_read)(const void *weights, const void *remainders, int64_t n, void *masters);
+  void (*weights_write)(const void *masters, int64_t n, void *weights, void *remainders);
   const Queues *queues; // NULL: an op has run when its function returns (CPU)
   // -1 with *err naming what of the config's model it cannot run. NULL: any model.
   int (*accepts)(const struct Config *c, Error *err);

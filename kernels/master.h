@@ -16,9 +16,9 @@
 #define MASTER_FN static inline
 #endif
 
-// The master that (weight: bf16 bits, rest) stand for.
-MASTER_FN float master_join(uint16_t weight, uint16_t rest) {
-  uint32_t bits = ((uint32_t)weight - (rest >= 0x8000u)) << 16 | rest;
+// The master that (weight: bf16 bits, remainder) stand for.
+MASTER_FN float master_join(uint16_t weight, uint16_t remainder) {
+  uint32_t bits = ((uint32_t)weight - (remainder >= 0x8000u)) << 16 | remainder;
   float master;
   memcpy(&master, &bits, sizeof master);
   return master;
@@ -27,19 +27,21 @@ MASTER_FN float master_join(uint16_t weight, uint16_t rest) {
 // master_join's inverse: exact for every number. A master above the largest bf16 by half a step or more has the weight
 // inf, as it would in any rounding to nearest, and is still recovered; any NaN becomes the quiet one, since adding
 // 0x8000 to some NaN patterns would make the weight look like a number.
-MASTER_FN void master_split(float master, uint16_t *weight, uint16_t *rest) {
+MASTER_FN void master_split(float master, uint16_t *weight, uint16_t *remainder) {
   uint32_t bits;
   memcpy(&bits, &master, sizeof bits);
   if (master != master) bits = 0x7fc00000u;
   *weight = (uint16_t)((bits + 0x8000u) >> 16);
-  *rest = (uint16_t)bits;
+  *remainder = (uint16_t)bits;
 }
 
-// Masters [n] of weights and their rests (NULL: all 0).
-static inline void masters_join(const uint16_t *weight, const uint16_t *rest, int64_t n, float *master) {
-  if (rest)
-    for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], rest[i]);
-  else
-    for (int64_t i = 0; i < n; i++) master[i] = master_join(weight[i], 0);
+// Backend.weights_read and weights_write of a backend that stores weights so.
+#ifdef __cplusplus
+extern "C" {
+#endif
+void masters_join(const void *weights, const void *remainders, int64_t n, void *masters);
+void masters_split(const void *masters, int64_t n, void *weights, void *remainders);
+#ifdef __cplusplus
 }
+#endif
 #endif

@@ -88,7 +88,8 @@ Program *update_record(const Model *model, int ema) {
   OpArgs a = {.params = {.spans = w->spans, .n = w->n}};
   program_op(p, OP_GRAD_NORM, IN(grads, metrics, scalars), OUT(status, partial), &a);
   TensorId rest = NO_TENSOR;
-  if (model->backend->master_rest) rest = program_external(p, SPACE_REST, 0, DT_U8, 2 * n, "rest of the weights");
+  if (model->backend->remainder_bytes)
+    rest = program_external(p, SPACE_REST, 0, DT_U8, n * model->backend->remainder_bytes, "rest of the weights");
   program_op(p, OP_ADAMW, IN(grads, status, scalars), OUT(weights, m, v, rest), &a);
   if (ema)
     program_op(p, OP_EMA, IN(weights, status, scalars, rest), OUT(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")),

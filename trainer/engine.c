@@ -4,7 +4,6 @@
 #include "base/thread.h"
 #include "data/loader.h"
 #include "kernels/backends.h"
-#include "kernels/master.h"
 #include "model/program/planner.h"
 #include "model/program/policy.h"
 #include "model/program/replay.h"
@@ -175,7 +174,7 @@ int engine_record(Engine *e, const Config *c, const Backend *backend, int train,
   }
   if (!train) return 0;
 
-  if (backend->master_rest) e->bytes[SPACE_REST] = 2 * n;
+  e->bytes[SPACE_REST] = n * backend->remainder_bytes;
   e->bytes[SPACE_GRADS] = e->bytes[SPACE_ADAM_M] = e->bytes[SPACE_ADAM_V] = n * real_bytes;
   if (c->train.micro_batches > 1 && backend->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
   e->bytes[SPACE_SCALARS] = sizeof(StepScalars);

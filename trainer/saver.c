@@ -2,7 +2,6 @@
 
 #include "base/machine.h"
 #include "base/thread.h"
-#include "kernels/master.h"
 #include "trainer/slab.h"
 
 #include <stdatomic.h>
@@ -23,7 +22,7 @@ typedef struct SavedFile {
   Saver *saver;
   const StateFile *layout;
   SafeSource source;
-  void *scratch; // [SAFE_CHUNK] for weights that are joined on their way from the device
+  void *scratch; // [SAFE_CHUNK] for weights that are converted on their way from the device
 } SavedFile;
 
 struct Saver {
@@ -104,8 +103,9 @@ static void fill(void *context, int i, size_t at, size_t n, void *out) {
   Space space = f->layout->space[i / params];
   int64_t first = e->model.params.of[i % params].offset + (int64_t)(at / element), count = (int64_t)(n / element);
   if (s->at[space]) {
-    const uint16_t *weight = (const uint16_t *)s->at[SPACE_WEIGHTS], *rest = (const uint16_t *)s->at[SPACE_REST];
-    masters_join(weight + first, rest + first, count, out);
+    const Backend *b = e->model.backend;
+    b->weights_read(s->at[SPACE_WEIGHTS] + (size_t)first * b->dtype_bytes[DT_ACT],
+                    s->at[SPACE_REST] + first * b->remainder_bytes, count, out);
     return;
   }
   pthread_mutex_lock(&s->device);
@@ -135,13 +135,13 @@ static int open_files(Saver *s, Error *err) {
     const StateFile *l = &s->layout.file[i];
     SavedFile *f = &s->file[i];
     *f = (SavedFile){.saver = s, .layout = l, .source = {.fill = fill, .context = f}};
-    int joins = engine_joins(e, l->space[0]), direct = s->at[l->space[0]] && !joins;
+    int converts = engine_converts(e, l->space[0]), direct = s->at[l->space[0]] && !converts;
     for (int k = 0; direct && k < l->n; k++)
       l->tensor[k].data =
           s->at[l->space[k / s->layout.params]] + (size_t)e->model.params.of[k % s->layout.params].offset * element;
     if (!direct) f->source.buffer = buffer_new(s);
-    if (joins && !s->copy) f->scratch = buffer_new(s);
-    if ((!direct && !f->source.buffer) || (joins && !s->copy && !f->scratch))
+    if (converts && !s->copy) f->scratch = buffer_new(s);
+    if ((!direct && !f->source.buffer) || (converts && !s->copy && !f->scratch))
       return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for checkpoints");
   }
   return 0;

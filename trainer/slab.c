@@ -2,33 +2,45 @@
 
 #include "base/base.h"
 #include "kernels/backends.h"
-#include "kernels/master.h"
 
 #include <stdlib.h>
 
 // ---- whole slabs ----
 
-int engine_joins(const Engine *e, Space space) {
-  return space == SPACE_WEIGHTS && e->model.backend->master_rest;
+int engine_converts(const Engine *e, Space space) {
+  return space == SPACE_WEIGHTS && e->model.backend->weights_read;
+}
+
+// Elements [first, first + count) of the weights or their remainders as they are stored; NULL: there are none.
+static char *stored(const Engine *e, Space space, int64_t first) {
+  const Backend *b = e->model.backend;
+  size_t element = space == SPACE_WEIGHTS ? b->dtype_bytes[DT_ACT] : (size_t)b->remainder_bytes;
+  return e->bases.of[space] ? (char *)e->bases.of[space] + (size_t)first * element : NULL;
 }
 
 void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch) {
   const Backend *b = e->model.backend;
-  size_t element = b->dtype_bytes[DT_REAL], half = sizeof(uint16_t), n = (size_t)count;
-  const char *from = e->bases.of[space], *rest = e->bases.of[SPACE_REST];
-  if (!engine_joins(e, space)) {
+  size_t element = b->dtype_bytes[DT_REAL], n = (size_t)count;
+  const char *from = e->bases.of[space];
+  if (!engine_converts(e, space)) {
     b->download(out, from + (size_t)first * element, n * element);
     return;
   }
-  uint16_t *weight = scratch, *lower = weight + n;
-  b->download(weight, from + (size_t)first * half, n * half);
-  if (rest) b->download(lower, rest + (size_t)first * half, n * half);
-  masters_join(weight, rest ? lower : NULL, count, out);
+  const char *remainder = stored(e, SPACE_REST, first);
+  char *weights = scratch, *remainders = weights + n * b->dtype_bytes[DT_ACT];
+  b->download(weights, stored(e, SPACE_WEIGHTS, first), n * b->dtype_bytes[DT_ACT]);
+  if (remainder) b->download(remainders, remainder, n * (size_t)b->remainder_bytes);
+  b->weights_read(weights, remainder ? remainders : NULL, count, out);
+}
+
+// What elements of the weights and their remainders take as they are stored.
+static size_t stored_bytes(const Backend *b, int64_t count) {
+  return (size_t)count * (b->dtype_bytes[DT_ACT] + (size_t)b->remainder_bytes);
 }
 
 void engine_slab_read(const Engine *e, Space space, void *out) {
   int64_t n = e->model.params.total;
-  void *scratch = engine_joins(e, space) ? xmalloc((size_t)n * sizeof(float)) : NULL;
+  void *scratch = engine_converts(e, space) ? xmalloc(stored_bytes(e->model.backend, n)) : NULL;
   engine_slab_read_part(e, space, 0, n, out, scratch);
   free(scratch);
 }
@@ -36,18 +48,15 @@ void engine_slab_read(const Engine *e, Space space, void *out) {
 void engine_slab_write(Engine *e, Space space, const void *from) {
   const Backend *b = e->model.backend;
   int64_t n = e->model.params.total;
-  if (space != SPACE_WEIGHTS || !b->master_rest) {
+  if (!engine_converts(e, space)) {
     b->upload(e->bases.of[space], from, (size_t)n * b->dtype_bytes[DT_REAL]);
     return;
   }
-  uint16_t *weight = xmalloc((size_t)n * sizeof *weight), *rest = xmalloc((size_t)n * sizeof *rest);
-  const float *master = from;
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) master_split(master[i], &weight[i], &rest[i]);
-  b->upload(e->bases.of[SPACE_WEIGHTS], weight, (size_t)n * sizeof *weight);
-  if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], rest, (size_t)n * sizeof *rest);
-  free(weight);
-  free(rest);
+  char *weights = xmalloc(stored_bytes(b, n)), *remainders = weights + (size_t)n * b->dtype_bytes[DT_ACT];
+  b->weights_write(from, n, weights, remainders);
+  b->upload(e->bases.of[SPACE_WEIGHTS], weights, (size_t)n * b->dtype_bytes[DT_ACT]);
+  if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], remainders, (size_t)n * (size_t)b->remainder_bytes);
+  free(weights);
 }
 
 int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
@@ -92,8 +101,6 @@ void engine_slab_copy(Engine *e, Space space, void *out) {
 
 // ---- piece by piece ----
 
-enum { SPLIT_MANY = 1 << 16 }; // weights that are worth several threads
-
 struct SlabWriter {
   Engine *e;
   size_t slot_bytes;
@@ -101,10 +108,16 @@ struct SlabWriter {
   int next;
 };
 
+// Of a piece in any form.
+static size_t slot_bytes(const Backend *b, int64_t piece) {
+  size_t real_bytes = (size_t)piece * b->dtype_bytes[DT_REAL], split = stored_bytes(b, piece);
+  return real_bytes > split ? real_bytes : split;
+}
+
 SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err) {
   const Backend *b = e->model.backend;
   SlabWriter *w = xcalloc(1, sizeof *w);
-  *w = (SlabWriter){.e = e, .slot_bytes = (size_t)piece * b->dtype_bytes[DT_REAL]};
+  *w = (SlabWriter){.e = e, .slot_bytes = slot_bytes(b, piece)};
   if (!b->queues) return w;
   for (int k = 0; k < SLAB_SLOTS; k++) {
     w->slot[k] = b->host_alloc(w->slot_bytes);
@@ -119,33 +132,29 @@ SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err) {
   return w;
 }
 
-// Weights [n] and behind them their rests [n].
-static void split(uint16_t *to, const float *masters, int64_t n) {
-#pragma omp parallel for schedule(static) if (n > SPLIT_MANY)
-  for (int64_t i = 0; i < n; i++) master_split(masters[i], &to[i], &to[n + i]);
-}
-
 void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
-  const Backend *b = w->e->model.backend;
-  const Bases *bases = &w->e->bases;
-  size_t element = b->dtype_bytes[DT_REAL], half = sizeof(uint16_t), n = (size_t)count;
-  char *to = bases->of[space], *rest = bases->of[SPACE_REST];
+  const Engine *e = w->e;
+  const Backend *b = e->model.backend;
+  size_t element = b->dtype_bytes[DT_REAL], n = (size_t)count;
+  char *to = (char *)e->bases.of[space] + (size_t)first * element;
   if (n * element > w->slot_bytes) panic("slab writer: a piece of %zu elements", n);
   if (!b->queues) {
-    b->upload(to + (size_t)first * element, values, n * element);
+    b->upload(to, values, n * element);
     return;
   }
   int event = EVENT_SLAB_SENT + w->next;
   char *slot = w->slot[w->next];
   w->next = (w->next + 1) % SLAB_SLOTS;
   b->queues->finish(event);
-  if (space == SPACE_WEIGHTS && b->master_rest) {
-    split((uint16_t *)slot, values, count);
-    queue_copy(b, LANE_H2D, to + (size_t)first * half, slot, n * half);
-    if (rest) queue_copy(b, LANE_H2D, rest + (size_t)first * half, slot + n * half, n * half);
+  if (engine_converts(e, space)) {
+    size_t weight_bytes = n * b->dtype_bytes[DT_ACT];
+    char *remainder = stored(e, SPACE_REST, first);
+    b->weights_write(values, count, slot, slot + weight_bytes);
+    queue_copy(b, LANE_H2D, stored(e, SPACE_WEIGHTS, first), slot, weight_bytes);
+    if (remainder) queue_copy(b, LANE_H2D, remainder, slot + weight_bytes, n * (size_t)b->remainder_bytes);
   } else {
     host_copy(slot, values, n * element);
-    queue_copy(b, LANE_H2D, to + (size_t)first * element, slot, n * element);
+    queue_copy(b, LANE_H2D, to, slot, n * element);
   }
   b->queues->record(LANE_H2D, event);
 }

@@ -7,11 +7,11 @@
 // A whole slab as DT_REAL, the weights as their masters.
 void engine_slab_read(const Engine *e, Space space, void *out);
 void engine_slab_write(Engine *e, Space space, const void *from);
-// Elements [first, first + count) of a slab. `scratch` [4 count bytes] is used where engine_joins says so. May be
-// called by any thread, one at a time.
+// Elements [first, first + count) of a slab. `scratch` is used where engine_converts says so: a weight and its
+// remainder for each. May be called by any thread, one at a time.
 void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);
-// Whether a slab's elements are put together of two as they are stored: the weight and its rest (kernels/master.h).
-int engine_joins(const Engine *e, Space space);
+// Whether a slab's elements are stored as something else than DT_REAL (Backend.weights_read).
+int engine_converts(const Engine *e, Space space);
 
 // Allocates what engine_slab_copy passes through beside a device, twice `bytes`, unless that was done before. -1 with
 // *err when it cannot be had.

@@ -2,6 +2,7 @@
 #include "kernels/cuda/adaln.h"
 #include "kernels/cuda/experts.h"
 #include "kernels/cuda/rates.h"
+#include "kernels/master.h"
 
 extern "C" {
 #include "base/base.h"
@@ -428,7 +429,9 @@ static Backend backend_make(void) {
   b.dtype_bytes[DT_U8] = 1;
   b.dtype_bytes[DT_F64] = 8;
   b.head_chunk = 4096;
-  b.master_rest = 1;
+  b.remainder_bytes = sizeof(uint16_t);
+  b.weights_read = masters_join;
+  b.weights_write = masters_split;
 #define OP_ROW(name, in, out) b.fn[OP_##name] = cuda_##name;
   OP_LIST(OP_ROW)
 #undef OP_ROW

@@ -3,6 +3,7 @@
 #include "base/base.h"
 #include "base/philox.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/master.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -288,3 +289,10 @@ const Backend backend_queued_cpu = {
 #undef OP_ROW
         },
 };
+
+void backend_store_bf16(Backend *b) {
+  b->dtype_bytes[DT_ACT] = sizeof(uint16_t);
+  b->remainder_bytes = sizeof(uint16_t);
+  b->weights_read = masters_join;
+  b->weights_write = masters_split;
+}

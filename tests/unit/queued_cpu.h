@@ -32,4 +32,7 @@ typedef struct QueuedCounts {
 QueuedCounts queued_cpu_counts(void);
 
 extern const Backend backend_queued_cpu;
+
+// Makes a backend store a weight as bf16 and a remainder, as a GPU does. Nothing can be computed with it.
+void backend_store_bf16(Backend *b);
 #endif

@@ -226,15 +226,14 @@ static void test_faults_show(void **state) {
 // ---- writing slabs ----
 
 // A slab of every kind written in pieces whose memory is overwritten at once, on a backend whose weights are bf16 with
-// a rest or are what they are; returns whether what is read back is what was written.
-static int slabs_arrive(World *w, int master_rest, QueuedFault fault, uint64_t seed) {
+// a remainder or are what they are; returns whether what is read back is what was written.
+static int slabs_arrive(World *w, int remainders, QueuedFault fault, uint64_t seed) {
   enum { PIECE = 700 };
   Backend backend = backend_queued_cpu;
   Engine e;
   Error err;
   int same = 1;
-  backend.master_rest = master_rest;
-  if (master_rest) backend.dtype_bytes[DT_ACT] = 2;
+  if (remainders) backend_store_bf16(&backend);
   queued_cpu_start(seed, fault);
   if (engine_record(&e, &w->c.config, &backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0)
     fail_msg("%s", err.text);

@@ -25,13 +25,10 @@ static const char *const files[] = {"model.safetensors", "optimizer-0x1.safetens
                                     "state.json"};
 enum { FILES = sizeof files / sizeof *files };
 
-// The plain CPU, one behind queues, and one behind queues that keeps a weight as bf16 and a 16-bit rest, as a GPU does.
+// The plain CPU, one behind queues, and one behind queues that keeps a weight as bf16 and a remainder, as a GPU does.
 static Backend backend_of(int kind) {
   Backend b = kind ? backend_queued_cpu : backend_cpu;
-  if (kind == 2) {
-    b.dtype_bytes[DT_ACT] = sizeof(uint16_t);
-    b.master_rest = 1;
-  }
+  if (kind == 2) backend_store_bf16(&b);
   return b;
 }
 
@@ -77,10 +74,10 @@ static void fill(Engine *e, float *given[SPACES]) {
   const Backend *b = e->model.backend;
   for (int s = 0; s < SPACES; s++) {
     given[s] = values_of(e, spaces[s]);
-    if (!b->queues || engine_joins(e, spaces[s])) engine_slab_write(e, spaces[s], given[s]);
+    if (!b->queues || engine_converts(e, spaces[s])) engine_slab_write(e, spaces[s], given[s]);
   }
   for (int s = SPACES - 1; b->queues && s >= 0; s--) {
-    if (engine_joins(e, spaces[s])) continue;
+    if (engine_converts(e, spaces[s])) continue;
     OpArgs args = {.span = {.count = e->bytes[spaces[s]]}};
     b->fn[OP_COPY](&(KernelCall){.in = {given[s]},
                                  .out = {engine_slab(e, spaces[s])},
