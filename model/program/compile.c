@@ -3,12 +3,17 @@
 #include "model/program/cost.h"
 #include "model/program/program_internal.h"
 #include "model/program/schedule.h"
+#include "model/program/seconds.h"
 #include "model/program/waits.h"
 
 #include <stdlib.h>
 
 void program_finish(Program *p) {
   program_check_open(p);
+  if (p->policy.costs) {
+    p->state->seconds = xmalloc((size_t)p->n_ops * sizeof *p->state->seconds);
+    for (int i = 0; i < p->n_ops; i++) p->state->seconds[i] = op_seconds(p->policy.costs, p, &p->ops[i]);
+  }
   schedule_reloads(p);
   schedule_lifetimes(p);
   schedule_place(p);

@@ -55,6 +55,7 @@ void program_free(Program *p) {
   program_unbind(p);
   free(s->address);
   free(s->awaited);
+  free(s->seconds);
   free(s->marks);
   free(s->recipes);
   free(s->revival);
@@ -207,6 +208,7 @@ void program_save(Program *p, TensorId t, Saved saved) {
   Policy policy = (Policy)p->policy.of[s->layer * SAVED_COUNT + (int)saved];
   if (saved == SAVED_X && policy == POLICY_RECOMPUTE)
     panic("program %s: layer %d: block inputs x are kept or offloaded, never recomputed", p->name, s->layer);
+  if (policy == POLICY_OFFLOAD && x->bytes < p->policy.least_copy) policy = POLICY_KEEP;
   s->revival[t].policy = policy;
   if (policy != POLICY_OFFLOAD) return;
   TensorId host = tensor_like(p, t, SPACE_HOST, " (host)");

@@ -61,7 +61,10 @@ typedef enum Policy { POLICY_KEEP, POLICY_RECOMPUTE, POLICY_OFFLOAD, POLICY_COUN
 
 typedef struct PolicyTable {
   int layers;
-  uint8_t *of; // [layers][SAVED_COUNT] Policy
+  uint8_t *of;               // [layers][SAVED_COUNT] Policy
+  int64_t least_copy;        // bytes: what is smaller is kept where it would be offloaded
+  const struct Costs *costs; // borrowed; what copies are scheduled by (schedule.h). NULL: nothing is known
+  double slack;              // with costs: copies are reckoned to take 1 + slack times as long
 } PolicyTable;
 
 typedef struct Tensor {

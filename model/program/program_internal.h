@@ -27,7 +27,8 @@ struct ProgramState {
   Revival *revival; // [n_tensors]
   Recipe *recipes;
   int n_recipes, cap_recipes;
-  int *marks; // op positions where program_layer changed the layer, ascending; marks[0] = 0
+  double *seconds; // [n_ops] of each op by the policy table's costs, or NULL
+  int *marks;      // op positions where program_layer changed the layer, ascending; marks[0] = 0
   int n_marks, cap_marks;
   int layer;
   int finished;

@@ -3,7 +3,9 @@
 #include "model/program/arena.h"
 #include "model/program/ops.h"
 #include "model/program/program_internal.h"
+#include "model/program/seconds.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,6 +16,90 @@ static int stretch_of(const ProgramState *s, int i) {
   return k;
 }
 
+// ---- by the clock: where costs are known ----
+
+// When a program's ops would run if nothing ever held up the compute lane.
+typedef struct Clock {
+  double *at;      // [n_ops] when the compute lane gets to this position
+  double *drained; // [n_ops] when a copy to the host is done, late rather than early; others: 0
+  double idle;     // when the last of them is
+} Clock;
+
+static double reckoned_seconds(const Program *p, int i, int both) {
+  const Op *op = &p->ops[i];
+  return copy_seconds(p->policy.costs, op->lane, (double)op->args.span.count, both) * (1 + p->policy.slack);
+}
+
+static Clock clock_new(const Program *p) {
+  Clock c = {.at = xmalloc((size_t)p->n_ops * sizeof *c.at), .drained = xcalloc((size_t)p->n_ops, sizeof *c.drained)};
+  double now = 0;
+  for (int i = 0; i < p->n_ops; i++) {
+    c.at[i] = now;
+    if (p->ops[i].lane == LANE_COMPUTE) now += p->state->seconds[i];
+    if (p->ops[i].lane != LANE_D2H) continue;
+    c.idle = fmax(now, c.idle) + reckoned_seconds(p, i, 0);
+    c.drained[i] = c.idle;
+  }
+  return c;
+}
+
+static void clock_free(Clock *c) {
+  free(c->at);
+  free(c->drained);
+}
+
+// The last position that the compute lane gets to by then.
+static int clock_position(const Clock *c, int n, double then) {
+  int low = 0, high = n;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (c->at[middle] <= then)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low ? low - 1 : 0;
+}
+
+// A reload: a copy of what this program has offloaded.
+static int is_reload(const Program *p, int i) {
+  return p->ops[i].lane == LANE_H2D && p->tensors[p->ops[i].in[0]].space == SPACE_HOST;
+}
+
+// before[i] of every reload: so late that each is done when its tensor is needed if all after it are, but not before
+// its copy to the host is.
+static void reloads_by_clock(const Program *p, int *before) {
+  Clock clock = clock_new(p);
+  double *begin = xmalloc((size_t)p->n_ops * sizeof *begin), next = INFINITY, earliest = 0;
+  for (int i = p->n_ops - 1; i >= 0; i--) {
+    if (!is_reload(p, i)) continue;
+    double end = fmin(next, clock.at[i]);
+    begin[i] = end - reckoned_seconds(p, i, 0);
+    if (begin[i] < clock.idle) begin[i] = end - reckoned_seconds(p, i, 1);
+    next = begin[i];
+  }
+  for (int i = 0; i < p->n_ops; i++) {
+    if (!is_reload(p, i)) continue;
+    earliest = fmax(earliest, clock.drained[p->tensors[p->ops[i].in[0]].producer]);
+    before[i] = (int)min_i64(clock_position(&clock, p->n_ops, fmax(begin[i], earliest)), i);
+  }
+  free(begin);
+  clock_free(&clock);
+}
+
+// ---- by stretches ----
+
+static void reloads_by_stretch(const Program *p, int *before) {
+  const ProgramState *s = p->state;
+  for (int i = 0; i < p->n_ops; i++) {
+    if (!is_reload(p, i)) continue;
+    int stretch = stretch_of(s, i);
+    before[i] = stretch ? s->marks[stretch - 1] : 0;
+  }
+}
+
+// ---- either ----
+
 void schedule_reloads(Program *p) {
   ProgramState *s = p->state;
   int n = p->n_ops;
@@ -21,26 +107,37 @@ void schedule_reloads(Program *p) {
   int *before = xmalloc((size_t)n * sizeof *before);
   int *new_index = xmalloc((size_t)n * sizeof *new_index);
   Op *ops = xmalloc((size_t)n * sizeof *ops);
+  double *seconds = xmalloc((size_t)n * sizeof *seconds);
+  if (p->policy.costs)
+    reloads_by_clock(p, before);
+  else
+    reloads_by_stretch(p, before);
+  int latest = 0;
   for (int i = 0; i < n; i++) {
-    before[i] = i;
-    if (p->ops[i].lane != LANE_H2D) continue;
-    int stretch = stretch_of(s, i);
-    before[i] = stretch ? s->marks[stretch - 1] : 0;
+    if (!is_reload(p, i)) {
+      before[i] = i;
+      continue;
+    }
     int saved_at = p->tensors[p->ops[i].in[0]].producer;
-    if (before[i] <= saved_at) before[i] = saved_at + 1;
+    latest = before[i] = (int)max_i64(max_i64(before[i], saved_at + 1), latest);
   }
-  int placed = 0, mark = 0;
+  int placed = 0, mark = 0, reload = 0;
   for (int i = 0; i < n; i++) {
     while (mark < s->n_marks && s->marks[mark] == i) s->marks[mark++] = placed;
-    for (int k = i; k < n; k++)
-      if (p->ops[k].lane == LANE_H2D && before[k] == i) new_index[k] = placed++;
-    if (p->ops[i].lane != LANE_H2D) new_index[i] = placed++;
+    for (; reload < n && (!is_reload(p, reload) || before[reload] == i); reload++)
+      if (is_reload(p, reload)) new_index[reload] = placed++;
+    if (!is_reload(p, i)) new_index[i] = placed++;
   }
   while (mark < s->n_marks) s->marks[mark++] = placed;
   for (int i = 0; i < n; i++) ops[new_index[i]] = p->ops[i];
   for (TensorId t = 0; t < p->n_tensors; t++)
     if (p->tensors[t].producer >= 0) p->tensors[t].producer = new_index[p->tensors[t].producer];
   memcpy(p->ops, ops, (size_t)n * sizeof *ops);
+  if (s->seconds) {
+    for (int i = 0; i < n; i++) seconds[new_index[i]] = s->seconds[i];
+    memcpy(s->seconds, seconds, (size_t)n * sizeof *seconds);
+  }
+  free(seconds);
   free(ops);
   free(new_index);
   free(before);
@@ -50,8 +147,22 @@ static void lifetime_extend(Tensor *x, int to) {
   if (to > x->last) x->last = to;
 }
 
-void schedule_lifetimes(Program *p) {
+// What is copied to the host lives on until the copy should be done.
+static void drains_extend(Program *p) {
   const ProgramState *s = p->state;
+  Clock clock = {0};
+  if (p->policy.costs) clock = clock_new(p);
+  for (int i = 0; i < p->n_ops; i++) {
+    if (p->ops[i].lane != LANE_D2H) continue;
+    int next = stretch_of(s, i) + 2;
+    int until = next < s->n_marks ? s->marks[next] - 1 : p->n_ops - 1;
+    if (p->policy.costs) until = clock_position(&clock, p->n_ops, clock.drained[i]);
+    lifetime_extend(&p->tensors[p->ops[i].in[0]], until);
+  }
+  clock_free(&clock);
+}
+
+void schedule_lifetimes(Program *p) {
   for (TensorId t = 0; t < p->n_tensors; t++) p->tensors[t].first = p->tensors[t].last = -1;
   for (int i = 0; i < p->n_ops; i++) {
     const Op *op = &p->ops[i];
@@ -68,10 +179,8 @@ void schedule_lifetimes(Program *p) {
       if (x->first < 0) x->first = i;
       lifetime_extend(x, i);
     }
-    if (op->lane != LANE_D2H) continue;
-    int next = stretch_of(s, i) + 2;
-    lifetime_extend(&p->tensors[op->in[0]], next < s->n_marks ? s->marks[next] - 1 : p->n_ops - 1);
   }
+  drains_extend(p);
   for (TensorId t = 0; t < p->n_tensors; t++) {
     Tensor *x = &p->tensors[t];
     if (!x->is_output) continue;

@@ -1,0 +1,85 @@
+#include "model/program/simulate.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+
+// A lane as it is played: its next op, and what is left of the one at work.
+typedef struct LaneState {
+  int next;    // n_ops: none
+  int at_work; // next has begun
+  double left; // seconds of it, with nothing beside it
+} LaneState;
+
+static Lane op_queue(const Program *p, int i) {
+  return p->one_queue ? LANE_COMPUTE : p->ops[i].lane;
+}
+
+// following[i]: the op after i on its lane, n_ops for the last; first[lane] likewise.
+static void lanes_link(const Program *p, int *following, LaneState lane[LANE_COUNT]) {
+  for (int l = 0; l < LANE_COUNT; l++) lane[l] = (LaneState){.next = p->n_ops};
+  for (int i = p->n_ops - 1; i >= 0; i--) {
+    LaneState *l = &lane[op_queue(p, i)];
+    following[i] = l->next;
+    l->next = i;
+  }
+}
+
+static int waits_over(const Program *p, int i, const char *done) {
+  for (int w = 0; !p->one_queue && w < p->ops[i].n_waits; w++)
+    if (!done[p->ops[i].waits[w].op]) return 0;
+  return 1;
+}
+
+// How many times longer the lane's op takes than alone, as things are.
+static double slowness(const LaneState lane[LANE_COUNT], int l, const LinkRates *link) {
+  if (!lane[LANE_D2H].at_work || !lane[LANE_H2D].at_work) return 1;
+  return l == LANE_D2H ? link->d2h / link->both_d2h : l == LANE_H2D ? link->h2d / link->both_h2d : 1;
+}
+
+Simulation simulate(const Program *p, const double *seconds, const LinkRates *link, OpTime *times) {
+  Simulation s = {0};
+  int *following = xmalloc(((size_t)p->n_ops + 1) * sizeof *following);
+  char *done = xcalloc((size_t)p->n_ops + 1, 1);
+  LaneState lane[LANE_COUNT];
+  lanes_link(p, following, lane);
+  for (int remaining = p->n_ops; remaining;) {
+    double step = DBL_MAX, slow[LANE_COUNT];
+    for (int l = 0; l < LANE_COUNT; l++) {
+      LaneState *a = &lane[l];
+      if (a->next == p->n_ops || a->at_work || !waits_over(p, a->next, done)) continue;
+      a->at_work = 1;
+      a->left = seconds[a->next];
+      if (times) times[a->next].begin = s.seconds;
+    }
+    for (int l = 0; l < LANE_COUNT; l++) {
+      slow[l] = slowness(lane, l, link);
+      if (lane[l].at_work) step = fmin(step, lane[l].left * slow[l]);
+    }
+    if (step == DBL_MAX) panic("program %s: waits that no order can satisfy", p->name);
+    s.seconds += step;
+    if (!lane[LANE_COMPUTE].at_work) s.stalled += step;
+    for (int l = 0; l < LANE_COUNT; l++) {
+      LaneState *a = &lane[l];
+      if (!a->at_work) continue;
+      s.busy[l] += step;
+      if (a->left * slow[l] > step) {
+        a->left -= step / slow[l];
+        continue;
+      }
+      if (times) times[a->next].end = s.seconds;
+      done[a->next] = 1;
+      a->at_work = 0;
+      a->next = following[a->next];
+      remaining--;
+    }
+  }
+  free(done);
+  free(following);
+  return s;
+}
+
+double simulation_hidden(const Simulation *s) {
+  double copies = s->busy[LANE_D2H] + s->busy[LANE_H2D];
+  return copies > 0 ? 1 - fmin(s->stalled / copies, 1) : 1;
+}

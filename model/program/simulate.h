@@ -1,0 +1,19 @@
+// A finished program's lanes played forward in time: what a replay is expected to take, and what its transfers hold up.
+#ifndef TESSERA_SIMULATE_H
+#define TESSERA_SIMULATE_H
+
+#include "model/program/replay.h"
+
+typedef struct Simulation {
+  double seconds;          // from the beginning to the last lane's end
+  double busy[LANE_COUNT]; // of them, with an op of the lane at work
+  double stalled;          // of them, with none of the compute lane: it waits for a copy, or is done before one
+} Simulation;
+
+// Plays the ops: each lane in order, an op from when its waits are over, seconds [n_ops] of each with nothing beside
+// it; copies slow down by what `link` says while the other direction is busy too; with one_queue all in recorded order.
+// times [n_ops]: when each ran, or NULL.
+Simulation simulate(const Program *p, const double *seconds, const LinkRates *link, OpTime *times);
+// Of the seconds that copies ran, the share in which the compute lane went on; 1 without copies.
+double simulation_hidden(const Simulation *s);
+#endif
