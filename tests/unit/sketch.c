@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -300,6 +301,14 @@ PolicyTable random_policy(uint64_t seed) {
     t.of[i] = is_x && policy == POLICY_RECOMPUTE ? POLICY_OFFLOAD : policy;
   }
   return t;
+}
+
+Costs random_costs(uint64_t seed) {
+  Rng r = {seed};
+  double link = 1e3 * pow(10, rng_below(&r, 6)); // bytes a second; an op's launch takes the model 3 us
+  return (Costs){.rates = {.bytes = 1e9, .flops = 1e9},
+                 .link = {.d2h = link, .h2d = 2 * link, .both_d2h = link / 2, .both_h2d = link, .latency = 1e-6},
+                 .extents = {.text = 3, .image = 2, .segments = 1, .targets = 2, .pairs = 6}};
 }
 
 // ---- running them ----

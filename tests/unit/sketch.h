@@ -4,6 +4,7 @@
 #define TESSERA_TESTS_SKETCH_H
 #include "model/program/program.h"
 #include "model/program/replay.h"
+#include "model/program/seconds.h"
 
 typedef struct Rng {
   uint64_t state;
@@ -51,6 +52,9 @@ void sketch_free(Sketch *k);
 
 // MAX_LAYERS layers of random policies; x is kept or offloaded. Free with policy_table_free.
 PolicyTable random_policy(uint64_t seed);
+
+// Rates by which a copy takes anything from far less than an op to longer than all of them.
+Costs random_costs(uint64_t seed);
 
 // Memory for the spaces of one program.
 typedef struct Memory {

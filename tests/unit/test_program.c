@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,7 @@
 #include "model/program/compile.h"
 #include "model/program/planner.h"
 #include "model/program/policy.h"
+#include "model/program/simulate.h"
 #include "model/program/replay.h"
 #include "model/program/schedule.h"
 #include "model/program/waits.h"
@@ -110,6 +112,35 @@ static void test_policies_give_the_same_bits(void **state) {
     sketch_free(&keep);
   }
   assert_true(moved > 900); // the policies did change the programs
+}
+
+// Wherever the clock puts reloads, and however long it lets ranges live: the order holds, and the bits are the same.
+static void test_clocks_give_the_same_bits(void **state) {
+  (void)state;
+  Error err;
+  int unlike = 0;
+  for (uint64_t seed = 300; seed < 306; seed++) {
+    Sketch keep = sketch_new(seed, NULL);
+    uint64_t expected = sketch_result(&keep, 0, 0);
+    for (uint64_t i = 0; i < 50; i++) {
+      PolicyTable policy = random_policy(seed * 1000 + i);
+      Sketch plain = sketch_new(seed, &policy);
+      Costs costs = random_costs(i);
+      policy.costs = &costs;
+      policy.slack = .1 * (double)(i % 4);
+      Sketch k = sketch_new(seed, &policy);
+      if (waits_verify(k.p, &err) != 0) fail_msg("seed %d, %d: %s", (int)seed, (int)i, err.text);
+      check_layout(k.p);
+      assert_true(sketch_result(&k, 0, i % 4 ? i + 1 : 0) == expected);
+      for (int o = 0, other = 0; o < k.p->n_ops && !other; o++)
+        unlike += other = k.p->ops[o].lane != plain.p->ops[o].lane;
+      sketch_free(&plain);
+      sketch_free(&k);
+      policy_table_free(&policy);
+    }
+    sketch_free(&keep);
+  }
+  assert_true(unlike > 50); // reloads did begin elsewhere than a layer ahead
 }
 
 static void test_separate_allocations_give_the_same_bits(void **state) {
@@ -275,6 +306,75 @@ static void test_reloads_move_one_layer_earlier(void **state) {
   }
   program_free(p);
   policy_table_free(&policy);
+}
+
+// The same three layers by the clock, an op a second and a copy a second: a reload begins as late as it may, and where
+// its copy to the host is not done, as soon as that is.
+static void test_reloads_begin_by_the_clock(void **state) {
+  (void)state;
+  enum { L = 3 };
+  PolicyTable policy = policy_table_new(L, MEMORY_KEEP);
+  Error err;
+  Costs costs = {.link = {.d2h = 32, .h2d = 32, .both_d2h = 32, .both_h2d = 32}};
+  assert_int_equal(policy_table_set(&policy, "x", "offload", &err), 0);
+  policy.costs = &costs;
+  Program *p = program_new("clock", &sketch_dims, &backend_hash, &policy);
+  TensorId x[L + 1], dx[L + 1];
+  x[0] = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "input");
+  for (int l = 0; l < L; l++) {
+    program_layer(p, l);
+    x[l + 1] = program_tensor(p, DT_ACT, 8, "x%d", l + 1);
+    program_op(p, OP_SWIGLU_FWD, &x[l], &x[l + 1], NULL);
+    program_save(p, x[l + 1], SAVED_X);
+  }
+  program_layer(p, L);
+  dx[L] = program_tensor(p, DT_ACT, 8, "dx%d", L);
+  program_op(p, OP_SWIGLU_FWD, &x[L], &dx[L], NULL);
+  for (int l = L - 1; l >= 0; l--) {
+    program_layer(p, l);
+    dx[l] = program_tensor(p, DT_ACT, 8, "dx%d", l);
+    TensorId in[OP_MAX_IN] = {dx[l + 1], program_need(p, x[l + 1]), NONE, NONE};
+    program_op(p, OP_EXPERT_COMBINE, in, &dx[l], NULL);
+  }
+  program_output(p, dx[0]);
+  for (int i = 0; i < p->n_ops; i++)
+    costs_put(&costs, &(ClassSeconds){op_class(p, &p->ops[i]), p->ops[i].kind, 1, 1, 1});
+  program_finish(p);
+  // recorded: F0 d0 | F1 d1 | F2 d2 | loss | r2 B2 | r1 B1 | r0 B0, compute ops at 0, 1, .. 6; d2 is done at 4
+  // by the clock: F0 d0 F1 d1 F2 d2 loss r2 r1 B2 r0 B1 B0
+  static const Lane lanes[] = {LANE_COMPUTE, LANE_D2H, LANE_COMPUTE, LANE_D2H, LANE_COMPUTE, LANE_D2H,    LANE_COMPUTE,
+                               LANE_H2D,     LANE_H2D, LANE_COMPUTE, LANE_H2D, LANE_COMPUTE, LANE_COMPUTE};
+  assert_int_equal(p->n_ops, 13);
+  for (int i = 0; i < p->n_ops; i++) assert_int_equal(p->ops[i].lane, lanes[i]);
+  // x1 is copied from 1 to 2, and lives until the op that begins at 2; x3 from 3 to 4.
+  assert_int_equal(p->tensors[x[1]].last, 4);
+  assert_int_equal(p->tensors[x[3]].last, 9);
+  assert_int_equal(waits_verify(p, &err), 0);
+  double seconds[13];
+  for (int i = 0; i < 13; i++) seconds[i] = op_seconds(&costs, p, &p->ops[i]);
+  Simulation s = simulate(p, seconds, &costs.link, NULL);
+  assert_true(fabs(s.seconds - 8) < 1e-9 && fabs(s.stalled - 1) < 1e-9); // of r2
+  program_free(p);
+  costs_free(&costs);
+  policy_table_free(&policy);
+}
+
+// What is smaller than policy.least_copy is kept instead of offloaded.
+static void test_small_tensors_stay(void **state) {
+  (void)state;
+  for (int least = 32; least <= 33; least++) {
+    PolicyTable policy = policy_table_new(1, MEMORY_KEEP);
+    policy.least_copy = least;
+    policy.of[SAVED_X] = POLICY_OFFLOAD;
+    Program *p = program_new("small", &sketch_dims, &backend_hash, &policy);
+    TensorId w = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "w"), x = program_tensor(p, DT_ACT, 8, "x");
+    program_layer(p, 0);
+    program_op(p, OP_SWIGLU_FWD, &w, &x, NULL);
+    program_save(p, x, SAVED_X);
+    assert_int_equal(program_need(p, x) == x, least == 33);
+    program_free(p);
+    policy_table_free(&policy);
+  }
 }
 
 // A reload never moves before the copy it reads, even where a whole stretch of lead would take it there.
@@ -478,10 +578,13 @@ int main(void) {
     cmocka_unit_test(test_waits_order_everything),
     cmocka_unit_test(test_random_orders_give_the_same_bits),
     cmocka_unit_test(test_policies_give_the_same_bits),
+    cmocka_unit_test(test_clocks_give_the_same_bits),
     cmocka_unit_test(test_separate_allocations_give_the_same_bits),
     cmocka_unit_test(test_missing_wait_is_caught),
     cmocka_unit_test(test_early_free_is_caught),
     cmocka_unit_test(test_reloads_move_one_layer_earlier),
+    cmocka_unit_test(test_reloads_begin_by_the_clock),
+    cmocka_unit_test(test_small_tensors_stay),
     cmocka_unit_test(test_reload_follows_its_copy),
     cmocka_unit_test(test_reload_follows_a_copy_that_opens_a_layer),
     cmocka_unit_test(test_rebuild_is_shared),
