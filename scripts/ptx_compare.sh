@@ -59,16 +59,17 @@ split() {
   done | sort >"$work/$side/index"
 }
 
-# "registers spill instructions" of entry $3 of file $2 of a side, after its machine code has been left in $work/$1/sass.
+# "registers spill instructions" of entry $3 of file $2 of a side; leaves its machine code, an instruction a line, in
+# $work/$1/code.
 resources() {
-  local side=$1 file=$2 entry=$3 cubin="$work/$1/ptx/$2.cubin"
+  local side=$1 entry=$3 cubin="$work/$1/ptx/$2.cubin" offset size
   if [ ! -e "$cubin" ]; then
     ptxas -arch="sm_$arch" -O3 -v "${cubin%.cubin}.ptx" -o "$cubin" 2>"$cubin.log" || { cat "$cubin.log" >&2; exit 2; }
-    cuobjdump -sass "$cubin" >"$cubin.sass"
+    readelf -SW "$cubin" 2>/dev/null | sed 's/^ *\[ *[0-9]*\]//' >"$cubin.sections"
   fi
-  awk -v entry="$entry" '$1 == "Function" { on = $3 == entry } on && match($0, /\/\*[0-9a-f][0-9a-f][0-9a-f][0-9a-f]+\*\/ /) {
-    sub(/^[ \t]*\/\*[0-9a-f]+\*\/[ \t]*/, ""); sub(/[ \t]*\/\*.*/, ""); print }' "$cubin.sass" >"$work/$side/sass"
-  awk -v entry="'$entry'" -v n="$(grep -c . "$work/$side/sass")" '
+  read -r offset size < <(awk -v name=".text.$entry" '$1 == name { print $4, $5 }' "$cubin.sections")
+  tail -c +$((0x$offset + 1)) "$cubin" | head -c $((0x$size)) | od -An -v -tx8 -w16 >"$work/$side/code"
+  awk -v entry="'$entry'" -v n="$(grep -c . "$work/$side/code")" '
     /Compiling entry function/ { on = index($0, entry) > 0 }
     on && /bytes spill stores/ { for (i = 1; i < NF; i++) if ($(i + 2) == "spill") spill += $i }
     on && /Used [0-9]+ registers/ { match($0, /Used [0-9]+/); print substr($0, RSTART + 5, RLENGTH - 5), spill + 0, n; exit }' "$cubin.log"
@@ -91,14 +92,14 @@ number b >b.n
 join -t "$(printf '\t')" -a 1 -a 2 -e - -o 0,1.2,1.3,1.4,2.2,2.3,2.4 a.n b.n >both
 same=$(awk -F'\t' '$4 == $7' both | wc -l)
 moved=$(awk -F'\t' '$4 == $7 && $2 != $5' both | wc -l)
-echo "$same kernels the same, $moved of them in another file"
+echo "$same kernels the same, $moved of them in another file; others with registers, spilled bytes, instructions"
 status=0
 awk -F'\t' '$4 != $7 && $4 != "-" && $7 != "-"' both >differ
 while IFS=$'\t' read -r name file_a at_a _ file_b at_b _; do
   before=$(resources a "$file_a" "$(real_name a "$at_a")")
   after=$(resources b "$file_b" "$(real_name b "$at_b")")
-  lines=$(diff a/sass b/sass | grep -c '^[<>]' || true)
-  echo "differs: $file_b: $(shown "${name%#*}"): registers, spilled bytes, instructions $before -> $after; lines of machine code that differ: $lines"
+  lines=$(diff a/code b/code | grep -c '^>' || true)
+  echo "differs: $file_b: $(shown "${name%#*}"): $before -> $after, $lines of them other"
   status=1
 done <differ
 # Entries of one side alone; the same text under another name is a kernel renamed.
@@ -112,7 +113,7 @@ for side in a b; do
   other=$([ $side = a ] && echo new || echo gone)
   join -t "$(printf '\t')" -v 1 $list $other >"only.$side"
   while IFS=$'\t' read -r _ file at name; do
-    echo "$list: $file: $(shown "${name%#*}"): registers, spilled bytes, instructions $(resources $side "$file" "$(real_name $side "$at")")"
+    echo "$list: $file: $(shown "${name%#*}"): $(resources $side "$file" "$(real_name $side "$at")")"
     status=1
   done <"only.$side"
 done
