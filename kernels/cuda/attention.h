@@ -5,7 +5,7 @@
 //
 // A tile [rows, D] lies in blocks of 64 columns (32 when D is 32), one after the other; within a block the 16-byte
 // chunks of a row change places with the row, so that eight rows that are read at once lie in different banks. For
-// D >= 64 that is the 128-byte swizzle of ptx.h, for which tiles are aligned to 1024 bytes.
+// D >= 64 that is the 128-byte swizzle of wgmma.h, for which tiles are aligned to 1024 bytes.
 #ifndef TESSERA_ATTENTION_H
 #define TESSERA_ATTENTION_H
 

@@ -12,7 +12,7 @@
 #include <cuda.h>
 
 #include "kernels/cuda/gemm_tiles.h"
-#include "kernels/cuda/ptx.h"
+#include "kernels/cuda/wgmma.h"
 
 enum {
   BK = 64,
@@ -595,17 +595,9 @@ template <int KIND> static void launch_width(const GemmLaunch *l, cudaStream_t s
     launch_gathering<KIND, 128>(l, stream);
 }
 
-// Only code built for sm_90a has these kernels' bodies: other builds that run here were translated from older PTX.
-static bool built_for_this(void) {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, (const void *)gemm_sm90_kernel<GEMM_NT, 256, false>) != cudaSuccess)
-    return false;
-  return attributes.binaryVersion == 90 && attributes.ptxVersion >= 90 && encoder();
-}
-
 bool gemm_sm90_usable(void) {
-  static const bool built = built_for_this();
-  return built;
+  static const bool usable = built_for_sm90((const void *)gemm_sm90_kernel<GEMM_NT, 256, false>) && encoder();
+  return usable;
 }
 
 void gemm_sm90(const GemmLaunch *l, int kind, cudaStream_t stream) {
