@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Which kernels do two revisions compile differently? scripts/ptx_compare.sh A [B] [NAME ...]
 # Compares the PTX of every kernel in kernels/cuda between A and B (git revisions; B left out or '': the working tree),
-# of the files NAME.cu alone where names are given. Comments, lines, the numbers of labels, the names that nvcc makes of
-# a file's own and the file that a kernel stands in do not count. For each kernel that differs: registers, spilled
-# bytes and instructions in machine code, before and after. Status 1 if any differs. CUDA_ARCH: 90a unless set.
+# or of the files NAME.cu, where a NAME may be a pattern. Comments, lines, the numbers of labels, the names that nvcc
+# makes of a file's own and the file that a kernel stands in do not count. For each kernel that differs: registers,
+# spilled bytes and instructions of its machine code, before and after. Status 1 if any differs. CUDA_ARCH: 90a unless
+# set.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,/^set/{/^#/s/^# //p}' "$0" >&2; exit 2; }
 arch=${CUDA_ARCH:-90a}
@@ -24,7 +25,7 @@ compile() {
   git archive "$revision" | tar -x -C "$work/$side/tree"
   cd "$work/$side/tree"
   local files=(kernels/cuda/*.cu)
-  [ $# -eq 0 ] || files=($(for name in "$@"; do ls "kernels/cuda/$name.cu" 2>/dev/null || true; done))
+  [ $# -eq 0 ] || files=($(for name in "$@"; do ls kernels/cuda/$name.cu 2>/dev/null || true; done))
   [ ${#files[@]} -eq 0 ] || printf '%s\n' "${files[@]}" | xargs -P "$(nproc)" -I{} sh -c \
     'nvcc -std=c++17 -I. -O3 -gencode=arch=compute_'"$arch"',code=compute_'"$arch"' -ptx -o ../ptx/$(basename {} .cu).ptx {}'
   cd "$root"
@@ -35,6 +36,7 @@ compile() {
 split() {
   local side=$1 ptx name
   for ptx in "$work/$side"/ptx/*.ptx; do
+    [ -e "$ptx" ] || continue
     name=$(basename "$ptx" .ptx)
     sed -E -e 's,[[:space:]]*//.*,,' -e '/^[[:space:]]*(\.loc|\.file)[[:space:]]/d' -e '/^[[:space:]]*$/d' \
       -e 's/[0-9]+_INTERNAL_[0-9a-f]{8}_[0-9]+_[A-Za-z0-9_]+_cu_[0-9a-f]{8}/OWN/g' -e 's/_INTERNAL_[0-9a-f]{8}_[A-Za-z0-9_]+_cu_[0-9a-f]{8}_[0-9]+/OWN/g' \
