@@ -13,13 +13,24 @@ typedef struct Model {
 } Model;
 
 // What a program computes.
+//
+// A training micro-step's forward and backward pass has two bits. First of its step: its gradients overwrite, those of
+// later ones add to them. Last of its step: what begins when a step's gradients exist begins in it.
 typedef enum Mode {
-  MODE_TRAIN_FIRST, // forward and backward; gradients overwrite
-  MODE_TRAIN_LATER, // likewise, gradients add to those of the micro-steps before
-  MODE_EVAL,        // forward: nll and seg_error, noise from the evaluation stream
-  MODE_DRAW,        // forward: xhat of image rows, z fed through SPACE_INPUT
-  MODE_WRITE        // forward: logits of the rows with a target, which must be fewer than `segments`
+  MODE_TRAIN_MIDDLE = 0,
+  MODE_TRAIN_FIRST = 1,
+  MODE_TRAIN_LAST = 2,
+  MODE_TRAIN_ONLY = MODE_TRAIN_FIRST | MODE_TRAIN_LAST,
+  MODE_EVAL, // forward: nll and seg_error, noise from the evaluation stream
+  MODE_DRAW, // forward: xhat of image rows, z fed through SPACE_INPUT
+  MODE_WRITE // forward: logits of the rows with a target, which must be fewer than `segments`
 } Mode;
+static inline int mode_trains(Mode m) {
+  return m < MODE_EVAL;
+}
+static inline int mode_is_first(Mode m) {
+  return mode_trains(m) && m & MODE_TRAIN_FIRST;
+}
 
 // A recorded program and the tensors to read after its replay; NO_TENSOR where the mode has none.
 typedef struct ModelProgram {

@@ -1,4 +1,4 @@
-// The programs: training, evaluation, sampling (input.c, layer.c and heads.c, in this order and back), and the update.
+// The programs of passes: training, evaluation and sampling (input.c, layer.c and heads.c, in this order and back).
 #include "model/transformer.h"
 
 #include "model/program/compile.h"
@@ -27,7 +27,13 @@ static void record_gradient_sum(Recording *r) {
 }
 
 ModelProgram transformer_record(const Model *model, Mode mode, int slots, int segments, const PolicyTable *policy) {
-  static const char *const names[] = {"train first", "train later", "eval", "draw", "write"};
+  static const char *const names[] = {[MODE_TRAIN_MIDDLE] = "train later",
+                                      [MODE_TRAIN_FIRST] = "train first",
+                                      [MODE_TRAIN_LAST] = "train last",
+                                      [MODE_TRAIN_ONLY] = "train first",
+                                      [MODE_EVAL] = "eval",
+                                      [MODE_DRAW] = "draw",
+                                      [MODE_WRITE] = "write"};
   const Config *c = model->config;
   ModelProgram out = {.z = NO_TENSOR, .xhat = NO_TENSOR, .nll = NO_TENSOR, .seg_error = NO_TENSOR, .logits = NO_TENSOR};
   Recording *r = xcalloc(1, sizeof *r + (size_t)c->model.layers * sizeof *r->layer);
@@ -35,9 +41,9 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   r->config = c;
   r->d = dims_from_config(c, slots, segments);
   r->mode = mode;
-  r->train = mode == MODE_TRAIN_FIRST || mode == MODE_TRAIN_LATER;
-  int apart = mode == MODE_TRAIN_LATER && model->backend->gradient_per_micro;
-  r->accumulate = mode == MODE_TRAIN_LATER && !apart;
+  r->train = mode_trains(mode);
+  int adds = r->train && !mode_is_first(mode), apart = adds && model->backend->gradient_per_micro;
+  r->accumulate = adds && !apart;
   r->grads = apart ? SPACE_MICRO_GRADS : SPACE_GRADS;
   Program *p = r->p = program_new(names[mode], &r->d, model->backend, r->train ? policy : NULL);
 
@@ -48,7 +54,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   p->takes_pack = 1;
   int64_t n_metrics = metrics_size(&r->d);
   r->metrics = program_external(p, SPACE_METRICS, 0, DT_F64, n_metrics, "metrics");
-  if (mode == MODE_TRAIN_FIRST) { // evaluation sums over many replays
+  if (mode_is_first(mode)) { // evaluation sums over many replays
     OpArgs zero = {.span = {.count = n_metrics * (int64_t)sizeof(double)}};
     program_op(p, OP_ZERO, NULL, OUT(r->metrics), &zero);
   }
@@ -70,57 +76,6 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   out.program = p;
   free(r);
   return out;
-}
-
-Program *update_record(const Model *model, int ema) {
-  const ParamTable *w = &model->params;
-  Dims d = dims_from_config(model->config, 1, 1);
-  Program *p = program_new(ema ? "update with ema" : "update", &d, model->backend, NULL);
-  int64_t n = w->total;
-  TensorId weights = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, n, "weights");
-  TensorId grads = program_external(p, SPACE_GRADS, 0, DT_REAL, n, "gradients");
-  TensorId m = program_external(p, SPACE_ADAM_M, 0, DT_REAL, n, "adam m");
-  TensorId v = program_external(p, SPACE_ADAM_V, 0, DT_REAL, n, "adam v");
-  TensorId scalars = program_external(p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
-  TensorId status = program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
-  TensorId metrics = program_external(p, SPACE_METRICS, 0, DT_F64, metrics_size(&d), "metrics");
-  TensorId partial = program_tensor(p, DT_F64, w->n, "squared norms");
-  OpArgs a = {.params = {.spans = w->spans, .n = w->n}};
-  program_op(p, OP_GRAD_NORM, IN(grads, metrics, scalars), OUT(status, partial), &a);
-  TensorId rest = NO_TENSOR;
-  if (model->backend->remainder_bytes)
-    rest = program_external(p, SPACE_REST, 0, DT_U8, n * model->backend->remainder_bytes, "rest of the weights");
-  program_op(p, OP_ADAMW, IN(grads, status, scalars), OUT(weights, m, v, rest), &a);
-  if (ema)
-    program_op(p, OP_EMA, IN(weights, status, scalars, rest), OUT(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")),
-               &a);
-  program_finish(p);
-  return p;
-}
-
-Program *hash_record(const Model *model, TensorId *hash) {
-  const ParamTable *w = &model->params;
-  Dims d = dims_from_config(model->config, 1, 1);
-  Program *p = program_new("gradient hash", &d, model->backend, NULL);
-  TensorId grads = program_external(p, SPACE_GRADS, 0, DT_REAL, w->total, "gradients");
-  *hash = program_tensor(p, DT_U8, w->n * (int64_t)sizeof(uint64_t), "hashes"); // [n] U64
-  program_op(p, OP_GRAD_HASH, IN(grads), OUT(*hash), &(OpArgs){.params = {.spans = w->spans, .n = w->n}});
-  program_output(p, *hash);
-  program_finish(p);
-  return p;
-}
-
-Program *ema_record(const Model *model, int enter) {
-  Dims d = dims_from_config(model->config, 1, 1);
-  Program *p = program_new(enter ? "ema in" : "ema out", &d, model->backend, NULL);
-  int64_t n = model->params.total, bytes = n * (int64_t)model->backend->dtype_bytes[DT_ACT];
-  TensorId weights = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, n, "weights");
-  TensorId aside = program_external(p, SPACE_GRADS, 0, DT_ACT, n, "weights laid aside");
-  OpArgs copy = {.span = {.count = bytes}}, cast = {.span = {.count = n}};
-  program_op(p, OP_COPY, IN(enter ? weights : aside), OUT(enter ? aside : weights), &copy);
-  if (enter) program_op(p, OP_CAST, IN(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")), OUT(weights), &cast);
-  program_finish(p);
-  return p;
 }
 
 double transformer_flops(const Config *c, double text_tokens, double image_tokens, double pairs) {

@@ -129,7 +129,7 @@ int dump_step(Engine *e, const Batch *const *packs, int n, const char *folder, E
             write_slab(e, folder, "params.safetensors", SPACE_WEIGHTS, err) != 0;
   free(config);
   for (int k = 0; !bad && k < n; k++) {
-    const ModelProgram *m = k ? &e->later : &e->first;
+    const ModelProgram *m = engine_micro_step(e, k);
     engine_run(e, m, packs[k]->dims, NULL);
     bad = write_pack(e, m, packs[k], folder, k, err) != 0;
   }

@@ -7,6 +7,7 @@
 #include "model/program/planner.h"
 #include "model/program/policy.h"
 #include "model/program/replay.h"
+#include "model/update.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -59,9 +60,10 @@ static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
     const TensorPolicy *t = &c->memory.per_tensor[i];
     if (policy_table_set(&e->policy, t->name, t->policy, err) != 0) return -1;
   }
-  e->first = transformer_record(&e->model, MODE_TRAIN_FIRST, e->slots, e->segments, &e->policy);
-  if (c->train.micro_batches > 1)
-    e->later = transformer_record(&e->model, MODE_TRAIN_LATER, e->slots, e->segments, &e->policy);
+  int several = c->train.micro_batches > 1;
+  e->first =
+      transformer_record(&e->model, several ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY, e->slots, e->segments, &e->policy);
+  if (several) e->later = transformer_record(&e->model, MODE_TRAIN_MIDDLE, e->slots, e->segments, &e->policy);
   return 0;
 }
 
@@ -372,6 +374,10 @@ static void stage_pack(Engine *e, const void *pack, size_t bytes) {
   queue_copy(b, LANE_H2D, e->bases.of[SPACE_STAGING], e->pinned.pack[k], bytes);
   q->record(LANE_H2D, EVENT_PACK_READY + k);
   q->wait(LANE_COMPUTE, EVENT_PACK_READY + k);
+}
+
+const ModelProgram *engine_micro_step(const Engine *e, int k) {
+  return k ? &e->later : &e->first;
 }
 
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times) {

@@ -74,6 +74,8 @@ void engine_free(Engine *e);
 // The smallest forward-only program with room for this many tokens and image segments; NULL when none has.
 const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int images);
 
+// The program of micro-step k, from 0, of a step.
+const ModelProgram *engine_micro_step(const Engine *e, int k);
 // Stages a laid-out pack (batch_bind's block for the program's capacities), which may be overwritten when this returns,
 // and replays.
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times);

@@ -67,7 +67,7 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepSum
     const BatchDims *d = pack->batch.dims;
     s->data_wait += waited;
     s->tokens += d->n_text + d->n_image - pack->padding;
-    const ModelProgram *m = k ? &e->later : &e->first;
+    const ModelProgram *m = engine_micro_step(e, k);
     const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, count_pairs(&pack->batch)};
     // What the model needs: padding is work, but no use.
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);

@@ -183,7 +183,7 @@ static Outcome read_outcome(const Engine *e) {
 
 static Outcome run_packs(Engine *e, const Documents *d, int packs) {
   for (int k = 0; k < packs; k++) {
-    const ModelProgram *m = k ? &e->later : &e->first;
+    const ModelProgram *m = engine_micro_step(e, k);
     void *pack = pack_make(m->program, d, d->first[k * GROUPS / packs], d->first[(k + 1) * GROUPS / packs], packs);
     engine_run(e, m, pack, NULL);
     free(pack);

@@ -398,7 +398,7 @@ static void test_accumulation_is_the_sum(void **state) {
   ModelCase c;
   model_case_init(&c, 900, 1);
   ModelProgram first = model_case_record(&c, MODE_TRAIN_FIRST, NULL, 0);
-  ModelProgram later = model_case_record(&c, MODE_TRAIN_LATER, NULL, 0);
+  ModelProgram later = model_case_record(&c, MODE_TRAIN_MIDDLE, NULL, 0);
   Bases b = c.bases;
   program_bind(first.program, &b);
   program_bind(later.program, &b);
@@ -481,7 +481,7 @@ static void test_micro_batches_equal_one_batch(void **state) {
     op_case_pack(&c.ops, PACK_EMPTY); // makes the block
     model_case_fit_pack(&c);
     ModelProgram first = model_case_record(&c, MODE_TRAIN_FIRST, NULL, 0);
-    ModelProgram later = model_case_record(&c, MODE_TRAIN_LATER, NULL, 0);
+    ModelProgram later = model_case_record(&c, MODE_TRAIN_MIDDLE, NULL, 0);
     program_bind(first.program, &c.bases);
     program_bind(later.program, &c.bases);
     for (int k = 0; k < packs; k++) {

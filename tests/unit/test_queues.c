@@ -115,7 +115,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
       o.elapsed -= device_time();
     }
     for (int m = 0; m < MICRO; m++) {
-      const ModelProgram *p = m ? &e.later : &e.first;
+      const ModelProgram *p = engine_micro_step(&e, m);
       OpTime *times = step == profiled ? xcalloc((size_t)p->program->n_ops, sizeof *times) : NULL;
       memcpy(given, w->pack[step * MICRO + m], w->pack_bytes);
       engine_run(&e, p, given, times);
