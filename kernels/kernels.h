@@ -339,7 +339,8 @@ enum {
   EVENT_SLAB_FREE = EVENT_RESULTS + 2,         // what was given before reads or writes the slabs no more
   EVENT_SLAB_SENT,                             // a piece of a slab has arrived; SLAB_SLOTS, in turn
   EVENT_STAGED = EVENT_SLAB_SENT + SLAB_SLOTS, // a piece of one has arrived on the host; two, in turn
-  EVENT_REPLAY = EVENT_STAGED + 2
+  EVENT_TIMED = EVENT_STAGED + 2,              // where what is being timed begins and ends
+  EVENT_REPLAY = EVENT_TIMED + 2
 };
 
 typedef struct Queues {
@@ -397,12 +398,13 @@ struct Backend {
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.
   double (*sheet_flops)(void);
   DeviceRates (*rates)(void); // measures the open device; NULL: nothing is known
-  // Measures the open device's copies, with all queues empty. NULL: there is no link.
+  // Measures copies, with all queues empty; zeros where no device is open. NULL: there is no link.
   LinkRates (*link)(void);
   DeviceRates assumed; // of the device that plans are made for where none is open
   LinkRates assumed_link;
   int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known
   int64_t (*memory)(void);      // bytes that a run may plan with
+  int64_t (*in_use)(void);      // of the open device, taken since it was opened; NULL: not known
   void *(*alloc)(size_t bytes); // device memory of any content, aligned to 256; NULL when there is not enough
   void (*release)(void *p);
   void *(*host_alloc)(size_t bytes); // memory of the host that copy lanes reach at full speed, likewise

@@ -23,7 +23,8 @@ static struct {
   cudaStream_t stream[LANE_COUNT];
   std::vector<cudaEvent_t> event; // made when first named
   int sm_count;
-  double sheet_flops; // Backend.sheet_flops
+  size_t free_at_open; // bytes, when the context was there and nothing else
+  double sheet_flops;  // Backend.sheet_flops
   char name[256];
   std::mutex pinned_lock;
   std::map<void *, size_t> pinned; // bytes of large host memory
@@ -137,6 +138,8 @@ static int cuda_open(Error *err) {
     return -2;
   }
   for (int l = 0; l < LANE_COUNT; l++) CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream[l], cudaStreamNonBlocking));
+  size_t total;
+  CUDA_CHECK(cudaMemGetInfo(&gpu.free_at_open, &total));
   gpu.sm_count = prop.multiProcessorCount;
   gpu.sheet_flops = sheet_flops(&prop);
   snprintf(gpu.name, sizeof gpu.name, "%s", prop.name);
@@ -154,6 +157,12 @@ static int64_t cuda_memory(void) {
   }
   const size_t own = (size_t)512 << 20;
   return free_bytes > own ? (int64_t)(free_bytes - own) : 0;
+}
+
+static int64_t cuda_in_use(void) {
+  size_t free_bytes, total;
+  CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+  return (int64_t)gpu.free_at_open - (int64_t)free_bytes;
 }
 
 static cudaEvent_t event_at(int number) {
@@ -265,6 +274,12 @@ static void cuda_download(void *host, const void *device, size_t bytes) {
 
 static void cuda_clear(void *device, size_t bytes) {
   CUDA_CHECK(cudaMemsetAsync(device, 0, bytes, gpu.stream[LANE_COMPUTE]));
+}
+
+static LinkRates cuda_link(void) {
+  const LinkRates none = {};
+  if (!gpu.sm_count) return none;
+  return link_measure(gpu.stream[LANE_D2H], gpu.stream[LANE_H2D], cuda_host_alloc, cuda_host_release);
 }
 
 // ---- queues ----
@@ -442,6 +457,8 @@ static Backend backend_make(void) {
   b.kernels = cuda_kernels;
   b.sheet_flops = cuda_sheet_flops;
   b.rates = cuda_rates;
+  b.link = cuda_link;
+  b.in_use = cuda_in_use;
   // An H200's, in a socket of fifth-generation PCI Express.
   b.assumed = {4.2e12, 710e12, 0};
   b.assumed_link = {55.3e9, 55.3e9, 48.9e9, 48.9e9, 10e-6};

@@ -36,7 +36,6 @@ static Extents captioned_expected(const Config *c) {
 
 Extents extents_expected(const Config *c, int slots) {
   enum { LONG_TEXT = 1024 };
-  const double fill = .98; // of the slots: the last ones are too few for another document
   double n = fmin(config_max_document(c), LONG_TEXT), captioned = c->data.sources ? 0 : 1, texts = 0;
   const Extents text = {n, 0, 0, n - 1, causal_pairs(n, 0)}, image = captioned_expected(c);
   for (int i = 0; i < c->data.sources; i++)
@@ -44,7 +43,7 @@ Extents extents_expected(const Config *c, int slots) {
   Extents mean = {0}, pack = {0};
   add(&mean, captioned / (captioned + texts), &image);
   add(&mean, texts / (captioned + texts), &text);
-  double documents = fill * slots / (mean.text + mean.image);
+  double documents = slots / (mean.text + mean.image);
   if (mean.segments > 0) documents = fmin(documents, config_max_images(c) / mean.segments);
   documents = fmin(documents, config_max_text(c) / mean.text);
   add(&pack, documents, &mean);

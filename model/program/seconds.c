@@ -177,6 +177,11 @@ double op_seconds(const Costs *c, const Program *p, const Op *op) {
   return op_model_seconds(c, p, op) * (c->scale[op->kind] > 0 ? c->scale[op->kind] : 1);
 }
 
+int costs_have(const Costs *c, const Program *p, const Op *op) {
+  uint64_t of = op_class(p, op);
+  return class_found(c, class_at(c, of), of);
+}
+
 double program_seconds(const Costs *c, const Program *p) {
   double sum = 0;
   for (int i = 0; i < p->n_ops; i++)
@@ -212,27 +217,28 @@ void costs_note(Costs *c, const Program *p, const double *seconds) {
   free(noted);
 }
 
-static double fitted(double seconds, double less) {
-  return fmax(seconds - less, seconds / 2);
+static double closed(double seconds, double gap) {
+  return fmax(seconds - gap, seconds / 2);
 }
 
-void seconds_fit(const Program *p, double *seconds, double total) {
-  double low = 0, high = 0, sum = 0;
-  for (int i = 0; i < p->n_ops; i++) {
-    if (p->ops[i].lane != LANE_COMPUTE) continue;
-    sum += seconds[i];
-    high = fmax(high, seconds[i]);
+static double closed_sum(const Program *p, const double *seconds, double gap) {
+  double sum = 0;
+  for (int i = 0; i < p->n_ops; i++)
+    if (p->ops[i].lane == LANE_COMPUTE) sum += closed(seconds[i], gap);
+  return sum;
+}
+
+double seconds_gap(const Program *p, const double *seconds, double total) {
+  double low = 0, high = 0;
+  if (closed_sum(p, seconds, 0) <= total) return 0;
+  for (int i = 0; i < p->n_ops; i++) high = fmax(high, seconds[i]);
+  for (int round = 0; round < 60; round++) { // the sum falls as the gap grows
+    double gap = (low + high) / 2;
+    *(closed_sum(p, seconds, gap) > total ? &low : &high) = gap;
   }
-  if (total >= sum) return;
-  for (int round = 0; round < 60; round++) { // the sum falls with what is taken
-    double less = (low + high) / 2;
-    sum = 0;
-    for (int i = 0; i < p->n_ops; i++)
-      if (p->ops[i].lane == LANE_COMPUTE) sum += fitted(seconds[i], less);
-    if (sum > total)
-      low = less;
-    else
-      high = less;
-  }
-  for (int i = 0; i < p->n_ops; i++) seconds[i] = fitted(seconds[i], high);
+  return high;
+}
+
+void seconds_close(const Program *p, double *seconds, double gap) {
+  for (int i = 0; i < p->n_ops; i++) seconds[i] = closed(seconds[i], gap);
 }

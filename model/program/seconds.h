@@ -36,6 +36,8 @@ double op_model_seconds(const Costs *c, const Program *p, const Op *op);
 double op_seconds(const Costs *c, const Program *p, const Op *op);
 // A transfer on LANE_D2H or LANE_H2D; both: while the other lane is busy too.
 double copy_seconds(const Costs *c, Lane lane, double bytes, int both);
+// Whether the op's class was measured.
+int costs_have(const Costs *c, const Program *p, const Op *op);
 // The compute lane's ops of a program one after the other: a step's part without transfers.
 double program_seconds(const Costs *c, const Program *p);
 
@@ -44,8 +46,9 @@ void costs_put(Costs *c, const ClassSeconds *x);
 // Notes what the ops of a program took, seconds [n_ops]; copy lanes' are left out. Classes that the program has lose
 // what was measured of them before.
 void costs_note(Costs *c, const Program *p, const double *seconds);
-// Ops that are timed one by one take longer than in a graph, by an event and a launch that the device waits for: takes
-// from each what makes the compute lane's sum `total` seconds, the same from all but those that have no more than twice
-// that, which lose half. A total beyond the sum leaves them as they are.
-void seconds_fit(const Program *p, double *seconds, double total);
+// Ops that are timed one by one take longer than in a graph: by the events around them, and where the device waits for
+// their launch. The seconds that have to be taken from each of the compute lane's ops, so that they sum up to `total`;
+// at least 0. No op loses more than half.
+double seconds_gap(const Program *p, const double *seconds, double total);
+void seconds_close(const Program *p, double *seconds, double gap);
 #endif

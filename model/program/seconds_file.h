@@ -1,0 +1,21 @@
+// Measured costs in a file, so that a run that starts again need not measure.
+//
+//   {"device": "NVIDIA H200", "build": "0123..", "sizes": "T 16384, ..", "extents": {"text": .., ..}, "rates": {..},
+//    "link": {..}, "classes": [{"class": "89ab..", "op": "LINEAR_FWD", "seconds": .., "model": .., "measured": 20},
+//    ..]}
+#ifndef TESSERA_SECONDS_FILE_H
+#define TESSERA_SECONDS_FILE_H
+
+#include "model/program/seconds.h"
+
+// What times depend on besides the classes: costs are of no use where one of these is another.
+typedef struct CostsKey {
+  const char *device, *build, *sizes;
+} CostsKey;
+
+// Writes PATH.new and puts it in the place of PATH. -1 with *err where it cannot.
+int costs_save(const Costs *c, const CostsKey *key, const char *path, Error *err);
+// Replaces what *c has by the file's. 1 when it did; 0 where there is no file, and with a message where it has another
+// key or is damaged: *c is as it was.
+int costs_load(Costs *c, const CostsKey *key, const char *path);
+#endif
