@@ -183,7 +183,7 @@ void measure_train(Engine *e, const void *pack, const Extents *extents, Costs *c
     if (!is_measured(c, own[i]->program)) measure_program(e, own[i], pack, &gap, c);
   }
   if (c->n_classes > before)
-    log_info("times of %d kinds of ops measured in %.1f s", c->n_classes - before, time_now() - began);
+    log_info("%d kinds of ops timed in %.1f s", c->n_classes - before, time_now() - began);
 }
 
 void measure_note(const Program *p, const OpTime *times, Costs *c) {
