@@ -174,16 +174,15 @@ void measure_train(Engine *e, const void *pack, const Extents *extents, Costs *c
   const ModelProgram *const own[] = {&e->first, &e->later};
   double began = time_now(), gap = 3e-6; // of an H200 and its host
   if (!e->model.backend->queues || e->bases.separate) return;
+  Mode first = e->later.program ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY;
   int before = c->n_classes;
   c->extents = *extents;
   for (int i = 0; i < 2; i++) {
     if (!own[i]->program) continue;
-    if (e->config->memory.policy == MEMORY_AUTO)
-      measure_recomputed(e, i ? MODE_TRAIN_LATER : MODE_TRAIN_FIRST, pack, &gap, c);
+    if (e->config->memory.policy == MEMORY_AUTO) measure_recomputed(e, i ? MODE_TRAIN_MIDDLE : first, pack, &gap, c);
     if (!is_measured(c, own[i]->program)) measure_program(e, own[i], pack, &gap, c);
   }
-  if (c->n_classes > before)
-    log_info("%d kinds of ops timed in %.1f s", c->n_classes - before, time_now() - began);
+  if (c->n_classes > before) log_info("%d kinds of ops timed in %.1f s", c->n_classes - before, time_now() - began);
 }
 
 void measure_note(const Program *p, const OpTime *times, Costs *c) {

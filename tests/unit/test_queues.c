@@ -93,7 +93,7 @@ static void measure(World *w, Engine *e) {
   Costs costs = costs_new(e->model.backend, &(Extents){0});
   const Extents extents = {.text = 3, .image = 4, .segments = 1, .targets = 2, .pairs = 20};
   PolicyTable policy = policy_table_new(w->c.config.model.layers, MEMORY_RECOMPUTE);
-  ModelProgram m = transformer_record(&e->model, MODE_TRAIN_LATER, e->slots, e->segments, &policy);
+  ModelProgram m = transformer_record(&e->model, MODE_TRAIN_MIDDLE, e->slots, e->segments, &policy);
   const Program *programs[] = {e->first.program, e->later.program, m.program};
   measure_train(e, w->pack[1], &extents, &costs);
   assert_memory_equal(&costs.extents, &extents, sizeof extents);
