@@ -5,42 +5,11 @@
 // in; b2, xnew, h out) and 2 more with a shared expert, backward 2 (K + 6) (K rows of dslot, the router's gradient,
 // dxnew, x, branch in; dx, dbranch out) and the sums over segments.
 #include "kernels/cuda/adaln_rows.h"
-#include "kernels/cuda/experts.h"
+#include "kernels/cuda/combine.h"
 
 #include <limits.h>
 
 enum { TOGETHER = 4 }; // experts whose rows are asked for together; few models have more for a token
-
-typedef struct Combine {
-  const bf16 *y[MODALITIES]; // [slots, C] views
-  const int32_t *slot;       // [T, Kmax]
-  const float *weights;      // [T, Kmax] or NULL
-  const bf16 *add;           // [T, C] or NULL
-  int kmax, K[MODALITIES];
-} Combine;
-
-static Combine combine_of(const KernelCall *c, const void *weights, const void *add) {
-  const Dims *d = c->dims;
-  const int C[MODALITIES] = {d->C, d->C};
-  Combine s = {};
-  s.slot = route_of(c, 1).slot;
-  s.weights = (const float *)weights;
-  s.add = (const bf16 *)add;
-  s.kmax = dims_kmax(d);
-  for (int m = 0; m < MODALITIES; m++) {
-    s.y[m] = (const bf16 *)c->in[0] + slots_at(d, C, 1, m);
-    s.K[m] = d->K[m];
-  }
-  return s;
-}
-
-// Of a row's modality: experts of a token, and where their rows begin.
-static __device__ inline int combine_experts(const Combine &s, int64_t r, int n_text) {
-  return r < n_text ? s.K[TEXT] : s.K[IMAGE];
-}
-static __device__ inline const bf16 *combine_slots(const Combine &s, int64_t r, int n_text) {
-  return r < n_text ? s.y[TEXT] : s.y[IMAGE];
-}
 
 // Assignments of a row, in registers of every thread. `weights` below is the Combine's, or a NULL that the compiler
 // sees: the gradient's sum has none, and no registers for them.
@@ -115,7 +84,6 @@ static __device__ inline void parts_load(Parts *parts, const bf16 *y, const Pick
   for (int n = 0; n < TOGETHER; n++) parts->y[n] = load_once(y + (int64_t)p.slot[n] * C + column, column < C && n < k);
 }
 
-// The same additions as EXPERT_COMBINE's.
 static __device__ inline void parts_add(float sum[8], const Parts &parts, const Picks &p, int k) {
 #pragma unroll
   for (int n = 0; n < TOGETHER; n++) {

@@ -1,11 +1,9 @@
 // Experts of both modalities, over assignments sorted by expert: products through gemm.h, whose groups are the experts,
-// which also take the activation forward and backward; and the sum over a token's experts.
+// which also take the activation forward and backward.
 #include "kernels/cuda/experts.h"
 #include "kernels/cuda/gemm.h"
 
-#include <limits.h>
-
-enum { THREADS = 256, WARPS = THREADS / 32, MOST_EXPERTS = 8 }; // MOST_EXPERTS of one token
+enum { THREADS = 256 };
 
 // ---- products ----
 
@@ -113,84 +111,6 @@ extern "C" void cuda_EXPERT_UP_WGRAD(const KernelCall *c) {
     s->c = c->out[m]; // dW1 [E, 2F, C]
   }
   gemm_weights(&g, call_stream(c));
-}
-
-// ---- combine ----
-
-typedef struct Combine {
-  const bf16 *y[MODALITIES]; // [slots, C] views
-  const int32_t *slot;       // [T, Kmax]
-  const float *weights;      // [T, Kmax] or NULL
-  const bf16 *add;           // [T, C] or NULL
-  bf16 *out;                 // [T, C]
-  int T, C, kmax, K[MODALITIES];
-} Combine;
-
-// A warp takes a row. Slots ascend with the expert, so that the order of the experts is the order of the slots: lane j
-// holds assignment j and counts the smaller ones. N is Kmax, rounded up to a power of two: the loads of all experts are
-// in flight together.
-template <int N> static __global__ void __launch_bounds__(THREADS) combine_rows(Combine p, const BatchDims *dims) {
-  const int n_text = dims->n_text, used = n_text + dims->n_image;
-  const int lane = threadIdx.x % 32;
-  for (int64_t r = blockIdx.x * WARPS + threadIdx.x / 32; r < p.T; r += gridDim.x * WARPS) {
-    const int k = r >= used ? 0 : r < n_text ? p.K[TEXT] : p.K[IMAGE];
-    const int mine = lane < k ? p.slot[r * p.kmax + lane] : INT_MAX;
-    const float weight = lane < k && p.weights ? p.weights[r * p.kmax + lane] : 1;
-    int rank = 0;
-#pragma unroll
-    for (int j = 0; j < N; j++) rank += __shfl_sync(0xffffffffu, mine, j) < mine;
-    const bf16 *from[N];
-    float w[N];
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-      const int source = __ffs(__ballot_sync(0xffffffffu, rank == n && lane < k)) - 1; // -1, any lane, where n >= k
-      const int slot = __shfl_sync(0xffffffffu, mine, source & 31);
-      w[n] = __shfl_sync(0xffffffffu, weight, source & 31);
-      from[n] = (r < n_text ? p.y[TEXT] : p.y[IMAGE]) + (n < k ? (int64_t)slot * p.C : 0);
-    }
-    for (int column = lane * 8; column < p.C; column += 256) {
-      float sum[8] = {0}, x[8];
-      uint4 piece[N];
-#pragma unroll
-      for (int n = 0; n < N; n++)
-        piece[n] = n < k ? *reinterpret_cast<const uint4 *>(from[n] + column) : make_uint4(0, 0, 0, 0);
-      if (p.add && k) load8(p.add + r * p.C + column, sum);
-#pragma unroll
-      for (int n = 0; n < N; n++) {
-        unpack8(piece[n], x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] = n < k ? fmaf(w[n], x[i], sum[i]) : sum[i];
-      }
-      store8(p.out + r * p.C + column, sum);
-    }
-  }
-}
-
-extern "C" void cuda_EXPERT_COMBINE(const KernelCall *c) {
-  const Dims *d = c->dims;
-  const int C[MODALITIES] = {d->C, d->C};
-  Combine p = {};
-  p.slot = route_of(c, 1).slot;
-  p.weights = (const float *)c->in[2];
-  p.add = (const bf16 *)c->in[3];
-  p.out = (bf16 *)c->out[0];
-  p.T = d->T;
-  p.C = d->C;
-  p.kmax = dims_kmax(d);
-  for (int m = 0; m < MODALITIES; m++) {
-    p.y[m] = (const bf16 *)c->in[0] + slots_at(d, C, 1, m);
-    p.K[m] = d->K[m];
-  }
-  const int grid = grid_striding(ceil_div(d->T, WARPS));
-  const BatchDims *dims = c->batch->dims;
-  if (p.kmax == 1)
-    CUDA_LAUNCH(combine_rows<1>, grid, THREADS, 0, call_stream(c), p, dims);
-  else if (p.kmax == 2)
-    CUDA_LAUNCH(combine_rows<2>, grid, THREADS, 0, call_stream(c), p, dims);
-  else if (p.kmax <= 4)
-    CUDA_LAUNCH(combine_rows<4>, grid, THREADS, 0, call_stream(c), p, dims);
-  else
-    CUDA_LAUNCH(combine_rows<MOST_EXPERTS>, grid, THREADS, 0, call_stream(c), p, dims);
 }
 
 // ---- backward of the weighted activation ----

@@ -1,5 +1,5 @@
 // What the ops on assignments share (experts.cu: grouped products; experts_loop.cu: a library product an expert;
-// combine_adaln.cu): where an op's routes and per-assignment buffers lie.
+// combine.h): where an op's routes and per-assignment buffers lie.
 #ifndef TESSERA_CUDA_EXPERTS_H
 #define TESSERA_CUDA_EXPERTS_H
 
