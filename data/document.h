@@ -10,8 +10,6 @@
 //                      image is drawn, it is noised and ends the document; with text after it, it appears twice, noised
 //                      and then clean ([boi] noised-image clean-image [eoi]), at the same rotary positions.
 // clang-format on
-//
-// Special ids follow from the vocabulary's size V (data/tokenizer.h): special_ids.
 #ifndef TESSERA_DOCUMENT_H
 #define TESSERA_DOCUMENT_H
 
@@ -19,14 +17,7 @@
 #include <stdint.h>
 
 #include "data/image.h"
-
-// Begin and end of a document, begin and end of an image.
-typedef struct SpecialIds {
-  int32_t bos, eos, boi, eoi;
-} SpecialIds;
-static inline SpecialIds special_ids(int vocab) {
-  return (SpecialIds){.bos = vocab - 4, .eos = vocab - 3, .boi = vocab - 2, .eoi = vocab - 1};
-}
+#include "data/tokenizer.h"
 
 typedef enum PartKind { PART_TEXT, PART_IMAGE } PartKind;
 

@@ -56,10 +56,6 @@ int64_t source_count(const Source *s) {
   return s->count;
 }
 
-int64_t source_skipped(const Source *s) {
-  return unused_total(&s->unused);
-}
-
 int source_limit_pixels(Source *s, int64_t max_pixels, Error *err) {
   int64_t kept = 0;
   for (int64_t i = 0; i < s->count; i++) {
@@ -91,7 +87,7 @@ SourceStats source_stats(const Source *s) {
 
 void source_log(const Source *s) {
   SourceStats stats = source_stats(s);
-  int64_t skipped = source_skipped(s), files = stats.unused.count[UNUSED_FILE];
+  int64_t skipped = unused_total(&stats.unused), files = stats.unused.count[UNUSED_FILE];
   for (int i = 0; i < UNUSED_FILE; i++)
     if (stats.unused.first[i]) log_warn("%s", stats.unused.first[i]);
   char *unused = unused_print(&stats.unused);

@@ -63,8 +63,7 @@ void source_close(Source *source);
 // *err set when none is left.
 int source_limit_pixels(Source *source, int64_t max_pixels, Error *err);
 
-int64_t source_count(const Source *source);   // samples
-int64_t source_skipped(const Source *source); // samples left out, whatever the reason
+int64_t source_count(const Source *source); // samples
 SourceStats source_stats(const Source *source);
 // Logs what the source is in a line, after a warning for the first sample of each reason why some are left out.
 void source_log(const Source *source);

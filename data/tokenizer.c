@@ -258,22 +258,6 @@ int tokenizer_used(const Tokenizer *t) {
   return 256 + t->merges;
 }
 
-int tokenizer_bos(const Tokenizer *t) {
-  return t->vocab - 4;
-}
-
-int tokenizer_eos(const Tokenizer *t) {
-  return t->vocab - 3;
-}
-
-int tokenizer_boi(const Tokenizer *t) {
-  return t->vocab - 2;
-}
-
-int tokenizer_eoi(const Tokenizer *t) {
-  return t->vocab - 1;
-}
-
 // ---- encode and decode
 
 // Symbols of one word as a linked list, and a heap of the merges that may apply: n log n even for long words.

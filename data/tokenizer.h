@@ -27,10 +27,14 @@ void tokenizer_free(Tokenizer *t);
 
 int tokenizer_vocab(const Tokenizer *t); // V
 int tokenizer_used(const Tokenizer *t);  // 256 + merges: ids in [used, V-4) stand for nothing and are never sampled
-int tokenizer_bos(const Tokenizer *t);   // V-4: begins a document
-int tokenizer_eos(const Tokenizer *t);   // V-3: ends it
-int tokenizer_boi(const Tokenizer *t);   // V-2: an image begins
-int tokenizer_eoi(const Tokenizer *t);   // V-1: it has ended
+
+// The last ids of a vocabulary: a document begins, it ends, an image begins, it has ended.
+typedef struct SpecialIds {
+  int32_t bos, eos, boi, eoi;
+} SpecialIds;
+static inline SpecialIds special_ids(int vocab) {
+  return (SpecialIds){.bos = vocab - 4, .eos = vocab - 3, .boi = vocab - 2, .eoi = vocab - 1};
+}
 
 // Text (any bytes; those that are not UTF-8 stand for themselves) to ids; returns their number, at most `bytes`, for
 // which ids must have room. No specials are added.

@@ -268,7 +268,7 @@ int32_t sampler_choose(const float *logits, const Tokenizer *t, double temperatu
   int n = tokenizer_used(t) + 1;
   Choice *choice = xmalloc((size_t)n * sizeof *choice);
   for (int i = 0; i < n; i++) {
-    int32_t id = i + 1 < n ? i : tokenizer_eos(t);
+    int32_t id = i + 1 < n ? i : special_ids(tokenizer_vocab(t)).eos;
     choice[i] = (Choice){isnan(logits[id]) ? -INFINITY : logits[id], id};
   }
   qsort(choice, (size_t)n, sizeof *choice, choice_compare);
@@ -372,8 +372,8 @@ static int writing_run(Engine *e, const Tokenizer *t, Writing *w, int n, int fir
       Writing *at = &w[who[i]];
       float u = philox_uniform(philox4(seed, (uint64_t)(first + who[i]), STREAM_SAMPLE, step).v[0]);
       int32_t id = sampler_choose(logits + (int64_t)i * V, t, o->temperature, o->top_p, u);
-      at->done = id == tokenizer_eos(t) || --at->room == 0;
-      if (id != tokenizer_eos(t)) document_add_text(&at->doc, &id, 1);
+      at->done = id == special_ids(tokenizer_vocab(t)).eos || --at->room == 0;
+      if (id != special_ids(tokenizer_vocab(t)).eos) document_add_text(&at->doc, &id, 1);
     }
   }
   forward_pack_free(&pack);

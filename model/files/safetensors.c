@@ -30,11 +30,8 @@ static const struct {
     [SAFE_I64] = {"I64", 8}, [SAFE_U8] = {"U8", 1},   [SAFE_BF16] = {"BF16", 2},
 };
 
-size_t safe_dtype_bytes(SafeDtype dtype) {
-  return dtypes[dtype].bytes;
-}
-
-int64_t safe_elements(const SafeTensor *t) {
+// The product of the shape.
+static int64_t safe_elements(const SafeTensor *t) {
   int64_t n = 1;
   for (int i = 0; i < t->rank; i++) n *= t->shape[i];
   return n;
@@ -217,12 +214,6 @@ uint64_t safetensors_header(const SafeFile *f) {
 const SafeTensor *safetensors_find(const SafeFile *f, const char *name) {
   for (int i = 0; i < f->n; i++)
     if (strcmp(f->tensor[i].name, name) == 0) return &f->tensor[i];
-  return NULL;
-}
-
-const char *safetensors_metadata(const SafeFile *f, const char *key) {
-  for (int i = 0; i < f->n_metadata; i++)
-    if (strcmp(f->metadata[i].key, key) == 0) return f->metadata[i].value;
   return NULL;
 }
 

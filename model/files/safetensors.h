@@ -56,9 +56,7 @@ typedef struct SafeFile {
   struct SafeMap *map;
 } SafeFile;
 
-size_t safe_dtype_bytes(SafeDtype dtype);   // of an element
-int64_t safe_elements(const SafeTensor *t); // product of the shape
-size_t safe_bytes(const SafeTensor *t);     // elements times their size
+size_t safe_bytes(const SafeTensor *t); // elements times their size
 
 // Maps a file and checks its header: length, JSON, dtypes, shapes (overflow included), and that the tensors cover the
 // data exactly, without overlap or hole. NULL with *err set naming the file and the tensor. The names, strings and
@@ -72,9 +70,8 @@ void safetensors_unmap_data(SafeFile *f);
 uint64_t safetensors_size(const SafeFile *f);
 uint64_t safetensors_header(const SafeFile *f);
 
-// A tensor or metadata value by name; NULL when there is none.
+// A tensor by name; NULL when there is none.
 const SafeTensor *safetensors_find(const SafeFile *f, const char *name);
-const char *safetensors_metadata(const SafeFile *f, const char *key);
 
 // The same with dtype and shape demanded: NULL with *err set saying what is there instead. rank < 0: any shape.
 const SafeTensor *safetensors_get(const SafeFile *f, const char *name, SafeDtype dtype, int rank, const int64_t *shape,

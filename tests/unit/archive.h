@@ -1,8 +1,9 @@
-// A scratch folder for a test program, and tar archives made by hand in it. Included after cmocka.h.
+// A scratch folder for a test program, tar archives made by hand in it, and what a source left out of them. Included
+// after cmocka.h.
 #ifndef TESSERA_TEST_ARCHIVE_H
 #define TESSERA_TEST_ARCHIVE_H
 
-#include "base/base.h"
+#include "data/source.h"
 
 #include <ftw.h>
 #include <stdio.h>
@@ -107,5 +108,13 @@ static inline void archive_write(Archive *a, const char *name) {
   write_bytes(name, a->bytes, a->n);
   free(a->bytes);
   *a = (Archive){0};
+}
+
+// ---- sources
+
+// Samples left out, whatever the reason.
+static inline int64_t samples_left_out(const Source *s) {
+  SourceStats stats = source_stats(s);
+  return unused_total(&stats.unused);
 }
 #endif

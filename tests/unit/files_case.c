@@ -9,6 +9,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -83,7 +84,13 @@ void assert_same_tensors(const SafeFile *f, const Tensors *m) {
     assert_int_equal(got->dtype, want->dtype);
     assert_int_equal(got->rank, want->rank);
     for (int d = 0; d < got->rank; d++) assert_int_equal(got->shape[d], want->shape[d]);
-    assert_int_equal((uintptr_t)got->data % safe_dtype_bytes(got->dtype), 0);
+    assert_int_equal((uintptr_t)got->data % safe_bytes(&(SafeTensor){.dtype = got->dtype}), 0);
     if (safe_bytes(want)) assert_memory_equal(got->data, want->data, safe_bytes(want));
   }
+}
+
+const char *metadata_value(const SafeFile *f, const char *key) {
+  for (int i = 0; i < f->n_metadata; i++)
+    if (strcmp(f->metadata[i].key, key) == 0) return f->metadata[i].value;
+  return NULL;
 }

@@ -29,4 +29,6 @@ void tensors_random(Tensors *m, uint64_t draw, int max_dim);
 void tensors_free(Tensors *m);
 // Requires that a file holds just these.
 void assert_same_tensors(const SafeFile *f, const Tensors *want);
+// A value of a file's metadata; NULL when there is none.
+const char *metadata_value(const SafeFile *f, const char *key);
 #endif

@@ -2,6 +2,7 @@
 #include "base/philox.h"
 #include "model/config/load.h"
 #include "model/files/checkpoint.h"
+#include "tests/unit/files_case.h"
 #include "tests/unit/temp_folder.h"
 #include "trainer/export.h"
 
@@ -22,13 +23,6 @@ static uint32_t rnd(uint64_t draw, uint32_t block) {
 
 static SafeTensor text_tensor(const char *text, size_t n) {
   return (SafeTensor){.name = "text", .dtype = SAFE_U8, .rank = 1, .shape = {(int64_t)n}, .data = text};
-}
-
-static void write_file(const char *path, const char *bytes, size_t n) {
-  FILE *f = fopen(path, "wb");
-  assert_non_null(f);
-  assert_int_equal(fwrite(bytes, 1, n, f), n);
-  assert_int_equal(fclose(f), 0);
 }
 
 // A text comes back as it was, in its own file and in the header of the weights.
@@ -56,8 +50,8 @@ static void texts_are_kept(void **state) {
     const SafeFile *model = checkpoint_file(c, "model.safetensors");
     assert_non_null(safetensors_find(model, "w"));
     assert_int_equal(model->n_metadata, 2);
-    assert_string_equal(safetensors_metadata(model, "format"), "pt");
-    assert_string_equal(safetensors_metadata(model, "config.json"), text);
+    assert_string_equal(metadata_value(model, "format"), "pt");
+    assert_string_equal(metadata_value(model, "config.json"), text);
     char *path = xasprintf("%s/config.json", c->dir);
     size_t found;
     char *bytes = file_read(path, 4000, &found, &err);
@@ -80,7 +74,7 @@ static void damaged_texts_are_found(void **state) {
   char *dir = xasprintf("%s/ckpt-100", folder), *path = xasprintf("%s/config.json", dir);
   for (size_t i = 0; i < n; i++) {
     text[i] ^= 1;
-    write_file(path, text, i % 2 ? n : i); // a flip, or cut off
+    write_bytes(path, text, i % 2 ? n : i); // a flip, or cut off
     text[i] ^= 1;
     assert_null(checkpoint_open(dir, &err));
     assert_non_null(strstr(err.text, "config.json"));
@@ -88,7 +82,7 @@ static void damaged_texts_are_found(void **state) {
   assert_int_equal(unlink(path), 0);
   assert_null(checkpoint_open(dir, &err));
   assert_non_null(strstr(err.text, "config.json"));
-  write_file(path, text, n);
+  write_bytes(path, text, n);
   Checkpoint *c = checkpoint_open(dir, &err);
   assert_non_null(c);
   checkpoint_close(c);

@@ -67,7 +67,7 @@ static void expect_unused(const Source *s, const int *want) {
     assert_true(!stats.unused.first[i] == !expected[i]);
     if (i != UNUSED_FILE) total += expected[i];
   }
-  assert_int_equal(source_skipped(s), total);
+  assert_int_equal(samples_left_out(s), total);
   assert_int_equal(stats.samples, source_count(s));
   char *printed = unused_print(&stats.unused);
   assert_true(!printed[0] == !total);

@@ -132,7 +132,7 @@ static void test_captions(void **state) {
   const int64_t usable[3] = {2, 1, 2}, skipped[3] = {4, 3, 2};
   for (int i = 0; i < 3; i++) {
     assert_int_equal(source_count(source[i]), usable[i]);
-    assert_int_equal(source_skipped(source[i]), skipped[i]);
+    assert_int_equal(samples_left_out(source[i]), skipped[i]);
     for (int64_t k = 0; k < usable[i]; k++) {
       const SampleSegment *text = &source_sample(source[i], k)->segment[0];
       bool is_long = text->text_bytes == caption_bytes;
@@ -395,7 +395,7 @@ static void test_too_many_bad(void **state) {
 
 static void expect_same_source(const Source *a, const Source *b) {
   assert_int_equal(source_count(a), source_count(b));
-  assert_int_equal(source_skipped(a), source_skipped(b));
+  assert_int_equal(samples_left_out(a), samples_left_out(b));
   SourceStats x_stats = source_stats(a), y_stats = source_stats(b);
   for (int i = 0; i < UNUSED_REASONS; i++) {
     assert_int_equal(x_stats.unused.count[i], y_stats.unused.count[i]);
@@ -464,7 +464,7 @@ static void test_index_cache(void **state) {
   Source *first = open_source("webdataset", "idx", NULL); // reads the archive: the time is part of what it goes by
   assert_int_equal(access(at("idx/.a.tar.index"), F_OK), 0);
   assert_int_equal(source_count(first), 600);
-  assert_int_equal(source_skipped(first), 100);
+  assert_int_equal(samples_left_out(first), 100);
   assert_int_equal(source_count(young), 600);
   Source *cached = open_source("webdataset", "idx", NULL);
   expect_same_source(first, cached);

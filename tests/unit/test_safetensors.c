@@ -26,8 +26,8 @@ static void round_trip(void **state) {
     if (!f) fail_msg("%s", err.text);
     assert_same_tensors(f, &m);
     assert_int_equal(f->n_metadata, pairs);
-    for (int i = 0; i < pairs; i++) assert_string_equal(safetensors_metadata(f, metadata[i].key), metadata[i].value);
-    assert_null(safetensors_metadata(f, "none"));
+    for (int i = 0; i < pairs; i++) assert_string_equal(metadata_value(f, metadata[i].key), metadata[i].value);
+    assert_null(metadata_value(f, "none"));
     assert_null(safetensors_find(f, "none"));
     safetensors_close(f);
     tensors_free(&m);

@@ -117,7 +117,7 @@ static void test_folder_tsv(void **state) {
   Source *s = source_open("folder", at("tsv"), NULL, &err);
   assert_non_null(s);
   assert_int_equal(source_count(s), 5);
-  assert_int_equal(source_skipped(s), 6);
+  assert_int_equal(samples_left_out(s), 6);
   expect_captioned(s, "a.png", "a red thing", 5, 9);
   expect_captioned(s, "deep/b.PNG", "tabs\tare text", 31, 2);
   expect_captioned(s, "late.jpg", "late", 19, 13);
@@ -161,7 +161,7 @@ static void test_folder_jsonl(void **state) {
   Source *s = source_open("folder", at("jsonl"), "concept", &err);
   assert_non_null(s);
   assert_int_equal(source_count(s), 2);
-  assert_int_equal(source_skipped(s), 3);
+  assert_int_equal(samples_left_out(s), 3);
   expect_captioned(s, "a.png", "one \xc3\xa9", 4, 4);
   expect_captioned(s, at("jsonl/a.png"), "two", 4, 4);
   assert_string_equal(source_sample(s, 0)->group, "dog");
@@ -192,7 +192,7 @@ static void test_pixel_cap(void **state) {
   assert_true(cpu_seconds() - start < 1);
   assert_non_null(s);
   assert_int_equal(source_count(s), 1);
-  assert_int_equal(source_skipped(s), 1);
+  assert_int_equal(samples_left_out(s), 1);
   source_close(s);
 }
 
@@ -225,7 +225,7 @@ static void test_webdataset(void **state) {
     Source *s = source_open("webdataset", paths[k], NULL, &err);
     assert_non_null(s);
     assert_int_equal(source_count(s), 10);
-    assert_int_equal(source_skipped(s), 0);
+    assert_int_equal(samples_left_out(s), 0);
     assert_string_equal(source_sample(s, 0)->key, "set/1-000"); // shards by name
     assert_string_equal(source_sample(s, 9)->key, "set/2-004");
     for (int i = 0; i < 10; i++) {
@@ -270,7 +270,7 @@ static void test_webdataset_odd(void **state) {
   Source *s = source_open("webdataset", at("odd.tar"), NULL, &err);
   assert_non_null(s);
   assert_int_equal(source_count(s), 2);
-  assert_int_equal(source_skipped(s), 5); // lonely, bare, badjson, garbage, dotted.name
+  assert_int_equal(samples_left_out(s), 5); // lonely, bare, badjson, garbage, dotted.name
   expect_captioned(s, "split", "parts far apart", 6, 6);
   expect_captioned(s, "both", "from txt", 19, 13);
   source_close(s);
@@ -328,7 +328,7 @@ static void test_webdataset_names(void **state) {
   expect_first(s, UNUSED_FORMAT, 2, "two.png", "neither a JPEG nor a PNG"); // w
   expect_first(s, UNUSED_ENCODING, 1, "sample u", "UTF-16 (big-endian)");
   expect_first(s, UNUSED_FILE, 3, "000.cls", ""); // 000.meta.json, 000.seg.png
-  assert_int_equal(source_skipped(s), 6);
+  assert_int_equal(samples_left_out(s), 6);
   source_close(s);
 }
 
@@ -348,7 +348,7 @@ static void test_webdataset_json(void **state) {
   archive_write(&a, "json.tar");
   Source *s = source_open("webdataset", at("json.tar"), NULL, &err);
   assert_int_equal(source_count(s), 2);
-  assert_int_equal(source_skipped(s), 0);
+  assert_int_equal(samples_left_out(s), 0);
   source_close(s);
   s = source_open("webdataset", at("json.tar"), "style", &err);
   if (!s) fail_msg("%s", err.text);
@@ -384,7 +384,7 @@ static void test_text(void **state) {
   s = source_open("text", at("text"), "caption", &err);
   assert_non_null(s);
   assert_int_equal(source_count(s), 5);
-  assert_int_equal(source_skipped(s), 2);
+  assert_int_equal(samples_left_out(s), 2);
   assert_string_equal(source_sample(s, 0)->segment[0].text, " kept as it is\n");
   assert_string_equal(source_sample(s, 0)->key, "a.jsonl:1");
   assert_string_equal(source_sample(s, 1)->key, "k2");
@@ -408,7 +408,7 @@ static void test_interleaved(void **state) {
   Source *s = source_open("text", at("mixed/docs.jsonl"), "topic", &err);
   assert_non_null(s);
   assert_int_equal(source_count(s), 3);
-  assert_int_equal(source_skipped(s), 4);
+  assert_int_equal(samples_left_out(s), 4);
   const Sample *doc = source_sample(s, 0);
   assert_int_equal(doc->kind, SAMPLE_INTERLEAVED);
   assert_string_equal(doc->key, "doc");

@@ -79,10 +79,8 @@ static void test_ids(void **state) {
   assert_non_null(t);
   assert_int_equal(tokenizer_vocab(t), 300);
   assert_int_equal(tokenizer_used(t), 256);
-  assert_int_equal(tokenizer_bos(t), 296);
-  assert_int_equal(tokenizer_eos(t), 297);
-  assert_int_equal(tokenizer_boi(t), 298);
-  assert_int_equal(tokenizer_eoi(t), 299);
+  SpecialIds id = special_ids(300);
+  assert_true(id.bos == 296 && id.eos == 297 && id.boi == 298 && id.eoi == 299);
   expect_ids(t, "!~\xc2\xa1 \n", 6, (const int32_t[]){0, 93, 126, 94, 220, 198});
   tokenizer_free(t);
 }
