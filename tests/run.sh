@@ -100,6 +100,7 @@ case $part in
     check infer limited tests/scripts/infer.sh "$build"
     check patch_grid limited "$python" tests/scripts/test_patch_grid.py
     check plot limited "$python" tests/scripts/test_plot.py
+    check trace_picture limited "$python" tests/scripts/test_trace_picture.py
     check learning limited tests/scripts/learning.sh 300 "$build"
     ;;
 esac

@@ -118,8 +118,12 @@ static void trace_replay(Profile *p, const Program *program, const Extents *x) {
     fputs("\"tensor\": ", p->trace);
     json_write_string(p->trace, named == NO_TENSOR ? "" : program->tensors[named].name);
     if (op->layer >= 0) fprintf(p->trace, ", \"layer\": %d", op->layer);
-    if (seconds > 0)
-      fprintf(p->trace, ", \"GB/s\": %.1f, \"GFLOP/s\": %.1f", bytes / seconds / 1e9, flops / seconds / 1e9);
+    if (op->lane != LANE_COMPUTE) { // over the link they go once, while an op's bytes are read and written
+      bytes = (double)op->args.span.count;
+      fprintf(p->trace, ", \"bytes\": %.0f", bytes);
+    }
+    if (seconds > 0) fprintf(p->trace, ", \"GB/s\": %.1f", bytes / seconds / 1e9);
+    if (seconds > 0 && op->lane == LANE_COMPUTE) fprintf(p->trace, ", \"GFLOP/s\": %.1f", flops / seconds / 1e9);
     fputs("}}", p->trace);
   }
 }

@@ -158,6 +158,11 @@ assert abs(programs[1][1] - programs[0][2]) < 0.01, programs
 ops = [s for s in slices if s not in programs]
 assert {op[0] for op in ops} == set(lanes)
 assert all(any(p[1] <= op[1] and op[2] <= p[2] for p in programs) for op in ops)
+copies = [e for e in events if e["ph"] == "X" and e["tid"]]
+for e in copies: # what went over the link, and at which rate
+    assert e["args"]["bytes"] > 0 and "GFLOP/s" not in e["args"], e
+    assert e["dur"] < 1 or abs(e["args"]["GB/s"] * e["dur"] * 1e3 / e["args"]["bytes"] - 1) < 0.2, e
+assert sum(e["args"]["bytes"] for e in copies if e["tid"] == 1) == sum(e["args"]["bytes"] for e in copies if e["tid"] == 2)
 P
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 3 --from "$dir/run/ckpt-2" 2>"$dir/log"
 [ -f "$dir/run/ckpt-3/state.json" ]

@@ -1,0 +1,83 @@
+"""scripts/trace_picture.py draws traces with and without copies, says what hid under what, and refuses what is none."""
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+PICTURE = Path(__file__).resolve().parents[2] / "scripts" / "trace_picture.py"
+SVG = "{http://www.w3.org/2000/svg}"
+LANES = ["compute", "device to host", "host to device"]
+
+
+def trace(slices):
+    """slices: (lane, op, begin ms, end ms, bytes of a copy)."""
+    end = max((s[3] for s in slices), default=0)
+    events = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "step 4, <cuda>"}}]
+    events += [{"ph": "M", "name": "thread_name", "pid": 1, "tid": i, "args": {"name": n}} for i, n in enumerate(LANES)]
+    events.append({"ph": "X", "pid": 1, "tid": 0, "name": "train first", "ts": 0, "dur": 1e3 * end, "args": {}})
+    for lane, op, begin, last, carried in slices:
+        args = {"tensor": "t", "bytes": carried} if carried else {"tensor": "t"}
+        events.append({"ph": "X", "pid": 1, "tid": lane, "name": op, "ts": 1e3 * begin, "dur": 1e3 * (last - begin),
+                       "args": args})
+    return {"traceEvents": events}
+
+
+OPS = [(0, "LINEAR_FWD", k, k + .99, 0) for k in range(40)] + [(0, "HEAD_CE", 42, 44, 0), (0, "ADAMW", 44, 50, 0)]
+# 12 ms of copies down, of which 10 beside ops; the gap from 40 to 42 ms is what they hold up.
+DOWN = [(1, "COPY", 30.0, 36.0, 3e8), (1, "COPY", 36.0, 42.0, 3e8)]
+UP = [(2, "COPY", 42.0, 46.0, 2e8)]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, PICTURE, *map(str, arguments)], capture_output=True, text=True)
+
+
+def rectangles(path):
+    root = xml.fromstring(path.read_text())
+    width, height = float(root.get("width")), float(root.get("height"))
+    found = []
+    for e in root.iter(f"{SVG}rect"):
+        if e.get("x"):
+            x, y, w, h = (float(e.get(k)) for k in ("x", "y", "width", "height"))
+            assert 0 <= x and x + w <= width + .2 and 0 <= y and y + h <= height, (x, y, w, h)
+            found.append((x, y, w, e.get("fill")))
+    return found, [e.text for e in root.iter(f"{SVG}text")]
+
+
+def main():
+    with tempfile.TemporaryDirectory() as top:
+        file, out = Path(top) / "step.json", Path(top) / "step.svg"
+        file.write_text(json.dumps(trace(OPS + DOWN + UP)))
+        done = run(file)
+        assert done.returncode == 0, done.stderr
+        # 0.6 GB in 12 ms; of those 12, the op gaps of .01 ms and the one of 2.01 ms are no work.
+        assert "device to host: 2 copies, 0.6 GB in 12 ms of copying, 50 GB/s, " in done.stdout, done.stdout
+        hidden = float(re.search(r"50 GB/s, ([\d.]+)% of it beside ops", done.stdout)[1])
+        assert math.isclose(hidden, 100 * (12 - 2 - .1) / 12, abs_tol=.1), hidden
+        assert "host to device: 1 copies, 0.2 GB in 4 ms of copying, 50 GB/s, 100.0% of it" in done.stdout
+        whole, texts = rectangles(out)
+        assert all(lane in texts for lane in LANES) and "step 4, <cuda>, 50.0 ms" in texts, texts
+        copies = [r for r in whole if r[3] == "#56b4e9" and r[2] != 12]  # 12: the legend's
+        assert len(copies) == 2, copies  # the two down touch
+        assert math.isclose(copies[0][2] / copies[1][2], 3, rel_tol=.01), copies
+        assert run(file, out, "--from", 40, "--to", 45).returncode == 0
+        part, _ = rectangles(out)
+        copies = [r for r in part if r[3] == "#56b4e9" and r[2] != 12]
+        assert math.isclose(copies[0][2] / copies[1][2], 2 / 3, rel_tol=.01), copies
+        file.write_text(json.dumps(trace(OPS)))
+        done = run(file, out)
+        assert done.returncode == 0 and "device to host: nothing" in done.stdout
+        assert "host to device" not in rectangles(out)[1]
+        for text, arguments, says in (("{", (), "is no trace"), (json.dumps(trace([])), (), "holds no op"),
+                                      (json.dumps(trace(OPS)), ("--from", 60), "nothing lies between")):
+            file.write_text(text)
+            done = run(file, *arguments)
+            assert done.returncode == 1 and says in done.stderr and "fix:" in done.stderr, done.stderr
+    print("traces drawn: with copies, a part, without copies; three refused")
+
+
+main()
