@@ -38,8 +38,4 @@ int pack_layout(const Document *const *docs, int n, BatchShape shape, Batch *b, 
 // a count of 0 counts as 1.
 void pack_scale(Batch *b, BatchShape shape, double ce_weight, int64_t targets, int64_t noised, int packs,
                 uint64_t seed);
-
-// Verifies a pack against the meaning of its arrays, the mask pair by pair, sharing no code with pack_layout; for tests
-// and for debugging. -1 with *err naming what is wrong and where.
-int pack_check(const Batch *b, BatchShape shape, Error *err);
 #endif

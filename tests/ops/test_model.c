@@ -13,9 +13,9 @@
 #include "model/program/cost.h"
 #include "model/program/policy.h"
 #include "model/program/replay.h"
-#include "model/program/waits.h"
-#include "tests/unit/count_malloc.h"
 #include "tests/ops/model_case.h"
+#include "tests/unit/count_malloc.h"
+#include "tests/unit/order_check.h"
 
 #include <malloc.h>
 #include <math.h>
@@ -162,7 +162,7 @@ static void test_random_policies_same_bits(void **state) {
       PolicyTable t = random_policy(&c);
       ModelProgram m = model_case_record(&c, MODE_TRAIN_FIRST, &t, 0);
       Error err;
-      if (waits_verify(m.program, &err) != 0) fail_msg("policy %d: %s", i, err.text);
+      if (order_check(m.program, &err) != 0) fail_msg("policy %d: %s", i, err.text);
       model_case_reset(&c);
       program_replay(m.program, NULL);
       assert_same_grads(&c, want, "random policy");
@@ -260,13 +260,13 @@ static void test_planted_faults_are_caught(void **state) {
   Program *p = m.program;
   Error err;
   int waits = 0, caught = 0;
-  assert_int_equal(waits_verify(p, &err), 0);
+  assert_int_equal(order_check(p, &err), 0);
   for (int i = 0; i < p->n_ops; i++) {
     if (!p->ops[i].n_waits) continue;
     Op kept = p->ops[i];
     p->ops[i].n_waits--;
     waits++;
-    caught += waits_verify(p, &err) != 0;
+    caught += order_check(p, &err) != 0;
     p->ops[i] = kept;
   }
   assert_true(waits > 0);
@@ -287,7 +287,7 @@ static void test_planted_faults_are_caught(void **state) {
         int64_t kept = y->offset;
         y->offset = x->offset;
         planted++;
-        caught += waits_verify(p, &err) != 0;
+        caught += order_check(p, &err) != 0;
         y->offset = kept;
         break;
       }

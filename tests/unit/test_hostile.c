@@ -11,6 +11,7 @@
 #include "tests/unit/archive.h"
 #include "tests/unit/bytes.h"
 #include "tests/unit/jpeg_bytes.h"
+#include "tests/unit/pack_check.h"
 #include "tests/unit/slow.h"
 
 #include <sys/stat.h>

@@ -9,6 +9,7 @@
 #include "base/philox.h"
 #include "data/sample_patches.h"
 #include "tests/unit/data_case.h"
+#include "tests/unit/pack_check.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -8,6 +8,7 @@
 #include "base/philox.h"
 #include "data/flow_time.h"
 #include "data/packer.h"
+#include "tests/unit/pack_check.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -20,6 +20,7 @@
 #include "model/program/schedule.h"
 #include "model/program/waits.h"
 #include "tests/unit/count_malloc.h"
+#include "tests/unit/order_check.h"
 #include "tests/unit/sketch.h"
 
 // ---- proofs ----
@@ -68,7 +69,7 @@ static void test_waits_order_everything(void **state) {
   for (uint64_t seed = 0; seed < 300; seed++) {
     PolicyTable policy = random_policy(seed * 7 + 1);
     Sketch k = sketch_new(seed, &policy);
-    if (waits_verify(k.p, &err) != 0) fail_msg("seed %d: %s", (int)seed, err.text);
+    if (order_check(k.p, &err) != 0) fail_msg("seed %d: %s", (int)seed, err.text);
     check_layout(k.p);
     for (int i = 0; i < k.p->n_ops; i++) waits += k.p->ops[i].n_waits;
     double r = (double)k.p->arena_bytes / (double)k.p->live_bytes;
@@ -129,7 +130,7 @@ static void test_clocks_give_the_same_bits(void **state) {
       policy.costs = &costs;
       policy.slack = .1 * (double)(i % 4);
       Sketch k = sketch_new(seed, &policy);
-      if (waits_verify(k.p, &err) != 0) fail_msg("seed %d, %d: %s", (int)seed, (int)i, err.text);
+      if (order_check(k.p, &err) != 0) fail_msg("seed %d, %d: %s", (int)seed, (int)i, err.text);
       check_layout(k.p);
       assert_true(sketch_result(&k, 0, i % 4 ? i + 1 : 0) == expected);
       for (int o = 0, other = 0; o < k.p->n_ops && !other; o++)
@@ -169,13 +170,13 @@ static void test_missing_wait_is_caught(void **state) {
       for (int w = 0; w < op->n_waits; w++) {
         Op whole = *op;
         op->waits[w] = op->waits[--op->n_waits];
-        assert_int_equal(waits_verify(k.p, &err), -1);
+        assert_int_equal(order_check(k.p, &err), -1);
         assert_non_null(strstr(err.text, "in no order"));
         *op = whole;
         planted++;
       }
     }
-    assert_int_equal(waits_verify(k.p, &err), 0);
+    assert_int_equal(order_check(k.p, &err), 0);
     sketch_free(&k);
     policy_table_free(&policy);
   }
@@ -213,7 +214,7 @@ static void test_early_free_is_caught(void **state) {
                        y->offset < x->offset + x->bytes && x->offset < y->offset + y->bytes;
       }
       if (overwritten) {
-        assert_int_equal(waits_verify(p, &err), -1);
+        assert_int_equal(order_check(p, &err), -1);
         caught++;
       } else {
         harmless++;
@@ -222,7 +223,7 @@ static void test_early_free_is_caught(void **state) {
     }
     schedule_place(p);
     waits_derive(p);
-    assert_int_equal(waits_verify(p, &err), 0);
+    assert_int_equal(order_check(p, &err), 0);
     sketch_free(&k);
     policy_table_free(&policy);
   }
@@ -298,7 +299,7 @@ static void test_reloads_move_one_layer_earlier(void **state) {
   // x1, copied in the first layer, lives until the end of the second, not just until its last reader at op 2.
   assert_int_equal(p->tensors[x[1]].last, 3);
   assert_int_equal(p->tensors[x[2]].last, 5);
-  assert_int_equal(waits_verify(p, &err), 0);
+  assert_int_equal(order_check(p, &err), 0);
   // Each reload waits for its copy to the host, each reader for its reload, and for nothing more.
   for (int i = 0; i < p->n_ops; i++) {
     if (p->ops[i].lane == LANE_D2H) assert_int_equal(p->ops[i].n_waits, 1);
@@ -349,7 +350,7 @@ static void test_reloads_begin_by_the_clock(void **state) {
   // x1 is copied from 1 to 2, and lives until the op that begins at 2; x3 from 3 to 4.
   assert_int_equal(p->tensors[x[1]].last, 4);
   assert_int_equal(p->tensors[x[3]].last, 9);
-  assert_int_equal(waits_verify(p, &err), 0);
+  assert_int_equal(order_check(p, &err), 0);
   double seconds[13];
   for (int i = 0; i < 13; i++) seconds[i] = op_seconds(&costs, p, &p->ops[i]);
   Simulation s = simulate(p, seconds, &costs.link, NULL);
@@ -396,7 +397,7 @@ static void test_reload_follows_its_copy(void **state) {
   static const Lane lanes[] = {LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMPUTE};
   assert_int_equal(p->n_ops, 4);
   for (int i = 0; i < p->n_ops; i++) assert_int_equal(p->ops[i].lane, lanes[i]);
-  assert_int_equal(waits_verify(p, &err), 0);
+  assert_int_equal(order_check(p, &err), 0);
   program_free(p);
   policy_table_free(&policy);
 }
@@ -421,7 +422,7 @@ static void test_reload_follows_a_copy_that_opens_a_layer(void **state) {
   static const Lane lanes[] = {LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMPUTE};
   assert_int_equal(p->n_ops, 4);
   for (int i = 0; i < p->n_ops; i++) assert_int_equal(p->ops[i].lane, lanes[i]);
-  assert_int_equal(waits_verify(p, &err), 0);
+  assert_int_equal(order_check(p, &err), 0);
   program_free(p);
   policy_table_free(&policy);
 }
@@ -454,7 +455,7 @@ static void test_rebuild_is_shared(void **state) {
   assert_int_equal(program_need(p, w), w);
   assert_int_equal(p->n_ops, 2);
   program_finish(p);
-  assert_int_equal(waits_verify(p, &err), 0);
+  assert_int_equal(order_check(p, &err), 0);
   program_free(p);
   policy_table_free(&policy);
 }

@@ -7,6 +7,7 @@
 
 #include "base/philox.h"
 #include "tests/unit/data_case.h"
+#include "tests/unit/pack_check.h"
 
 #include <stdlib.h>
 #include <string.h>
