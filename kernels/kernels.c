@@ -3,8 +3,15 @@
 #include <string.h>
 
 const OpInfo op_info[OP_COUNT] = {
-#define OP_ROW(name, in, out) {#name, in, out},
-    OP_LIST(OP_ROW)
+#define OPERAND(name, extent, ...) {#name, OF_##extent, __VA_ARGS__ + 0},
+#define PAIR(name, extent, ...) {#name "_0", OF_##extent, __VA_ARGS__ + 0}, {#name "_1", OF_##extent, __VA_ARGS__ + 0},
+#define COUNT(operands, name) (int)(sizeof((operands *)0)->name / sizeof(void *))
+#define OP_ROW(name, pack, flops, in, out)                                                                             \
+  {#name, READS_##pack, COUNT(OpInputs, name), COUNT(OpOutputs, name), {in}, {out}},
+    OP_TABLE(OP_ROW, OPERAND, PAIR, OPERAND, PAIR)
+#undef OPERAND
+#undef PAIR
+#undef COUNT
 #undef OP_ROW
 };
 
@@ -45,5 +52,5 @@ void floats_to(const float *x, size_t element, int64_t n, void *elements) {
 
 void queue_copy(const Backend *b, Lane lane, void *to, const void *from, size_t bytes) {
   OpArgs args = {.span = {.count = (int64_t)bytes}};
-  b->fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args, .stream = b->queues->stream(lane)});
+  b->fn[OP_COPY](&(KernelCall){.in.COPY = {from}, .out.COPY = {to}, .args = &args, .stream = b->queues->stream(lane)});
 }

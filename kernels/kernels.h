@@ -2,7 +2,7 @@
 //
 // kernels/cpu is the readable specification (type `real`: float, or double when built with -DTESSERA_REAL=double);
 // kernels/cuda is the fast one. An op is pure: it reads in[], writes every element of out[] it is said to write, and
-// nothing else. Outputs marked '+' in the table are the exception. Gradients and ADD's dst are added to with
+// nothing else. Outputs that the table (op_table.h) marks are the exception: gradients and ADD's dst are added to with
 // args.accumulate and overwritten without it; metrics are always added to; ADAMW and EMA update theirs in place.
 //
 // Shapes: T token slots, C dim, H query heads, G kv heads, D head_dim, P = 3p^2 patch elements, V vocab, Z cond_dim,
@@ -18,7 +18,9 @@
 #define TESSERA_KERNELS_H
 
 #include "base/base.h"
-#include "kernels/batch.h"
+#include "kernels/op_table.h"
+
+#include <stddef.h>
 
 // DT_ACT: activations and weights as the backend stores them (CPU: real; CUDA: bf16). DT_REAL: fp32 (CPU: real).
 typedef enum Dtype { DT_ACT, DT_REAL, DT_I32, DT_U8, DT_F64, DT_COUNT } Dtype;
@@ -105,207 +107,12 @@ typedef struct UpdateStatus {
   int32_t bad;  // n_params: the loss itself is not finite; else the first parameter whose gradient is not; -1: none
 } UpdateStatus;
 
-// A parameter's place in the weight, gradient and optimiser slabs.
-typedef struct ParamSpan {
-  int64_t offset, count; // elements
-  int32_t decay;         // weight decay applies
-} ParamSpan;
-
-// Which rows a linear op covers. Rows of the output outside the extent (of its capacity) are written as zeros.
-typedef enum Extent {
-  EXT_ROWS,    // text and image rows with one weight matrix
-  EXT_SPLIT,   // text rows with w0, image rows with w1; x and y two-sided (R = 1) where their widths differ
-  EXT_IMAGE,   // image rows with w0
-  EXT_SEGMENTS // rows [1, n_segments) of [SEG, .] tensors with w0
-} Extent;
-
-// `accumulate` comes first in every member that has it, so that it may be read through any of them
-// (args->span.accumulate is LINEAR_WGRAD's too). Which ops read a member stands beside it; ops that none names take no
-// arguments.
-typedef union OpArgs {
-  struct { // LINEAR_*; accumulate: LINEAR_WGRAD
-    int accumulate;
-    Extent extent;
-    int in_dim[MODALITIES], out_dim[MODALITIES]; // [1] only with EXT_SPLIT; a width of 0 gives zeros
-  } linear;
-  struct {                  // ADALN_*, COMBINE_ADALN_*
-    int gate, shift, scale; // first columns in the modulation table; gate is that of the branch just added
-    int silu_image;         // image rows: h = silu(n); the final site
-    int x_is_new;           // ADALN_BWD: x already is xnew (the branch only serves dgate and dbranch)
-  } adaln;
-  struct { // ROUTER_LOSS, ROUTER_BWD; accumulate: ROUTER_BWD
-    int accumulate;
-    double balance, z; // router loss coefficients, already divided by the number of layers
-    int layer;
-  } router;
-  struct { // HEAD_CE; accumulate: dwout
-    int accumulate;
-    int chunk; // rows of logits at a time
-  } head;
-  struct { // FLOW_LOSS
-    double t_floor;
-  } flow;
-  struct {           // NOISE
-    uint32_t stream; // STREAM_NOISE or STREAM_EVAL
-  } noise;
-  struct { // COPY, ZERO, ADD, CAST; accumulate alone: EMBED_BWD, COND_BWD, MOD_BWD, QKNORM_ROPE_BWD, EXPERT_*_WGRAD
-    int accumulate;
-    int64_t count; // elements, or bytes for COPY and ZERO
-  } span;
-  struct {                  // GRAD_NORM, GRAD_HASH, ADAMW, EMA
-    const ParamSpan *spans; // [n]
-    int n;
-  } params;
-} OpArgs;
-
-// OP(name, inputs, outputs): operand names in order; '?' optional, '+' an output that is also read. What each
-// computes stands below.
-#define OP_LIST(OP)                                                                                                    \
-  OP(COPY, "src", "dst")                                                                                               \
-  OP(ZERO, "", "dst")                                                                                                  \
-  OP(ADD, "src", "dst+")                                                                                               \
-  OP(NOISE, "", "z")                                                                                                   \
-  OP(LINEAR_FWD, "x w0? w1? bias?", "y")                                                                               \
-  OP(LINEAR_DGRAD, "dy w0? w1? add?", "dx")                                                                            \
-  OP(LINEAR_WGRAD, "dy x", "dw0+? dw1+? dbias+?")                                                                      \
-  OP(EMBED_FWD, "E image_rows", "x")                                                                                   \
-  OP(EMBED_BWD, "dx dmean", "dE+")                                                                                     \
-  OP(POOL_FWD, "E", "pooled")                                                                                          \
-  OP(POOL_BWD, "dpooled E", "dmean")                                                                                   \
-  OP(TIME_FEATURES, "", "features")                                                                                    \
-  OP(SILU_FWD, "x", "y")                                                                                               \
-  OP(SILU_BWD, "dy x", "dx")                                                                                           \
-  OP(COND_FWD, "time pool e_kind", "c a")                                                                              \
-  OP(COND_BWD, "da c", "dc de_kind+")                                                                                  \
-  OP(MOD_FWD, "a U S", "mod")                                                                                          \
-  OP(MOD_BWD, "dmod", "dS+")                                                                                           \
-  OP(ADALN_FWD, "x branch? mod", "xnew? h mean rstd")                                                                  \
-  OP(ADALN_BWD, "dh dxnew? x branch? mod mean rstd", "dx dbranch? dmod")                                               \
-  OP(QKNORM_ROPE_FWD, "qkv wq wk", "q k v")                                                                            \
-  OP(QKNORM_ROPE_BWD, "dq dk dv qkv wq wk", "dqkv dwq+ dwk+")                                                          \
-  OP(ATTENTION_FWD, "q k v", "o lse")                                                                                  \
-  OP(ATTENTION_BWD, "do o q k v lse", "dq dk dv")                                                                      \
-  OP(ROUTER_FWD, "h wr0 wr1", "logits weights route")                                                                  \
-  OP(ROUTER_LOSS, "logits route", "metrics+")                                                                          \
-  OP(ROUTER_BWD, "dweights logits weights route h wr0 wr1 add?", "dh dwr0+ dwr1+")                                     \
-  OP(EXPERT_UP_FWD, "h route w1_0 w1_1", "pre a")                                                                      \
-  OP(EXPERT_DOWN_FWD, "a route w2_0 w2_1", "y")                                                                        \
-  OP(EXPERT_COMBINE, "y route weights? add?", "out")                                                                   \
-  OP(EXPERT_DOWN_BWD, "dout pre weights route w2_0 w2_1", "dpre sa dweights")                                          \
-  OP(EXPERT_DOWN_WGRAD, "dout sa route", "dw2_0+ dw2_1+")                                                              \
-  OP(EXPERT_UP_DGRAD, "dpre route w1_0 w1_1", "dslot")                                                                 \
-  OP(EXPERT_UP_WGRAD, "dpre h route", "dw1_0+ dw1_1+")                                                                 \
-  OP(COMBINE_ADALN_FWD, "y route weights add? x mod", "b2? xnew h mean rstd")                                          \
-  OP(COMBINE_ADALN_BWD, "dslot route add dxnew x branch mod mean rstd", "dx dbranch dmod")                             \
-  OP(SWIGLU_FWD, "pre", "a")                                                                                           \
-  OP(SWIGLU_BWD, "da pre", "dpre a")                                                                                   \
-  OP(HEAD_CE, "h wout", "nll dh? dwout+? metrics+ work")                                                               \
-  OP(HEAD_LOGITS, "h wout", "logits")                                                                                  \
-  OP(FLOW_LOSS, "xhat", "dxhat? seg_error metrics+")                                                                   \
-  OP(GRAD_NORM, "grads metrics scalars", "status partial")                                                             \
-  OP(GRAD_HASH, "grads", "hash")                                                                                       \
-  OP(ADAMW, "grads status scalars", "weights+ m+ v+ rest+?")                                                           \
-  OP(EMA, "weights status scalars rest?", "ema+")                                                                      \
-  OP(CAST, "src", "dst")
-
-// clang-format off
-// COPY            dst[0..count) = src, bytes; the only op of the d2h and h2d lanes.
-// ZERO            dst[0..count) = 0, bytes.
-// ADD             dst += src (accumulate) or dst = src, count elements of DT_REAL.
-// NOISE           z [T,P]: image rows x = v/127.5 - 1 (v: batch->patch); noised segments: z = t x + (1-t) eps, clean: z
-//                 = x; text and filler rows 0. eps of segment g, its token i, element e: normal number n = i P + e of
-//                 stream (args.stream | seg_ordinal << 8) of document seg_doc[g] (philox_normal4, block n/4).
-// LINEAR_FWD      y = x W^T (+ bias [out], one for both modalities). x [rows, in], W [out, in]. A weight of width 0 is
-//                 absent (NULL).
-// LINEAR_DGRAD    dx = dy W (+ add, shaped as dx). Outside the extent the product is 0: dx = add there, or 0; filler
-//                 rows 0.
-// LINEAR_WGRAD    dW (+)= dy^T x; dbias (+)= column sums of dy over the extent.
-// EMBED_FWD       x [T,C]: text rows E[token] (E [V,C]), image rows image_rows (a [T,C] tensor), filler 0.
-// EMBED_BWD       dE [V,C] (+)= by id: sum over its text rows r, ascending, of dx[r] + dmean[g] / (cap_end[g] -
-//                 cap_start[g]) with g = pool_segment[r] where that is not 0. Rows of E without a token: overwritten
-//                 with 0 unless accumulating. dx [T,C], dmean [SEG,C].
-// POOL_FWD        pooled [SEG,C]: u = mean over text rows [cap_start, cap_end) of E[token]; u / sqrt(mean(u^2) + 1e-6).
-//                 Empty caption, row 0 and rows past n_segments: 0.
-// POOL_BWD        dmean [SEG,C]: gradient with respect to u; 0 for an empty caption, in row 0 and in unused rows.
-// TIME_FEATURES   features [SEG,256]: cos(1000 t f_i), then sin, f_i = 10000^(-i/128), i < 128; row 0 and unused: 0.
-// SILU_FWD        [SEG,Z] elementwise over rows [1, n_segments), others 0: y = x sigmoid(x).
-// SILU_BWD        the same rows: dx = dy silu'(x), others 0.
-// COND_FWD        c = time + pool + e_kind[seg_kind], a = silu(c); all [SEG,Z], e_kind [2,Z]; row 0 and unused: 0.
-// COND_BWD        dc = da silu'(c), row 0 and unused: 0; de_kind [2,Z] (+)= sums of dc by kind. The gradient of time
-//                 and of pool is dc.
-// MOD_FWD         mod [SEG,M]: row 0 = S[TEXT]; image rows = S[IMAGE] + U a; S [2,M], U [M,Z], a [SEG,Z]. Unused: 0.
-// MOD_BWD         dS[TEXT] (+)= dmod row 0, dS[IMAGE] (+)= sum of the image rows. (dU and da are LINEAR ops,
-//                 EXT_SEGMENTS.)
-// ADALN_FWD       x, branch [T,C], g = segment[row]: xnew = x + mod[g, gate..] * branch, rounded to its storage type
-//                 first; without branch xnew = x and the output is absent. mean, rstd [T] over C (two-pass, eps 1e-6)
-//                 of xnew; n = (1 + mod[g, scale..]) (xnew - mean) rstd + mod[g, shift..]; h = n, or silu(n) on image
-//                 rows with silu_image. Filler rows of all outputs 0.
-// ADALN_BWD       from dh and dxnew (gradient arriving at xnew by the residual path; absent: 0). xnew is rebuilt from x
-//                 and branch, or is x itself with x_is_new. dx = dxnew + LayerNorm backward; dbranch = gate * dx; dmod
-//                 [SEG,M]: of the used segments' rows writes the columns shift.., scale.. (and gate.. with a branch),
-//                 sums over the segment's rows (row 0: all text rows); other columns and rows are left alone. dx,
-//                 dbranch filler rows 0.
-// QKNORM_ROPE_FWD qkv [T,(H+2G)D] row order: q heads, k heads, v heads. q = rope(rmsnorm_D(q) wq[m]), k likewise with
-//                 wk, v as it is; rmsnorm: x / sqrt(mean(x^2) + 1e-6). q [T,H,D], k, v [T,G,D] in sequence order;
-//                 filler 0. wq, wk [2,D] by modality. Pair j = elements (2j, 2j+1) turns by angle pos * 10000^(-2j/D),
-//                 pos = row coordinate for even j, column for odd.
-// QKNORM_ROPE_BWD the reverse; dqkv [T,(H+2G)D] row order, filler 0; dwq, dwk [2,D] (+)=.
-// ATTENTION_FWD   o[q] = softmax(q k^T / sqrt(D) over allowed keys) v. Allowed: doc_start[q] <= k < kv_end[q] and q <
-//                 q_end[k]. Query head h uses kv head h / (H/G). o [T,H D] in ROW order; lse [H,T] (natural log) in
-//                 sequence order. Filler: o = 0, lse = +inf.
-// ATTENTION_BWD   do, o in row order; dq [T,H,D], dk, dv [T,G,D] in sequence order; filler 0.
-// ROUTER_FWD      logits (two-sided, R = 1, widths E_m; filler rows 0) = h Wr_m^T in DT_REAL; top-k of each row, ties
-//                 to the lower index, in descending order; weights [T,Kmax] = softmax over the chosen logits (K_m = 1:
-//                 the full-softmax probability), 0 where unused; route (struct Route).
-// ROUTER_LOSS     per modality with rows: balance * E_m sum_e f_e P_e + z * mean(lse^2), times dims->router_scale,
-//                 added to metrics->balance and ->z; f_e = count_e / (rows K_m), P_e = mean full-softmax probability.
-//                 Adds counts to load[layer].
-// ROUTER_BWD      dlogits from dweights through the softmax over the chosen, plus the router losses' gradient (f
-//                 constant; balance, z, router_scale applied); dh = add + dlogits Wr, filler 0; dWr (+)= dlogits^T h.
-// EXPERT_UP_FWD   for each slot s of group e with source row r: pre[s] = h[r] W1_e^T (two-sided, R = K, widths 2 F_m;
-//                 W1 [E,2F,C], rows 2f gate, 2f+1 up); a[s] = silu(gate) * up (widths F_m). Unused slots are left alone
-//                 here and in every per-slot buffer: no op reads them.
-// EXPERT_DOWN_FWD y[s] = a[s] W2_e^T (two-sided, R = K, widths C); W2 [E,C,F].
-// EXPERT_COMBINE  out[r] = add[r] + sum_j weights[r,j] y[slot(r,j)], experts in ascending index; weights absent: 1.
-//                 Filler 0. Also the backward's gather-sum.
-// EXPERT_DOWN_BWD dA[s] = dout[r] W2_e; a recomputed from pre; with w = weights[r,j]: dweights[r,j] = <dA, a>; sa[s] =
-//                 w a; dpre[s] = gradient of pre for w dA. dweights [T,Kmax] DT_REAL, 0 where unused.
-// EXPERT_DOWN_WGRAD dW2_e (+)= sum over its slots of dout[r]^T sa[s]. A group with no rows stores zeros unless
-//                 accumulating, here and in EXPERT_UP_WGRAD.
-// EXPERT_UP_DGRAD dslot[s] = dpre[s] W1_e (two-sided, R = K, widths C).
-// EXPERT_UP_WGRAD dW1_e (+)= sum over its slots of dpre[s]^T h[r].
-// COMBINE_ADALN_FWD EXPERT_COMBINE(y, route, weights, add) gives b2, rounded to its storage type; ADALN_FWD(x, b2, mod)
-//                 with the args of ADALN_* gives the other outputs: both with the bits of the two ops. b2 is absent
-//                 where nothing reads it again.
-// COMBINE_ADALN_BWD EXPERT_COMBINE(dslot, route, no weights, add) gives dh, rounded to its storage type; ADALN_BWD(dh,
-//                 dxnew, x, branch, mod, mean, rstd) gives the outputs, likewise. silu_image and x_is_new are 0.
-// SWIGLU_FWD      the shared expert's activation: pre two-sided (R = 1, widths 2 S_m, columns as the experts'), a
-//                 widths S_m. Filler rows 0.
-// SWIGLU_BWD      dpre from da; also rebuilds a. Filler rows of both 0.
-// HEAD_CE         text rows with a target, in chunks of args.chunk rows: logits = h Wout^T, nll [T] DT_REAL (0
-//                 elsewhere), dlogits = ce_scale (softmax - onehot) in place, dh = dlogits Wout (0 elsewhere), dWout
-//                 (+)= dlogits^T h. dh and dwout both absent: loss only. Adds to metrics->nll, ->targets. work: [chunk,
-//                 V] DT_REAL. Overwrites dWout unless accumulating, also with no targets.
-// HEAD_LOGITS     logits [n_target, V] DT_REAL of the rows target_row; n_target is at most the rows that the recording
-//                 gave `logits`.
-// FLOW_LOSS       noised image rows: err = xhat - x, w = 1/max(1-t, t_floor)^2; adds sum w err^2 to metrics->flow and
-//                 the number of elements to ->flow_elems; dxhat = 2 flow_scale w err (0 in other rows); seg_error [SEG]
-//                 DT_REAL = mean err^2 over the segment's elements (0 for clean and unused).
-// GRAD_NORM       status from the gradients of all parameters (args.params) and the losses in metrics: norm = sqrt(sum
-//                 g^2), scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says.
-//                 partial [n_params] F64: each parameter's sum of squares.
-// GRAD_HASH       hash [n_params] U64: of each parameter's gradient, the sum modulo 2^64 of bits_mix(bits of g[i], i) over
-//                 its elements i (kernels/bits.h). Equal bits, equal hash, in any order of summation.
-// ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
-//                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
-//                 bias1, v^ = v / bias2. w is the weight itself, or with rest [n] U16 the fp32 master that the two
-//                 stand for (master_join). Does nothing with status->skip.
-// EMA             ema += (1 - ema_decay) (w - ema), w as in ADAMW. Does nothing with status->skip.
-// CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.
-// clang-format on
+// Where a macro of its own takes the rows of the table for their names (and pack, flops) alone.
+#define OP_SKIP(...)
+#define OP_LIST(OP) OP_TABLE(OP, OP_SKIP, OP_SKIP, OP_SKIP, OP_SKIP)
 
 typedef enum OpKind {
-#define OP_ENUM(name, in, out) OP_##name,
+#define OP_ENUM(name, ...) OP_##name,
   OP_LIST(OP_ENUM)
 #undef OP_ENUM
       OP_COUNT
@@ -313,10 +120,36 @@ typedef enum OpKind {
 
 enum { OP_MAX_IN = 9, OP_MAX_OUT = 5 };
 
-// One call: operands in table order, NULL where an optional one is absent.
+// The operands of a call, by op and name: in.ADALN_FWD.x, in.EXPERT_UP_FWD.w1[m]; or all of them, in the table's order.
+#define OPERAND_STRUCT(name, pack, flops, in, out)                                                                     \
+  struct {                                                                                                             \
+    in out                                                                                                             \
+  } name;
+#define INPUT(name, ...) const void *name;
+#define INPUT_PAIR(name, ...) const void *name[MODALITIES];
+#define OUTPUT(name, ...) void *name;
+#define OUTPUT_PAIR(name, ...) void *name[MODALITIES];
+typedef union OpInputs {
+  const void *at[OP_MAX_IN];
+  OP_TABLE(OPERAND_STRUCT, INPUT, INPUT_PAIR, OP_SKIP, OP_SKIP)
+} OpInputs;
+typedef union OpOutputs {
+  void *at[OP_MAX_OUT];
+  OP_TABLE(OPERAND_STRUCT, OP_SKIP, OP_SKIP, OUTPUT, OUTPUT_PAIR)
+} OpOutputs;
+#undef OPERAND_STRUCT
+#undef INPUT
+#undef INPUT_PAIR
+#undef OUTPUT
+#undef OUTPUT_PAIR
+// Their number in at[].
+#define IN_AT(op, name) (offsetof(OpInputs, op.name) / sizeof(void *))
+#define OUT_AT(op, name) (offsetof(OpOutputs, op.name) / sizeof(void *))
+
+// One call. Optional operands that are absent are NULL.
 typedef struct KernelCall {
-  const void *in[OP_MAX_IN];
-  void *out[OP_MAX_OUT];
+  OpInputs in;
+  OpOutputs out;
   const Batch *batch; // the live pack; its pointers are device pointers of the backend
   const Dims *dims;
   const OpArgs *args;
@@ -415,11 +248,25 @@ struct Backend {
   void (*choose)(Backend *b, KernelChoice choice); // changes b's table accordingly; NULL: there is one way only
 };
 
-// Operand names of an op ("x w0? w1? bias?"), and its name.
+// A row of the table. Of a pair the operands are named "w_0" and "w_1".
+typedef struct Operand {
+  const char *name;
+  OperandExtent extent;
+  int marks; // OPTIONAL, ADDS_ALWAYS, ADDS_IF_ASKED
+} Operand;
 typedef struct OpInfo {
-  const char *name, *in, *out;
+  const char *name;
+  PackUse pack;
+  int n_in, n_out;
+  Operand in[OP_MAX_IN], out[OP_MAX_OUT];
 } OpInfo;
 extern const OpInfo op_info[OP_COUNT];
+
+// Output `out` of such an op is added to rather than overwritten, so that it is read too.
+static inline int op_accumulates(OpKind kind, int out, const OpArgs *args) {
+  int marks = op_info[kind].out[out].marks;
+  return marks & ADDS_ALWAYS || (marks & ADDS_IF_ASKED && args->accumulate);
+}
 
 // Elements of a backend's DT_ACT or DT_REAL on the host, by their size (2: bf16, 4: float, 8: double), to float and
 // back; to bf16 rounded to nearest, ties to even.

@@ -12,7 +12,7 @@ static void record_text_head(Recording *r, Heads *heads, TensorId h, ModelProgra
     return;
   }
   int chunk = (int)min_i64(r->model->backend->head_chunk, d->T);
-  OpArgs a = {.head = {.accumulate = r->accumulate, .chunk = chunk}};
+  OpArgs a = {.accumulate = r->accumulate, .head = {.chunk = chunk}};
   TensorId work = program_tensor(r->p, DT_REAL, (int64_t)chunk * d->V, "logits chunk");
   out->nll = program_tensor(r->p, DT_REAL, d->T, "nll");
   heads->dh = r->train ? rows_tensor(r, d->C, "dh") : NO_TENSOR;

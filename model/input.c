@@ -57,7 +57,7 @@ void record_input_backward(Recording *r, const Input *in, TensorId dx) {
   Program *p = r->p;
   int64_t SEG = d->segments;
   int B = r->config->model.patch_bottleneck;
-  OpArgs acc = {.span = {.accumulate = r->accumulate}};
+  OpArgs acc = {.accumulate = r->accumulate};
 
   linear_wgrad(r, EXT_IMAGE, dx, in->bottleneck, w->patch_in, w->patch_in_bias, B ? B : d->P, d->C);
   if (B) {
@@ -81,6 +81,6 @@ void record_input_backward(Recording *r, const Input *in, TensorId dx) {
   TensorId dmean = program_tensor(p, DT_ACT, SEG * d->C, "d caption mean");
   program_op(p, OP_POOL_BWD, IN(dpooled, weight(r, w->embed)), OUT(dmean), NULL);
   // Tied: the text head has already written this gradient.
-  if (w->head < 0) acc.span.accumulate = 1;
+  if (w->head < 0) acc.accumulate = 1;
   program_op(p, OP_EMBED_BWD, IN(dx, dmean), OUT(gradient(r, w->embed)), &acc);
 }

@@ -22,10 +22,9 @@ static int has_shared(const Dims *d) {
 }
 
 static OpArgs router_args(const Recording *r, int l) {
-  return (OpArgs){.router = {.accumulate = r->accumulate,
-                             .balance = r->config->router.balance / r->d.L,
-                             .z = r->config->router.z / r->d.L,
-                             .layer = l}};
+  return (OpArgs){
+      .accumulate = r->accumulate,
+      .router = {.balance = r->config->router.balance / r->d.L, .z = r->config->router.z / r->d.L, .layer = l}};
 }
 
 // ---- forward ----
@@ -231,7 +230,7 @@ SiteGradient record_layer_backward(Recording *r, int l, SiteGradient g) {
   const Dims *d = &r->d;
   const int C = d->C, HD = d->H * d->D, GD = d->G * d->D, *F = d->F;
   const Activations *f = &r->layer[l];
-  const OpArgs acc = {.span = {.accumulate = r->accumulate}};
+  const OpArgs acc = {.accumulate = r->accumulate};
   Program *p = r->p;
 
   // x' = x2 + gate2 b2; h' = AdaLN(x')

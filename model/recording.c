@@ -32,8 +32,8 @@ TensorId two_sided(Recording *r, Dtype type, const int rows[MODALITIES], int w0,
 // ---- linear layers ----
 
 OpArgs linear_args(Extent extent, int in0, int in1, int out0, int out1, int accumulate) {
-  return (OpArgs){
-      .linear = {.extent = extent, .in_dim = {in0, in1}, .out_dim = {out0, out1}, .accumulate = accumulate}};
+  return (OpArgs){.accumulate = accumulate,
+                  .linear = {.extent = extent, .in_dim = {in0, in1}, .out_dim = {out0, out1}}};
 }
 
 TensorId linear(Recording *r, Extent extent, TensorId x, int w, int bias, int in, int out, int rows, const char *name) {

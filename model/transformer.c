@@ -22,7 +22,7 @@ static void record_gradient_sum(Recording *r) {
   int64_t n = r->model->params.total;
   TensorId micro = program_external(r->p, SPACE_MICRO_GRADS, 0, DT_REAL, n, "micro-step gradients");
   TensorId total = program_external(r->p, SPACE_GRADS, 0, DT_REAL, n, "gradients");
-  OpArgs a = {.span = {.count = n, .accumulate = 1}};
+  OpArgs a = {.accumulate = 1, .span = {.count = n}};
   program_op(r->p, OP_ADD, IN(micro), OUT(total), &a);
 }
 

@@ -71,7 +71,7 @@ int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
 
 static void host_copy(void *to, const void *from, size_t bytes) {
   OpArgs args = {.span = {.count = (int64_t)bytes}};
-  backend_of_host()->fn[OP_COPY](&(KernelCall){.in = {from}, .out = {to}, .args = &args});
+  backend_of_host()->fn[OP_COPY](&(KernelCall){.in.COPY = {from}, .out.COPY = {to}, .args = &args});
 }
 
 // While one piece travels to the host, the one before is copied to its place: memory of this size cannot be pinned

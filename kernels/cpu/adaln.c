@@ -29,9 +29,10 @@ static int row_has_silu(const Site *s, int64_t r) {
 }
 
 void cpu_ADALN_FWD(const KernelCall *c) {
-  const real *x = c->in[0], *branch = c->in[1];                                 // [T, C]
-  real *xnew = c->out[0], *h = c->out[1], *mean = c->out[2], *rstd = c->out[3]; // [T, C] twice, [T] twice
-  Site s = site_of(c, c->in[2]);
+  const real *x = c->in.ADALN_FWD.x, *branch = c->in.ADALN_FWD.branch; // [T, C]
+  real *xnew = c->out.ADALN_FWD.xnew, *h = c->out.ADALN_FWD.h;         // [T, C]
+  real *mean = c->out.ADALN_FWD.mean, *rstd = c->out.ADALN_FWD.rstd;   // [T]
+  Site s = site_of(c, c->in.ADALN_FWD.mod);
   int64_t T = c->dims->T, C = s.C, used = c->batch->dims->n_text + c->batch->dims->n_image;
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < T; r++) {
@@ -74,10 +75,11 @@ void cpu_ADALN_FWD(const KernelCall *c) {
 // needed: once for dx, once for the sums over a segment.
 typedef struct Backward {
   Site site;
-  const Combine *combine; // what dh is the sum of, where it is no operand
-  int add_branch;         // x is the stream before the branch was added: xnew = x + gate * branch
-  const real *dh, *dxnew, *x, *branch, *mean, *rstd;
-  real *dx, *dbranch, *dmod;
+  const Combine *combine;              // what dh is the sum of, where it is no operand
+  int add_branch;                      // x is the stream before the branch was added: xnew = x + gate * branch
+  const real *dh, *dxnew, *x, *branch; // [T, C]
+  const real *mean, *rstd;             // [T]
+  real *dx, *dbranch, *dmod;           // [T, C] twice, [SEG, M]
 } Backward;
 
 // n <= BLOCK columns from `first` of row r: xhat, and dn = dh, through silu where the row has it.
@@ -178,18 +180,19 @@ static void backward_segment(const Backward *b, const Batch *batch, int64_t g, i
   }
 }
 
-// `in`: dxnew and what follows.
-static Backward backward_of(const KernelCall *c, const void *const *in) {
+// Of a call of ADALN_BWD.
+static Backward backward_of(const KernelCall *c) {
   Backward b = {
-      .site = site_of(c, in[3]), // mod [SEG, M]
-      .dxnew = in[0],            // [T, C]
-      .x = in[1],                // [T, C]
-      .branch = in[2],           // [T, C]
-      .mean = in[4],             // [T]
-      .rstd = in[5],             // [T]
-      .dx = c->out[0],           // [T, C]
-      .dbranch = c->out[1],      // [T, C]
-      .dmod = c->out[2],         // [SEG, M]
+      .site = site_of(c, c->in.ADALN_BWD.mod),
+      .dh = c->in.ADALN_BWD.dh,
+      .dxnew = c->in.ADALN_BWD.dxnew,
+      .x = c->in.ADALN_BWD.x,
+      .branch = c->in.ADALN_BWD.branch,
+      .mean = c->in.ADALN_BWD.mean,
+      .rstd = c->in.ADALN_BWD.rstd,
+      .dx = c->out.ADALN_BWD.dx,
+      .dbranch = c->out.ADALN_BWD.dbranch,
+      .dmod = c->out.ADALN_BWD.dmod,
   };
   b.add_branch = b.branch && !c->args->adaln.x_is_new;
   return b;
@@ -215,32 +218,48 @@ static void backward(const Backward *b, const KernelCall *c) {
 }
 
 void cpu_ADALN_BWD(const KernelCall *c) {
-  Backward b = backward_of(c, c->in + 1);
-  b.dh = c->in[0]; // [T, C]
+  Backward b = backward_of(c);
   backward(&b, c);
 }
 
 // ---- with the sum over the experts before it ----
 
 void cpu_COMBINE_ADALN_FWD(const KernelCall *c) {
+  void *b2 = c->out.COMBINE_ADALN_FWD.b2, *h = c->out.COMBINE_ADALN_FWD.h; // [T, C]
   // A row of the branch is done with when the same row of h is written.
-  void *branch = c->out[0] ? c->out[0] : c->out[2]; // b2 [T, C], else h
+  void *branch = b2 ? b2 : h;
   KernelCall combine = *c, site = *c;
-  combine.out[0] = branch;
+  combine.in = (OpInputs){.EXPERT_COMBINE = {.y = c->in.COMBINE_ADALN_FWD.y,
+                                             .route = c->in.COMBINE_ADALN_FWD.route,
+                                             .weights = c->in.COMBINE_ADALN_FWD.weights,
+                                             .add = c->in.COMBINE_ADALN_FWD.add}};
+  combine.out.EXPERT_COMBINE.out = branch;
   cpu_EXPERT_COMBINE(&combine);
-  site.in[0] = c->in[4]; // x [T, C]
-  site.in[1] = branch;
-  site.in[2] = c->in[5]; // mod [SEG, M]
-  memcpy(site.out, c->out + 1, 4 * sizeof *site.out);
+  site.in =
+      (OpInputs){.ADALN_FWD = {.x = c->in.COMBINE_ADALN_FWD.x, .branch = branch, .mod = c->in.COMBINE_ADALN_FWD.mod}};
+  site.out = (OpOutputs){.ADALN_FWD = {.xnew = c->out.COMBINE_ADALN_FWD.xnew,
+                                       .h = h,
+                                       .mean = c->out.COMBINE_ADALN_FWD.mean,
+                                       .rstd = c->out.COMBINE_ADALN_FWD.rstd}};
   cpu_ADALN_FWD(&site);
 }
 
 void cpu_COMBINE_ADALN_BWD(const KernelCall *c) {
-  KernelCall sum = *c;
-  sum.in[2] = NULL;     // weights
-  sum.in[3] = c->in[2]; // add
+  KernelCall sum = *c, site = *c;
+  sum.in = (OpInputs){.EXPERT_COMBINE = {.y = c->in.COMBINE_ADALN_BWD.dslot,
+                                         .route = c->in.COMBINE_ADALN_BWD.route,
+                                         .add = c->in.COMBINE_ADALN_BWD.add}};
   const Combine combine = combine_of(&sum);
-  Backward b = backward_of(c, c->in + 3);
+  site.in = (OpInputs){.ADALN_BWD = {.dxnew = c->in.COMBINE_ADALN_BWD.dxnew,
+                                     .x = c->in.COMBINE_ADALN_BWD.x,
+                                     .branch = c->in.COMBINE_ADALN_BWD.branch,
+                                     .mod = c->in.COMBINE_ADALN_BWD.mod,
+                                     .mean = c->in.COMBINE_ADALN_BWD.mean,
+                                     .rstd = c->in.COMBINE_ADALN_BWD.rstd}};
+  site.out = (OpOutputs){.ADALN_BWD = {.dx = c->out.COMBINE_ADALN_BWD.dx,
+                                       .dbranch = c->out.COMBINE_ADALN_BWD.dbranch,
+                                       .dmod = c->out.COMBINE_ADALN_BWD.dmod}};
+  Backward b = backward_of(&site);
   b.combine = &combine;
   backward(&b, c);
 }

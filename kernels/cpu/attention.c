@@ -247,13 +247,13 @@ static real softmax_row(const Heads *hd, const KeyTile *keys, int64_t query, rea
 static void forward_tile(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *queries,
                          const Buffers *own) {
   const Batch *b = hd->batch;
-  const real *k = c->in[1], *v = c->in[2]; // [T, G, D]
-  real *o = c->out[0];                     // [T, H D], row order
-  real *lse = c->out[1];                   // [H, T]
+  const real *k = c->in.ATTENTION_FWD.k, *v = c->in.ATTENTION_FWD.v; // [T, G, D]
+  real *o = c->out.ATTENTION_FWD.o;                                  // [T, H D], row order
+  real *lse = c->out.ATTENTION_FWD.lse;                              // [H, T]
   int64_t rows = queries->rows, W = hd->W, D = hd->D, R = hd->R;
   real *q = own->q, *out = own->dout, *top = own->lse, *sum = own->delta; // [rows, W] twice, [rows] twice
   real *columns = own->columns, *values = own->key_rows, *score = own->p; // [D, KEYS], [KEYS, W], [rows, KEYS]
-  pack_queries(hd, queries, c->in[0], g, q);
+  pack_queries(hd, queries, c->in.ATTENTION_FWD.q, g, q);
   memset(out, 0, (size_t)(rows * W) * sizeof *out);
   for (int64_t i = 0; i < rows; i++) {
     top[i] = -(real)INFINITY;
@@ -285,7 +285,7 @@ static void forward_tile(const Heads *hd, const KernelCall *c, int64_t g, const 
 void cpu_ATTENTION_FWD(const KernelCall *c) {
   const Heads hd = heads_of(c);
   const Batch *b = c->batch;
-  real *o = c->out[0], *lse = c->out[1];
+  real *o = c->out.ATTENTION_FWD.o, *lse = c->out.ATTENTION_FWD.lse;
   int64_t blocks = (hd.used + BLOCK - 1) / BLOCK;
   const Scratch scratch = buffers_take(&hd);
 #pragma omp parallel for schedule(dynamic)
@@ -309,9 +309,9 @@ void cpu_ATTENTION_FWD(const KernelCall *c) {
 
 // What the backward pass needs of a query tile: q / sqrt(D) and dO [rows, W], lse and rowsum(dO * O) [rows].
 static void pack_backward(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *t, const Buffers *own) {
-  const real *dout = c->in[0], *o = c->in[1]; // [T, H D], row order
-  const real *lse = c->in[5];                 // [H, T]
-  pack_queries(hd, t, c->in[2], g, own->q);
+  const real *dout = c->in.ATTENTION_BWD.dout, *o = c->in.ATTENTION_BWD.o; // [T, H D], row order
+  const real *lse = c->in.ATTENTION_BWD.lse;                               // [H, T]
+  pack_queries(hd, t, c->in.ATTENTION_BWD.q, g, own->q);
   for (int64_t i = 0; i < t->rows; i++) {
     int64_t query = t->first + i / hd->R, h = g * hd->R + i % hd->R;
     int64_t at = (hd->batch->row[query] * hd->H + h) * hd->D;
@@ -367,12 +367,12 @@ static void clear_query_gradient(const Heads *hd, int64_t g, int64_t first, int6
 static void backward_keys(const Heads *hd, const KernelCall *c, int64_t g, int64_t first, int64_t end, real *dq,
                           const Buffers *own) {
   int64_t W = hd->W, D = hd->D;
-  real *dk = c->out[1], *dv = c->out[2]; // [T, G, D]
+  real *dk = c->out.ATTENTION_BWD.dk, *dv = c->out.ATTENTION_BWD.dv; // [T, G, D]
   real *dkeys = own->dkeys, *dvalues = own->dvalues;
   KeyTile keys = key_tile(hd, first, end);
-  pack_keys_transposed(hd, &keys, c->in[3], g, own->columns);
-  pack_keys_transposed(hd, &keys, c->in[4], g, own->value_columns);
-  if (dq) pack_keys(hd, &keys, c->in[3], g, own->key_rows);
+  pack_keys_transposed(hd, &keys, c->in.ATTENTION_BWD.k, g, own->columns);
+  pack_keys_transposed(hd, &keys, c->in.ATTENTION_BWD.v, g, own->value_columns);
+  if (dq) pack_keys(hd, &keys, c->in.ATTENTION_BWD.k, g, own->key_rows);
   memset(dkeys, 0, (size_t)(keys.n * W) * sizeof *dkeys);
   memset(dvalues, 0, (size_t)(keys.n * W) * sizeof *dvalues);
   for (int64_t at = hd->batch->q_start[first]; at < keys.last_query; at += hd->tile) { // q_start never decreases
@@ -393,16 +393,16 @@ static void backward_keys(const Heads *hd, const KernelCall *c, int64_t g, int64
 static void backward_queries(const Heads *hd, const KernelCall *c, int64_t g, const QueryTile *queries,
                              const Buffers *own) {
   const Batch *b = hd->batch;
-  real *dq = c->out[0];
+  real *dq = c->out.ATTENTION_BWD.dq;
   pack_backward(hd, c, g, queries, own);
   clear_query_gradient(hd, g, queries->first, queries->first + queries->n, dq);
   int64_t end = b->kv_end[queries->first + queries->n - 1];
   for (int64_t first = b->doc_start[queries->first]; first < end; first += KEYS) {
     KeyTile keys = key_tile(hd, first, end);
     if (keys.last_query <= queries->first) continue;
-    pack_keys_transposed(hd, &keys, c->in[3], g, own->columns);
-    pack_keys_transposed(hd, &keys, c->in[4], g, own->value_columns);
-    pack_keys(hd, &keys, c->in[3], g, own->key_rows);
+    pack_keys_transposed(hd, &keys, c->in.ATTENTION_BWD.k, g, own->columns);
+    pack_keys_transposed(hd, &keys, c->in.ATTENTION_BWD.v, g, own->value_columns);
+    pack_keys(hd, &keys, c->in.ATTENTION_BWD.k, g, own->key_rows);
     score_gradient(hd, queries, &keys, own);
     add_query_gradient(hd, g, queries, &keys, own, dq);
   }
@@ -412,7 +412,7 @@ static void backward_queries(const Heads *hd, const KernelCall *c, int64_t g, co
 static void backward_at(const Heads *hd, const KernelCall *c, int64_t g, int64_t at, const Buffers *own) {
   const Batch *b = hd->batch;
   int64_t start = b->doc_start[at], offset = at - start, end = at + 1;
-  real *dq = c->out[0];
+  real *dq = c->out.ATTENTION_BWD.dq;
   if (offset % KEYS && offset % hd->tile) return;
   while (end < hd->used && b->doc_start[end] == start) end++;
   if (end - start <= SHORT_DOC) {
@@ -431,8 +431,8 @@ static void backward_at(const Heads *hd, const KernelCall *c, int64_t g, int64_t
 
 void cpu_ATTENTION_BWD(const KernelCall *c) {
   const Heads hd = heads_of(c);
-  real *dq = c->out[0];                  // [T, H, D]
-  real *dk = c->out[1], *dv = c->out[2]; // [T, G, D]
+  real *dq = c->out.ATTENTION_BWD.dq;                                // [T, H, D]
+  real *dk = c->out.ATTENTION_BWD.dk, *dv = c->out.ATTENTION_BWD.dv; // [T, G, D]
   int64_t blocks = (hd.used + BLOCK - 1) / BLOCK;
   const Scratch scratch = buffers_take(&hd);
 #pragma omp parallel for schedule(dynamic)

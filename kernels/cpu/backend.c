@@ -55,7 +55,7 @@ const Backend backend_cpu = {
     .clear = cpu_clear,
     .fn =
         {
-#define OP_ROW(name, in, out) [OP_##name] = cpu_##name,
+#define OP_ROW(name, ...) [OP_##name] = cpu_##name,
             OP_LIST(OP_ROW)
 #undef OP_ROW
         },

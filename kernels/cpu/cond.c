@@ -11,7 +11,7 @@ static void zero_unused(const KernelCall *c, real *x, int64_t width) {
 }
 
 void cpu_TIME_FEATURES(const KernelCall *c) {
-  real *features = c->out[0]; // [SEG, 256]
+  real *features = c->out.TIME_FEATURES.features; // [SEG, 256]
   int n_segments = c->batch->dims->n_segments;
   zero_unused(c, features, 2 * FREQUENCIES);
   // In fp64: the angle reaches 1000, where its own rounding in fp32 would show in the result.
@@ -36,24 +36,25 @@ static real silu_slope(real x) {
 }
 
 void cpu_SILU_FWD(const KernelCall *c) {
-  const real *x = c->in[0]; // [SEG, Z]
-  real *y = c->out[0];      // [SEG, Z]
+  const real *x = c->in.SILU_FWD.x; // [SEG, Z]
+  real *y = c->out.SILU_FWD.y;      // [SEG, Z]
   int64_t Z = c->dims->Z, end = c->batch->dims->n_segments * Z;
   zero_unused(c, y, Z);
   for (int64_t i = Z; i < end; i++) y[i] = silu(x[i]);
 }
 
 void cpu_SILU_BWD(const KernelCall *c) {
-  const real *dy = c->in[0], *x = c->in[1]; // [SEG, Z]
-  real *dx = c->out[0];                     // [SEG, Z]
+  const real *dy = c->in.SILU_BWD.dy, *x = c->in.SILU_BWD.x; // [SEG, Z]
+  real *dx = c->out.SILU_BWD.dx;                             // [SEG, Z]
   int64_t Z = c->dims->Z, end = c->batch->dims->n_segments * Z;
   zero_unused(c, dx, Z);
   for (int64_t i = Z; i < end; i++) dx[i] = dy[i] * silu_slope(x[i]);
 }
 
 void cpu_COND_FWD(const KernelCall *c) {
-  const real *time = c->in[0], *pool = c->in[1], *e_kind = c->in[2]; // [SEG, Z], [SEG, Z], [2, Z]
-  real *sum = c->out[0], *a = c->out[1];                             // [SEG, Z]
+  const real *time = c->in.COND_FWD.time, *pool = c->in.COND_FWD.pool; // [SEG, Z]
+  const real *e_kind = c->in.COND_FWD.e_kind;                          // [2, Z]
+  real *sum = c->out.COND_FWD.c, *a = c->out.COND_FWD.a;               // [SEG, Z]
   int64_t Z = c->dims->Z;
   zero_unused(c, sum, Z);
   zero_unused(c, a, Z);
@@ -68,11 +69,11 @@ void cpu_COND_FWD(const KernelCall *c) {
 }
 
 void cpu_COND_BWD(const KernelCall *c) {
-  const real *da = c->in[0], *sum = c->in[1]; // [SEG, Z]
-  real *dc = c->out[0], *de_kind = c->out[1]; // [SEG, Z], [2, Z]
+  const real *da = c->in.COND_BWD.da, *sum = c->in.COND_BWD.c;       // [SEG, Z]
+  real *dc = c->out.COND_BWD.dc, *de_kind = c->out.COND_BWD.de_kind; // [SEG, Z], [2, Z]
   int64_t Z = c->dims->Z;
   zero_unused(c, dc, Z);
-  if (!c->args->span.accumulate) memset(de_kind, 0, (size_t)(2 * Z) * sizeof *de_kind);
+  if (!c->args->accumulate) memset(de_kind, 0, (size_t)(2 * Z) * sizeof *de_kind);
   for (int64_t g = 1; g < c->batch->dims->n_segments; g++) {
     real *kind = de_kind + c->batch->seg_kind[g] * Z;
     for (int64_t i = 0; i < Z; i++) {
@@ -84,8 +85,8 @@ void cpu_COND_BWD(const KernelCall *c) {
 }
 
 void cpu_MOD_FWD(const KernelCall *c) {
-  const real *a = c->in[0], *U = c->in[1], *S = c->in[2]; // [SEG, Z], [M, Z], [2, M]
-  real *mod = c->out[0];                                  // [SEG, M]
+  const real *a = c->in.MOD_FWD.a, *U = c->in.MOD_FWD.U, *S = c->in.MOD_FWD.S; // [SEG, Z], [M, Z], [2, M]
+  real *mod = c->out.MOD_FWD.mod;                                              // [SEG, M]
   int64_t M = c->dims->M, Z = c->dims->Z, used = c->batch->dims->n_segments;
   zero_unused(c, mod, M);
   for (int64_t g = 0; g < used; g++) memcpy(mod + g * M, S + (g ? IMAGE : TEXT) * M, (size_t)M * sizeof *mod);
@@ -94,10 +95,10 @@ void cpu_MOD_FWD(const KernelCall *c) {
 
 void cpu_MOD_BWD(const KernelCall *c) {
   enum { BLOCK = 256 };
-  const real *dmod = c->in[0]; // [SEG, M]
-  real *dS = c->out[0];        // [2, M]
+  const real *dmod = c->in.MOD_BWD.dmod; // [SEG, M]
+  real *dS = c->out.MOD_BWD.dS;          // [2, M]
   int64_t M = c->dims->M, used = c->batch->dims->n_segments;
-  int accumulate = c->args->span.accumulate;
+  int accumulate = c->args->accumulate;
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < M; first += BLOCK) {
     int64_t n = M - first < BLOCK ? M - first : BLOCK;

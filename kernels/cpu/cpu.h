@@ -83,7 +83,7 @@ static inline real real_sigmoid(real x) {
 }
 
 // The kernels; operands and formulas: kernels.h.
-#define OP_DECLARE(name, in, out) void cpu_##name(const KernelCall *call);
+#define OP_DECLARE(name, ...) void cpu_##name(const KernelCall *call);
 OP_LIST(OP_DECLARE)
 #undef OP_DECLARE
 #endif

@@ -4,7 +4,7 @@
 
 void cpu_NOISE(const KernelCall *c) {
   const Batch *b = c->batch;
-  real *z = c->out[0]; // [T, P]
+  real *z = c->out.NOISE.z; // [T, P]
   int64_t T = c->dims->T, P = c->dims->P, first = b->dims->n_text, end = first + b->dims->n_image;
   uint64_t seed = (uint64_t)b->dims->seed_hi << 32 | b->dims->seed_lo;
 #pragma omp parallel for schedule(static)
@@ -35,8 +35,8 @@ void cpu_NOISE(const KernelCall *c) {
 
 void cpu_EMBED_FWD(const KernelCall *c) {
   const Batch *b = c->batch;
-  const real *E = c->in[0], *image_rows = c->in[1]; // [V, C], [T, C]
-  real *x = c->out[0];                              // [T, C]
+  const real *E = c->in.EMBED_FWD.E, *image_rows = c->in.EMBED_FWD.image_rows; // [V, C], [T, C]
+  real *x = c->out.EMBED_FWD.x;                                                // [T, C]
   int64_t T = c->dims->T, C = c->dims->C, n_text = b->dims->n_text, end = n_text + b->dims->n_image;
   for (int64_t r = 0; r < n_text; r++) memcpy(x + r * C, E + b->token[r] * C, (size_t)C * sizeof *x);
   memcpy(x + n_text * C, image_rows + n_text * C, (size_t)((end - n_text) * C) * sizeof *x);
@@ -45,10 +45,10 @@ void cpu_EMBED_FWD(const KernelCall *c) {
 
 void cpu_EMBED_BWD(const KernelCall *c) {
   const Batch *b = c->batch;
-  const real *dx = c->in[0], *dmean = c->in[1]; // [T, C], [SEG, C]
-  real *dE = c->out[0];                         // [V, C]
+  const real *dx = c->in.EMBED_BWD.dx, *dmean = c->in.EMBED_BWD.dmean; // [T, C], [SEG, C]
+  real *dE = c->out.EMBED_BWD.dE;                                      // [V, C]
   int64_t V = c->dims->V, C = c->dims->C;
-  int n_ids = b->dims->n_ids, accumulate = c->args->span.accumulate;
+  int n_ids = b->dims->n_ids, accumulate = c->args->accumulate;
   // Item j also clears the rows between the id before and its own; the last item, those behind the last id.
 #pragma omp parallel for schedule(dynamic, 8)
   for (int j = 0; j <= n_ids; j++) {
@@ -85,8 +85,8 @@ static real pool_caption(const Batch *b, const real *E, int64_t C, int g, real *
 }
 
 void cpu_POOL_FWD(const KernelCall *c) {
-  const real *E = c->in[0]; // [V, C]
-  real *pooled = c->out[0]; // [SEG, C]
+  const real *E = c->in.POOL_FWD.E;      // [V, C]
+  real *pooled = c->out.POOL_FWD.pooled; // [SEG, C]
   int64_t C = c->dims->C;
 #pragma omp parallel for schedule(dynamic, 4)
   for (int g = 0; g < c->dims->segments; g++) {
@@ -96,8 +96,8 @@ void cpu_POOL_FWD(const KernelCall *c) {
 }
 
 void cpu_POOL_BWD(const KernelCall *c) {
-  const real *dpooled = c->in[0], *E = c->in[1]; // [SEG, C], [V, C]
-  real *dmean = c->out[0];                       // [SEG, C]
+  const real *dpooled = c->in.POOL_BWD.dpooled, *E = c->in.POOL_BWD.E; // [SEG, C], [V, C]
+  real *dmean = c->out.POOL_BWD.dmean;                                 // [SEG, C]
   int64_t C = c->dims->C;
 #pragma omp parallel for schedule(dynamic, 4)
   for (int g = 0; g < c->dims->segments; g++) {

@@ -23,9 +23,9 @@ typedef struct Slots {
   int64_t kmax;
 } Slots;
 
-static Slots slots_of(const KernelCall *c, int in) {
+static Slots slots_of(const KernelCall *c, const void *route) {
   Slots s = {.dims = c->dims, .kmax = dims_kmax(c->dims)};
-  route_bind(&s.route, c->dims, (int32_t *)(uintptr_t)c->in[in]);
+  route_bind(&s.route, c->dims, (int32_t *)(uintptr_t)route);
   return s;
 }
 
@@ -85,15 +85,15 @@ static void gathered_product(const Slots *s, const SlotBlock *b, const real *x, 
 
 void cpu_EXPERT_UP_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const real *h = c->in[0]; // [T, C]
-  const Slots s = slots_of(c, 1);
+  const real *h = c->in.EXPERT_UP_FWD.h; // [T, C]
+  const Slots s = slots_of(c, c->in.EXPERT_UP_FWD.route);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < blocks_total(&s); i++) {
     SlotBlock b = block_at(&s, i);
     int64_t F = d->F[b.m];
-    const real *w1 = (const real *)c->in[2 + b.m] + b.e * 2 * F * d->C;             // [2F, C]
-    real *pre = (real *)c->out[0] + slots_base(&s, d->F, 2, b.m) + b.begin * 2 * F; // [rows, 2F]
-    real *a = (real *)c->out[1] + slots_base(&s, d->F, 1, b.m) + b.begin * F;       // [rows, F]
+    const real *w1 = (const real *)c->in.EXPERT_UP_FWD.w1[b.m] + b.e * 2 * F * d->C;               // [2F, C]
+    real *pre = (real *)c->out.EXPERT_UP_FWD.pre + slots_base(&s, d->F, 2, b.m) + b.begin * 2 * F; // [rows, 2F]
+    real *a = (real *)c->out.EXPERT_UP_FWD.a + slots_base(&s, d->F, 1, b.m) + b.begin * F;         // [rows, F]
     gathered_product(&s, &b, h, w1, 1, 2 * F, pre);
     for (int64_t r = 0; r < b.rows; r++) swiglu_row(pre + r * 2 * F, F, a + r * F);
   }
@@ -101,20 +101,20 @@ void cpu_EXPERT_UP_FWD(const KernelCall *c) {
 
 void cpu_EXPERT_DOWN_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const real *dout = c->in[0];    // [T, C]
-  const real *weights = c->in[2]; // [T, Kmax]
-  real *dweights = c->out[2];     // [T, Kmax]
-  const Slots s = slots_of(c, 3);
+  const real *dout = c->in.EXPERT_DOWN_BWD.dout;       // [T, C]
+  const real *weights = c->in.EXPERT_DOWN_BWD.weights; // [T, Kmax]
+  real *dweights = c->out.EXPERT_DOWN_BWD.dweights;    // [T, Kmax]
+  const Slots s = slots_of(c, c->in.EXPERT_DOWN_BWD.route);
   memset(dweights, 0, (size_t)(d->T * s.kmax) * sizeof *dweights);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < blocks_total(&s); i++) {
     SlotBlock b = block_at(&s, i);
     int64_t F = d->F[b.m], at = slots_base(&s, d->F, 1, b.m) + b.begin * F;
     int64_t pre_at = slots_base(&s, d->F, 2, b.m) + b.begin * 2 * F;
-    const real *pre = (const real *)c->in[1] + pre_at;              // [rows, 2F]
-    const real *w2 = (const real *)c->in[4 + b.m] + b.e * d->C * F; // [C, F]
-    real *dpre = (real *)c->out[0] + pre_at;                        // [rows, 2F]
-    real *sa = (real *)c->out[1] + at;                              // [rows, F]: first dA, then w a
+    const real *pre = (const real *)c->in.EXPERT_DOWN_BWD.pre + pre_at;            // [rows, 2F]
+    const real *w2 = (const real *)c->in.EXPERT_DOWN_BWD.w2[b.m] + b.e * d->C * F; // [C, F]
+    real *dpre = (real *)c->out.EXPERT_DOWN_BWD.dpre + pre_at;                     // [rows, 2F]
+    real *sa = (real *)c->out.EXPERT_DOWN_BWD.sa + at;                             // [rows, F]: first dA, then w a
     gathered_product(&s, &b, dout, w2, 0, F, sa);
     for (int64_t r = 0; r < b.rows; r++) {
       int64_t assignment = s.route.source[b.m][b.begin + r];
@@ -150,25 +150,27 @@ static void slots_product(const KernelCall *c, const Slots *s, int transposed, c
 void cpu_EXPERT_DOWN_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const int width[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, 1);
-  slots_product(c, &s, 1, width, 1, d->F, 1, c->in[0], c->in + 2, c->out[0]); // W2 [C, F]
+  const Slots s = slots_of(c, c->in.EXPERT_DOWN_FWD.route);
+  slots_product(c, &s, 1, width, 1, d->F, 1, c->in.EXPERT_DOWN_FWD.a, c->in.EXPERT_DOWN_FWD.w2,
+                c->out.EXPERT_DOWN_FWD.y); // W2 [C, F]
 }
 
 void cpu_EXPERT_UP_DGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const int width[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, 1);
-  slots_product(c, &s, 0, width, 1, d->F, 2, c->in[0], c->in + 2, c->out[0]); // W1 [2F, C]
+  const Slots s = slots_of(c, c->in.EXPERT_UP_DGRAD.route);
+  slots_product(c, &s, 0, width, 1, d->F, 2, c->in.EXPERT_UP_DGRAD.dpre, c->in.EXPERT_UP_DGRAD.w1,
+                c->out.EXPERT_UP_DGRAD.dslot); // W1 [2F, C]
 }
 
 Combine combine_of(const KernelCall *c) {
   const Dims *d = c->dims;
-  const Slots s = slots_of(c, 1);
+  const Slots s = slots_of(c, c->in.EXPERT_COMBINE.route);
   const int width[MODALITIES] = {d->C, d->C};
-  const real *y = c->in[0];
+  const real *y = c->in.EXPERT_COMBINE.y;
   return (Combine){.y = {y + slots_base(&s, width, 1, TEXT), y + slots_base(&s, width, 1, IMAGE)},
-                   .weights = c->in[2],
-                   .add = c->in[3],
+                   .weights = c->in.EXPERT_COMBINE.weights,
+                   .add = c->in.EXPERT_COMBINE.add,
                    .slot = s.route.slot,
                    .C = d->C,
                    .kmax = s.kmax,
@@ -196,7 +198,7 @@ void combine_part(const Combine *c, int64_t r, int64_t first, int64_t n, real *o
 }
 
 void cpu_EXPERT_COMBINE(const KernelCall *c) {
-  real *out = c->out[0]; // [T, C]
+  real *out = c->out.EXPERT_COMBINE.out; // [T, C]
   const Combine combine = combine_of(c);
   int64_t T = c->dims->T, C = c->dims->C, used = c->batch->dims->n_text + c->batch->dims->n_image;
 #pragma omp parallel for
@@ -208,7 +210,7 @@ void cpu_EXPERT_COMBINE(const KernelCall *c) {
 // other[slot]^T x[row] ([N, C]); x [T, C], other [slots, N = scale * F_m]. A task forms the part that GRAD_COLUMNS
 // columns of x (fewer where C is small, for balance) give for one expert.
 static void weight_gradients(const KernelCall *c, const Slots *s, const real *x, const real *other, int scale,
-                             int rows_of_x) {
+                             int rows_of_x, void *const *dW) {
   const Dims *d = c->dims;
   int64_t C = d->C, half = ceil_div(C, 32) * 16, columns = half < GRAD_COLUMNS ? half : GRAD_COLUMNS;
   int64_t blocks = ceil_div(C, columns);
@@ -217,9 +219,9 @@ static void weight_gradients(const KernelCall *c, const Slots *s, const real *x,
     int64_t g = task / blocks, c0 = task % blocks * columns, width = C - c0 < columns ? C - c0 : columns;
     int m = g < d->E[TEXT] ? TEXT : IMAGE;
     int64_t e = m == TEXT ? g : g - d->E[TEXT], N = scale * d->F[m], count = s->route.count[g];
-    real *dw = (real *)c->out[m] + e * C * N + (rows_of_x ? c0 * N : c0);
-    real block[GRAD_ROWS * GRAD_COLUMNS], keep = c->args->span.accumulate ? 1 : 0; // [rows, width]
-    for (int64_t i = 0; i < count || i == 0; i += GRAD_ROWS) {                     // once for no slots too: zeros
+    real *dw = (real *)dW[m] + e * C * N + (rows_of_x ? c0 * N : c0);
+    real block[GRAD_ROWS * GRAD_COLUMNS], keep = c->args->accumulate ? 1 : 0; // [rows, width]
+    for (int64_t i = 0; i < count || i == 0; i += GRAD_ROWS) {                // once for no slots too: zeros
       int64_t rows = count - i < GRAD_ROWS ? count - i : GRAD_ROWS, begin = s->route.begin[g] + i;
       const real *slots = other + slots_base(s, d->F, scale, m) + begin * N; // [rows, N]
       gather(s, m, begin, rows, x, c0, width, block);
@@ -233,11 +235,13 @@ static void weight_gradients(const KernelCall *c, const Slots *s, const real *x,
 }
 
 void cpu_EXPERT_DOWN_WGRAD(const KernelCall *c) {
-  const Slots s = slots_of(c, 2);
-  weight_gradients(c, &s, c->in[0], c->in[1], 1, 1); // dW2 [C, F]
+  const Slots s = slots_of(c, c->in.EXPERT_DOWN_WGRAD.route);
+  weight_gradients(c, &s, c->in.EXPERT_DOWN_WGRAD.dout, c->in.EXPERT_DOWN_WGRAD.sa, 1, 1,
+                   c->out.EXPERT_DOWN_WGRAD.dw2); // [C, F]
 }
 
 void cpu_EXPERT_UP_WGRAD(const KernelCall *c) {
-  const Slots s = slots_of(c, 2);
-  weight_gradients(c, &s, c->in[1], c->in[0], 2, 0); // dW1 [2F, C]
+  const Slots s = slots_of(c, c->in.EXPERT_UP_WGRAD.route);
+  weight_gradients(c, &s, c->in.EXPERT_UP_WGRAD.h, c->in.EXPERT_UP_WGRAD.dpre, 2, 0,
+                   c->out.EXPERT_UP_WGRAD.dw1); // [2F, C]
 }

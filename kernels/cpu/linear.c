@@ -45,8 +45,8 @@ static void zero_outside(Parts p, real *y) {
 }
 
 void cpu_LINEAR_FWD(const KernelCall *c) {
-  const real *x = c->in[0], *bias = c->in[3]; // [rows, in], [out]
-  real *y = c->out[0];                        // [rows, out]
+  const real *x = c->in.LINEAR_FWD.x, *bias = c->in.LINEAR_FWD.bias; // [rows, in], [out]
+  real *y = c->out.LINEAR_FWD.y;                                     // [rows, out]
   Parts in = extent_parts(c, c->args->linear.in_dim), out = extent_parts(c, c->args->linear.out_dim);
   GemmItem items[MODALITIES];
   zero_outside(out, y);
@@ -59,7 +59,7 @@ void cpu_LINEAR_FWD(const KernelCall *c) {
                           .K = in.part[k].width,
                           .A = x + in.part[k].at,
                           .lda = in.part[k].width,
-                          .B = c->in[1 + k], // [out, in]
+                          .B = c->in.LINEAR_FWD.w[k], // [out, in]
                           .ldb = in.part[k].width,
                           .C = to,
                           .ldc = width};
@@ -68,8 +68,8 @@ void cpu_LINEAR_FWD(const KernelCall *c) {
 }
 
 void cpu_LINEAR_DGRAD(const KernelCall *c) {
-  const real *dy = c->in[0], *add = c->in[3]; // [rows, out], [rows, in]
-  real *dx = c->out[0];                       // [rows, in]
+  const real *dy = c->in.LINEAR_DGRAD.dy, *add = c->in.LINEAR_DGRAD.add; // [rows, out], [rows, in]
+  real *dx = c->out.LINEAR_DGRAD.dx;                                     // [rows, in]
   Parts in = extent_parts(c, c->args->linear.in_dim), out = extent_parts(c, c->args->linear.out_dim);
   GemmItem items[MODALITIES];
   zero_outside(in, dx);
@@ -83,7 +83,7 @@ void cpu_LINEAR_DGRAD(const KernelCall *c) {
                           .K = out.part[k].width,
                           .A = dy + out.part[k].at,
                           .lda = out.part[k].width,
-                          .B = c->in[1 + k], // [out, in]
+                          .B = c->in.LINEAR_DGRAD.w[k], // [out, in]
                           .ldb = p.width,
                           .C = dx + p.at,
                           .ldc = p.width};
@@ -110,8 +110,8 @@ static void bias_gradient(const real *dy, Parts p, int accumulate, real *dbias) 
 }
 
 void cpu_LINEAR_WGRAD(const KernelCall *c) {
-  const real *dy = c->in[0], *x = c->in[1]; // [rows, out], [rows, in]
-  int accumulate = c->args->linear.accumulate;
+  const real *dy = c->in.LINEAR_WGRAD.dy, *x = c->in.LINEAR_WGRAD.x; // [rows, out], [rows, in]
+  int accumulate = c->args->accumulate;
   Parts in = extent_parts(c, c->args->linear.in_dim), out = extent_parts(c, c->args->linear.out_dim);
   GemmItem items[MODALITIES];
   for (int k = 0; k < in.n; k++)
@@ -122,8 +122,8 @@ void cpu_LINEAR_WGRAD(const KernelCall *c) {
                           .lda = out.part[k].width,
                           .B = x + in.part[k].at,
                           .ldb = in.part[k].width,
-                          .C = c->out[k], // [out, in]
+                          .C = c->out.LINEAR_WGRAD.dw[k], // [out, in]
                           .ldc = in.part[k].width};
   gemm_batch(1, 0, accumulate ? 1 : 0, items, in.n);
-  if (c->out[2]) bias_gradient(dy, out, accumulate, c->out[2]);
+  if (c->out.LINEAR_WGRAD.dbias) bias_gradient(dy, out, accumulate, c->out.LINEAR_WGRAD.dbias);
 }

@@ -23,13 +23,13 @@ static real row_cross_entropy(real *logits, int64_t V, int target, real scale) {
 // products and spares a gathered copy of h.
 void cpu_HEAD_CE(const KernelCall *c) {
   const Batch *b = c->batch;
-  const real *h = c->in[0], *wout = c->in[1];                 // [T, C], [V, C]
-  real *nll = c->out[0], *dh = c->out[1], *dwout = c->out[2]; // [T], [T, C], [V, C]
-  Metrics *metrics = c->out[3];
-  real *work = c->out[4]; // [chunk, V]
+  const real *h = c->in.HEAD_CE.h, *wout = c->in.HEAD_CE.wout;                            // [T, C], [V, C]
+  real *nll = c->out.HEAD_CE.nll, *dh = c->out.HEAD_CE.dh, *dwout = c->out.HEAD_CE.dwout; // [T], [T, C], [V, C]
+  Metrics *metrics = c->out.HEAD_CE.metrics;
+  real *work = c->out.HEAD_CE.work; // [chunk, V]
   int64_t T = c->dims->T, C = c->dims->C, V = c->dims->V, chunk = c->args->head.chunk, n_target = b->dims->n_target;
   int64_t first = n_target ? b->target_row[0] : 0, end = n_target ? b->target_row[n_target - 1] + 1 : 0;
-  real scale = (real)b->dims->ce_scale, beta = c->args->head.accumulate ? 1 : 0;
+  real scale = (real)b->dims->ce_scale, beta = c->args->accumulate ? 1 : 0;
   memset(nll, 0, (size_t)T * sizeof *nll);
   if (dh) {
     memset(dh, 0, (size_t)(first * C) * sizeof *dh);
@@ -59,8 +59,8 @@ void cpu_HEAD_CE(const KernelCall *c) {
 
 void cpu_HEAD_LOGITS(const KernelCall *c) {
   const int32_t *row = c->batch->target_row;
-  const real *h = c->in[0], *wout = c->in[1]; // [T, C], [V, C]
-  real *logits = c->out[0];                   // [n_target, V]
+  const real *h = c->in.HEAD_LOGITS.h, *wout = c->in.HEAD_LOGITS.wout; // [T, C], [V, C]
+  real *logits = c->out.HEAD_LOGITS.logits;                            // [n_target, V]
   int64_t C = c->dims->C, V = c->dims->V, n_target = c->batch->dims->n_target, n = 0;
   // A run of adjacent rows at a time.
   for (int64_t at = 0; at < n_target; at += n) {
@@ -85,9 +85,9 @@ static real row_squared_error(const real *xhat, const uint8_t *pixel, int64_t P,
 
 void cpu_FLOW_LOSS(const KernelCall *c) {
   const Batch *b = c->batch;
-  const real *xhat = c->in[0];                     // [T, P]
-  real *dxhat = c->out[0], *seg_error = c->out[1]; // [T, P], [SEG]
-  Metrics *metrics = c->out[2];
+  const real *xhat = c->in.FLOW_LOSS.xhat;                                       // [T, P]
+  real *dxhat = c->out.FLOW_LOSS.dxhat, *seg_error = c->out.FLOW_LOSS.seg_error; // [T, P], [SEG]
+  Metrics *metrics = c->out.FLOW_LOSS.metrics;
   int64_t T = c->dims->T, P = c->dims->P, n_text = b->dims->n_text, image_end = n_text + b->dims->n_image;
   int n_segments = b->dims->n_segments;
   double t_floor = c->args->flow.t_floor;

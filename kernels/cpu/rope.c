@@ -79,10 +79,10 @@ static void head_backward(const real *restrict dy, const real *restrict x, const
 void cpu_QKNORM_ROPE_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Batch *b = c->batch;
-  const real *qkv = c->in[0];                // [T, (H+2G) D]
-  const real *wq = c->in[1], *wk = c->in[2]; // [2, D]
-  real *q = c->out[0];                       // [T, H, D]
-  real *k = c->out[1], *v = c->out[2];       // [T, G, D]
+  const real *qkv = c->in.QKNORM_ROPE_FWD.qkv;                               // [T, (H+2G) D]
+  const real *wq = c->in.QKNORM_ROPE_FWD.wq, *wk = c->in.QKNORM_ROPE_FWD.wk; // [2, D]
+  real *q = c->out.QKNORM_ROPE_FWD.q;                                        // [T, H, D]
+  real *k = c->out.QKNORM_ROPE_FWD.k, *v = c->out.QKNORM_ROPE_FWD.v;         // [T, G, D]
   int64_t D = d->D, H = d->H, G = d->G, width = (H + 2 * G) * D;
   int64_t n_text = b->dims->n_text, used = n_text + b->dims->n_image;
   const Scratch scratch = scratch_take(2 * D * (int64_t)sizeof(real)); // cosine, sine; the first thread's: freq behind
@@ -110,12 +110,12 @@ void cpu_QKNORM_ROPE_FWD(const KernelCall *c) {
 void cpu_QKNORM_ROPE_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Batch *b = c->batch;
-  const real *dq = c->in[0];                 // [T, H, D]
-  const real *dk = c->in[1], *dv = c->in[2]; // [T, G, D]
-  const real *qkv = c->in[3];                // [T, (H+2G) D]
-  const real *wq = c->in[4], *wk = c->in[5]; // [2, D]
-  real *dqkv = c->out[0];                    // [T, (H+2G) D]
-  real *dw[2] = {c->out[1], c->out[2]};      // [2, D] of q, of k
+  const real *dq = c->in.QKNORM_ROPE_BWD.dq;                                 // [T, H, D]
+  const real *dk = c->in.QKNORM_ROPE_BWD.dk, *dv = c->in.QKNORM_ROPE_BWD.dv; // [T, G, D]
+  const real *qkv = c->in.QKNORM_ROPE_BWD.qkv;                               // [T, (H+2G) D]
+  const real *wq = c->in.QKNORM_ROPE_BWD.wq, *wk = c->in.QKNORM_ROPE_BWD.wk; // [2, D]
+  real *dqkv = c->out.QKNORM_ROPE_BWD.dqkv;                                  // [T, (H+2G) D]
+  real *dw[2] = {c->out.QKNORM_ROPE_BWD.dwq, c->out.QKNORM_ROPE_BWD.dwk};    // [2, D] of q, of k
   int64_t D = d->D, H = d->H, G = d->G, width = (H + 2 * G) * D;
   int64_t n_text = b->dims->n_text, used = n_text + b->dims->n_image;
   int64_t block_rows = (d->T + NORM_BLOCKS - 1) / NORM_BLOCKS;
@@ -147,7 +147,7 @@ void cpu_QKNORM_ROPE_BWD(const KernelCall *c) {
   memset(dqkv + used * width, 0, (size_t)((d->T - used) * width) * sizeof *dqkv);
   for (int64_t which = 0; which < 2; which++) {
     for (int64_t i = 0; i < 2 * D; i++) {
-      real sum = c->args->span.accumulate ? dw[which][i] : 0;
+      real sum = c->args->accumulate ? dw[which][i] : 0;
       for (int64_t block = 0; block < NORM_BLOCKS; block++) sum += partial[(block * 2 + which) * 2 * D + i];
       dw[which][i] = sum;
     }

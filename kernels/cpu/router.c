@@ -91,15 +91,15 @@ static void sort_assignments(const Side *side, int64_t kmax, int32_t *begin, int
 
 void cpu_ROUTER_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const real *h = c->in[0];  // [T, C]
-  real *logits = c->out[0];  // [T, E], two-sided
-  real *weights = c->out[1]; // [T, Kmax]
+  const real *h = c->in.ROUTER_FWD.h;        // [T, C]
+  real *logits = c->out.ROUTER_FWD.logits;   // [T, E], two-sided
+  real *weights = c->out.ROUTER_FWD.weights; // [T, Kmax]
   int64_t kmax = dims_kmax(d), C = d->C;
   Side side[MODALITIES];
   sides_of(c, side);
   Route route;
-  int64_t route_size = route_bind(&route, d, c->out[2]);
-  memset(c->out[2], -1, (size_t)route_size * sizeof(int32_t));
+  int64_t route_size = route_bind(&route, d, c->out.ROUTER_FWD.route);
+  memset(c->out.ROUTER_FWD.route, -1, (size_t)route_size * sizeof(int32_t));
   memset(weights, 0, (size_t)(d->T * kmax) * sizeof *weights);
 
   GemmItem items[MODALITIES];
@@ -111,7 +111,7 @@ void cpu_ROUTER_FWD(const KernelCall *c) {
                           .ldb = C,
                           .ldc = side[m].E,
                           .A = h + side[m].first * C,
-                          .B = c->in[1 + m], // Wr [E, C]
+                          .B = c->in.ROUTER_FWD.wr[m], // Wr [E, C]
                           .C = logits + side[m].base + side[m].first * side[m].E};
   gemm_batch(0, 1, 0, items, MODALITIES);
   int64_t used = side[IMAGE].first + side[IMAGE].n, E = side[IMAGE].E;
@@ -132,10 +132,10 @@ void cpu_ROUTER_FWD(const KernelCall *c) {
 
 void cpu_ROUTER_LOSS(const KernelCall *c) {
   const Dims *d = c->dims;
-  const real *logits = c->in[0]; // [T, E], two-sided
+  const real *logits = c->in.ROUTER_LOSS.logits; // [T, E], two-sided
   Route route;
-  route_bind(&route, d, (int32_t *)(uintptr_t)c->in[1]);
-  Metrics *metrics = c->out[0];
+  route_bind(&route, d, (int32_t *)(uintptr_t)c->in.ROUTER_LOSS.route);
+  Metrics *metrics = c->out.ROUTER_LOSS.metrics;
   int64_t groups = d->E[TEXT] + d->E[IMAGE];
   double *load = (double *)(metrics + 1) + c->args->router.layer * groups; // [E_0 + E_1]
   for (int64_t g = 0; g < groups; g++) load[g] += route.count[g];
@@ -211,11 +211,11 @@ static void logit_gradient(const LogitGradient *g, int64_t r, real *out) {
 // Columns [c0, c0 + width) of dWr [E, C] of one modality, over all its rows. dlogits: room for [GRAD_ROWS, E].
 static void weight_gradient(const KernelCall *c, const LogitGradient *g, int m, int64_t c0, int64_t width,
                             real *dlogits) {
-  const real *h = c->in[4];  // [T, C]
-  real *dwr = c->out[1 + m]; // [E, C]
+  const real *h = c->in.ROUTER_BWD.h;   // [T, C]
+  real *dwr = c->out.ROUTER_BWD.dwr[m]; // [E, C]
   const Side *s = g->side;
   int64_t C = c->dims->C;
-  real keep = c->args->router.accumulate ? 1 : 0;
+  real keep = c->args->accumulate ? 1 : 0;
   if (s->n == 0) gemm_serial(1, 0, s->E, width, 0, 1, dlogits, s->E, h, C, keep, dwr + c0, C);
   for (int64_t r = s->first; r < s->first + s->n; r += GRAD_ROWS) {
     int64_t left = s->first + s->n - r, rows = left < GRAD_ROWS ? left : GRAD_ROWS;
@@ -227,9 +227,9 @@ static void weight_gradient(const KernelCall *c, const LogitGradient *g, int m, 
 
 // Up to GRAD_ROWS rows of dh [T, C] from row r on, all of one modality. dlogits: likewise.
 static void input_gradient(const KernelCall *c, const LogitGradient *g, int m, int64_t r, real *dlogits) {
-  const real *wr = c->in[5 + m]; // [E, C]
-  const real *add = c->in[7];    // [T, C] or NULL
-  real *dh = c->out[0];          // [T, C]
+  const real *wr = c->in.ROUTER_BWD.wr[m]; // [E, C]
+  const real *add = c->in.ROUTER_BWD.add;  // [T, C] or NULL
+  real *dh = c->out.ROUTER_BWD.dh;         // [T, C]
   const Side *s = g->side;
   int64_t C = c->dims->C, left = s->first + s->n - r, rows = left < GRAD_ROWS ? left : GRAD_ROWS;
   for (int64_t i = 0; i < rows; i++) logit_gradient(g, r + i, dlogits + i * s->E);
@@ -239,10 +239,10 @@ static void input_gradient(const KernelCall *c, const LogitGradient *g, int m, i
 
 void cpu_ROUTER_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  real *dh = c->out[0]; // [T, C]
+  real *dh = c->out.ROUTER_BWD.dh; // [T, C]
   int64_t C = d->C;
   Route route;
-  route_bind(&route, d, (int32_t *)(uintptr_t)c->in[3]);
+  route_bind(&route, d, (int32_t *)(uintptr_t)c->in.ROUTER_BWD.route);
   Side side[MODALITIES];
   sides_of(c, side);
   LogitGradient gradient[MODALITIES];
@@ -252,9 +252,9 @@ void cpu_ROUTER_BWD(const KernelCall *c) {
     int64_t g = m == TEXT ? 0 : d->E[TEXT];
     double by_row = s->n ? (double)c->batch->dims->router_scale / (double)s->n : 0;
     gradient[m] = (LogitGradient){.side = s,
-                                  .logits = (const real *)c->in[1] + s->base,
-                                  .weights = c->in[2],
-                                  .dweights = c->in[0],
+                                  .logits = (const real *)c->in.ROUTER_BWD.logits + s->base,
+                                  .weights = c->in.ROUTER_BWD.weights,
+                                  .dweights = c->in.ROUTER_BWD.dweights,
                                   .slot = route.slot,
                                   .begin = route.begin + g,
                                   .count = route.count + g,

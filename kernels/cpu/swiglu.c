@@ -26,8 +26,8 @@ static Sides sides_of(const KernelCall *c) {
 void cpu_SWIGLU_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Sides s = sides_of(c);
-  const real *pre = c->in[0]; // [T, 2S]
-  real *a = c->out[0];        // [T, S]
+  const real *pre = c->in.SWIGLU_FWD.pre; // [T, 2S]
+  real *a = c->out.SWIGLU_FWD.a;          // [T, S]
 #pragma omp parallel for
   for (int64_t r = 0; r < s.used; r++) {
     int m = r < s.n_text ? TEXT : IMAGE;
@@ -41,10 +41,10 @@ void cpu_SWIGLU_FWD(const KernelCall *c) {
 void cpu_SWIGLU_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Sides s = sides_of(c);
-  const real *da = c->in[0];  // [T, S]
-  const real *pre = c->in[1]; // [T, 2S]
-  real *dpre = c->out[0];     // [T, 2S]
-  real *a = c->out[1];        // [T, S]
+  const real *da = c->in.SWIGLU_BWD.da;   // [T, S]
+  const real *pre = c->in.SWIGLU_BWD.pre; // [T, 2S]
+  real *dpre = c->out.SWIGLU_BWD.dpre;    // [T, 2S]
+  real *a = c->out.SWIGLU_BWD.a;          // [T, S]
 #pragma omp parallel for
   for (int64_t r = 0; r < s.used; r++) {
     int m = r < s.n_text ? TEXT : IMAGE;

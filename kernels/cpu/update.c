@@ -10,8 +10,8 @@ static int64_t block_length(int64_t count, int64_t at, int64_t block) {
 }
 
 void cpu_COPY(const KernelCall *c) {
-  const char *src = c->in[0];
-  char *dst = c->out[0];
+  const char *src = c->in.COPY.src;
+  char *dst = c->out.COPY.dst;
   int64_t bytes = c->args->span.count;
 #pragma omp parallel for schedule(static) if (bytes > COPY_BLOCK)
   for (int64_t at = 0; at < bytes; at += COPY_BLOCK)
@@ -19,17 +19,17 @@ void cpu_COPY(const KernelCall *c) {
 }
 
 void cpu_ZERO(const KernelCall *c) {
-  char *dst = c->out[0];
+  char *dst = c->out.ZERO.dst;
   int64_t bytes = c->args->span.count;
 #pragma omp parallel for schedule(static) if (bytes > COPY_BLOCK)
   for (int64_t at = 0; at < bytes; at += COPY_BLOCK) memset(dst + at, 0, (size_t)block_length(bytes, at, COPY_BLOCK));
 }
 
 void cpu_ADD(const KernelCall *c) {
-  const real *src = c->in[0];
-  real *dst = c->out[0];
+  const real *src = c->in.ADD.src;
+  real *dst = c->out.ADD.dst;
   int64_t count = c->args->span.count;
-  int accumulate = c->args->span.accumulate;
+  int accumulate = c->args->accumulate;
 #pragma omp parallel for schedule(static) if (count > BLOCK)
   for (int64_t at = 0; at < count; at += BLOCK) {
     int64_t end = at + block_length(count, at, BLOCK);
@@ -81,11 +81,11 @@ static void square_sums(const real *grads, const ParamSpan *spans, int n, double
 }
 
 void cpu_GRAD_NORM(const KernelCall *c) {
-  const real *grads = c->in[0];
-  const Metrics *metrics = c->in[1];
-  const StepScalars *scalars = c->in[2];
-  UpdateStatus *status = c->out[0];
-  double *partial = c->out[1]; // [n_params]
+  const real *grads = c->in.GRAD_NORM.grads;
+  const Metrics *metrics = c->in.GRAD_NORM.metrics;
+  const StepScalars *scalars = c->in.GRAD_NORM.scalars;
+  UpdateStatus *status = c->out.GRAD_NORM.status;
+  double *partial = c->out.GRAD_NORM.partial; // [n_params]
   int n = c->args->params.n;
   square_sums(grads, c->args->params.spans, n, partial);
   // The loss first: where it is not finite, all the gradients behind it are not either.
@@ -103,8 +103,8 @@ void cpu_GRAD_NORM(const KernelCall *c) {
 }
 
 void cpu_GRAD_HASH(const KernelCall *c) {
-  const real *grads = c->in[0];
-  uint64_t *hash = c->out[0]; // [n_params]
+  const real *grads = c->in.GRAD_HASH.grads;
+  uint64_t *hash = c->out.GRAD_HASH.hash; // [n_params]
   for (int p = 0; p < c->args->params.n; p++) {
     ParamSpan span = c->args->params.spans[p];
     uint64_t sum = 0;
@@ -119,10 +119,10 @@ void cpu_GRAD_HASH(const KernelCall *c) {
 }
 
 void cpu_ADAMW(const KernelCall *c) {
-  const real *grads = c->in[0];
-  const UpdateStatus *status = c->in[1];
-  const StepScalars *s = c->in[2];
-  real *weights = c->out[0], *ms = c->out[1], *vs = c->out[2];
+  const real *grads = c->in.ADAMW.grads;
+  const UpdateStatus *status = c->in.ADAMW.status;
+  const StepScalars *s = c->in.ADAMW.scalars;
+  real *weights = c->out.ADAMW.weights, *ms = c->out.ADAMW.m, *vs = c->out.ADAMW.v;
   if (status->skip) return;
   real beta1 = (real)s->beta1, beta2 = (real)s->beta2, rest1 = (real)(1 - s->beta1), rest2 = (real)(1 - s->beta2);
   real step = (real)(s->lr / s->bias1), unbias2 = (real)(1 / s->bias2), eps = (real)s->eps, scale = (real)status->scale;
@@ -148,10 +148,10 @@ void cpu_ADAMW(const KernelCall *c) {
 }
 
 void cpu_EMA(const KernelCall *c) {
-  const real *weights = c->in[0];
-  const UpdateStatus *status = c->in[1];
-  const StepScalars *scalars = c->in[2];
-  real *emas = c->out[0];
+  const real *weights = c->in.EMA.weights;
+  const UpdateStatus *status = c->in.EMA.status;
+  const StepScalars *scalars = c->in.EMA.scalars;
+  real *emas = c->out.EMA.ema;
   if (status->skip) return;
   real rate = (real)(1 - scalars->ema_decay);
 #pragma omp parallel
@@ -169,8 +169,8 @@ void cpu_EMA(const KernelCall *c) {
 }
 
 void cpu_CAST(const KernelCall *c) {
-  const real *src = c->in[0];
-  real *dst = c->out[0];
+  const real *src = c->in.CAST.src;
+  real *dst = c->out.CAST.dst;
   int64_t count = c->args->span.count;
 #pragma omp parallel for schedule(static) if (count > BLOCK)
   for (int64_t at = 0; at < count; at += BLOCK)

@@ -35,8 +35,8 @@ static __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) adaln_forward(co
 }
 
 extern "C" void cuda_ADALN_FWD(const KernelCall *c) {
-  const AdalnForward f = adaln_forward_of(c, c->in[0], c->in[2], c->out);
-  const bf16 *branch = (const bf16 *)c->in[1]; // [T, C] or NULL
+  const AdalnForward f = adaln_forward_of(c);
+  const bf16 *branch = (const bf16 *)c->in.ADALN_FWD.branch; // [T, C] or NULL
   adaln_layout(f.C, [&](auto layout) {
     using L = decltype(layout);
     int grid = ceil_div(f.T, L::ROWS);
@@ -63,8 +63,8 @@ typedef struct GivenGradient {
 } GivenGradient;
 
 extern "C" void cuda_ADALN_BWD(const KernelCall *c) {
-  const AdalnBackward b = adaln_backward_of(c, c->in + 1);
-  const GivenGradient dh = {(const bf16 *)c->in[0]};
+  const AdalnBackward b = adaln_backward_of(c);
+  const GivenGradient dh = {(const bf16 *)c->in.ADALN_BWD.dh};
   AdalnRuns runs = adaln_runs(b.C);
   int threads = 32 * runs.warps * runs.groups, silu = c->args->adaln.silu_image;
   cudaStream_t stream = call_stream(c);

@@ -20,15 +20,16 @@ typedef struct AdalnForward {
 } AdalnForward;
 
 // `out`: xnew, h, mean, rstd.
-static inline AdalnForward adaln_forward_of(const KernelCall *c, const void *x, const void *mod, void *const *out) {
+// Of a call of ADALN_FWD, but for the branch.
+static inline AdalnForward adaln_forward_of(const KernelCall *c) {
   adaln_check_dim(c->dims->C);
   AdalnForward f = {};
-  f.x = (const bf16 *)x;
-  f.mod = (const bf16 *)mod;
-  f.xnew = (bf16 *)out[0];
-  f.h = (bf16 *)out[1];
-  f.mean = (float *)out[2];
-  f.rstd = (float *)out[3];
+  f.x = (const bf16 *)c->in.ADALN_FWD.x;
+  f.mod = (const bf16 *)c->in.ADALN_FWD.mod;
+  f.xnew = (bf16 *)c->out.ADALN_FWD.xnew;
+  f.h = (bf16 *)c->out.ADALN_FWD.h;
+  f.mean = (float *)c->out.ADALN_FWD.mean;
+  f.rstd = (float *)c->out.ADALN_FWD.rstd;
   f.segment = c->batch->segment;
   f.dims = c->batch->dims;
   f.M = c->dims->M;
@@ -214,18 +215,18 @@ typedef struct AdalnBackward {
   int add_branch; // x is the stream before the branch was added
 } AdalnBackward;
 
-// `in`: dxnew, x, branch, mod, mean, rstd.
-static inline AdalnBackward adaln_backward_of(const KernelCall *c, const void *const *in) {
+// Of a call of ADALN_BWD, but for dh.
+static inline AdalnBackward adaln_backward_of(const KernelCall *c) {
   adaln_check_dim(c->dims->C);
   AdalnBackward b = {};
-  b.dxnew = (const bf16 *)in[0];
-  b.x = (const bf16 *)in[1];
-  b.branch = (const bf16 *)in[2];
-  b.mod = (const bf16 *)in[3];
-  b.mean = (const float *)in[4];
-  b.rstd = (const float *)in[5];
-  b.dx = (bf16 *)c->out[0];
-  b.dbranch = (bf16 *)c->out[1];
+  b.dxnew = (const bf16 *)c->in.ADALN_BWD.dxnew;
+  b.x = (const bf16 *)c->in.ADALN_BWD.x;
+  b.branch = (const bf16 *)c->in.ADALN_BWD.branch;
+  b.mod = (const bf16 *)c->in.ADALN_BWD.mod;
+  b.mean = (const float *)c->in.ADALN_BWD.mean;
+  b.rstd = (const float *)c->in.ADALN_BWD.rstd;
+  b.dx = (bf16 *)c->out.ADALN_BWD.dx;
+  b.dbranch = (bf16 *)c->out.ADALN_BWD.dbranch;
   b.pieces = (float *)c->scratch;
   b.segment = c->batch->segment;
   b.seg_start = c->batch->seg_start;
@@ -242,9 +243,9 @@ static inline AdalnBackward adaln_backward_of(const KernelCall *c, const void *c
   return b;
 }
 
-// dmod of the pieces that the kernel has left; dmod [SEG, M].
+// dmod [SEG, M] of such a call, from the pieces that the kernel has left.
 static inline void adaln_backward_sums(const KernelCall *c, const AdalnBackward *b) {
-  AdalnSums sums = {b->pieces, (bf16 *)c->out[2], {b->shift, b->scale, b->gate}, b->branch ? 3 : 2};
+  AdalnSums sums = {b->pieces, (bf16 *)c->out.ADALN_BWD.dmod, {b->shift, b->scale, b->gate}, b->branch ? 3 : 2};
   adaln_segment_sums(c, &sums);
 }
 

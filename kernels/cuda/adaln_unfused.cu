@@ -343,10 +343,10 @@ static void walk(const KernelCall *c, const Site *s, float *pieces, const bf16 *
 // ---- the ops ----
 
 extern "C" void cuda_ADALN_FWD_unfused(const KernelCall *c) {
-  const bf16 *x = (const bf16 *)c->in[0], *branch = (const bf16 *)c->in[1]; // [T, C]
-  bf16 *xnew = (bf16 *)c->out[0], *h = (bf16 *)c->out[1];                   // [T, C]
-  float *mean = (float *)c->out[2], *rstd = (float *)c->out[3];             // [T]
-  Site s = site_of(c, c->in[2]);
+  const bf16 *x = (const bf16 *)c->in.ADALN_FWD.x, *branch = (const bf16 *)c->in.ADALN_FWD.branch; // [T, C]
+  bf16 *xnew = (bf16 *)c->out.ADALN_FWD.xnew, *h = (bf16 *)c->out.ADALN_FWD.h;                     // [T, C]
+  float *mean = (float *)c->out.ADALN_FWD.mean, *rstd = (float *)c->out.ADALN_FWD.rstd;            // [T]
+  Site s = site_of(c, c->in.ADALN_FWD.mod);
   if (branch) map<Residual>(c, &s, x, branch, xnew);
   FOR_VECTORS(s.C, CUDA_LAUNCH(norm_forward<VEC>, ceil_div(s.T, ROW_WARPS), ROW_THREADS, 0, call_stream(c), s,
                                branch ? xnew : x, h, mean, rstd));
@@ -366,14 +366,15 @@ size_t adaln_unfused_scratch(OpKind kind, const Dims *dims, const OpArgs *args) 
 }
 
 extern "C" void cuda_ADALN_BWD_unfused(const KernelCall *c) {
-  const bf16 *dh = (const bf16 *)c->in[0], *dxnew = (const bf16 *)c->in[1], *x = (const bf16 *)c->in[2]; // [T, C]
-  const bf16 *branch = (const bf16 *)c->in[3];                                                           // [T, C]
-  bf16 *dx = (bf16 *)c->out[0], *dbranch = (bf16 *)c->out[1];                                            // [T, C]
-  bf16 *xhat = (bf16 *)c->scratch;                                                                       // [T, C]
+  const bf16 *dh = (const bf16 *)c->in.ADALN_BWD.dh, *dxnew = (const bf16 *)c->in.ADALN_BWD.dxnew,
+             *x = (const bf16 *)c->in.ADALN_BWD.x;                                     // [T, C]
+  const bf16 *branch = (const bf16 *)c->in.ADALN_BWD.branch;                           // [T, C]
+  bf16 *dx = (bf16 *)c->out.ADALN_BWD.dx, *dbranch = (bf16 *)c->out.ADALN_BWD.dbranch; // [T, C]
+  bf16 *xhat = (bf16 *)c->scratch;                                                     // [T, C]
   float *pieces = (float *)((char *)c->scratch + xhat_bytes(c->dims));
-  Site s = site_of(c, c->in[4]);
-  s.mean = (const float *)c->in[5];
-  s.rstd = (const float *)c->in[6];
+  Site s = site_of(c, c->in.ADALN_BWD.mod);
+  s.mean = (const float *)c->in.ADALN_BWD.mean;
+  s.rstd = (const float *)c->in.ADALN_BWD.rstd;
 
   // dx serves as workspace until it is formed: xnew, then dn, then dxhat.
   bool rebuild = branch && !c->args->adaln.x_is_new;
@@ -388,6 +389,6 @@ extern "C" void cuda_ADALN_BWD_unfused(const KernelCall *c) {
   if (branch) walk<GateBackward>(c, &s, pieces, dx, branch, dbranch);
   mask(c, &s, dx, dbranch, NULL, NULL);
 
-  AdalnSums sums = {pieces, (bf16 *)c->out[2], {s.shift, s.scale, s.gate}, branch ? 3 : 2};
+  AdalnSums sums = {pieces, (bf16 *)c->out.ADALN_BWD.dmod, {s.shift, s.scale, s.gate}, branch ? 3 : 2};
   adaln_segment_sums(c, &sums);
 }

@@ -14,16 +14,16 @@ size_t attention_scratch(OpKind kind, const Dims *d, const OpArgs *) {
 
 extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {
   const Dims *d = call->dims;
-  BackwardCall c = {.dout = (const bf16 *)call->in[0],
-                    .o = (const bf16 *)call->in[1],
-                    .q = (const bf16 *)call->in[2],
-                    .k = (const bf16 *)call->in[3],
-                    .v = (const bf16 *)call->in[4],
-                    .lse = (const float *)call->in[5],
+  BackwardCall c = {.dout = (const bf16 *)call->in.ATTENTION_BWD.dout,
+                    .o = (const bf16 *)call->in.ATTENTION_BWD.o,
+                    .q = (const bf16 *)call->in.ATTENTION_BWD.q,
+                    .k = (const bf16 *)call->in.ATTENTION_BWD.k,
+                    .v = (const bf16 *)call->in.ATTENTION_BWD.v,
+                    .lse = (const float *)call->in.ATTENTION_BWD.lse,
                     .delta = (float *)call->scratch,
-                    .dq = (bf16 *)call->out[0],
-                    .dk = (bf16 *)call->out[1],
-                    .dv = (bf16 *)call->out[2],
+                    .dq = (bf16 *)call->out.ATTENTION_BWD.dq,
+                    .dk = (bf16 *)call->out.ATTENTION_BWD.dk,
+                    .dv = (bf16 *)call->out.ATTENTION_BWD.dv,
                     .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
                     .b = *call->batch};
   if (d->D > 32 && attention_bwd_sm90_usable())

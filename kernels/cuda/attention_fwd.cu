@@ -5,11 +5,11 @@
 
 extern "C" void cuda_ATTENTION_FWD(const KernelCall *call) {
   const Dims *d = call->dims;
-  ForwardCall c = {.q = (const bf16 *)call->in[0],
-                   .k = (const bf16 *)call->in[1],
-                   .v = (const bf16 *)call->in[2],
-                   .o = (bf16 *)call->out[0],
-                   .lse = (float *)call->out[1],
+  ForwardCall c = {.q = (const bf16 *)call->in.ATTENTION_FWD.q,
+                   .k = (const bf16 *)call->in.ATTENTION_FWD.k,
+                   .v = (const bf16 *)call->in.ATTENTION_FWD.v,
+                   .o = (bf16 *)call->out.ATTENTION_FWD.o,
+                   .lse = (float *)call->out.ATTENTION_FWD.lse,
                    .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
                    .b = *call->batch};
   if (d->D > 32 && attention_fwd_sm90_usable())

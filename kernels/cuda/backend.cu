@@ -447,7 +447,7 @@ static Backend backend_make(void) {
   b.remainder_bytes = sizeof(uint16_t);
   b.weights_read = masters_join;
   b.weights_write = masters_split;
-#define OP_ROW(name, in, out) b.fn[OP_##name] = cuda_##name;
+#define OP_ROW(name, ...) b.fn[OP_##name] = cuda_##name;
   OP_LIST(OP_ROW)
 #undef OP_ROW
   b.scratch_bytes = cuda_scratch;

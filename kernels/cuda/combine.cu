@@ -53,7 +53,9 @@ template <int N> static __global__ void __launch_bounds__(THREADS) combine_rows(
 
 extern "C" void cuda_EXPERT_COMBINE(const KernelCall *c) {
   const Dims *d = c->dims;
-  const CombineRows p = {combine_of(c, c->in[2], c->in[3]), (bf16 *)c->out[0], d->T, d->C};
+  const auto &in = c->in.EXPERT_COMBINE;
+  const CombineRows p = {combine_of(c, in.y, in.route, in.weights, in.add), (bf16 *)c->out.EXPERT_COMBINE.out, d->T,
+                         d->C};
   const int grid = grid_striding(ceil_div(d->T, WARPS));
   const BatchDims *dims = c->batch->dims;
   if (p.s.kmax == 1)

@@ -14,17 +14,18 @@ typedef struct Combine {
   int kmax, K[MODALITIES];
 } Combine;
 
-// What the op sums: y = in[0], the route in[1].
-static inline Combine combine_of(const KernelCall *c, const void *weights, const void *add) {
+// Of EXPERT_COMBINE's operands, as another op may have them.
+static inline Combine combine_of(const KernelCall *c, const void *y, const void *route, const void *weights,
+                                 const void *add) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
   Combine s = {};
-  s.slot = route_of(c, 1).slot;
+  s.slot = route_of(c, route).slot;
   s.weights = (const float *)weights;
   s.add = (const bf16 *)add;
   s.kmax = dims_kmax(d);
   for (int m = 0; m < MODALITIES; m++) {
-    s.y[m] = (const bf16 *)c->in[0] + slots_at(d, C, 1, m);
+    s.y[m] = (const bf16 *)y + slots_at(d, C, 1, m);
     s.K[m] = d->K[m];
   }
   return s;

@@ -149,9 +149,14 @@ static __global__ void __launch_bounds__(L::THREADS)
 }
 
 extern "C" void cuda_COMBINE_ADALN_FWD(const KernelCall *c) {
-  const AdalnForward f = adaln_forward_of(c, c->in[4], c->in[5], c->out + 1);
-  const Combine s = combine_of(c, c->in[2], c->in[3]);
-  bf16 *b2 = (bf16 *)c->out[0]; // [T, C] or NULL
+  const auto &in = c->in.COMBINE_ADALN_FWD;
+  const auto &out = c->out.COMBINE_ADALN_FWD;
+  KernelCall site = *c;
+  site.in.ADALN_FWD = {in.x, NULL, in.mod};
+  site.out.ADALN_FWD = {out.xnew, out.h, out.mean, out.rstd};
+  const AdalnForward f = adaln_forward_of(&site);
+  const Combine s = combine_of(c, in.y, in.route, in.weights, in.add);
+  bf16 *b2 = (bf16 *)out.b2; // [T, C] or NULL
   adaln_layout(f.C, [&](auto layout) {
     using L = decltype(layout);
     CUDA_LAUNCH(combine_adaln_forward<L>, ceil_div(f.T, L::ROWS), L::THREADS, 0, call_stream(c), f, s, b2);
@@ -192,10 +197,15 @@ typedef struct CombinedGradient {
 } CombinedGradient;
 
 extern "C" void cuda_COMBINE_ADALN_BWD(const KernelCall *c) {
-  const AdalnBackward b = adaln_backward_of(c, c->in + 3);
+  const auto &in = c->in.COMBINE_ADALN_BWD;
+  const auto &out = c->out.COMBINE_ADALN_BWD;
+  KernelCall site = *c;
+  site.in.ADALN_BWD = {NULL, in.dxnew, in.x, in.branch, in.mod, in.mean, in.rstd};
+  site.out.ADALN_BWD = {out.dx, out.dbranch, out.dmod};
+  const AdalnBackward b = adaln_backward_of(&site);
   const AdalnRuns runs = adaln_runs(b.C);
-  const CombinedGradient dh = {combine_of(c, NULL, c->in[2]), runs.groups, b.T - 1};
+  const CombinedGradient dh = {combine_of(c, in.dslot, in.route, NULL, in.add), runs.groups, b.T - 1};
   CUDA_LAUNCH((adaln_backward<CombinedGradient, true, false>), runs.blocks, 32 * runs.warps * runs.groups, 0,
               call_stream(c), b, dh);
-  adaln_backward_sums(c, &b);
+  adaln_backward_sums(&site, &b);
 }

@@ -35,7 +35,7 @@ static __global__ void __launch_bounds__(FREQUENCIES)
 
 extern "C" void cuda_TIME_FEATURES(const KernelCall *c) {
   CUDA_LAUNCH(time_features_kernel, c->dims->segments, FREQUENCIES, 0, call_stream(c), c->batch->dims,
-              c->batch->seg_time, (bf16 *)c->out[0]);
+              c->batch->seg_time, (bf16 *)c->out.TIME_FEATURES.features);
 }
 
 // ---- activations and the condition, [SEG, Z] ----
@@ -56,7 +56,8 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_SILU_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(silu_fwd_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->Z / 8, THREADS)), THREADS, 0,
-              call_stream(c), c->batch->dims, d->segments, d->Z, (const bf16 *)c->in[0], (bf16 *)c->out[0]);
+              call_stream(c), c->batch->dims, d->segments, d->Z, (const bf16 *)c->in.SILU_FWD.x,
+              (bf16 *)c->out.SILU_FWD.y);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -76,8 +77,8 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_SILU_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(silu_bwd_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->Z / 8, THREADS)), THREADS, 0,
-              call_stream(c), c->batch->dims, d->segments, d->Z, (const bf16 *)c->in[0], (const bf16 *)c->in[1],
-              (bf16 *)c->out[0]);
+              call_stream(c), c->batch->dims, d->segments, d->Z, (const bf16 *)c->in.SILU_BWD.dy,
+              (const bf16 *)c->in.SILU_BWD.x, (bf16 *)c->out.SILU_BWD.dx);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -106,8 +107,9 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_COND_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(cond_fwd_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->Z / 8, THREADS)), THREADS, 0,
-              call_stream(c), c->batch->dims, c->batch->seg_kind, d->segments, d->Z, (const bf16 *)c->in[0],
-              (const bf16 *)c->in[1], (const bf16 *)c->in[2], (bf16 *)c->out[0], (bf16 *)c->out[1]);
+              call_stream(c), c->batch->dims, c->batch->seg_kind, d->segments, d->Z, (const bf16 *)c->in.COND_FWD.time,
+              (const bf16 *)c->in.COND_FWD.pool, (const bf16 *)c->in.COND_FWD.e_kind, (bf16 *)c->out.COND_FWD.c,
+              (bf16 *)c->out.COND_FWD.a);
 }
 
 // ---- sums over segments ----
@@ -168,8 +170,8 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_COND_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(cond_bwd_kernel, ceil_div(d->Z, COND_EIGHTS * 8), THREADS, 0, call_stream(c), c->batch->dims,
-              c->batch->seg_kind, d->segments, d->Z, c->args->span.accumulate, (const bf16 *)c->in[0],
-              (const bf16 *)c->in[1], (bf16 *)c->out[0], (float *)c->out[1]);
+              c->batch->seg_kind, d->segments, d->Z, c->args->accumulate, (const bf16 *)c->in.COND_BWD.da,
+              (const bf16 *)c->in.COND_BWD.c, (bf16 *)c->out.COND_BWD.dc, (float *)c->out.COND_BWD.de_kind);
 }
 
 // ---- the modulation table, [SEG, M] ----
@@ -188,23 +190,23 @@ static __global__ void __launch_bounds__(THREADS)
 
 extern "C" void cuda_MOD_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const bf16 *S = (const bf16 *)c->in[2]; // [2, M]
-  Gemm product = {};                      // rows [1, n_segments): a U^T + S[IMAGE]
+  const bf16 *S = (const bf16 *)c->in.MOD_FWD.S; // [2, M]
+  Gemm product = {};                             // rows [1, n_segments): a U^T + S[IMAGE]
   GemmSide *side = &product.side[0];
   side->groups = 1;
   side->extent.count = &c->batch->dims->n_segments;
   side->extent.begin_fixed = 1;
   side->extent.count_fixed = -1;
   side->rows = d->segments;
-  side->a = (const bf16 *)c->in[0]; // [SEG, Z]
-  side->b = (const bf16 *)c->in[1]; // U [M, Z]
-  side->c = c->out[0];              // [SEG, M]
+  side->a = (const bf16 *)c->in.MOD_FWD.a; // [SEG, Z]
+  side->b = (const bf16 *)c->in.MOD_FWD.U; // U [M, Z]
+  side->c = c->out.MOD_FWD.mod;            // [SEG, M]
   side->N = d->M;
   side->K = d->Z;
   side->bias = S + (int64_t)IMAGE * d->M;
   gemm_rows(&product, call_stream(c));
   CUDA_LAUNCH(mod_rest_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->M / 8, THREADS)), THREADS, 0,
-              call_stream(c), c->batch->dims, d->segments, d->M, S, (bf16 *)c->out[0]);
+              call_stream(c), c->batch->dims, d->segments, d->M, S, (bf16 *)c->out.MOD_FWD.mod);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -229,5 +231,5 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_MOD_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(mod_bwd_kernel, ceil_div(d->M, MOD_EIGHTS * 8), THREADS, 0, call_stream(c), c->batch->dims, d->M,
-              c->args->span.accumulate, (const bf16 *)c->in[0], (float *)c->out[0]);
+              c->args->accumulate, (const bf16 *)c->in.MOD_BWD.dmod, (float *)c->out.MOD_BWD.dS);
 }

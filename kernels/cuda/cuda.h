@@ -102,7 +102,7 @@ static __device__ inline float block_sum(float v, float *shared) {
 }
 
 // The kernels; operands and formulas: kernels.h.
-#define OP_DECLARE(name, in, out) extern "C" void cuda_##name(const KernelCall *call);
+#define OP_DECLARE(name, ...) extern "C" void cuda_##name(const KernelCall *call);
 OP_LIST(OP_DECLARE)
 #undef OP_DECLARE
 

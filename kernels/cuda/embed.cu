@@ -35,7 +35,8 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_EMBED_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(embed_fwd_kernel, ceil_div(d->T, WARPS), THREADS, 0, call_stream(c), c->batch->dims, c->batch->token,
-              d->T, d->C, (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
+              d->T, d->C, (const bf16 *)c->in.EMBED_FWD.E, (const bf16 *)c->in.EMBED_FWD.image_rows,
+              (bf16 *)c->out.EMBED_FWD.x);
 }
 
 // ---- EMBED_BWD ----
@@ -139,8 +140,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
 extern "C" void cuda_EMBED_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(embed_bwd_kernel, dim3(ceil_div(d->C, BWD_COLUMNS), ceil_div(d->V, BWD_IDS)), THREADS, 0, call_stream(c),
-              *c->batch, d->V, d->C, c->args->span.accumulate, (const bf16 *)c->in[0], (const bf16 *)c->in[1],
-              (float *)c->out[0]);
+              *c->batch, d->V, d->C, c->args->accumulate, (const bf16 *)c->in.EMBED_BWD.dx,
+              (const bf16 *)c->in.EMBED_BWD.dmean, (float *)c->out.EMBED_BWD.dE);
 }
 
 // ---- POOL_FWD, POOL_BWD ----
@@ -206,10 +207,10 @@ static __global__ void __launch_bounds__(POOL_THREADS)
 
 extern "C" void cuda_POOL_FWD(const KernelCall *c) {
   CUDA_LAUNCH(pool_fwd_kernel, c->dims->segments, POOL_THREADS, 0, call_stream(c), *c->batch, c->dims->C,
-              (const bf16 *)c->in[0], (bf16 *)c->out[0]);
+              (const bf16 *)c->in.POOL_FWD.E, (bf16 *)c->out.POOL_FWD.pooled);
 }
 
 extern "C" void cuda_POOL_BWD(const KernelCall *c) {
   CUDA_LAUNCH(pool_bwd_kernel, c->dims->segments, POOL_THREADS, 0, call_stream(c), *c->batch, c->dims->C,
-              (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0]);
+              (const bf16 *)c->in.POOL_BWD.dpooled, (const bf16 *)c->in.POOL_BWD.E, (bf16 *)c->out.POOL_BWD.dmean);
 }

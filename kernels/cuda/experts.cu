@@ -35,16 +35,16 @@ static GemmExtent experts_extent(const Dims *d, const Route *route, int m) {
 
 extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const Route route = route_of(c, 1);
+  const Route route = route_of(c, c->in.EXPERT_UP_FWD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_FWD, d);
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
-    s->a = (const bf16 *)c->in[0]; // h [T, C]
+    s->a = (const bf16 *)c->in.EXPERT_UP_FWD.h; // h [T, C]
     s->a_index = route.source[m];
-    s->b = (const bf16 *)c->in[2 + m];                    // W1 [E, 2F, C]
-    s->c = (bf16 *)c->out[0] + slots_at(d, d->F, 2, m);   // pre [slots, 2F]
-    s->act = (bf16 *)c->out[1] + slots_at(d, d->F, 1, m); // a [slots, F]
+    s->b = (const bf16 *)c->in.EXPERT_UP_FWD.w1[m];                    // W1 [E, 2F, C]
+    s->c = (bf16 *)c->out.EXPERT_UP_FWD.pre + slots_at(d, d->F, 2, m); // pre [slots, 2F]
+    s->act = (bf16 *)c->out.EXPERT_UP_FWD.a + slots_at(d, d->F, 1, m); // a [slots, F]
   }
   gemm_rows(&g, call_stream(c));
 }
@@ -52,14 +52,14 @@ extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
 extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Route route = route_of(c, 1);
+  const Route route = route_of(c, c->in.EXPERT_DOWN_FWD.route);
   Gemm g = experts_gemm(OP_EXPERT_DOWN_FWD, d);
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
-    s->a = (const bf16 *)c->in[0] + slots_at(d, d->F, 1, m); // a [slots, F]
-    s->b = (const bf16 *)c->in[2 + m];                       // W2 [E, C, F]
-    s->c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // y [slots, C]
+    s->a = (const bf16 *)c->in.EXPERT_DOWN_FWD.a + slots_at(d, d->F, 1, m); // a [slots, F]
+    s->b = (const bf16 *)c->in.EXPERT_DOWN_FWD.w2[m];                       // W2 [E, C, F]
+    s->c = (bf16 *)c->out.EXPERT_DOWN_FWD.y + slots_at(d, C, 1, m);         // y [slots, C]
   }
   gemm_rows(&g, call_stream(c));
 }
@@ -67,48 +67,48 @@ extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
 extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Route route = route_of(c, 1);
+  const Route route = route_of(c, c->in.EXPERT_UP_DGRAD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_DGRAD, d);
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
-    s->a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
-    s->b = (const bf16 *)c->in[2 + m];                       // W1 [E, 2F, C]
-    s->c = (bf16 *)c->out[0] + slots_at(d, C, 1, m);         // dslot [slots, C]
+    s->a = (const bf16 *)c->in.EXPERT_UP_DGRAD.dpre + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
+    s->b = (const bf16 *)c->in.EXPERT_UP_DGRAD.w1[m];                          // W1 [E, 2F, C]
+    s->c = (bf16 *)c->out.EXPERT_UP_DGRAD.dslot + slots_at(d, C, 1, m);        // dslot [slots, C]
   }
   gemm_rows(&g, call_stream(c));
 }
 
 extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const Route route = route_of(c, 2);
+  const Route route = route_of(c, c->in.EXPERT_DOWN_WGRAD.route);
   Gemm g = experts_gemm(OP_EXPERT_DOWN_WGRAD, d);
-  g.accumulate = c->args->span.accumulate;
+  g.accumulate = c->args->accumulate;
   g.scratch = c->scratch;
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
-    s->a = (const bf16 *)c->in[0]; // dout [T, C]
+    s->a = (const bf16 *)c->in.EXPERT_DOWN_WGRAD.dout; // dout [T, C]
     s->a_index = route.source[m];
-    s->b = (const bf16 *)c->in[1] + slots_at(d, d->F, 1, m); // sa [slots, F]
-    s->c = c->out[m];                                        // dW2 [E, C, F]
+    s->b = (const bf16 *)c->in.EXPERT_DOWN_WGRAD.sa + slots_at(d, d->F, 1, m); // sa [slots, F]
+    s->c = c->out.EXPERT_DOWN_WGRAD.dw2[m];                                    // dW2 [E, C, F]
   }
   gemm_weights(&g, call_stream(c));
 }
 
 extern "C" void cuda_EXPERT_UP_WGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const Route route = route_of(c, 2);
+  const Route route = route_of(c, c->in.EXPERT_UP_WGRAD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_WGRAD, d);
-  g.accumulate = c->args->span.accumulate;
+  g.accumulate = c->args->accumulate;
   g.scratch = c->scratch;
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
-    s->a = (const bf16 *)c->in[0] + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
-    s->b = (const bf16 *)c->in[1];                           // h [T, C]
+    s->a = (const bf16 *)c->in.EXPERT_UP_WGRAD.dpre + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
+    s->b = (const bf16 *)c->in.EXPERT_UP_WGRAD.h;                              // h [T, C]
     s->b_index = route.source[m];
-    s->c = c->out[m]; // dW1 [E, 2F, C]
+    s->c = c->out.EXPERT_UP_WGRAD.dw1[m]; // dW1 [E, 2F, C]
   }
   gemm_weights(&g, call_stream(c));
 }
@@ -161,7 +161,7 @@ size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
 
 extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
-  const Route route = route_of(c, 3);
+  const Route route = route_of(c, c->in.EXPERT_DOWN_BWD.route);
   float *dot = (float *)c->scratch;
   Gemm g = experts_gemm(OP_EXPERT_DOWN_BWD, d);
   Dots p = {};
@@ -169,13 +169,13 @@ extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
     const int64_t at = slots_at(d, d->F, 1, m), pre_at = slots_at(d, d->F, 2, m);
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
-    s->a = (const bf16 *)c->in[0]; // dout [T, C]
+    s->a = (const bf16 *)c->in.EXPERT_DOWN_BWD.dout; // dout [T, C]
     s->a_index = route.source[m];
-    s->b = (const bf16 *)c->in[4 + m];               // W2 [E, C, F]
-    s->swiglu.pre = (const bf16 *)c->in[1] + pre_at; // [slots, 2F]
-    s->swiglu.weight = (const float *)c->in[2];      // [T, Kmax]
-    s->swiglu.dpre = (bf16 *)c->out[0] + pre_at;     // [slots, 2F]
-    s->swiglu.sa = (bf16 *)c->out[1] + at;           // [slots, F]
+    s->b = (const bf16 *)c->in.EXPERT_DOWN_BWD.w2[m];                 // W2 [E, C, F]
+    s->swiglu.pre = (const bf16 *)c->in.EXPERT_DOWN_BWD.pre + pre_at; // [slots, 2F]
+    s->swiglu.weight = (const float *)c->in.EXPERT_DOWN_BWD.weights;  // [T, Kmax]
+    s->swiglu.dpre = (bf16 *)c->out.EXPERT_DOWN_BWD.dpre + pre_at;    // [slots, 2F]
+    s->swiglu.sa = (bf16 *)c->out.EXPERT_DOWN_BWD.sa + at;            // [slots, F]
     s->swiglu.dot = dot;
     p.dot[m] = dot;
     p.blocks[m] = ceil_div(d->F[m], GEMM_DOT_COLUMNS);
@@ -183,7 +183,7 @@ extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
     p.K[m] = d->K[m];
     dot += dots_size(d, m);
   }
-  p.dweights = (float *)c->out[2];
+  p.dweights = (float *)c->out.EXPERT_DOWN_BWD.dweights;
   p.T = d->T;
   p.kmax = dims_kmax(d);
   gemm_rows(&g, call_stream(c));

@@ -5,9 +5,9 @@
 
 #include "kernels/cuda/cuda.h"
 
-static inline Route route_of(const KernelCall *c, int in) {
+static inline Route route_of(const KernelCall *c, const void *route) {
   Route r;
-  route_bind(&r, c->dims, (int32_t *)(uintptr_t)c->in[in]);
+  route_bind(&r, c->dims, (int32_t *)(uintptr_t)route);
   return r;
 }
 

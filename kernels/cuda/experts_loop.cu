@@ -157,14 +157,14 @@ static unsigned followers(OpKind kind) {
   return op_bit(OP_EXPERT_DOWN_WGRAD) | op_bit(OP_EXPERT_UP_DGRAD) | op_bit(OP_EXPERT_UP_WGRAD);
 }
 
-// Waits for the extents of the route at in[in], unless an op that this one follows has read them. Each follower takes
+// Waits for the extents of a route, unless an op that this one follows has read them. Each follower takes
 // them once: an address says little about what lies there later.
-static Slots slots_of(const KernelCall *c, OpKind kind, int in) {
+static Slots slots_of(const KernelCall *c, OpKind kind, const void *route) {
   const Dims *d = c->dims;
   const int groups = d->E[TEXT] + d->E[IMAGE];
   Slots s = {};
   s.dims = d;
-  s.route = route_of(c, in);
+  s.route = route_of(c, route);
   if (loop.route == s.route.begin && loop.may_reuse & op_bit(kind)) {
     loop.may_reuse &= ~op_bit(kind);
   } else {
@@ -214,13 +214,13 @@ static void slots_product(const KernelCall *c, const Slots *s, int transposed, c
 
 // dW [E, P_m, Q_m] (+)= sum over an expert's slots of x [slots, P_m]^T y [slots, Q_m].
 static void slots_weights(const KernelCall *c, const Slots *s, const int P[MODALITIES], int p_scale, const void *x,
-                          const int Q[MODALITIES], int q_scale, const void *y, void *workspace) {
+                          const int Q[MODALITIES], int q_scale, const void *y, void *const *dW, void *workspace) {
   const Dims *d = s->dims;
-  const int add = c->args->span.accumulate;
+  const int add = c->args->accumulate;
   for (int g = 0; g < d->E[TEXT] + d->E[IMAGE]; g++) {
     const int m = group_side(d, g), rows = p_scale * P[m], columns = q_scale * Q[m];
     const int64_t begin = s->begin[g], size = (int64_t)rows * columns;
-    float *dw = (float *)c->out[m] + group_expert(d, g) * size;
+    float *dw = (float *)dW[m] + group_expert(d, g) * size;
     if (s->count[g]) {
       const Product p = {.transpose_a = 0, .transpose_b = 1, .m = columns, .n = rows, .k = s->count[g], .weights = 1};
       product(&p, (const bf16 *)y + slots_at(d, Q, q_scale, m) + begin * columns,
@@ -383,17 +383,18 @@ static __global__ void __launch_bounds__(THREADS) activate_slots_backward(Activa
 extern "C" void cuda_EXPERT_UP_FWD_loop(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, OP_EXPERT_UP_FWD, 1);
-  const bf16 *h = rows_permuted(c, &s, c->in[0]);                                                     // [slots, C]
-  slots_product(c, &s, 1, d->F, 2, C, 1, h, c->in + 2, c->out[0], workspace_of(c, OP_EXPERT_UP_FWD)); // W1 [E, 2F, C]
-  slots_activate(c, &s, c->out[0], c->out[1]);
+  const Slots s = slots_of(c, OP_EXPERT_UP_FWD, c->in.EXPERT_UP_FWD.route);
+  const bf16 *h = rows_permuted(c, &s, c->in.EXPERT_UP_FWD.h); // [slots, C]
+  slots_product(c, &s, 1, d->F, 2, C, 1, h, c->in.EXPERT_UP_FWD.w1, c->out.EXPERT_UP_FWD.pre,
+                workspace_of(c, OP_EXPERT_UP_FWD)); // W1 [E, 2F, C]
+  slots_activate(c, &s, c->out.EXPERT_UP_FWD.pre, c->out.EXPERT_UP_FWD.a);
 }
 
 extern "C" void cuda_EXPERT_DOWN_FWD_loop(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, OP_EXPERT_DOWN_FWD, 1);
-  slots_product(c, &s, 1, C, 1, d->F, 1, c->in[0], c->in + 2, c->out[0],
+  const Slots s = slots_of(c, OP_EXPERT_DOWN_FWD, c->in.EXPERT_DOWN_FWD.route);
+  slots_product(c, &s, 1, C, 1, d->F, 1, c->in.EXPERT_DOWN_FWD.a, c->in.EXPERT_DOWN_FWD.w2, c->out.EXPERT_DOWN_FWD.y,
                 workspace_of(c, OP_EXPERT_DOWN_FWD)); // W2 [E, C, F]
 }
 
@@ -401,22 +402,22 @@ extern "C" void cuda_EXPERT_DOWN_FWD_loop(const KernelCall *c) {
 extern "C" void cuda_EXPERT_DOWN_BWD_loop(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, OP_EXPERT_DOWN_BWD, 3);
-  const bf16 *dout = rows_permuted(c, &s, c->in[0]); // [slots, C]
-  slots_product(c, &s, 0, d->F, 1, C, 1, dout, c->in + 4, c->out[1],
+  const Slots s = slots_of(c, OP_EXPERT_DOWN_BWD, c->in.EXPERT_DOWN_BWD.route);
+  const bf16 *dout = rows_permuted(c, &s, c->in.EXPERT_DOWN_BWD.dout); // [slots, C]
+  slots_product(c, &s, 0, d->F, 1, C, 1, dout, c->in.EXPERT_DOWN_BWD.w2, c->out.EXPERT_DOWN_BWD.sa,
                 workspace_of(c, OP_EXPERT_DOWN_BWD)); // W2 [E, C, F]
   ActivationGrad p = {};
   for (int m = 0; m < MODALITIES; m++) {
-    p.pre[m] = (const bf16 *)c->in[1] + slots_at(d, d->F, 2, m);
-    p.dpre[m] = (bf16 *)c->out[0] + slots_at(d, d->F, 2, m);
-    p.da[m] = (bf16 *)c->out[1] + slots_at(d, d->F, 1, m);
+    p.pre[m] = (const bf16 *)c->in.EXPERT_DOWN_BWD.pre + slots_at(d, d->F, 2, m);
+    p.dpre[m] = (bf16 *)c->out.EXPERT_DOWN_BWD.dpre + slots_at(d, d->F, 2, m);
+    p.da[m] = (bf16 *)c->out.EXPERT_DOWN_BWD.sa + slots_at(d, d->F, 1, m);
     p.source[m] = s.route.source[m];
     p.F[m] = d->F[m];
     p.first[m] = s.first[m];
     p.total[m] = s.total[m];
   }
-  p.weights = (const float *)c->in[2];
-  p.dweights = (float *)c->out[2];
+  p.weights = (const float *)c->in.EXPERT_DOWN_BWD.weights;
+  p.dweights = (float *)c->out.EXPERT_DOWN_BWD.dweights;
   CUDA_CHECK(cudaMemsetAsync(p.dweights, 0, (size_t)d->T * dims_kmax(d) * sizeof *p.dweights, call_stream(c)));
   const int64_t slots = (int64_t)s.total[TEXT] + s.total[IMAGE];
   if (slots) CUDA_LAUNCH(activate_slots_backward, grid_of(slots), THREADS, 0, call_stream(c), p);
@@ -425,23 +426,25 @@ extern "C" void cuda_EXPERT_DOWN_BWD_loop(const KernelCall *c) {
 extern "C" void cuda_EXPERT_DOWN_WGRAD_loop(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, OP_EXPERT_DOWN_WGRAD, 2);
-  const bf16 *dout = rows_permuted(c, &s, c->in[0]);                                          // [slots, C]
-  slots_weights(c, &s, C, 1, dout, d->F, 1, c->in[1], workspace_of(c, OP_EXPERT_DOWN_WGRAD)); // dW2 [E, C, F]
+  const Slots s = slots_of(c, OP_EXPERT_DOWN_WGRAD, c->in.EXPERT_DOWN_WGRAD.route);
+  const bf16 *dout = rows_permuted(c, &s, c->in.EXPERT_DOWN_WGRAD.dout); // [slots, C]
+  slots_weights(c, &s, C, 1, dout, d->F, 1, c->in.EXPERT_DOWN_WGRAD.sa, c->out.EXPERT_DOWN_WGRAD.dw2,
+                workspace_of(c, OP_EXPERT_DOWN_WGRAD)); // [E, C, F]
 }
 
 extern "C" void cuda_EXPERT_UP_DGRAD_loop(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, OP_EXPERT_UP_DGRAD, 1);
-  slots_product(c, &s, 0, C, 1, d->F, 2, c->in[0], c->in + 2, c->out[0],
-                workspace_of(c, OP_EXPERT_UP_DGRAD)); // W1 [E, 2F, C]
+  const Slots s = slots_of(c, OP_EXPERT_UP_DGRAD, c->in.EXPERT_UP_DGRAD.route);
+  slots_product(c, &s, 0, C, 1, d->F, 2, c->in.EXPERT_UP_DGRAD.dpre, c->in.EXPERT_UP_DGRAD.w1,
+                c->out.EXPERT_UP_DGRAD.dslot, workspace_of(c, OP_EXPERT_UP_DGRAD)); // W1 [E, 2F, C]
 }
 
 extern "C" void cuda_EXPERT_UP_WGRAD_loop(const KernelCall *c) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
-  const Slots s = slots_of(c, OP_EXPERT_UP_WGRAD, 2);
-  const bf16 *h = rows_permuted(c, &s, c->in[1]);                                        // [slots, C]
-  slots_weights(c, &s, d->F, 2, c->in[0], C, 1, h, workspace_of(c, OP_EXPERT_UP_WGRAD)); // dW1 [E, 2F, C]
+  const Slots s = slots_of(c, OP_EXPERT_UP_WGRAD, c->in.EXPERT_UP_WGRAD.route);
+  const bf16 *h = rows_permuted(c, &s, c->in.EXPERT_UP_WGRAD.h); // [slots, C]
+  slots_weights(c, &s, d->F, 2, c->in.EXPERT_UP_WGRAD.dpre, C, 1, h, c->out.EXPERT_UP_WGRAD.dw1,
+                workspace_of(c, OP_EXPERT_UP_WGRAD)); // [E, 2F, C]
 }

@@ -92,7 +92,7 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_NOISE(const KernelCall *c) {
   const Dims *d = c->dims;
   CUDA_LAUNCH(noise_kernel, ceil_div(d->T, WARPS), THREADS, 0, call_stream(c), *c->batch, d->T, d->P,
-              c->args->noise.stream, (bf16 *)c->out[0]);
+              c->args->noise.stream, (bf16 *)c->out.NOISE.z);
 }
 
 // ---- FLOW_LOSS ----
@@ -208,11 +208,11 @@ extern "C" void cuda_FLOW_LOSS(const KernelCall *c) {
   f.P = d->P;
   f.segments = d->segments;
   f.t_floor = (float)c->args->flow.t_floor;
-  f.xhat = (const bf16 *)c->in[0];
-  f.dxhat = (bf16 *)c->out[0];
+  f.xhat = (const bf16 *)c->in.FLOW_LOSS.xhat;
+  f.dxhat = (bf16 *)c->out.FLOW_LOSS.dxhat;
   f.row_error = (float *)c->scratch;
-  f.seg_error = (float *)c->out[1];
-  f.metrics = (Metrics *)c->out[2];
+  f.seg_error = (float *)c->out.FLOW_LOSS.seg_error;
+  f.metrics = (Metrics *)c->out.FLOW_LOSS.metrics;
   CUDA_LAUNCH(flow_rows_kernel, ceil_div(d->T, LOSS_WARPS), LOSS_THREADS, 0, call_stream(c), *c->batch, f);
   CUDA_LAUNCH(flow_total_kernel, 1, LOSS_THREADS, 0, call_stream(c), *c->batch, f);
 }

@@ -229,11 +229,12 @@ static __global__ void __launch_bounds__(THREADS) head_end(Batch b, const float 
 // ---- ops ----
 
 // logits [*count, V] of the rows h[index].
-static void logits_product(const KernelCall *c, Gemm g, const int32_t *count, const int32_t *index, float *logits) {
+static void logits_product(const KernelCall *c, Gemm g, const void *h, const void *wout, const int32_t *count,
+                           const int32_t *index, float *logits) {
   g.side[0].extent.count = count;
-  g.side[0].a = (const bf16 *)c->in[0]; // h [T, C]
+  g.side[0].a = (const bf16 *)h; // [T, C]
   g.side[0].a_index = index;
-  g.side[0].b = (const bf16 *)c->in[1]; // Wout [V, C]
+  g.side[0].b = (const bf16 *)wout; // [V, C]
   g.side[0].c = logits;
   gemm_rows(&g, call_stream(c));
 }
@@ -244,8 +245,8 @@ static void rows_pass(const KernelCall *c, const int32_t *count, const int32_t *
   int threads = 128; // as many as hold a row, and no more: other rows' blocks load while one reduces
   while (threads < THREADS && threads * CE_SPAN < V) threads *= 2;
   const int grid = cuda_sm_count() * (2 * THREADS / threads);
-  CUDA_LAUNCH(cross_entropy, grid, threads, 0, call_stream(c), *c->batch, index, count, V, (const float *)c->out[4],
-              (float *)c->out[0], dlogits);
+  CUDA_LAUNCH(cross_entropy, grid, threads, 0, call_stream(c), *c->batch, index, count, V,
+              (const float *)c->out.HEAD_CE.work, (float *)c->out.HEAD_CE.nll, dlogits);
 }
 
 static void input_gradient(const KernelCall *c, const HeadScratch *scratch, const int32_t *count) {
@@ -254,7 +255,7 @@ static void input_gradient(const KernelCall *c, const HeadScratch *scratch, cons
   g.side[0].extent.count = count;
   g.scale = &c->batch->dims->ce_scale;
   g.side[0].a = scratch->dlogits;
-  g.side[0].b = (const bf16 *)c->in[1]; // Wout [V, C]
+  g.side[0].b = (const bf16 *)c->in.HEAD_CE.wout; // Wout [V, C]
   g.side[0].c = scratch->dh;
   gemm_rows(&g, call_stream(c));
 }
@@ -267,19 +268,19 @@ static void weight_gradient(const KernelCall *c, const HeadScratch *scratch, con
   g.scale = &c->batch->dims->ce_scale;
   g.side[0].extent.count = count;
   g.side[0].a = scratch->dlogits;
-  g.side[0].b = (const bf16 *)c->in[0]; // h [T, C]
+  g.side[0].b = (const bf16 *)c->in.HEAD_CE.h; // h [T, C]
   g.side[0].b_index = index;
-  g.side[0].c = c->out[2];
+  g.side[0].c = c->out.HEAD_CE.dwout;
   gemm_weights(&g, call_stream(c));
 }
 
 extern "C" void cuda_HEAD_CE(const KernelCall *c) {
   const Dims *d = c->dims;
   const Batch b = *c->batch;
-  float *nll = (float *)c->out[0];                                   // [T]
-  bf16 *dh = (bf16 *)c->out[1];                                      // [T, C] or NULL
-  void *dwout = c->out[2];                                           // [V, C] or NULL
-  float *logits = (float *)c->out[4];                                // [chunk, V]
+  float *nll = (float *)c->out.HEAD_CE.nll;                          // [T]
+  bf16 *dh = (bf16 *)c->out.HEAD_CE.dh;                              // [T, C] or NULL
+  void *dwout = c->out.HEAD_CE.dwout;                                // [V, C] or NULL
+  float *logits = (float *)c->out.HEAD_CE.work;                      // [chunk, V]
   const int chunk = c->args->head.chunk, grid = 4 * cuda_sm_count(); // four blocks of 512 threads fill a processor
   cudaStream_t stream = call_stream(c);
   HeadScratch s;
@@ -289,15 +290,15 @@ extern "C" void cuda_HEAD_CE(const KernelCall *c) {
   CUDA_LAUNCH(head_begin, grid, THREADS, 0, stream, b, d->T, d->C, chunk, s.count, nll, dh);
   for (int at = 0; at < d->T; at += chunk) {
     const int32_t *count = s.count + at / chunk, *index = b.target_row + at;
-    logits_product(c, forward, count, index, logits);
+    logits_product(c, forward, c->in.HEAD_CE.h, c->in.HEAD_CE.wout, count, index, logits);
     rows_pass(c, count, index, dh || dwout ? s.dlogits : NULL);
     if (dh) {
       input_gradient(c, &s, count);
       CUDA_LAUNCH(rows_scatter, grid, THREADS, 0, stream, index, count, d->C, s.dh, dh);
     }
-    if (dwout) weight_gradient(c, &s, count, index, at > 0 || c->args->head.accumulate);
+    if (dwout) weight_gradient(c, &s, count, index, at > 0 || c->args->accumulate);
   }
-  CUDA_LAUNCH(head_end, 1, THREADS, 0, stream, b, nll, (Metrics *)c->out[3]);
+  CUDA_LAUNCH(head_end, 1, THREADS, 0, stream, b, nll, (Metrics *)c->out.HEAD_CE.metrics);
 }
 
 // The pass over logits that `work` holds already, by itself: what the benchmark times. All targets are in one chunk.
@@ -310,5 +311,6 @@ extern "C" void cuda_HEAD_CE_rows(const KernelCall *c) {
 extern "C" void cuda_HEAD_LOGITS(const KernelCall *c) {
   Gemm g = logits_gemm(c->dims, c->dims->T);
   g.scratch = c->scratch;
-  logits_product(c, g, &c->batch->dims->n_target, c->batch->target_row, (float *)c->out[0]);
+  logits_product(c, g, c->in.HEAD_LOGITS.h, c->in.HEAD_LOGITS.wout, &c->batch->dims->n_target, c->batch->target_row,
+                 (float *)c->out.HEAD_LOGITS.logits);
 }

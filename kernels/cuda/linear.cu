@@ -18,10 +18,11 @@ static int capacity_of(const Dims *d, const LinearArgs *a) {
 }
 
 // The op's product without its operands.
-static Gemm linear_gemm(OpKind kind, const Dims *d, const LinearArgs *a) {
+static Gemm linear_gemm(OpKind kind, const Dims *d, const OpArgs *args) {
+  const LinearArgs *a = &args->linear;
   Gemm g = {};
   g.b_transposed = kind == OP_LINEAR_DGRAD;
-  g.accumulate = kind == OP_LINEAR_WGRAD && a->accumulate;
+  g.accumulate = kind == OP_LINEAR_WGRAD && args->accumulate;
   const int sides = a->extent == EXT_SPLIT ? 2 : 1;
   for (int m = 0; m < sides; m++) {
     GemmSide *s = &g.side[m];
@@ -44,10 +45,10 @@ typedef struct LinearScratch {
 enum { SCRATCH_ALIGN = 256 };
 
 // Lays it out from `base` (NULL to measure); returns its bytes.
-static size_t linear_bind(LinearScratch *s, OpKind kind, const Dims *d, const LinearArgs *a, void *base) {
-  const Gemm g = linear_gemm(kind, d, a);
+static size_t linear_bind(LinearScratch *s, OpKind kind, const Dims *d, const OpArgs *args, void *base) {
+  const Gemm g = linear_gemm(kind, d, args);
   const int weights = kind == OP_LINEAR_WGRAD;
-  const size_t bytes = weights ? (size_t)BIAS_PARTS * a->out_dim[0] * sizeof(float) : 0;
+  const size_t bytes = weights ? (size_t)BIAS_PARTS * args->linear.out_dim[0] * sizeof(float) : 0;
   const size_t gemm_at = SCRATCH_ALIGN + (bytes + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
   s->used = (int32_t *)base;
   s->partial = base ? (float *)((char *)base + SCRATCH_ALIGN) : NULL;
@@ -57,7 +58,7 @@ static size_t linear_bind(LinearScratch *s, OpKind kind, const Dims *d, const Li
 
 size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   LinearScratch s;
-  return linear_bind(&s, kind, dims, &args->linear, NULL);
+  return linear_bind(&s, kind, dims, args, NULL);
 }
 
 // ---- where an extent lies ----
@@ -134,15 +135,16 @@ static __global__ void used_count(const BatchDims *dims, int32_t *used) {
 
 // ---- forward and input gradient ----
 
-// out[0] = in[0] B (+ bias) (+ add), from rows of width `from` to rows of width `to`; B of side m is made of in[1 + m].
+// y = x B (+ bias) (+ add), from rows of width `from` to rows of width `to`; B of side m is made of w[m].
 static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALITIES], const int to[MODALITIES],
-                         const bf16 *bias, const bf16 *add) {
+                         const void *rows, const void *const w[MODALITIES], const void *bias, const bf16 *add,
+                         void *out) {
   const LinearArgs *a = &c->args->linear;
-  const bf16 *x = (const bf16 *)c->in[0]; // [rows, from]
-  bf16 *y = (bf16 *)c->out[0];            // [rows, to]
+  const bf16 *x = (const bf16 *)rows; // [rows, from]
+  bf16 *y = (bf16 *)out;              // [rows, to]
   LinearScratch scratch;
-  linear_bind(&scratch, kind, c->dims, a, c->scratch);
-  Gemm g = linear_gemm(kind, c->dims, a);
+  linear_bind(&scratch, kind, c->dims, c->args, c->scratch);
+  Gemm g = linear_gemm(kind, c->dims, c->args);
   g.scratch = scratch.gemm;
   Outside o = {};
   o.extent = a->extent;
@@ -158,9 +160,9 @@ static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALI
     if (!s->groups) continue;
     s->extent = side_extent(c, m, scratch.used);
     s->a = x + side_at(c, from, m);
-    s->b = (const bf16 *)c->in[1 + m]; // W [out, in]
+    s->b = (const bf16 *)w[m]; // [out, in]
     s->c = o.y[m];
-    s->bias = bias;
+    s->bias = (const bf16 *)bias;
     s->add = o.add[m];
   }
   CUDA_LAUNCH(outside_fill, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), o, c->batch->dims, scratch.used);
@@ -169,12 +171,14 @@ static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALI
 
 extern "C" void cuda_LINEAR_FWD(const KernelCall *c) {
   const LinearArgs *a = &c->args->linear;
-  rows_product(c, OP_LINEAR_FWD, a->in_dim, a->out_dim, (const bf16 *)c->in[3], NULL);
+  rows_product(c, OP_LINEAR_FWD, a->in_dim, a->out_dim, c->in.LINEAR_FWD.x, c->in.LINEAR_FWD.w, c->in.LINEAR_FWD.bias,
+               NULL, c->out.LINEAR_FWD.y);
 }
 
 extern "C" void cuda_LINEAR_DGRAD(const KernelCall *c) {
   const LinearArgs *a = &c->args->linear;
-  rows_product(c, OP_LINEAR_DGRAD, a->out_dim, a->in_dim, NULL, (const bf16 *)c->in[3]);
+  rows_product(c, OP_LINEAR_DGRAD, a->out_dim, a->in_dim, c->in.LINEAR_DGRAD.dy, c->in.LINEAR_DGRAD.w, NULL,
+               (const bf16 *)c->in.LINEAR_DGRAD.add, c->out.LINEAR_DGRAD.dx);
 }
 
 // ---- weight and bias gradient ----
@@ -219,11 +223,12 @@ static __global__ void __launch_bounds__(THREADS)
 
 extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {
   const LinearArgs *a = &c->args->linear;
-  const bf16 *dy = (const bf16 *)c->in[0], *x = (const bf16 *)c->in[1]; // [rows, out], [rows, in]
-  float *dbias = (float *)c->out[2];                                    // [out] or NULL
+  const bf16 *dy = (const bf16 *)c->in.LINEAR_WGRAD.dy,
+             *x = (const bf16 *)c->in.LINEAR_WGRAD.x; // [rows, out], [rows, in]
+  float *dbias = (float *)c->out.LINEAR_WGRAD.dbias;  // [out] or NULL
   LinearScratch scratch;
-  linear_bind(&scratch, OP_LINEAR_WGRAD, c->dims, a, c->scratch);
-  Gemm g = linear_gemm(OP_LINEAR_WGRAD, c->dims, a);
+  linear_bind(&scratch, OP_LINEAR_WGRAD, c->dims, c->args, c->scratch);
+  Gemm g = linear_gemm(OP_LINEAR_WGRAD, c->dims, c->args);
   g.scratch = scratch.gemm;
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
@@ -231,7 +236,7 @@ extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {
     s->extent = side_extent(c, m, scratch.used);
     s->a = dy + side_at(c, a->out_dim, m);
     s->b = x + side_at(c, a->in_dim, m);
-    s->c = c->out[m]; // dW [out, in]
+    s->c = c->out.LINEAR_WGRAD.dw[m]; // dW [out, in]
   }
   if (a->extent == EXT_ROWS) CUDA_LAUNCH(used_count, 1, 1, 0, call_stream(c), c->batch->dims, scratch.used);
   gemm_weights(&g, call_stream(c));
@@ -240,6 +245,6 @@ extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {
   const int width = a->out_dim[0];
   const dim3 grid(ceil_div(width, BIAS_WIDE * 8), BIAS_PARTS);
   CUDA_LAUNCH(bias_partial, grid, THREADS, 0, call_stream(c), a->extent, c->batch->dims, dy, width, scratch.partial);
-  CUDA_LAUNCH(bias_total, ceil_div(width, THREADS), THREADS, 0, call_stream(c), scratch.partial, width, a->accumulate,
-              dbias);
+  CUDA_LAUNCH(bias_total, ceil_div(width, THREADS), THREADS, 0, call_stream(c), scratch.partial, width,
+              c->args->accumulate, dbias);
 }

@@ -340,9 +340,10 @@ size_t rope_scratch(OpKind kind, const Dims *d, const OpArgs *args) {
   } while (0)
 
 extern "C" void cuda_QKNORM_ROPE_FWD(const KernelCall *c) {
-  const bf16 *qkv = (const bf16 *)c->in[0];                                    // [T, (H+2G) D] row order
-  const bf16 *wq = (const bf16 *)c->in[1], *wk = (const bf16 *)c->in[2];       // [2, D]
-  bf16 *q = (bf16 *)c->out[0], *k = (bf16 *)c->out[1], *v = (bf16 *)c->out[2]; // sequence order
+  const bf16 *qkv = (const bf16 *)c->in.QKNORM_ROPE_FWD.qkv; // [T, (H+2G) D] row order
+  const bf16 *wq = (const bf16 *)c->in.QKNORM_ROPE_FWD.wq, *wk = (const bf16 *)c->in.QKNORM_ROPE_FWD.wk; // [2, D]
+  bf16 *q = (bf16 *)c->out.QKNORM_ROPE_FWD.q, *k = (bf16 *)c->out.QKNORM_ROPE_FWD.k,
+       *v = (bf16 *)c->out.QKNORM_ROPE_FWD.v; // sequence order
   Rope p = rope_of(c);
   int grid = ceil_div(p.T, FORWARD_WARPS);
   FOR_HEAD_DIM(c->dims->D,
@@ -352,18 +353,18 @@ extern "C" void cuda_QKNORM_ROPE_FWD(const KernelCall *c) {
 extern "C" void cuda_QKNORM_ROPE_BWD(const KernelCall *c) {
   Rope p = rope_of(c);
   RopeGradients a = {};
-  a.dq = (const bf16 *)c->in[0];
-  a.dk = (const bf16 *)c->in[1];
-  a.dv = (const bf16 *)c->in[2];
-  a.qkv = (const bf16 *)c->in[3];
-  a.wq = (const bf16 *)c->in[4];
-  a.wk = (const bf16 *)c->in[5];
-  a.dqkv = (bf16 *)c->out[0];
+  a.dq = (const bf16 *)c->in.QKNORM_ROPE_BWD.dq;
+  a.dk = (const bf16 *)c->in.QKNORM_ROPE_BWD.dk;
+  a.dv = (const bf16 *)c->in.QKNORM_ROPE_BWD.dv;
+  a.qkv = (const bf16 *)c->in.QKNORM_ROPE_BWD.qkv;
+  a.wq = (const bf16 *)c->in.QKNORM_ROPE_BWD.wq;
+  a.wk = (const bf16 *)c->in.QKNORM_ROPE_BWD.wk;
+  a.dqkv = (bf16 *)c->out.QKNORM_ROPE_BWD.dqkv;
   a.partial = (float *)c->scratch;
-  float *dwq = (float *)c->out[1], *dwk = (float *)c->out[2]; // [2, D]
+  float *dwq = (float *)c->out.QKNORM_ROPE_BWD.dwq, *dwk = (float *)c->out.QKNORM_ROPE_BWD.dwk; // [2, D]
   FOR_HEAD_DIM(c->dims->D,
                CUDA_LAUNCH(rope_backward<D>, backward_blocks(p.T), BACKWARD_THREADS, 0, call_stream(c), p, a));
   dim3 grid((unsigned)c->dims->D / (4 * SUM_LANES), 2 * MODALITIES);
   CUDA_LAUNCH(rope_sums, grid, SUM_PARTS * SUM_LANES, 0, call_stream(c), a.partial, p.dims, c->dims->D, dwq, dwk,
-              c->args->span.accumulate);
+              c->args->accumulate);
 }

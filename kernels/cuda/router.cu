@@ -246,15 +246,16 @@ template <int COLUMNS> static void choose_launch(const KernelCall *c, const Rout
   const Dims *d = c->dims;
   CUDA_ALLOW_SHARED(choose_kernel<COLUMNS>, tile_bytes(d));
   CUDA_LAUNCH((choose_kernel<COLUMNS>), tiles_most(d->T, TILE), THREADS, tile_bytes(d), call_stream(c), c->batch->dims,
-              sides_of(d), (const bf16 *)c->in[0], (const bf16 *)c->in[1], (const bf16 *)c->in[2], (float *)c->out[0],
-              (float *)c->out[1], route->slot, (uint8_t *)c->scratch, counts_stride_of(d));
+              sides_of(d), (const bf16 *)c->in.ROUTER_FWD.h, (const bf16 *)c->in.ROUTER_FWD.wr[TEXT],
+              (const bf16 *)c->in.ROUTER_FWD.wr[IMAGE], (float *)c->out.ROUTER_FWD.logits,
+              (float *)c->out.ROUTER_FWD.weights, route->slot, (uint8_t *)c->scratch, counts_stride_of(d));
 }
 
 extern "C" void cuda_ROUTER_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   int tiles = tiles_most(d->T, TILE);
   Route route;
-  route_bind(&route, d, (int32_t *)c->out[2]);
+  route_bind(&route, d, (int32_t *)c->out.ROUTER_FWD.route);
   if (most_experts(d) <= 16)
     choose_launch<2>(c, &route);
   else
@@ -339,13 +340,13 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" void cuda_ROUTER_LOSS(const KernelCall *c) {
   const Dims *d = c->dims;
   Route route;
-  route_bind(&route, d, (int32_t *)c->in[1]);
-  Metrics *metrics = (Metrics *)c->out[0];
+  route_bind(&route, d, (int32_t *)c->in.ROUTER_LOSS.route);
+  Metrics *metrics = (Metrics *)c->out.ROUTER_LOSS.metrics;
   double *load = (double *)(metrics + 1) + (int64_t)c->args->router.layer * (d->E[TEXT] + d->E[IMAGE]);
   double *partial = (double *)c->scratch; // [blocks][LOSS_SUMS]
   int blocks = ceil_div(d->T, TILE);
   CUDA_LAUNCH(loss_rows_kernel, blocks, THREADS, 0, call_stream(c), c->batch->dims, sides_of(d),
-              (const float *)c->in[0], route.count, partial);
+              (const float *)c->in.ROUTER_LOSS.logits, route.count, partial);
   CUDA_LAUNCH(loss_total_kernel, 1, THREADS, 0, call_stream(c), c->batch->dims, sides_of(d), blocks, partial,
               route.count, c->args->router.balance, c->args->router.z, load, metrics);
 }

@@ -310,28 +310,29 @@ static int64_t dlogits_bytes(const Dims *d) {
 template <int GROUPS> static void gradient_launch(const KernelCall *c, int first_group) {
   const Dims *d = c->dims;
   int rows = gradient_block_rows(d), blocks = tiles_most(d->T, rows);
-  bf16 *dh = (bf16 *)c->out[0];
+  bf16 *dh = (bf16 *)c->out.ROUTER_BWD.dh;
   const bf16 *dlogits = (const bf16 *)c->scratch;
   float *partial = (float *)((char *)c->scratch + dlogits_bytes(d)); // [row blocks, 8 GROUPS, C]
   CUDA_ALLOW_SHARED(gradient_kernel<GROUPS>, sizeof(GradShared<GROUPS>));
   CUDA_LAUNCH((gradient_kernel<GROUPS>), dim3(ceil_div(d->C, GRAD_COLUMNS), blocks), THREADS,
               sizeof(GradShared<GROUPS>), call_stream(c), c->batch->dims, sides_of(d), rows, first_group, dlogits,
-              expert_groups(d), (const bf16 *)c->in[4], (const bf16 *)c->in[5], (const bf16 *)c->in[6],
-              first_group ? dh : (const bf16 *)c->in[7], dh, partial);
+              expert_groups(d), (const bf16 *)c->in.ROUTER_BWD.h, (const bf16 *)c->in.ROUTER_BWD.wr[TEXT],
+              (const bf16 *)c->in.ROUTER_BWD.wr[IMAGE], first_group ? dh : (const bf16 *)c->in.ROUTER_BWD.add, dh,
+              partial);
   CUDA_LAUNCH(weight_total_kernel, dim3(ceil_div(d->C, TOTAL_COLUMNS), GROUPS * 8, MODALITIES), THREADS, 0,
-              call_stream(c), c->batch->dims, sides_of(d), rows, first_group * 8, GROUPS * 8,
-              c->args->router.accumulate, partial, (float *)c->out[1], (float *)c->out[2]);
+              call_stream(c), c->batch->dims, sides_of(d), rows, first_group * 8, GROUPS * 8, c->args->accumulate,
+              partial, (float *)c->out.ROUTER_BWD.dwr[TEXT], (float *)c->out.ROUTER_BWD.dwr[IMAGE]);
 }
 
 extern "C" void cuda_ROUTER_BWD(const KernelCall *c) {
   const Dims *d = c->dims;
   Route route;
-  route_bind(&route, d, (int32_t *)c->in[3]);
+  route_bind(&route, d, (int32_t *)c->in.ROUTER_BWD.route);
   LogitScales scales = {c->args->router.balance, c->args->router.z};
   CUDA_ALLOW_SHARED(logit_gradient_kernel, tile_bytes(d));
   CUDA_LAUNCH(logit_gradient_kernel, tiles_most(d->T, TILE), THREADS, tile_bytes(d), call_stream(c), c->batch->dims,
-              sides_of(d), scales, (const float *)c->in[0], (const float *)c->in[1], (const float *)c->in[2], route,
-              (bf16 *)c->scratch, expert_groups(d));
+              sides_of(d), scales, (const float *)c->in.ROUTER_BWD.dweights, (const float *)c->in.ROUTER_BWD.logits,
+              (const float *)c->in.ROUTER_BWD.weights, route, (bf16 *)c->scratch, expert_groups(d));
   if (expert_groups(d) <= 2) {
     gradient_launch<2>(c, 0);
     return;

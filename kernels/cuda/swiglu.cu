@@ -81,10 +81,11 @@ static int grid_of(const Dims *d) {
 
 extern "C" void cuda_SWIGLU_FWD(const KernelCall *c) {
   CUDA_LAUNCH(swiglu_forward, grid_of(c->dims), THREADS, 0, call_stream(c), views_of(c->dims), c->batch->dims,
-              (const bf16 *)c->in[0], (bf16 *)c->out[0]);
+              (const bf16 *)c->in.SWIGLU_FWD.pre, (bf16 *)c->out.SWIGLU_FWD.a);
 }
 
 extern "C" void cuda_SWIGLU_BWD(const KernelCall *c) {
   CUDA_LAUNCH(swiglu_backward_rows, grid_of(c->dims), THREADS, 0, call_stream(c), views_of(c->dims), c->batch->dims,
-              (const bf16 *)c->in[0], (const bf16 *)c->in[1], (bf16 *)c->out[0], (bf16 *)c->out[1]);
+              (const bf16 *)c->in.SWIGLU_BWD.da, (const bf16 *)c->in.SWIGLU_BWD.pre, (bf16 *)c->out.SWIGLU_BWD.dpre,
+              (bf16 *)c->out.SWIGLU_BWD.a);
 }

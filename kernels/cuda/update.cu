@@ -12,11 +12,12 @@ enum { BATCH_SPANS = 128, CHUNK = 16384, THREADS = 256 };
 
 // cudaMemcpyDefault tells host from device by the address, so the transfer lanes use this op as it is.
 extern "C" void cuda_COPY(const KernelCall *c) {
-  CUDA_CHECK(cudaMemcpyAsync(c->out[0], c->in[0], (size_t)c->args->span.count, cudaMemcpyDefault, call_stream(c)));
+  CUDA_CHECK(
+      cudaMemcpyAsync(c->out.COPY.dst, c->in.COPY.src, (size_t)c->args->span.count, cudaMemcpyDefault, call_stream(c)));
 }
 
 extern "C" void cuda_ZERO(const KernelCall *c) {
-  CUDA_CHECK(cudaMemsetAsync(c->out[0], 0, (size_t)c->args->span.count, call_stream(c)));
+  CUDA_CHECK(cudaMemsetAsync(c->out.ZERO.dst, 0, (size_t)c->args->span.count, call_stream(c)));
 }
 
 static __global__ void __launch_bounds__(THREADS) add_kernel(int64_t count, const float *src, float *dst) {
@@ -32,12 +33,13 @@ static __global__ void __launch_bounds__(THREADS) add_kernel(int64_t count, cons
 extern "C" void cuda_ADD(const KernelCall *c) {
   int64_t count = c->args->span.count;
   if (count == 0) return;
-  if (!c->args->span.accumulate) {
-    CUDA_CHECK(cudaMemcpyAsync(c->out[0], c->in[0], (size_t)count * sizeof(float), cudaMemcpyDefault, call_stream(c)));
+  if (!c->args->accumulate) {
+    CUDA_CHECK(cudaMemcpyAsync(c->out.ADD.dst, c->in.ADD.src, (size_t)count * sizeof(float), cudaMemcpyDefault,
+                               call_stream(c)));
     return;
   }
   CUDA_LAUNCH(add_kernel, grid_striding(ceil_div64(ceil_div64(count, 4), THREADS)), THREADS, 0, call_stream(c), count,
-              (const float *)c->in[0], (float *)c->out[0]);
+              (const float *)c->in.ADD.src, (float *)c->out.ADD.dst);
 }
 
 static __device__ inline void load_floats(const float *p, float x[8]) {
@@ -66,7 +68,7 @@ extern "C" void cuda_CAST(const KernelCall *c) {
   int64_t count = c->args->span.count;
   if (count == 0) return;
   CUDA_LAUNCH(cast_kernel, grid_striding(ceil_div64(ceil_div64(count, 8), THREADS)), THREADS, 0, call_stream(c), count,
-              (const float *)c->in[0], (bf16 *)c->out[0]);
+              (const float *)c->in.CAST.src, (bf16 *)c->out.CAST.dst);
 }
 
 // ---- parameters by chunks ----
@@ -214,9 +216,9 @@ size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
 }
 
 extern "C" void cuda_GRAD_NORM(const KernelCall *c) {
-  const float *grads = (const float *)c->in[0];
-  double *partial = (double *)c->out[1]; // [n]
-  double *sums = (double *)c->scratch;   // [chunks of all parameters]
+  const float *grads = (const float *)c->in.GRAD_NORM.grads;
+  double *partial = (double *)c->out.GRAD_NORM.partial; // [n]
+  double *sums = (double *)c->scratch;                  // [chunks of all parameters]
   int n = c->args->params.n;
   for (int p = 0; p < n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
@@ -225,8 +227,8 @@ extern "C" void cuda_GRAD_NORM(const KernelCall *c) {
     CUDA_LAUNCH(square_total_kernel, batch.n, THREADS, 0, call_stream(c), batch, sums, partial + p);
     sums += chunks;
   }
-  CUDA_LAUNCH(status_kernel, 1, THREADS, 0, call_stream(c), n, partial, (const Metrics *)c->in[1],
-              (const StepScalars *)c->in[2], (UpdateStatus *)c->out[0]);
+  CUDA_LAUNCH(status_kernel, 1, THREADS, 0, call_stream(c), n, partial, (const Metrics *)c->in.GRAD_NORM.metrics,
+              (const StepScalars *)c->in.GRAD_NORM.scalars, (UpdateStatus *)c->out.GRAD_NORM.status);
 }
 
 // ---- GRAD_HASH ----
@@ -257,13 +259,15 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
-  unsigned long long *hash = (unsigned long long *)c->out[0]; // [n]
+  unsigned long long *hash = (unsigned long long *)c->out.GRAD_HASH.hash; // [n]
   int n = c->args->params.n;
   CUDA_CHECK(cudaMemsetAsync(hash, 0, (size_t)n * sizeof *hash, call_stream(c)));
   for (int p = 0; p < n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
-    if (chunks) CUDA_LAUNCH(hash_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in[0], batch, hash + p);
+    if (chunks)
+      CUDA_LAUNCH(hash_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in.GRAD_HASH.grads, batch,
+                  hash + p);
   }
 }
 
@@ -368,9 +372,10 @@ extern "C" void cuda_ADAMW(const KernelCall *c) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
-      CUDA_LAUNCH(adamw_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in[0],
-                  (const UpdateStatus *)c->in[1], (const StepScalars *)c->in[2], batch, (uint16_t *)c->out[0],
-                  (float *)c->out[1], (float *)c->out[2], (uint16_t *)c->out[3]);
+      CUDA_LAUNCH(adamw_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in.ADAMW.grads,
+                  (const UpdateStatus *)c->in.ADAMW.status, (const StepScalars *)c->in.ADAMW.scalars, batch,
+                  (uint16_t *)c->out.ADAMW.weights, (float *)c->out.ADAMW.m, (float *)c->out.ADAMW.v,
+                  (uint16_t *)c->out.ADAMW.rest);
   }
 }
 
@@ -403,8 +408,8 @@ extern "C" void cuda_EMA(const KernelCall *c) {
     SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
-      CUDA_LAUNCH(ema_kernel, chunks, THREADS, 0, call_stream(c), (const uint16_t *)c->in[0],
-                  (const UpdateStatus *)c->in[1], (const StepScalars *)c->in[2], (const uint16_t *)c->in[3], batch,
-                  (float *)c->out[0]);
+      CUDA_LAUNCH(ema_kernel, chunks, THREADS, 0, call_stream(c), (const uint16_t *)c->in.EMA.weights,
+                  (const UpdateStatus *)c->in.EMA.status, (const StepScalars *)c->in.EMA.scalars,
+                  (const uint16_t *)c->in.EMA.rest, batch, (float *)c->out.EMA.ema);
   }
 }

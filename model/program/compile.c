@@ -1,6 +1,5 @@
 #include "model/program/compile.h"
 
-#include "model/program/cost.h"
 #include "model/program/program_internal.h"
 #include "model/program/schedule.h"
 #include "model/program/seconds.h"
@@ -21,7 +20,6 @@ void program_finish(Program *p) {
   p->state->awaited = xcalloc((size_t)p->n_ops + 1, 1);
   for (int i = 0; i < p->n_ops; i++) {
     Op *op = &p->ops[i];
-    op_cost_full(p, op, &op->flops, &op->bytes);
     if (p->backend->scratch_bytes)
       p->scratch_bytes = max_i64(p->scratch_bytes, (int64_t)p->backend->scratch_bytes(op->kind, &p->dims, &op->args));
     p->state->uses_lane[op->lane] = 1;

@@ -4,6 +4,6 @@
 
 #include "model/program/program.h"
 
-// Schedules, lays out the arena, derives the waits, computes costs. The program is fixed from here on.
+// Schedules, lays out the arena, derives the waits. The program is fixed from here on.
 void program_finish(Program *p);
 #endif

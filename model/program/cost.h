@@ -11,8 +11,6 @@ typedef struct Extents {
   double targets;     // text rows with a target
   double pairs;       // (query, key) pairs that the mask allows
 } Extents;
-// FLOPs and bytes that must move (cost.c): at these extents, and at capacity: T text rows or T image rows, whichever
-// costs more, in one document.
+// FLOPs and bytes that must move at these extents: each operand once, one that accumulates twice (op_table.h).
 void op_cost(const Program *p, const Op *op, const Extents *x, double *flops, double *bytes);
-void op_cost_full(const Program *p, const Op *op, double *flops, double *bytes);
 #endif

@@ -1,7 +1,6 @@
 // Recording: tensors, ops, and how saved activations come back.
 #include "model/program/program.h"
 
-#include "model/program/ops.h"
 #include "model/program/program_internal.h"
 
 #include <stdio.h>
@@ -134,7 +133,7 @@ static void operands_take(Program *p, OpKind kind, const Operand *operand, int n
   for (int i = 0; i < max; i++) {
     to[i] = i < n && given ? given[i] : NO_TENSOR;
     if (i >= n) continue;
-    if (to[i] == NO_TENSOR && !operand[i].optional)
+    if (to[i] == NO_TENSOR && !(operand[i].marks & OPTIONAL))
       panic("program %s: op %d %s: operand %s is missing", p->name, p->n_ops, op_info[kind].name, operand[i].name);
     if (to[i] < NO_TENSOR || to[i] >= p->n_tensors)
       panic("program %s: op %d %s: operand %s: there is no tensor %d", p->name, p->n_ops, op_info[kind].name,
@@ -145,22 +144,22 @@ static void operands_take(Program *p, OpKind kind, const Operand *operand, int n
 static int op_add(Program *p, Lane lane, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args) {
   ProgramState *s = p->state;
   program_check_open(p);
-  Operands o = op_operands(kind);
+  const OpInfo *o = &op_info[kind];
   Op op = {.kind = kind, .lane = lane, .layer = s->layer};
   if (args) op.args = *args;
-  operands_take(p, kind, o.in, o.n_in, in, op.in, OP_MAX_IN);
-  operands_take(p, kind, o.out, o.n_out, out, op.out, OP_MAX_OUT);
-  for (int i = 0; i < o.n_out; i++) {
+  operands_take(p, kind, o->in, o->n_in, in, op.in, OP_MAX_IN);
+  operands_take(p, kind, o->out, o->n_out, out, op.out, OP_MAX_OUT);
+  for (int i = 0; i < o->n_out; i++) {
     if (op.out[i] == NO_TENSOR) continue;
     if (op_accumulates(kind, i, &op.args)) op.acc |= 1u << i;
-    for (int k = 0; k < o.n_in; k++)
+    for (int k = 0; k < o->n_in; k++)
       if (op.in[k] == op.out[i])
         panic("program %s: op %d %s: tensor %s is input %s and output %s", p->name, p->n_ops, op_info[kind].name,
-              p->tensors[op.in[k]].name, o.in[k].name, o.out[i].name);
+              p->tensors[op.in[k]].name, o->in[k].name, o->out[i].name);
     for (int k = 0; k < i; k++)
       if (op.out[k] == op.out[i])
         panic("program %s: op %d %s: tensor %s is output %s and output %s", p->name, p->n_ops, op_info[kind].name,
-              p->tensors[op.out[k]].name, o.out[k].name, o.out[i].name);
+              p->tensors[op.out[k]].name, o->out[k].name, o->out[i].name);
     if (p->tensors[op.out[i]].producer < 0) p->tensors[op.out[i]].producer = p->n_ops;
   }
   if (p->n_ops == s->cap_ops) {
@@ -218,12 +217,12 @@ void program_save(Program *p, TensorId t, Saved saved) {
 
 void program_save_rebuild(Program *p, const TensorId *t_of_out, OpKind kind, const TensorId *in, const OpArgs *args) {
   ProgramState *s = p->state;
-  Operands o = op_operands(kind);
+  const OpInfo *o = &op_info[kind];
   Recipe r = {.kind = kind};
   if (args) r.args = *args;
-  operands_take(p, kind, o.in, o.n_in, in, r.in, OP_MAX_IN);
+  operands_take(p, kind, o->in, o->n_in, in, r.in, OP_MAX_IN);
   for (int i = 0; i < OP_MAX_OUT; i++) {
-    r.out[i] = i < o.n_out ? t_of_out[i] : NO_TENSOR;
+    r.out[i] = i < o->n_out ? t_of_out[i] : NO_TENSOR;
     if (r.out[i] != NO_TENSOR) tensor_check(p, r.out[i], "rebuild")->rebuild = s->n_recipes;
   }
   if (s->n_recipes == s->cap_recipes) {
@@ -274,16 +273,16 @@ static TensorId tensor_rebuild(Program *p, TensorId t) {
     panic("program %s: rebuilding %s needs %s itself", p->name, p->tensors[t].name, p->tensors[t].name);
   s->revival[t].busy = 1;
   Recipe r = recipe_of(p, t);
-  Operands o = op_operands(r.kind);
+  const OpInfo *o = &op_info[r.kind];
   TensorId in[OP_MAX_IN], out[OP_MAX_OUT];
-  for (int i = 0; i < o.n_in; i++) in[i] = r.in[i] == NO_TENSOR ? NO_TENSOR : tensor_need(p, r.in[i], 1);
-  for (int i = 0; i < o.n_out; i++) {
+  for (int i = 0; i < o->n_in; i++) in[i] = r.in[i] == NO_TENSOR ? NO_TENSOR : tensor_need(p, r.in[i], 1);
+  for (int i = 0; i < o->n_out; i++) {
     out[i] = NO_TENSOR;
-    if (r.out[i] == NO_TENSOR && o.out[i].optional) continue;
-    TensorId like = recipe_shape(p, &r, i, o.out[i].name);
-    if (o.out[i].accumulates || p->tensors[like].space != SPACE_ARENA)
+    if (r.out[i] == NO_TENSOR && o->out[i].marks & OPTIONAL) continue;
+    TensorId like = recipe_shape(p, &r, i, o->out[i].name);
+    if (o->out[i].marks & (ADDS_ALWAYS | ADDS_IF_ASKED) || p->tensors[like].space != SPACE_ARENA)
       panic("program %s: tensor %s cannot be rebuilt: output %s of %s must not be written again", p->name,
-            p->tensors[t].name, o.out[i].name, op_info[r.kind].name);
+            p->tensors[t].name, o->out[i].name, op_info[r.kind].name);
     int wanted = r.out[i] != NO_TENSOR && is_rebuilt(p, r.out[i]) && s->revival[r.out[i]].again == NO_TENSOR;
     out[i] = tensor_like(p, like, SPACE_ARENA, wanted ? " (again)" : " (scratch)");
     if (wanted) s->revival[r.out[i]].again = out[i];

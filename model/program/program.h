@@ -92,7 +92,6 @@ typedef struct Op {
   TensorId in[OP_MAX_IN], out[OP_MAX_OUT];
   uint32_t acc; // bit i: out[i] is read as well (it accumulates)
   OpArgs args;
-  double flops, bytes; // at capacity
   int n_waits;
   Wait waits[LANE_COUNT];
   KernelCall call; // bound operands
@@ -136,9 +135,9 @@ TensorId program_external(Program *p, Space space, int64_t offset, Dtype dtype, 
 
 // Appends an op on the compute lane. in/out in the order of kernels.h, NO_TENSOR where an optional operand is absent;
 // both arrays have OP_MAX_IN / OP_MAX_OUT entries or end with the operands the op has. args NULL: zeros. Whether out[i]
-// accumulates follows from the table ('+') and args (see op_accumulates). Checks the presence of operands against the
+// accumulates follows from the table and args (see op_accumulates). Checks the presence of operands against the
 // table, and that no output is an input too (panics with op and operand named: a bug of the model code). Ops that use
-// the pack read it implicitly (see op_uses_batch). Returns the op's index, which program_finish may change.
+// the pack read it implicitly. Returns the op's index, which program_finish may change.
 int program_op(Program *p, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args);
 
 // Following ops and tensors belong to this layer (-1: none). A change of layer is also a scheduling mark: reloads move

@@ -2,7 +2,6 @@
 #include "model/program/replay.h"
 
 #include "base/philox.h"
-#include "model/program/ops.h"
 #include "model/program/program_internal.h"
 
 #include <stdlib.h>
@@ -78,15 +77,15 @@ void program_bind(Program *p, const Bases *bases) {
     Op *op = &p->ops[i];
     if (!p->backend->fn[op->kind])
       panic("program %s: backend %s has no %s", p->name, p->backend->name, op_info[op->kind].name);
-    if (op_uses_batch(op->kind) && !bases->of[SPACE_BATCH])
+    if (op_info[op->kind].pack != READS_NONE && !bases->of[SPACE_BATCH])
       panic("program %s: op %d %s reads the live pack, which is not bound", p->name, i, op_info[op->kind].name);
     op->call = (KernelCall){.batch = &p->batch,
                             .dims = &p->dims,
                             .args = &op->args,
                             .scratch = op->lane == LANE_COMPUTE ? bases->of[SPACE_SCRATCH] : NULL};
     if (p->backend->queues) op->call.stream = p->backend->queues->stream(op_queue(p, op));
-    for (int k = 0; k < OP_MAX_IN; k++) op->call.in[k] = op->in[k] == NO_TENSOR ? NULL : s->address[op->in[k]];
-    for (int k = 0; k < OP_MAX_OUT; k++) op->call.out[k] = op->out[k] == NO_TENSOR ? NULL : s->address[op->out[k]];
+    for (int k = 0; k < OP_MAX_IN; k++) op->call.in.at[k] = op->in[k] == NO_TENSOR ? NULL : s->address[op->in[k]];
+    for (int k = 0; k < OP_MAX_OUT; k++) op->call.out.at[k] = op->out[k] == NO_TENSOR ? NULL : s->address[op->out[k]];
   }
 }
 

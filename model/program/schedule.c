@@ -1,7 +1,6 @@
 #include "model/program/schedule.h"
 
 #include "model/program/arena.h"
-#include "model/program/ops.h"
 #include "model/program/program_internal.h"
 #include "model/program/seconds.h"
 
@@ -166,16 +165,16 @@ void schedule_lifetimes(Program *p) {
   for (TensorId t = 0; t < p->n_tensors; t++) p->tensors[t].first = p->tensors[t].last = -1;
   for (int i = 0; i < p->n_ops; i++) {
     const Op *op = &p->ops[i];
-    Operands o = op_operands(op->kind);
-    for (int k = 0; k < o.n_in + o.n_out; k++) {
-      int out = k - o.n_in;
+    const OpInfo *o = &op_info[op->kind];
+    for (int k = 0; k < o->n_in + o->n_out; k++) {
+      int out = k - o->n_in;
       TensorId t = out < 0 ? op->in[k] : op->out[out];
       if (t == NO_TENSOR) continue;
       Tensor *x = &p->tensors[t];
       int reads = out < 0 || op->acc >> out & 1;
       if (reads && x->first < 0 && (x->space == SPACE_ARENA || x->space == SPACE_HOST))
         panic("program %s: op %d %s reads operand %s, tensor %s, before anything has written it", p->name, i,
-              op_info[op->kind].name, out < 0 ? o.in[k].name : o.out[out].name, x->name);
+              op_info[op->kind].name, out < 0 ? o->in[k].name : o->out[out].name, x->name);
       if (x->first < 0) x->first = i;
       lifetime_extend(x, i);
     }

@@ -107,14 +107,15 @@ static bool other_way(const CudaCase *c, OpKind kind) {
 // with silu is timed), and the pass of HEAD_CE over its logits.
 static double other_bytes(const CudaCase *c, OpKind kind, const OpArgs *a, const Value *in) {
   const BatchDims *b = c->ops.batch.dims;
-  bool branch = in[kind == OP_ADALN_FWD ? 1 : 3].data != NULL;
+  bool branch = in[kind == OP_ADALN_FWD ? IN_AT(ADALN_FWD, branch) : IN_AT(ADALN_BWD, branch)].data != NULL;
   double tensors;
   switch (kind) {
   case OP_ADALN_FWD: // residual; norm, modulate
     tensors = 3 * branch + 2 + 2;
     break;
   case OP_ADALN_BWD: // residual; normalise, modulation, norm; add; gate
-    tensors = 3 * (branch && !a->adaln.x_is_new) + 2 + 3 + 3 + 3 * (in[1].data != NULL) + 3 * branch;
+    tensors =
+        3 * (branch && !a->adaln.x_is_new) + 2 + 3 + 3 + 3 * (in[IN_AT(ADALN_BWD, dxnew)].data != NULL) + 3 * branch;
     break;
   case OP_HEAD_CE: // logits in fp32, their gradient in bf16
     return (4.0 + 2.0) * b->n_target * c->ops.dims.V;

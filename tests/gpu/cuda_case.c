@@ -68,13 +68,6 @@ void cuda_case_close(CudaCase *c) {
   c->slab_bytes = 0;
 }
 
-// Name number i of a list of op_info.
-static const char *operand_name(const char *list, int i, char name[32]) {
-  for (; i; i--) list += strcspn(list, " ") + 1;
-  snprintf(name, 32, "%.*s", (int)strcspn(list, "?+ "), list);
-  return name;
-}
-
 void cuda_case_fail(CudaCase *c, OpKind kind, const char *fmt, ...) {
   OpReport *r = &c->report->of[kind];
   if (r->failures++) return;
@@ -234,24 +227,22 @@ void device_call_bind(DeviceCall *d, const CudaCase *c, char *base) {
       .batch = &d->batch, .dims = &c->ops.dims, .args = &d->args, .stream = backend_cuda.queues->stream(LANE_COMPUTE)};
   if (d->scratch.bytes) d->call.scratch = base + d->scratch.at;
   for (int i = 0; i < OP_MAX_IN; i++)
-    if (d->in[i].data) d->call.in[i] = base + d->in_at[i].at;
+    if (d->in[i].data) d->call.in.at[i] = base + d->in_at[i].at;
   for (int i = 0; i < OP_MAX_OUT; i++)
-    if (d->out[i].data) d->call.out[i] = base + d->out_at[i].at;
+    if (d->out[i].data) d->call.out.at[i] = base + d->out_at[i].at;
 }
 
 // Everything but outputs and scratch must be what it was. Returns NULL, or what was changed.
-static const char *changed_part(const DeviceCall *d, const char *before, const char *after, char name[32]) {
+static const char *changed_part(const DeviceCall *d, const char *before, const char *after) {
   const OpInfo *info = &op_info[d->kind];
   for (int i = 0; i < OP_MAX_IN; i++) {
     Region r = d->in_at[i];
-    if (d->in[i].data && memcmp(before + r.at, after + r.at, region_end(r) - r.at) != 0)
-      return operand_name(info->in, i, name);
+    if (d->in[i].data && memcmp(before + r.at, after + r.at, region_end(r) - r.at) != 0) return info->in[i].name;
   }
   for (int i = 0; i < OP_MAX_OUT; i++) {
     Region r = d->out_at[i];
     size_t end = r.at + r.bytes;
-    if (d->out[i].data && memcmp(before + end, after + end, region_end(r) - end) != 0)
-      return operand_name(info->out, i, name);
+    if (d->out[i].data && memcmp(before + end, after + end, region_end(r) - end) != 0) return info->out[i].name;
   }
   if (memcmp(before + d->pack.at, after + d->pack.at, region_end(d->pack) - d->pack.at) != 0) return "the pack";
   size_t end = d->scratch.at + d->scratch.bytes;
@@ -305,13 +296,13 @@ bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const
   alarm(DEVICE_SECONDS);
   slab_reserve(c, d.bytes);
   device_call_bind(&d, c, c->slab);
-  char *before = xmalloc(d.bytes), *after[2] = {xmalloc(d.bytes), xmalloc(d.bytes)}, name[32];
+  char *before = xmalloc(d.bytes), *after[2] = {xmalloc(d.bytes), xmalloc(d.bytes)};
   for (int run = 0; run < 2; run++) {
     device_call_image(&d, c, poison[run], before);
     backend_cuda.upload(c->slab, before, d.bytes);
     c->backend->fn[kind](&d.call);
     backend_cuda.download(after[run], c->slab, d.bytes);
-    const char *changed = changed_part(&d, before, after[run], name);
+    const char *changed = changed_part(&d, before, after[run]);
     if (changed) cuda_case_fail(c, kind, "run %d: wrote to %s or behind it", run + 1, changed);
   }
   alarm(0);
@@ -324,8 +315,8 @@ bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const
     if (out[i].anything) continue;
     int64_t at = first_difference(&out[i], after[0] + d.out_at[i].at, after[1] + d.out_at[i].at);
     if (at >= 0)
-      cuda_case_fail(c, kind, "%s: element %lld differs between two runs of the same call",
-                     operand_name(op_info[kind].out, i, name), (long long)at);
+      cuda_case_fail(c, kind, "%s: element %lld differs between two runs of the same call", op_info[kind].out[i].name,
+                     (long long)at);
   }
   free(before);
   free(after[0]);
@@ -484,8 +475,10 @@ static real *adaln_sum(const KernelCall *backward) {
   const Dims *d = backward->dims;
   int64_t TC = (int64_t)d->T * d->C;
   real *xnew = xmalloc((size_t)(2 * TC + 2 * d->T) * sizeof *xnew), *h = xnew + TC, *mean = h + TC;
-  KernelCall forward = {.in = {backward->in[2], backward->in[3], backward->in[4]},
-                        .out = {xnew, h, mean, mean + d->T},
+  KernelCall forward = {.in.ADALN_FWD = {.x = backward->in.ADALN_BWD.x,
+                                         .branch = backward->in.ADALN_BWD.branch,
+                                         .mod = backward->in.ADALN_BWD.mod},
+                        .out.ADALN_FWD = {.xnew = xnew, .h = h, .mean = mean, .rstd = mean + d->T},
                         .batch = backward->batch,
                         .dims = d,
                         .args = backward->args};
@@ -494,79 +487,111 @@ static real *adaln_sum(const KernelCall *backward) {
   return xnew;
 }
 
-// COMBINE_ADALN_*: the two ops with the sum between them rounded.
-static void cpu_combine_adaln(OpKind kind, const KernelCall *call, const Value *out) {
-  const bool forward = kind == OP_COMBINE_ADALN_FWD;
-  int64_t TC = (int64_t)call->dims->T * call->dims->C;
-  real *sum = xmalloc((size_t)TC * sizeof *sum);
-  KernelCall combine = *call, site = *call;
-  combine.out[0] = sum;
-  if (!forward) {
-    combine.in[2] = NULL; // weights
-    combine.in[3] = call->in[2];
-  }
-  cpu_call(OP_EXPERT_COMBINE, &combine, (Value[OP_MAX_OUT]){{.data = sum, .dtype = DT_ACT, .count = TC}});
-  site.in[0] = forward ? call->in[4] : sum; // x, or dh
-  site.in[1] = forward ? sum : call->in[3]; // branch, or dxnew
-  for (int i = 2; i < 7; i++) site.in[i] = call->in[i + (forward ? 3 : 2)];
+// COMBINE_ADALN_*: the two ops with the sum between them, [T, C], rounded.
+static void cpu_combine(const KernelCall *call, OpInputs in, real *sum) {
+  KernelCall combine = *call;
+  combine.in = in;
+  combine.out = (OpOutputs){.EXPERT_COMBINE = {.out = sum}};
+  const Value rounded = {.data = sum, .dtype = DT_ACT, .count = (int64_t)call->dims->T * call->dims->C};
+  cpu_call(OP_EXPERT_COMBINE, &combine, (Value[OP_MAX_OUT]){rounded});
+}
+
+static void cpu_combine_adaln_forward(const KernelCall *call, const Value *out) {
+  const size_t bytes = (size_t)call->dims->T * (size_t)call->dims->C * sizeof(real);
+  real *b2 = xmalloc(bytes);
+  KernelCall site = *call;
+  cpu_combine(call,
+              (OpInputs){.EXPERT_COMBINE = {.y = call->in.COMBINE_ADALN_FWD.y,
+                                            .route = call->in.COMBINE_ADALN_FWD.route,
+                                            .weights = call->in.COMBINE_ADALN_FWD.weights,
+                                            .add = call->in.COMBINE_ADALN_FWD.add}},
+              b2);
+  if (call->out.COMBINE_ADALN_FWD.b2) memcpy(call->out.COMBINE_ADALN_FWD.b2, b2, bytes);
+  site.in =
+      (OpInputs){.ADALN_FWD = {.x = call->in.COMBINE_ADALN_FWD.x, .branch = b2, .mod = call->in.COMBINE_ADALN_FWD.mod}};
+  site.out = (OpOutputs){.ADALN_FWD = {.xnew = call->out.COMBINE_ADALN_FWD.xnew,
+                                       .h = call->out.COMBINE_ADALN_FWD.h,
+                                       .mean = call->out.COMBINE_ADALN_FWD.mean,
+                                       .rstd = call->out.COMBINE_ADALN_FWD.rstd}};
   Value outs[OP_MAX_OUT] = {0};
-  for (int i = 0; i < (forward ? 4 : 3); i++) {
-    outs[i] = out[i + forward];
-    site.out[i] = call->out[i + forward];
-  }
-  if (forward && call->out[0]) memcpy(call->out[0], sum, (size_t)TC * sizeof *sum);
-  cpu_call_rounded(forward ? OP_ADALN_FWD : OP_ADALN_BWD, &site, outs);
-  free(sum);
+  memcpy(outs, out + OUT_AT(COMBINE_ADALN_FWD, xnew), 4 * sizeof *outs);
+  cpu_call_rounded(OP_ADALN_FWD, &site, outs);
+  free(b2);
+}
+
+static void cpu_combine_adaln_backward(const KernelCall *call, const Value *out) {
+  real *dh = xmalloc((size_t)call->dims->T * (size_t)call->dims->C * sizeof *dh);
+  KernelCall site = *call;
+  cpu_combine(call,
+              (OpInputs){.EXPERT_COMBINE = {.y = call->in.COMBINE_ADALN_BWD.dslot,
+                                            .route = call->in.COMBINE_ADALN_BWD.route,
+                                            .add = call->in.COMBINE_ADALN_BWD.add}},
+              dh);
+  site.in = (OpInputs){.ADALN_BWD = {.dh = dh,
+                                     .dxnew = call->in.COMBINE_ADALN_BWD.dxnew,
+                                     .x = call->in.COMBINE_ADALN_BWD.x,
+                                     .branch = call->in.COMBINE_ADALN_BWD.branch,
+                                     .mod = call->in.COMBINE_ADALN_BWD.mod,
+                                     .mean = call->in.COMBINE_ADALN_BWD.mean,
+                                     .rstd = call->in.COMBINE_ADALN_BWD.rstd}};
+  site.out = (OpOutputs){.ADALN_BWD = {.dx = call->out.COMBINE_ADALN_BWD.dx,
+                                       .dbranch = call->out.COMBINE_ADALN_BWD.dbranch,
+                                       .dmod = call->out.COMBINE_ADALN_BWD.dmod}};
+  cpu_call_rounded(OP_ADALN_BWD, &site, out);
+  free(dh);
 }
 
 void cpu_call_rounded(OpKind kind, const KernelCall *call, const Value *out) {
-  if (kind == OP_COMBINE_ADALN_FWD || kind == OP_COMBINE_ADALN_BWD) {
-    cpu_combine_adaln(kind, call, out);
+  if (kind == OP_COMBINE_ADALN_FWD) {
+    cpu_combine_adaln_forward(call, out);
+    return;
+  }
+  if (kind == OP_COMBINE_ADALN_BWD) {
+    cpu_combine_adaln_backward(call, out);
     return;
   }
   KernelCall c = *call;
   OpArgs args = *call->args;
   real *xnew = NULL;
-  if (kind == OP_ADALN_BWD && c.in[3] && !args.adaln.x_is_new) {
-    c.in[2] = xnew = adaln_sum(call);
+  if (kind == OP_ADALN_BWD && c.in.ADALN_BWD.branch && !args.adaln.x_is_new) {
+    c.in.ADALN_BWD.x = xnew = adaln_sum(call);
     args.adaln.x_is_new = 1;
     c.args = &args;
   }
   cpu_call(kind, &c, out);
   free(xnew);
-  if (kind == OP_ADALN_FWD && c.in[1]) {
-    c.in[0] = c.out[0];
-    c.in[1] = c.out[0] = NULL;
+  if (kind == OP_ADALN_FWD && c.in.ADALN_FWD.branch) {
+    c.in.ADALN_FWD.x = c.out.ADALN_FWD.xnew;
+    c.in.ADALN_FWD.branch = c.out.ADALN_FWD.xnew = NULL;
     cpu_call(kind, &c, out);
   }
   if (kind == OP_EXPERT_UP_FWD) { // a's views lie at half the distances of pre's
-    const real *pre = c.out[0];
-    real *a = c.out[1];
-    for (int64_t i = 0; i < out[1].count; i++)
+    const Value *activation = &out[OUT_AT(EXPERT_UP_FWD, a)];
+    const real *pre = c.out.EXPERT_UP_FWD.pre;
+    real *a = c.out.EXPERT_UP_FWD.a;
+    for (int64_t i = 0; i < activation->count; i++)
       if (!isnan(pre[2 * i])) a[i] = pre[2 * i] * real_sigmoid(pre[2 * i]) * pre[2 * i + 1];
-    value_round(out[1]);
+    value_round(*activation);
   }
 }
 
 void cuda_case_cpu(const CudaCase *c, OpKind kind, OpArgs args, const Value *in, Value *out) {
   KernelCall call = {.batch = &c->ops.batch, .dims = &c->ops.dims, .args = &args};
-  for (int i = 0; i < OP_MAX_IN; i++) call.in[i] = in[i].data;
-  for (int i = 0; i < OP_MAX_OUT; i++) call.out[i] = out[i].data;
+  for (int i = 0; i < OP_MAX_IN; i++) call.in.at[i] = in[i].data;
+  for (int i = 0; i < OP_MAX_OUT; i++) call.out.at[i] = out[i].data;
   cpu_call_rounded(kind, &call, out);
   for (int i = 0; i < OP_MAX_OUT; i++) out[i].fresh = false;
 }
 
 void cuda_case_expect(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, const Value *want) {
   Value got[OP_MAX_OUT];
-  char name[32];
   if (c->bench) {
     if (c->wanted[kind]) cuda_bench_call(c, kind, &args, in, out);
     return;
   }
   if (!cuda_case_run(c, kind, args, in, out, got)) return;
   for (int i = 0; i < OP_MAX_OUT; i++)
-    if (want[i].data && !want[i].anything)
-      cuda_case_judge(c, kind, i, operand_name(op_info[kind].out, i, name), &got[i], &want[i]);
+    if (want[i].data && !want[i].anything) cuda_case_judge(c, kind, i, op_info[kind].out[i].name, &got[i], &want[i]);
 }
 
 void cuda_case_call(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out) {

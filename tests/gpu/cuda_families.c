@@ -24,7 +24,7 @@ void run_copies(CudaCase *c, const CudaShape *shape) {
     Value x = value_random(c, DT_REAL, 1, n, 1);
     for (int accumulate = 0; accumulate < 2; accumulate++)
       if (cuda_case_wants(c, accumulate))
-        cuda_case_call(c, OP_ADD, ARGS(.span = {.count = n, .accumulate = accumulate}), VALUES_IN(x),
+        cuda_case_call(c, OP_ADD, ARGS(.accumulate = accumulate, .span = {.count = n}), VALUES_IN(x),
                        VALUES_OUT(value_sum(c, 1, n, accumulate)));
     cuda_case_call(c, OP_CAST, ARGS(.span = {.count = n}), VALUES_IN(x), VALUES_OUT(value_out(c, DT_ACT, 1, n)));
   }
@@ -65,7 +65,7 @@ static void run_linear(CudaCase *c, const char *name, Extent extent, const int i
   }
   for (int accumulate = 0; accumulate < 2; accumulate++) {
     if (!cuda_case_wants(c, !accumulate)) continue;
-    a.linear.accumulate = accumulate;
+    a.accumulate = accumulate;
     Value dw[2] = {none, none}, dbias = biased ? value_sum(c, 1, out[0], accumulate) : none;
     for (int m = 0; m < 2; m++)
       if (w[m].data) dw[m] = value_sum(c, out[m], in[m], accumulate);
@@ -122,7 +122,7 @@ void run_embedding(CudaCase *c, const CudaShape *shape) {
   for (int accumulate = 0; accumulate < 2; accumulate++) {
     if (!cuda_case_wants(c, !accumulate)) continue;
     cuda_case_variant(c, "%s", accumulate ? "add" : "overwrite");
-    cuda_case_call(c, OP_EMBED_BWD, ARGS(.span = {.accumulate = accumulate}), VALUES_IN(dx, dmean),
+    cuda_case_call(c, OP_EMBED_BWD, ARGS(.accumulate = accumulate), VALUES_IN(dx, dmean),
                    VALUES_OUT(value_sum(c, d->V, d->C, accumulate)));
   }
 }
@@ -144,7 +144,7 @@ void run_conditions(CudaCase *c, const CudaShape *shape) {
                  VALUES_OUT(value_out(c, DT_ACT, SEG, d->M)));
   for (int accumulate = 0; accumulate < 2; accumulate++) {
     if (!cuda_case_wants(c, !accumulate)) continue;
-    a.span.accumulate = accumulate;
+    a.accumulate = accumulate;
     cuda_case_variant(c, "%s", accumulate ? "add" : "overwrite");
     cuda_case_call(c, OP_COND_BWD, a, VALUES_IN(value_random(c, DT_ACT, SEG, d->Z, 1), x),
                    VALUES_OUT(y, value_sum(c, 2, d->Z, accumulate)));
@@ -210,7 +210,7 @@ void run_rope(CudaCase *c, const CudaShape *shape) {
   for (int accumulate = 0; accumulate < 2; accumulate++) {
     if (!cuda_case_wants(c, !accumulate)) continue;
     cuda_case_variant(c, "%d/%d heads of %d%s", d->H, d->G, d->D, accumulate ? " add" : "");
-    cuda_case_call(c, OP_QKNORM_ROPE_BWD, ARGS(.span = {.accumulate = accumulate}),
+    cuda_case_call(c, OP_QKNORM_ROPE_BWD, ARGS(.accumulate = accumulate),
                    VALUES_IN(dq, dk, value_random(c, DT_ACT, d->T, GD, 1), qkv, w[0], w[1]),
                    VALUES_OUT(value_out(c, DT_ACT, d->T, HD + 2 * GD), value_sum(c, 2, d->D, accumulate),
                               value_sum(c, 2, d->D, accumulate)));
@@ -276,7 +276,7 @@ static void run_router(CudaCase *c, const CudaShape *shape) {
   for (int option = 0; option < 4; option++) {
     bool add = option & 1, accumulate = option & 2;
     if (!cuda_case_wants(c, option == 1)) continue;
-    a.router.accumulate = accumulate;
+    a.accumulate = accumulate;
     cuda_case_variant(c, "%d/%d experts, top %d/%d%s%s", d->E[0], d->E[1], d->K[0], d->K[1], add ? ", add" : "",
                       accumulate ? ", accumulate" : "");
     cuda_case_call(c, OP_ROUTER_BWD, a,
@@ -355,7 +355,7 @@ void run_experts(CudaCase *c, const CudaShape *shape) {
   }
   for (int accumulate = 0; accumulate < 2; accumulate++) {
     if (!cuda_case_wants(c, !accumulate)) continue;
-    OpArgs s = {.span = {.accumulate = accumulate}};
+    OpArgs s = {.accumulate = accumulate};
     cuda_case_variant(c, "%dx%d, %dx%d%s", d->E[0], d->F[0], d->E[1], d->F[1], accumulate ? ", add" : "");
     cuda_case_call(c, OP_EXPERT_DOWN_WGRAD, s, VALUES_IN(dout, a, r.route),
                    VALUES_OUT(value_sum(c, (int64_t)d->E[0] * d->C, d->F[0], accumulate),
@@ -473,7 +473,7 @@ void run_heads(CudaCase *c, const CudaShape *shape) {
     work.anything = true;
     cuda_case_variant(c, "%d targets, chunk %d%s", b->n_target, chunk,
                       accumulate ? ", add" : (loss_only ? ", loss only" : ""));
-    cuda_case_call(c, OP_HEAD_CE, ARGS(.head = {.chunk = chunk, .accumulate = accumulate}), VALUES_IN(h, wout),
+    cuda_case_call(c, OP_HEAD_CE, ARGS(.accumulate = accumulate, .head = {.chunk = chunk}), VALUES_IN(h, wout),
                    VALUES_OUT(value_out(c, DT_REAL, d->T, 1), loss_only ? none : value_out(c, DT_ACT, d->T, d->C),
                               loss_only ? none : gradient(c, d->V, d->C, accumulate), value_metrics(c), work));
     if (c->bench && b->n_target <= chunk) bench_head_rows(c, chunk, h, wout);

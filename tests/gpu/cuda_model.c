@@ -119,13 +119,13 @@ static void cpu_step(ModelTest *t) {
     for (int k = 0; k < OP_MAX_OUT; k++) {
       if (op->out[k] == NO_TENSOR) continue;
       const Tensor *x = &p->tensors[op->out[k]];
-      out[k] = (Value){.data = op->call.out[k], .dtype = x->dtype, .count = x->count};
+      out[k] = (Value){.data = op->call.out.at[k], .dtype = x->dtype, .count = x->count};
     }
     cpu_call_rounded(op->kind, &op->call, out);
     if (op->kind != OP_ROUTER_FWD) continue;
-    memcpy(t->choices.weights + op->layer * t->choices.weights_size, op->call.out[1],
+    memcpy(t->choices.weights + op->layer * t->choices.weights_size, op->call.out.ROUTER_FWD.weights,
            (size_t)t->choices.weights_size * sizeof(float));
-    memcpy(t->choices.route + op->layer * t->choices.route_size, op->call.out[2],
+    memcpy(t->choices.route + op->layer * t->choices.route_size, op->call.out.ROUTER_FWD.route,
            (size_t)t->choices.route_size * sizeof(int32_t));
   }
 }
@@ -152,8 +152,8 @@ static int compare_choices(ModelTest *t, const Op *op, bool force) {
   size_t weight_bytes = (size_t)t->choices.weights_size * sizeof *weights;
   int32_t *got = xmalloc(route_bytes);
   float *given = xmalloc(weight_bytes);
-  b->download(given, op->call.out[1], weight_bytes);
-  b->download(got, op->call.out[2], route_bytes);
+  b->download(given, op->call.out.ROUTER_FWD.weights, weight_bytes);
+  b->download(got, op->call.out.ROUTER_FWD.route, route_bytes);
   Route ours, theirs;
   route_bind(&ours, d, got);
   route_bind(&theirs, d, want);
@@ -167,8 +167,8 @@ static int compare_choices(ModelTest *t, const Op *op, bool force) {
     memcpy(given + r * kmax, weights + r * kmax, (size_t)kmax * sizeof *given);
   }
   if (force) {
-    b->upload(op->call.out[1], given, weight_bytes);
-    b->upload(op->call.out[2], want, route_bytes);
+    b->upload(op->call.out.ROUTER_FWD.weights, given, weight_bytes);
+    b->upload(op->call.out.ROUTER_FWD.route, want, route_bytes);
   }
   free(got);
   free(given);
@@ -292,7 +292,7 @@ static void add_empty_pack(ModelTest *t) {
 
 // The copy, up to 15 times more: how often follows from where it writes.
 static void copy_slowly(const KernelCall *c) {
-  uint64_t hash = (uint64_t)(uintptr_t)c->out[0] * 0x9E3779B97F4A7C15u;
+  uint64_t hash = (uint64_t)(uintptr_t)c->out.COPY.dst * 0x9E3779B97F4A7C15u;
   for (uint64_t i = 0; i <= hash >> 60; i++) backend_cuda.fn[OP_COPY](c);
 }
 

@@ -93,12 +93,8 @@ static void print_op(const Run *run, int f, OpKind kind) {
   const OpReport *r = &report->of[kind];
   print_name(f, kind);
   printf("%4d cases %6.2f s  worst row %.1e ", r->cases, r->seconds, r->row);
-  const char *at = op_info[kind].out;
-  for (int i = 0; *at; i++) {
-    if (r->error[i] > 0) printf(" %.*s %.1e", (int)strcspn(at, "?+ "), at, r->error[i]);
-    at += strcspn(at, " ");
-    at += *at == ' ';
-  }
+  for (int i = 0; i < op_info[kind].n_out; i++)
+    if (r->error[i] > 0) printf(" %s %.1e", op_info[kind].out[i].name, r->error[i]);
   printf("  %s\n", op_passed(run, f, kind) ? "pass" : "FAIL");
   if (r->failures) printf("    %d failures, the first: %s\n", r->failures, r->failure);
   if (!r->cases && !report->crashed[kind]) printf("    no case reached it\n");

@@ -49,14 +49,14 @@ static void dump_add(Dump *d, const char *name, Value v) {
 }
 
 // dump_add(d, "prefix/name", v)
-static void dump_named(Dump *d, const char *prefix, const char *name, int name_len, Value v) {
-  char *full = xasprintf("%s/%.*s", prefix, name_len, name);
+static void dump_named(Dump *d, const char *prefix, const char *name, Value v) {
+  char *full = xasprintf("%s/%s", prefix, name);
   dump_add(d, full, v);
   free(full);
 }
 
 static void dump_number(Dump *d, const char *prefix, const char *name, double number) {
-  dump_named(d, prefix, name, (int)strlen(name), (Value){&number, 1, "F64"});
+  dump_named(d, prefix, name, (Value){&number, 1, "F64"});
 }
 
 static void dump_write(Dump *d, const char *path) {
@@ -114,11 +114,11 @@ static int coin(World *w) {
 
 static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a) {
 #define NUMBER(member, field) dump_number(d, prefix, #field, (double)a->member.field)
+  dump_number(d, prefix, "accumulate", a->accumulate);
   switch (kind) {
   case OP_LINEAR_FWD:
   case OP_LINEAR_DGRAD:
   case OP_LINEAR_WGRAD:
-    NUMBER(linear, accumulate);
     NUMBER(linear, extent);
     NUMBER(linear, in_dim[0]);
     NUMBER(linear, in_dim[1]);
@@ -137,7 +137,6 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
     break;
   case OP_ROUTER_LOSS:
   case OP_ROUTER_BWD:
-    NUMBER(router, accumulate);
     NUMBER(router, balance);
     NUMBER(router, z);
     NUMBER(router, layer);
@@ -156,12 +155,12 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
       const ParamSpan *s = &a->params.spans[i];
       double span[3] = {(double)s->offset, (double)s->count, s->decay};
       char name[24];
-      int length = snprintf(name, sizeof name, "span%d", i);
-      dump_named(d, prefix, name, length, (Value){span, 3, "F64"});
+      snprintf(name, sizeof name, "span%d", i);
+      dump_named(d, prefix, name, (Value){span, 3, "F64"});
     }
     break;
   default:
-    NUMBER(span, accumulate); // first in every member that has it
+    break;
   }
 #undef NUMBER
 }
@@ -180,14 +179,11 @@ static void call(World *w, OpKind kind, OpArgs args, const Value *in, Value *out
   dump_args(&w->dump, part[3], kind, &args);
   for (int pass = 0; pass < 3; pass++) { // inputs, accumulating outputs before the call, outputs after it
     if (pass == 2) op_run(&w->c, kind, args, in_data, out_data);
-    const char *at = pass == 0 ? op_info[kind].in : op_info[kind].out;
-    for (int i = 0; *at; i++) {
-      int length = (int)strcspn(at, "?+ "), marks = (int)strcspn(at, " ");
+    const Operand *operand = pass == 0 ? op_info[kind].in : op_info[kind].out;
+    for (int i = 0; i < (pass == 0 ? op_info[kind].n_in : op_info[kind].n_out); i++) {
       const Value *v = pass == 0 ? &in[i] : &out[i];
-      int wanted = pass != 1 || memchr(at, '+', (size_t)marks) != NULL;
-      if (v->data && wanted) dump_named(&w->dump, part[pass], at, length, *v);
-      at += marks;
-      at += *at == ' ';
+      int wanted = pass != 1 || operand[i].marks & (ADDS_ALWAYS | ADDS_IF_ASKED);
+      if (v->data && wanted) dump_named(&w->dump, part[pass], operand[i].name, *v);
     }
   }
   for (int i = 0; i < 4; i++) free(part[i]);
@@ -206,7 +202,7 @@ static void call_copies(World *w) {
   call(w, OP_CAST, ARGS(.span = {.count = n}), IN(src), OUT(poison_value(w, n)));
   call(w, OP_ZERO, ARGS(.span = {.count = n * (int)sizeof(real)}), IN(none), OUT(poison_value(w, n)));
   for (int accumulate = 0; accumulate < 2; accumulate++)
-    call(w, OP_ADD, ARGS(.span = {.count = n, .accumulate = accumulate}), IN(src), OUT(sum_value(w, n, accumulate)));
+    call(w, OP_ADD, ARGS(.accumulate = accumulate, .span = {.count = n}), IN(src), OUT(sum_value(w, n, accumulate)));
 }
 
 static void call_linear(World *w, Extent extent, const int in[2], const int out[2]) {
@@ -224,7 +220,7 @@ static void call_linear(World *w, Extent extent, const int in[2], const int out[
   Value add = extent == EXT_SEGMENTS ? none : optional(w, random_value(w, nx));
   call(w, OP_LINEAR_DGRAD, a, IN(dy, weight[0], weight[1], add), OUT(poison_value(w, nx)));
   for (int accumulate = 0; accumulate < 2; accumulate++) {
-    a.linear.accumulate = accumulate;
+    a.accumulate = accumulate;
     Value dw[2], dbias = bias.data ? sum_value(w, out[0], accumulate) : none;
     for (int m = 0; m < 2; m++) dw[m] = weight[m].data ? sum_value(w, nw[m], accumulate) : none;
     call(w, OP_LINEAR_WGRAD, a, IN(dy, x), OUT(dw[0], dw[1], dbias));
@@ -251,7 +247,7 @@ static void call_embedding(World *w) {
   call(w, OP_POOL_FWD, ARGS(.span = {0}), IN(E), OUT(poison_value(w, SC)));
   call(w, OP_POOL_BWD, ARGS(.span = {0}), IN(random_value(w, SC), E), OUT(poison_value(w, SC)));
   for (int accumulate = 0; accumulate < 2; accumulate++)
-    call(w, OP_EMBED_BWD, ARGS(.span = {.accumulate = accumulate}), IN(random_value(w, TC), dmean),
+    call(w, OP_EMBED_BWD, ARGS(.accumulate = accumulate), IN(random_value(w, TC), dmean),
          OUT(sum_value(w, VC, accumulate)));
 }
 
@@ -268,7 +264,7 @@ static void call_conditions(World *w) {
   call(w, OP_MOD_FWD, a, IN(c, weight_value(w, (int64_t)d->M * d->Z, d->Z), random_value(w, 2 * d->M)),
        OUT(poison_value(w, SM)));
   for (int accumulate = 0; accumulate < 2; accumulate++) {
-    a.span.accumulate = accumulate;
+    a.accumulate = accumulate;
     call(w, OP_COND_BWD, a, IN(random_value(w, SZ), c), OUT(poison_value(w, SZ), sum_value(w, 2 * d->Z, accumulate)));
     call(w, OP_MOD_BWD, a, IN(random_value(w, SM)), OUT(sum_value(w, 2 * d->M, accumulate)));
   }
@@ -302,7 +298,7 @@ static void call_attention(World *w) {
   Value q = poison_value(w, nq), k = poison_value(w, nk), v = poison_value(w, nk);
   call(w, OP_QKNORM_ROPE_FWD, ARGS(.span = {0}), IN(qkv, wq, wk), OUT(q, k, v));
   for (int accumulate = 0; accumulate < 2; accumulate++)
-    call(w, OP_QKNORM_ROPE_BWD, ARGS(.span = {.accumulate = accumulate}),
+    call(w, OP_QKNORM_ROPE_BWD, ARGS(.accumulate = accumulate),
          IN(random_value(w, nq), random_value(w, nk), random_value(w, nk), qkv, wq, wk),
          OUT(poison_value(w, nq + 2 * nk), sum_value(w, nw, accumulate), sum_value(w, nw, accumulate)));
   Value o = poison_value(w, nq), lse = poison_value(w, (int64_t)d->H * d->T);
@@ -326,7 +322,7 @@ static void call_router(World *w, Value *route, Value *weights, Value h) {
   OpArgs a = {.router = {.balance = 0.3, .z = 0.2, .layer = case_int(&w->c, 0, d->L - 1)}};
   call(w, OP_ROUTER_LOSS, a, IN(logits, *route), OUT(metrics_value(w)));
   for (int accumulate = 0; accumulate < 2; accumulate++) {
-    a.router.accumulate = accumulate;
+    a.accumulate = accumulate;
     call(w, OP_ROUTER_BWD, a,
          IN(random_value(w, TK), logits, *weights, *route, h, wr[0], wr[1], optional(w, random_value(w, TC))),
          OUT(poison_value(w, TC), sum_value(w, nw[0], accumulate), sum_value(w, nw[1], accumulate)));
@@ -379,7 +375,7 @@ static void call_experts(World *w) {
   call(w, OP_EXPERT_UP_DGRAD, plain, IN(dpre, route, w1[0], w1[1]), OUT(dslot));
   call_combine_adaln(w, y, dslot, route, weights);
   for (int accumulate = 0; accumulate < 2; accumulate++) {
-    OpArgs s = {.span = {.accumulate = accumulate}};
+    OpArgs s = {.accumulate = accumulate};
     call(w, OP_EXPERT_DOWN_WGRAD, s, IN(dout, sa, route),
          OUT(sum_value(w, w2[0].count, accumulate), sum_value(w, w2[1].count, accumulate)));
     call(w, OP_EXPERT_UP_WGRAD, s, IN(dpre, h, route),
@@ -403,7 +399,7 @@ static void call_losses(World *w) {
   Value h = random_value(w, TC), wout = weight_value(w, VC, d->C), xhat = random_value(w, TP);
   for (int option = 0; option < 3; option++) { // overwrite, accumulate, loss only
     int chunk = case_int(&w->c, 1, d->T), accumulate = option == 1, loss_only = option == 2;
-    call(w, OP_HEAD_CE, ARGS(.head = {.chunk = chunk, .accumulate = accumulate}), IN(h, wout),
+    call(w, OP_HEAD_CE, ARGS(.accumulate = accumulate, .head = {.chunk = chunk}), IN(h, wout),
          OUT(poison_value(w, d->T), loss_only ? none : poison_value(w, TC),
              loss_only ? none : sum_value(w, VC, accumulate), metrics_value(w),
              poison_value(w, (int64_t)chunk * d->V)));

@@ -364,8 +364,8 @@ double *case_zeros(OpCase *c, int64_t n) {
 
 void op_run(const OpCase *c, OpKind kind, OpArgs args, const void *const *in, void *const *out) {
   KernelCall call = {.batch = &c->batch, .dims = &c->dims, .args = &args};
-  memcpy(call.in, in, sizeof call.in);
-  memcpy(call.out, out, sizeof call.out);
+  memcpy(call.in.at, in, sizeof call.in.at);
+  memcpy(call.out.at, out, sizeof call.out.at);
   backend_cpu.fn[kind](&call);
 }
 

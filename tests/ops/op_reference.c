@@ -59,7 +59,7 @@ real *segments_random(OpCase *c, int from, int64_t width) {
 }
 
 OpArgs span_args(int64_t count, int accumulate) {
-  return (OpArgs){.span = {.count = count, .accumulate = accumulate}};
+  return (OpArgs){.accumulate = accumulate, .span = {.count = count}};
 }
 
 void assert_accumulates(OpCase *c, OpKind kind, OpArgs add, const void *const *in, void *const *first,

@@ -188,7 +188,7 @@ def op_linear_fwd(c, r):
     x = linear_operand(c, parts, split, r.i["x"], 1)
     y = []
     for m, (_, n_in, n_out) in enumerate(parts):
-        w = r.i.get(f"w{m}", torch.zeros(0)).view(n_out, n_in)
+        w = r.i.get(f"w_{m}", torch.zeros(0)).view(n_out, n_in)
         y.append(x[m] @ w.T + r.i.get("bias", torch.zeros(n_out)) if n_in else torch.zeros(len(x[m]), n_out))
     return {"y": linear_result(c, parts, split, y, 2, r.out["y"])}
 
@@ -198,7 +198,7 @@ def op_linear_dgrad(c, r):
     dy = linear_operand(c, parts, split, r.i["dy"], 2)
     dx = []
     for m, (_, n_in, n_out) in enumerate(parts):
-        w = r.i.get(f"w{m}", torch.zeros(0, dtype=torch.float64)).view(n_out, n_in)
+        w = r.i.get(f"w_{m}", torch.zeros(0, dtype=torch.float64)).view(n_out, n_in)
         dx += vjp(lambda x: x @ w.T, [torch.zeros(len(dy[m]), n_in, dtype=torch.float64)], [dy[m]])
     return {"dx": linear_result(c, parts, split, dx, 1, r.out["dx"], r.i.get("add"))}
 
@@ -209,7 +209,7 @@ def op_linear_wgrad(c, r):
     grads = {}
     for m, (_, n_in, n_out) in enumerate(parts):
         zeros = [torch.zeros(n_out, n_in, dtype=torch.float64), torch.zeros(n_out, dtype=torch.float64)]
-        grads[f"dw{m}"], dbias = vjp(lambda w, bias: x[m] @ w.T + bias, zeros, [dy[m]])
+        grads[f"dw_{m}"], dbias = vjp(lambda w, bias: x[m] @ w.T + bias, zeros, [dy[m]])
         if not split:
             grads["dbias"] = dbias
     return added(r, **grads)
@@ -385,7 +385,7 @@ def op_attention_fwd(c, r):
 
 def op_attention_bwd(c, r):
     inputs = [c.rows(r.i[name]) for name in ("q", "k", "v")]
-    grads = vjp(lambda *x: attend(c, *x)[0], inputs, [c.rows(r.i["do"])])
+    grads = vjp(lambda *x: attend(c, *x)[0], inputs, [c.rows(r.i["dout"])])
     return {name: c.put(g) for name, g in zip(("dq", "dk", "dv"), grads)}
 
 
@@ -397,7 +397,7 @@ def op_router_fwd(c, r):
     want_slot = torch.full_like(slot, -1)
     count_want, begin_want = [], []
     for m in (TEXT, IMAGE):
-        logits.append(c.rows(r.i["h"], m) @ r.i[f"wr{m}"].view(c.E[m], c.C).T)
+        logits.append(c.rows(r.i["h"], m) @ r.i[f"wr_{m}"].view(c.E[m], c.C).T)
         own = c.view(r.out["logits"], m, (1, 1), c.E)
         ids = torch.tensor([sorted(range(c.E[m]), key=lambda e: (-row[e], e))[: c.K[m]] for row in own.tolist()])
         ids = ids.long().view(len(own), c.K[m])
@@ -449,8 +449,8 @@ def op_router_bwd(c, r):
 
         logits = c.view(r.i["logits"], m, (1, 1), c.E)
         dlogits = vjp(f, [logits], [dweights[c.span[m], : c.K[m]], 1.0, 1.0])[0]
-        dh.append(dlogits @ r.i[f"wr{m}"].view(c.E[m], c.C))
-        dwr[f"dwr{m}"] = dlogits.T @ c.rows(r.i["h"], m)
+        dh.append(dlogits @ r.i[f"wr_{m}"].view(c.E[m], c.C))
+        dwr[f"dwr_{m}"] = dlogits.T @ c.rows(r.i["h"], m)
     dh = c.put(*dh)
     if "add" in r.i:
         dh[: c.n] += c.rows(r.i["add"])
@@ -650,7 +650,7 @@ def status(raw):
 
 def spans(r):
     """[(slice, decays)] of the parameters."""
-    arguments = [r.arg[f"span{i}"] for i in range(len(r.arg))]
+    arguments = [value for name, value in r.arg.items() if name.startswith("span")]
     return [(slice(int(at), int(at + count)), bool(decay)) for at, count, decay in arguments]
 
 

@@ -23,7 +23,7 @@ except ImportError as error:
     sys.exit(77)
 
 LIMIT = 2e-6
-LIMITS = {("ROUTER_BWD", "dwr0"): 1e-5, ("ROUTER_BWD", "dwr1"): 1e-5}
+LIMITS = {("ROUTER_BWD", "dwr_0"): 1e-5, ("ROUTER_BWD", "dwr_1"): 1e-5}
 
 
 def output_error(got, want):

@@ -156,7 +156,7 @@ static void check_experts(OpCase *c, int checked, bool first_ones) {
   run_same(c, OP_EXPERT_DOWN_WGRAD, (OpArgs){0}, in2, OP_OUT(dw2[0], dw2[1]), sizes2);
   assert_small(gradient_error(c, expert_loss, &f, f.h, dh, nx, checked), CASE_GRAD_TOL);
   assert_small(gradient_error(c, expert_loss, &f, f.weights, dw, nw, checked), CASE_GRAD_TOL);
-  OpArgs more = {.span = {.accumulate = 1}};
+  OpArgs more = {.accumulate = 1};
   real *prior1[2], *prior2[2], *sum1[2], *sum2[2];
   for (int m = 0; m < 2; m++) {
     assert_small(gradient_error(c, expert_loss, &f, f.w1[m], dw1[m], n1[m], checked), CASE_GRAD_TOL);

@@ -73,7 +73,7 @@ static void linear_case(OpCase *c, Extent extent, int same_width, int with_bias)
   }
   if (extent == EXT_SPLIT && !same_width) (case_int(c, 0, 1) ? in : out)[case_int(c, 0, 1)] = 0;
   add = a;
-  add.linear.accumulate = 1;
+  add.accumulate = 1;
   int64_t nx = linear_size(c, extent, in), ny = linear_size(c, extent, out);
   int64_t nw[2] = {(int64_t)in[0] * out[0], (int64_t)in[1] * out[1]};
   real *x = linear_random(c, extent, in), *dy = linear_random(c, extent, out), *more = linear_random(c, extent, in);

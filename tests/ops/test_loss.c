@@ -23,7 +23,7 @@ static void test_head(void **state) {
     const BatchDims *b = c.batch.dims;
     int64_t T = c.dims.T, C = c.dims.C, V = c.dims.V, n = T * C;
     OpArgs a = {.head = {.chunk = round % 3 ? case_int(&c, 1, 20) : (int)T}}, add = a;
-    add.head.accumulate = 1;
+    add.accumulate = 1;
     real *h = rows_random(&c, 0, b->n_text, C), *wout = case_random(&c, V * C, 0.5), *scale = case_random(&c, T, 0);
     for (int64_t r = 0; r < T; r++) scale[r] = (real)b->ce_scale;
     Ref f = {.c = &c, .fn = ref_head};

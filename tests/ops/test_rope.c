@@ -81,7 +81,7 @@ static void test_rope(void **state) {
     assert_small(gradient_error(c, rope_loss, &f, f.wk, dwk, 2 * D, 20), CASE_GRAD_TOL);
 
     real *prior = case_random(c, 2 * D, 3), *more_q = case_copy(c, prior, 2 * D), *more_k = case_copy(c, prior, 2 * D);
-    run_same(c, OP_QKNORM_ROPE_BWD, (OpArgs){.span = {.accumulate = 1}}, in, OP_OUT(dx, more_q, more_k), sizes);
+    run_same(c, OP_QKNORM_ROPE_BWD, (OpArgs){.accumulate = 1}, in, OP_OUT(dx, more_q, more_k), sizes);
     assert_small(accumulate_error(c, more_q, prior, dwq, 2 * D), CASE_TOL);
     assert_small(accumulate_error(c, more_k, prior, dwk, 2 * D), CASE_TOL);
     op_case_free(c);

@@ -202,7 +202,7 @@ static void test_router(void **state) {
       assert_small(gradient_error(c, router_loss, &f, f.wr[k], dwr[k], d->E[k] * C, seed < SEEDS ? 40 : 6),
                    CASE_GRAD_TOL);
 
-    args.router.accumulate = 1;
+    args.accumulate = 1;
     real *start[2] = {case_random(c, d->E[0] * C, 3), case_random(c, d->E[1] * C, 3)};
     real *more[2] = {case_copy(c, start[0], d->E[0] * C), case_copy(c, start[1], d->E[1] * C)};
     run_same(c, OP_ROUTER_BWD, args, in, OP_OUT(dh, more[0], more[1]), sizes);

@@ -30,7 +30,7 @@ static void test_spans(void **state) {
     op_run(&c, OP_ZERO, (OpArgs){.span = {.count = (int64_t)bytes}}, OP_IN(NULL), OP_OUT(zeroed));
     op_run(&c, OP_ADD, (OpArgs){.span = {.count = n}}, OP_IN(src), OP_OUT(set));
     op_run(&c, OP_CAST, (OpArgs){.span = {.count = n}}, OP_IN(src), OP_OUT(cast));
-    op_run(&c, OP_ADD, (OpArgs){.span = {.count = n, .accumulate = 1}}, OP_IN(src), OP_OUT(added));
+    op_run(&c, OP_ADD, (OpArgs){.accumulate = 1, .span = {.count = n}}, OP_IN(src), OP_OUT(added));
     assert_true(same_bits(src, copied, bytes) && all_zero(zeroed, n) && same_bits(src, set, bytes) &&
                 same_bits(src, cast, bytes));
     assert_close(added, sum, n);

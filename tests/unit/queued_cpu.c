@@ -129,7 +129,7 @@ static void push_op(OpKind op, const KernelCall *call) {
   push((Lane)((char *)call->stream - lanes), item);
 }
 
-#define QUEUED(name, in, out)                                                                                          \
+#define QUEUED(name, ...)                                                                                              \
   static void queued_##name(const KernelCall *call) {                                                                  \
     push_op(OP_##name, call);                                                                                          \
   }
@@ -284,7 +284,7 @@ const Backend backend_queued_cpu = {
     .clear = device_clear,
     .fn =
         {
-#define OP_ROW(name, in, out) [OP_##name] = queued_##name,
+#define OP_ROW(name, ...) [OP_##name] = queued_##name,
             OP_LIST(OP_ROW)
 #undef OP_ROW
         },

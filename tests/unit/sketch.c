@@ -55,11 +55,11 @@ static void kernel_hash(const KernelCall *c, int add_from) {
   const Shape *s = call_shape(c);
   uint64_t h = hash_bytes(s->salt, c->batch->dims, sizeof *c->batch->dims);
   for (int i = 0; i < OP_MAX_IN; i++)
-    if (c->in[i]) h = hash_bytes(h + (uint64_t)i, c->in[i], s->in[i]);
+    if (c->in.at[i]) h = hash_bytes(h + (uint64_t)i, c->in.at[i], s->in[i]);
   for (int i = 0; i < OP_MAX_OUT; i++)
-    if (c->out[i])
-      hash_write(h + (uint64_t)i * 0x1234567u, c->out[i], s->from[i], s->to[i],
-                 i >= add_from && c->args->span.accumulate);
+    if (c->out.at[i])
+      hash_write(h + (uint64_t)i * 0x1234567u, c->out.at[i], s->from[i], s->to[i],
+                 i >= add_from && c->args->accumulate);
 }
 
 static void hash_pure(const KernelCall *c) {
@@ -69,19 +69,19 @@ static void hash_gradient(const KernelCall *c) { // one output, which accumulate
   kernel_hash(c, 0);
 }
 static void hash_copy(const KernelCall *c) {
-  memcpy(c->out[0], c->in[0], (size_t)c->args->span.count);
+  memcpy(c->out.COPY.dst, c->in.COPY.src, (size_t)c->args->span.count);
 }
 // xnew = f(x, branch); h, mean, rstd = g(xnew, mod), so that x alone rebuilds h.
 static void hash_adaln(const KernelCall *c) {
   const Shape *s = call_shape(c);
-  const void *xnew = c->in[0];
-  if (c->in[1]) {
-    uint64_t h = hash_bytes(hash_bytes(s->salt, c->in[0], s->in[0]), c->in[1], s->in[1]);
-    hash_write(h, c->out[0], 0, s->out[0], 0);
-    xnew = c->out[0];
+  const void *xnew = c->in.ADALN_FWD.x;
+  if (c->in.ADALN_FWD.branch) {
+    uint64_t h = hash_bytes(hash_bytes(s->salt, xnew, s->in[0]), c->in.ADALN_FWD.branch, s->in[1]);
+    xnew = c->out.ADALN_FWD.xnew;
+    hash_write(h, c->out.ADALN_FWD.xnew, 0, s->out[0], 0);
   }
-  uint64_t h = hash_bytes(hash_bytes(s->salt, xnew, s->in[0]), c->in[2], s->in[2]);
-  for (int i = 1; i < 4; i++) hash_write(h + (uint64_t)i, c->out[i], 0, s->out[i], 0);
+  uint64_t h = hash_bytes(hash_bytes(s->salt, xnew, s->in[0]), c->in.ADALN_FWD.mod, s->in[2]);
+  for (int i = 1; i < 4; i++) hash_write(h + (uint64_t)i, c->out.at[i], 0, s->out[i], 0);
 }
 
 const Backend backend_hash = {.name = "hash",
@@ -131,7 +131,7 @@ static void sketch_op(Sketch *k, OpKind kind, const TensorId *in, const TensorId
     last = i;
   }
   if (to >= 0) s->from[last] = from, s->to[last] = to;
-  OpArgs args = {.span = {.count = (int64_t)(intptr_t)s, .accumulate = k->accumulate}};
+  OpArgs args = {.accumulate = k->accumulate, .span = {.count = (int64_t)(intptr_t)s}};
   program_op(k->p, kind, in, out, &args);
 }
 

@@ -22,7 +22,7 @@
 // else one; eos a tenth.
 static void rigged_nll(const KernelCall *c) {
   const Batch *b = c->batch;
-  real *nll = c->out[0]; // [T]
+  real *nll = c->out.HEAD_CE.nll; // [T]
   memset(nll, 0, (size_t)c->dims->T * sizeof *nll);
   for (int i = 0; i < b->dims->n_target; i++) {
     int r = b->target_row[i], image = b->row[b->doc_start[b->seq[r]] + 2];
@@ -193,7 +193,7 @@ static int noised_elements;
 static void check_noise(const KernelCall *c) {
   backend_cpu.fn[OP_NOISE](c);
   const Batch *b = c->batch;
-  const real *z = c->out[0]; // [T, P]
+  const real *z = c->out.NOISE.z; // [T, P]
   for (int g = 1; g < b->dims->n_segments; g++) {
     if (b->seg_kind[g] != SEGMENT_NOISED) continue;
     assert_true(b->seg_doc[g] < ITEMS);

@@ -11,6 +11,7 @@
 
 #include "model/program/arena.h"
 #include "model/program/compile.h"
+#include "model/program/cost.h"
 #include "model/program/planner.h"
 #include "model/program/policy.h"
 #include "tests/unit/sketch.h"
@@ -200,15 +201,19 @@ static void test_costs(void **state) {
   TensorId y = program_tensor(p, DT_ACT, sketch_dims.T * 4, "y");
   TensorId dw = program_external(p, SPACE_GRADS, 0, DT_REAL, 12, "dw"),
            wgrad[OP_MAX_OUT] = {dw, NONE, NONE, NONE, NONE};
-  OpArgs linear = {.linear = {.extent = EXT_SPLIT, .in_dim = {3, 3}, .out_dim = {4, 2}, .accumulate = 1}};
+  OpArgs linear = {.accumulate = 1, .linear = {.extent = EXT_SPLIT, .in_dim = {3, 3}, .out_dim = {4, 2}}};
   int fwd = program_op(p, OP_LINEAR_FWD, LIST_IN(x, w0, w1, NONE), &y, &linear);
   linear.linear.extent = EXT_SEGMENTS;
   int bwd = program_op(p, OP_LINEAR_WGRAD, LIST_IN(y, x), wgrad, &linear);
   program_finish(p);
-  assert_true(p->ops[fwd].flops == 2.0 * 5 * 3 * 4);
-  assert_true(p->ops[fwd].bytes == 4.0 * (15 + 12 + 12 + 20));
-  assert_true(p->ops[bwd].flops == 2.0 * 2 * 3 * 4);
-  assert_true(p->ops[bwd].bytes == 4.0 * (20 + 15 + 2 * 12)); // an accumulating output is read and written
+  const Extents full = {.text = sketch_dims.T, .segments = sketch_dims.segments};
+  double flops, bytes;
+  op_cost(p, &p->ops[fwd], &full, &flops, &bytes);
+  assert_true(flops == 2.0 * 5 * 3 * 4);
+  assert_true(bytes == 4.0 * (15 + 12 + 12 + 20));
+  op_cost(p, &p->ops[bwd], &full, &flops, &bytes);
+  assert_true(flops == 2.0 * 2 * 3 * 4);
+  assert_true(bytes == 4.0 * (20 + 15 + 2 * 12)); // an accumulating output is read and written
   program_free(p);
 }
 

@@ -548,7 +548,7 @@ static void test_wrong_programs_are_named(void **state) {
 #if defined(__SANITIZE_ADDRESS__)
 // A kernel that reads the byte past its input.
 static void kernel_past_the_end(const KernelCall *c) {
-  memset(c->out[0], ((const char *)c->in[0])[8], 8);
+  memset(c->out.SILU_FWD.y, ((const char *)c->in.SILU_FWD.x)[8], 8);
 }
 static void wrong_kernel(void) {
   Backend greedy = backend_hash;

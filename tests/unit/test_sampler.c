@@ -342,7 +342,7 @@ static void test_describe_packing(void **state) {
 // As many letters as the first pixel of the row's own image says, then eos; ids that must not be written always lead.
 static void rigged_logits(const KernelCall *c) {
   const Batch *b = c->batch;
-  real *logits = c->out[0]; // [n_target, V]
+  real *logits = c->out.HEAD_LOGITS.logits; // [n_target, V]
   for (int i = 0; i < b->dims->n_target; i++, logits += c->dims->V) {
     int q = b->seq[b->target_row[i]], first = b->doc_start[q] + 2, image = b->row[first];
     int want = b->patch[(image - b->dims->n_text) * c->dims->P], len = b->seg_len[b->segment[image]];

@@ -79,8 +79,8 @@ static void fill(Engine *e, float *given[SPACES]) {
   for (int s = SPACES - 1; b->queues && s >= 0; s--) {
     if (engine_converts(e, spaces[s])) continue;
     OpArgs args = {.span = {.count = e->bytes[spaces[s]]}};
-    b->fn[OP_COPY](&(KernelCall){.in = {given[s]},
-                                 .out = {engine_slab(e, spaces[s])},
+    b->fn[OP_COPY](&(KernelCall){.in.COPY = {given[s]},
+                                 .out.COPY = {engine_slab(e, spaces[s])},
                                  .args = &args,
                                  .stream = b->queues->stream(LANE_COMPUTE)});
   }
