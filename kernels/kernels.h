@@ -249,16 +249,16 @@ struct Backend {
 };
 
 // A row of the table. Of a pair the operands are named "w_0" and "w_1".
-typedef struct Operand {
+typedef struct OperandInfo {
   const char *name;
   OperandExtent extent;
   int marks; // OPTIONAL, ADDS_ALWAYS, ADDS_IF_ASKED
-} Operand;
+} OperandInfo;
 typedef struct OpInfo {
   const char *name;
   PackUse pack;
   int n_in, n_out;
-  Operand in[OP_MAX_IN], out[OP_MAX_OUT];
+  OperandInfo in[OP_MAX_IN], out[OP_MAX_OUT];
 } OpInfo;
 extern const OpInfo op_info[OP_COUNT];
 

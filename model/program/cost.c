@@ -91,7 +91,7 @@ static double first_elements(const Program *p, const Op *op, const Extents *x) {
   return (double)p->tensors[t].count * operand_used(p, op, op_info[op->kind].out[0].extent, t, x);
 }
 
-static double operand_bytes(const Program *p, const Op *op, const Operand *operand, TensorId t, const Extents *x) {
+static double operand_bytes(const Program *p, const Op *op, const OperandInfo *operand, TensorId t, const Extents *x) {
   return t == NO_TENSOR ? 0 : (double)p->tensors[t].bytes * operand_used(p, op, operand->extent, t, x);
 }
 

@@ -128,8 +128,8 @@ static TensorId tensor_like(Program *p, TensorId t, Space space, const char *suf
 }
 
 // One list of operands into op->in or op->out, checked against the table.
-static void operands_take(Program *p, OpKind kind, const Operand *operand, int n, const TensorId *given, TensorId *to,
-                          int max) {
+static void operands_take(Program *p, OpKind kind, const OperandInfo *operand, int n, const TensorId *given,
+                          TensorId *to, int max) {
   for (int i = 0; i < max; i++) {
     to[i] = i < n && given ? given[i] : NO_TENSOR;
     if (i >= n) continue;

@@ -179,7 +179,7 @@ static void call(World *w, OpKind kind, OpArgs args, const Value *in, Value *out
   dump_args(&w->dump, part[3], kind, &args);
   for (int pass = 0; pass < 3; pass++) { // inputs, accumulating outputs before the call, outputs after it
     if (pass == 2) op_run(&w->c, kind, args, in_data, out_data);
-    const Operand *operand = pass == 0 ? op_info[kind].in : op_info[kind].out;
+    const OperandInfo *operand = pass == 0 ? op_info[kind].in : op_info[kind].out;
     for (int i = 0; i < (pass == 0 ? op_info[kind].n_in : op_info[kind].n_out); i++) {
       const Value *v = pass == 0 ? &in[i] : &out[i];
       int wanted = pass != 1 || operand[i].marks & (ADDS_ALWAYS | ADDS_IF_ASKED);
