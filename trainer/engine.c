@@ -4,6 +4,7 @@
 #include "base/thread.h"
 #include "data/loader.h"
 #include "kernels/backends.h"
+#include "model/program/expected.h"
 #include "model/program/planner.h"
 #include "model/program/policy.h"
 #include "model/program/replay.h"
@@ -115,6 +116,10 @@ static void name_largest(const Engine *e, char *text, size_t size) {
            (double)peak.share[0].bytes / 1e9);
 }
 
+int64_t engine_device_bytes(const Engine *e) {
+  return total_bytes(e);
+}
+
 char *engine_memory_text(const Engine *e) {
   return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s", (double)total_bytes(e) / 1e9,
                    (double)e->budget / 1e9, memory_policy_name[e->chosen]);
@@ -150,7 +155,12 @@ int engine_check_host(const Engine *e, Error *err) {
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
-  *e = (Engine){.config = c, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
+  Extents extents = extents_expected(c, c->data.micro_batch_tokens);
+  return engine_record_with(e, c, backend, train, costs_new(backend, &extents), err);
+}
+
+int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs, Error *err) {
+  *e = (Engine){.config = c, .costs = costs, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
   e->backend = *backend;
   e->budget = budget_bytes(c, backend);
   const KernelChoice choice = {.adaln_unfused = c->kernels.adaln == ADALN_UNFUSED,
@@ -346,6 +356,7 @@ void engine_free(Engine *e) {
     if (e->bases.of[s]) space_release(e->model.backend, (Space)s, e->bases.of[s]);
   unpin(e);
   params_free(&e->model.params);
+  costs_free(&e->costs);
   *e = (Engine){0};
 }
 

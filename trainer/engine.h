@@ -4,6 +4,7 @@
 #define TESSERA_ENGINE_H
 
 #include "model/program/replay.h"
+#include "model/program/seconds.h"
 #include "model/transformer.h"
 
 #include <pthread.h>
@@ -22,6 +23,7 @@ typedef struct Engine {
   const Config *config;
   Backend backend; // as kernels.* chose
   Model model;
+  Costs costs; // what a plan reckons with
   PolicyTable policy;
   MemoryPolicy chosen;       // the policy, or what "auto" came to
   int slots, segments;       // capacities of a training pack
@@ -55,6 +57,8 @@ typedef struct Engine {
 // config is borrowed. memory.policy auto becomes the first policy within the budget, or recompute where none is. -1
 // with *err when memory.per_tensor names something wrongly.
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err);
+// The same with costs to plan with, which the engine takes over; engine_record's are the model's.
+int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs, Error *err);
 // -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
 int engine_check_budget(const Engine *e, Error *err);
 // The same for the host slab beside a device: memory of this machine that is not there is noticed by nobody until the
@@ -100,6 +104,8 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
 // nothing is trained or saved meanwhile.
 void engine_use_ema(Engine *e, int ema);
 
+// Bytes of the device that all slabs take.
+int64_t engine_device_bytes(const Engine *e);
 // The slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA; and their bytes together.
 enum { STATE_SPACES = 5 };
 extern const Space state_spaces[STATE_SPACES];

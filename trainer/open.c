@@ -3,6 +3,7 @@
 
 #include "base/hash.h"
 #include "kernels/backends.h"
+#include "trainer/costs.h"
 #include "trainer/run_folder.h"
 #include "trainer/slab.h"
 
@@ -199,7 +200,10 @@ static int plan_memory(Trainer *t, Error *err) {
   const Backend *backend = backend_for_run(t->config, err);
   if (!backend) return -1;
   start_mark(&t->start, START_DEVICE);
-  if (engine_record(e, t->config, backend, !uses_checkpoint(t->options), err) != 0) return -1;
+  int trains = !uses_checkpoint(t->options);
+  if ((trains ? engine_record_with(e, t->config, backend, 1, costs_open(t->config, backend, t->run), err)
+              : engine_record(e, t->config, backend, 0, err)) != 0)
+    return -1;
   start_mark(&t->start, START_PLAN);
   if (engine_check_budget(e, err) == 0 && engine_check_host(e, err) == 0) return 0;
   engine_print_plan(e, stderr);

@@ -15,6 +15,7 @@ static const char *const part_name[START_PARTS] = {[START_DEVICE] = "opening the
                                                    [START_WEIGHTS] = "weights",
                                                    [START_RUN] = "run folder and loader",
                                                    [START_PACK] = "first pack",
+                                                   [START_TIMES] = "timing ops",
                                                    [START_LAUNCH] = "loading kernels and capturing graphs"};
 
 void start_begin(StartTimes *s) {

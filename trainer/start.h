@@ -12,6 +12,7 @@ typedef enum StartPart {
   START_WEIGHTS, // initial values, or those of a checkpoint
   START_RUN,     // run folder, loader
   START_PACK,    // waiting for the first packs
+  START_TIMES,   // of ops, measured
   START_LAUNCH,  // on a device with queues: loading kernels, capturing graphs
   START_PARTS
 } StartPart;

@@ -56,6 +56,13 @@ enum {
   SPIKES = 1       // too many in a row: the run must go back to a checkpoint
 };
 
+// Before a step, no other being under way.
+static void time_ops(Trainer *t, const void *pack, const Extents *extents) {
+  if (!t->start.ended) start_mark(&t->start, START_LAUNCH);
+  watch_pack(&t->watch, &t->engine, pack, extents, t->state.step);
+  if (!t->start.ended) start_mark(&t->start, START_TIMES);
+}
+
 // The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s. -1 or DATA_ENDED with *err set.
 static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepSums *s, Error *err) {
   const Config *c = t->config;
@@ -72,6 +79,7 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepSum
     // What the model needs: padding is work, but no use.
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
     s->slots += e->slots;
+    if (k == 0 && watch_due(&t->watch)) time_ops(t, pack->block, &extents);
     OpTime *times = profile_times(profile, t->state.step);
     engine_run(e, m, pack->block, times);
     int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&
@@ -97,6 +105,7 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   sums->grad_norm = status.norm;
   figures_sum(c, t->metrics, sums);
   figures_of(c, sums, s->figure);
+  watch_step(&t->watch, &t->engine, s->step, sums->seconds);
   s->skipped = status.skip;
   s->spike = status.skip && status.bad < 0;
   if (status.skip)
@@ -129,14 +138,17 @@ static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profi
   const Config *c = t->config;
   const Backend *b = t->engine.model.backend;
   StepSums s = {.peak_flops = b->sheet_flops ? b->sheet_flops() : 0};
-  int bad = run_micro_steps(t, loader, profile, &s, err);
+  int bad = watch_due(&t->watch) ? collect_step(t, report, err) : 0;
+  if (!bad) bad = run_micro_steps(t, loader, profile, &s, err);
   if (bad || (bad = collect_step(t, report, err))) return bad;
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
   int ema = optimizer_ema_due(c, t->state.step);
-  OpTime *times = profile_times(profile, t->state.step);
-  engine_update(&t->engine, &scalars, ema, times);
-  note_start(t, s.data_wait);
   const Program *update = ema ? t->engine.update_ema : t->engine.update;
+  OpTime *times = profile_times(profile, t->state.step);
+  OpTime *watched = times ? NULL : watch_times(&t->watch, &t->engine, update, t->state.step);
+  engine_update(&t->engine, &scalars, ema, watched ? watched : times);
+  if (watched) watch_update(&t->watch, &t->engine, update);
+  note_start(t, s.data_wait);
   if (times && profile_note(profile, update, NULL, t->state.step, err) != 0) return -1;
   s.lr = scalars.lr;
   t->sums = s;
@@ -314,9 +326,11 @@ int trainer_train(Trainer *t, Error *err) {
   Profile *profile = NULL; // from a step on that has nothing left to warm up, if there is one
   if (!trained && (t->options->profile || t->options->trace))
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
+  t->watch = watch_open(&t->engine, t->run, from, profile != NULL);
   // A trained run that was killed in its last evaluation still owes it.
   int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, &report, profile, err)) != 0;
   if (!bad && !trained) bad = check_save(t, 1, 1, err) != 0;
+  watch_close(&t->watch);
   report_close(report);
   Error unwritten;
   if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;

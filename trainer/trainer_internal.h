@@ -9,6 +9,7 @@
 #include "trainer/start.h"
 #include "trainer/state.h"
 #include "trainer/trainer.h"
+#include "trainer/watch.h"
 
 struct Trainer {
   const Config *config;
@@ -19,6 +20,7 @@ struct Trainer {
   Engine engine;
   RunState state;
   Saver *saver;       // while training
+  Watch watch;        // likewise
   double *metrics;    // [metrics_size] of the step collected last
   StepReport pending; // of the step that the device was given last
   StepSums sums;      // of that step, as far as they are known

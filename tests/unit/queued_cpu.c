@@ -274,6 +274,8 @@ const Backend backend_queued_cpu = {
     .queues = &queues,
     .open = device_open,
     .kernels = blas_kernels,
+    .assumed = {.bytes = 1e10, .flops = 1e11},
+    .assumed_link = {.d2h = 1e9, .h2d = 1e9, .both_d2h = 8e8, .both_h2d = 8e8},
     .memory = device_memory,
     .alloc = device_alloc,
     .release = device_release,

@@ -1,0 +1,84 @@
+#include "trainer/costs.h"
+
+#include "base/hash.h"
+#include "model/program/expected.h"
+#include "model/program/seconds_file.h"
+#include "model/transformer.h"
+
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// A hash of the program's own file: another build may have other kernels. malloc'd.
+static char *build_hash(void) {
+  uint64_t hash = 0;
+  struct stat st;
+  int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+  void *at =
+      fd >= 0 && fstat(fd, &st) == 0 ? mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
+  if (fd >= 0) close(fd);
+  if (at != MAP_FAILED) {
+    hash = hash64(at, (size_t)st.st_size, 0);
+    munmap(at, (size_t)st.st_size);
+  }
+  return xasprintf("%016" PRIx64, hash);
+}
+
+// What ops' times depend on besides what their classes say. malloc'd.
+static char *sizes_text(const Config *c) {
+  Dims d = dims_from_config(c, c->data.micro_batch_tokens, config_max_images(c) + 1);
+  return xasprintf(
+      "T %d, %d modulation rows, C %d, H %d, G %d, D %d, P %d, V %d, Z %d, L %d, text %d x %d of %d shared "
+      "%d, image %d x %d of %d shared %d, adaln %d, packing %d, moe_gemm %d, graph %d",
+      d.T, d.segments, d.C, d.H, d.G, d.D, d.P, d.V, d.Z, d.L, d.K[TEXT], d.F[TEXT], d.E[TEXT], d.S[TEXT], d.K[IMAGE],
+      d.F[IMAGE], d.E[IMAGE], d.S[IMAGE], c->kernels.adaln, c->kernels.packing, c->kernels.moe_gemm, c->kernels.graph);
+}
+
+typedef struct OwnKey {
+  char *path, *build, *sizes;
+  CostsKey key;
+} OwnKey;
+
+static OwnKey own_key(const Config *c, const Backend *b, const char *run) {
+  OwnKey k = {xasprintf("%s/" COSTS_FILE, run), build_hash(), sizes_text(c), {0}};
+  k.key = (CostsKey){b->kernels(), k.build, k.sizes};
+  return k;
+}
+
+static void own_key_free(OwnKey *k) {
+  free(k->path);
+  free(k->build);
+  free(k->sizes);
+}
+
+// The open device's rates and its link.
+static void measure_device(const Backend *b, Costs *c) {
+  LinkRates link = b->link ? b->link() : (LinkRates){0};
+  if (link.d2h <= 0) return; // none is open
+  c->link = link;
+  DeviceRates rates = b->rates();
+  if (rates.bytes > 0) c->rates = rates;
+}
+
+Costs costs_open(const Config *c, const Backend *b, const char *run) {
+  Extents extents = extents_expected(c, c->data.micro_batch_tokens);
+  Costs costs = costs_new(b, &extents);
+  int found = 0;
+  if (run && b->link) {
+    OwnKey k = own_key(c, b, run);
+    found = costs_load(&costs, &k.key, k.path);
+    own_key_free(&k);
+  }
+  if (!found) measure_device(b, &costs);
+  return costs;
+}
+
+int costs_keep(const Config *c, const Backend *b, const char *run, const Costs *costs, Error *err) {
+  OwnKey k = own_key(c, b, run);
+  int bad = costs_save(costs, &k.key, k.path, err);
+  own_key_free(&k);
+  return bad;
+}

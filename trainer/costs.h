@@ -1,0 +1,17 @@
+// What the ops and copies of a run take: the file beside the run, or until there is one the device's rates.
+#ifndef TESSERA_COSTS_H
+#define TESSERA_COSTS_H
+
+#include "model/config/config.h"
+#include "model/program/seconds.h"
+
+// The file's name in the folder of a run.
+#define COSTS_FILE "costs.json"
+
+// Costs to plan with: those that a run in this folder measured before on this device, with this build and these sizes;
+// else the model's, with the rates of the open device, where one is, which takes up to half a second and half a
+// gigabyte of its memory. run NULL: no file is looked for. Free with costs_free.
+Costs costs_open(const Config *c, const Backend *b, const char *run);
+// Writes them for the next start. -1 with *err where it cannot.
+int costs_keep(const Config *c, const Backend *b, const char *run, const Costs *costs, Error *err);
+#endif

@@ -1,0 +1,108 @@
+#include "trainer/watch.h"
+
+#include "model/optimizer.h"
+#include "model/program/simulate.h"
+#include "trainer/costs.h"
+#include "trainer/measure.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static const double too_much = .05; // of the prediction
+
+Watch watch_open(const Engine *e, const char *run, int64_t from, int profiled) {
+  int is_on = e->model.backend->queues && e->config->memory.arena;
+  return (Watch){.run = run, .is_on = is_on, .due = is_on, .first = from + 1, .wanted = WATCHED_STEPS - !!profiled};
+}
+
+void watch_close(Watch *w) {
+  free(w->times);
+  w->times = NULL;
+}
+
+int watch_due(const Watch *w) {
+  return w->due;
+}
+
+// ---- the prediction ----
+
+static double replay_seconds(const Costs *c, const Program *p) {
+  double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
+  for (int i = 0; i < p->n_ops; i++) seconds[i] = op_seconds(c, p, &p->ops[i]);
+  Simulation s = simulate(p, seconds, &c->link, NULL);
+  free(seconds);
+  return s.seconds;
+}
+
+double watch_predict(const Engine *e, int ema) {
+  double sum = replay_seconds(&e->costs, ema ? e->update_ema : e->update);
+  for (int k = 0; k < e->config->train.micro_batches; k++)
+    sum += replay_seconds(&e->costs, engine_micro_step(e, k)->program);
+  return sum;
+}
+
+// ---- timing ----
+
+static void keep_costs(const Watch *w, const Engine *e) {
+  Error err;
+  if (costs_keep(e->config, e->model.backend, w->run, &e->costs, &err) != 0)
+    log_warn("%s: the next start times ops again", err.text);
+}
+
+void watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step) {
+  if (!w->due) return;
+  if (measure_train(e, pack, extents, w->rounds > 0)) keep_costs(w, e);
+  for (int ema = 0; ema < 2; ema++) w->predicted[ema] = watch_predict(e, ema && e->update_ema);
+  w->due = 0;
+  w->rounds++;
+  w->first = step + 1;
+  w->n = 0;
+  engine_begin_step(e);
+}
+
+OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t step) {
+  if (!w->is_on || step != w->first || measure_has(&e->costs, update)) return NULL;
+  free(w->times);
+  return w->times = xcalloc((size_t)update->n_ops, sizeof *w->times);
+}
+
+void watch_update(Watch *w, Engine *e, const Program *update) {
+  measure_note(update, w->times, &e->costs);
+}
+
+// ---- the comparison ----
+
+static double percent(double x, double of) {
+  return 100 * (x / of - 1);
+}
+
+static int step_compare(const void *pa, const void *pb) {
+  const WatchedStep *a = pa, *b = pb;
+  double x = a->measured / a->predicted, y = b->measured / b->predicted;
+  return (x > y) - (x < y);
+}
+
+static void log_comparison(const Engine *e, const WatchedStep *s) {
+  const Backend *b = e->model.backend;
+  char memory[128] = "";
+  if (b->in_use) {
+    double planned = (double)engine_device_bytes(e), used = (double)b->in_use();
+    snprintf(memory, sizeof memory, "; device memory: planned %.3f GB, in use %.3f GB (%+.2f%%)", planned / 1e9,
+             used / 1e9, percent(used, planned));
+  }
+  log_info("a step: predicted %.2f ms, measured %.2f ms (%+.1f%%)%s", 1e3 * s->predicted, 1e3 * s->measured,
+           percent(s->measured, s->predicted), memory);
+}
+
+void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
+  if (!w->is_on || w->due || step < w->first || w->n == w->wanted) return;
+  w->step[w->n++] = (WatchedStep){w->predicted[optimizer_ema_due(e->config, step)], seconds};
+  if (w->n < w->wanted) return;
+  qsort(w->step, (size_t)w->n, sizeof *w->step, step_compare);
+  const WatchedStep *middle = &w->step[w->n / 2];
+  log_comparison(e, middle);
+  keep_costs(w, e);
+  if (fabs(middle->measured / middle->predicted - 1) <= too_much || w->rounds > 1) return;
+  log_info("that is more than %.0f%% off: ops are timed again", 100 * too_much);
+  w->due = 1;
+}

@@ -1,0 +1,42 @@
+// Whether a run goes as it was planned. Its ops are timed before its first step; what the steps after that take is held
+// against the prediction, and where they differ by too much the ops are timed once more.
+#ifndef TESSERA_WATCH_H
+#define TESSERA_WATCH_H
+
+#include "trainer/engine.h"
+
+enum { WATCHED_STEPS = 3 }; // behind one that warms up
+
+typedef struct WatchedStep {
+  double predicted, measured; // seconds
+} WatchedStep;
+
+typedef struct Watch {
+  const char *run;     // its folder, for the costs; borrowed
+  int is_on;           // on a device, where ops' times decide something
+  int due;             // ops shall be timed before the next step
+  int rounds;          // how often that was done
+  int64_t first;       // step that is watched, from 0
+  int wanted, n;       // how many are, and were
+  double predicted[2]; // seconds of a step without and with the EMA's update
+  WatchedStep step[WATCHED_STEPS];
+  OpTime *times; // [ops of the update]
+} Watch;
+
+// Of a run that begins with step `from`; with `profiled` its fourth step is timed op by op. Free with watch_close.
+Watch watch_open(const Engine *e, const char *run, int64_t from, int profiled);
+void watch_close(Watch *w);
+
+// Whether watch_pack has something to do: the steps before must be collected then.
+int watch_due(const Watch *w);
+// Before the first micro-step of `step`, with its pack: times ops where that is due.
+void watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step);
+// Where the update of this step leaves its ops' times, for watch_update; NULL: it need not.
+OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t step);
+void watch_update(Watch *w, Engine *e, const Program *update);
+// What a step took. After the last that is watched, the log says how well it was predicted, and what memory is in use.
+void watch_step(Watch *w, Engine *e, int64_t step, double seconds);
+
+// Seconds of a step by the engine's costs, with or without the EMA's update.
+double watch_predict(const Engine *e, int ema);
+#endif
