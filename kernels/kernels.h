@@ -1,9 +1,10 @@
 // The contract between the program and its backends: every op once, with its formula, operands and shapes.
 //
-// kernels/cpu is the readable specification (type `real`: float, or double when built with -DTESSERA_REAL=double);
-// kernels/cuda is the fast one. An op is pure: it reads in[], writes every element of out[] it is said to write, and
-// nothing else. Outputs that the table (op_table.h) marks are the exception: gradients and ADD's dst are added to with
-// args.accumulate and overwritten without it; metrics are always added to; ADAMW and EMA update theirs in place.
+// kernels/cpu is the specification, in type `real`: float, or double when built with -DTESSERA_REAL=double. What is
+// tuned there stands in kernels/cpu/reference as plain loops too. kernels/cuda is the fast one. An op is pure: it reads
+// in[], writes every element of out[] it is said to write, and nothing else. Outputs that the table (op_table.h) marks
+// are the exception: gradients and ADD's dst are added to with args.accumulate and overwritten without it; metrics are
+// always added to; ADAMW and EMA update theirs in place.
 //
 // Shapes: T token slots, C dim, H query heads, G kv heads, D head_dim, P = 3p^2 patch elements, V vocab, Z cond_dim,
 // L layers, M = 6CL + 2C columns of the modulation table, SEG its rows (capacity); for each modality m: E_m experts of

@@ -1,4 +1,5 @@
-// Gate + residual + LayerNorm + per-segment scale and shift (+ SiLU), forward and backward.
+// Gate + residual + LayerNorm + per-segment scale and shift (+ SiLU), forward and backward. Its formula as
+// plain loops: reference/adaln.c.
 #include "kernels/cpu/combine.h"
 
 // One row's operands: the modulation columns of its segment; NULL gate without a branch.

@@ -1,9 +1,9 @@
-// Attention over packed documents, tile by tile: up to ROWS (query, head) rows of one kv head against up to KEYS keys
-// of the same document; the query heads that share a kv head are rows of one tile. The forward pass keeps a running
-// softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). The backward pass rebuilds the
-// probabilities from lse: in one pass over the tiles of a short document, else by key tile for dk and dv and by query
-// tile for dq. Tiles start at fixed distances from their document's start, and every output has one writer that sums in
-// a fixed order, so the bits do not depend on threads.
+// Attention over packed documents (as plain loops: reference/attention.c), tile by tile: up to ROWS (query, head) rows
+// of one kv head against up to KEYS keys of the same document; the query heads that share a kv head are rows of one
+// tile. The forward pass keeps a running softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+// 2018). The backward pass rebuilds the probabilities from lse: in one pass over the tiles of a short document, else by
+// key tile for dk and dv and by query tile for dq. Tiles start at fixed distances from their document's start, and
+// every output has one writer that sums in a fixed order, so the bits do not depend on threads.
 #include "kernels/cpu/cpu.h"
 
 #ifdef __AVX512F__

@@ -1,5 +1,6 @@
-// Experts of both modalities, over assignments sorted by expert. Rows are gathered from (or scattered to) their token a
-// block at a time, on the stack, and go through one product while they are hot.
+// Experts of both modalities (as plain loops: reference/experts.c), over assignments sorted by expert. Rows are
+// gathered from (or scattered to) their token a block at a time, on the stack, and go through one product while they
+// are hot.
 #include "kernels/cpu/combine.h"
 #include "kernels/cpu/swiglu.h"
 

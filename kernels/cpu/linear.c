@@ -1,4 +1,5 @@
-// Linear layers over an extent of rows: y = x W^T, its input gradient, its weight gradient.
+// Linear layers over an extent of rows: y = x W^T, its input gradient, its weight gradient. As
+// plain loops: reference/linear.c.
 #include "kernels/cpu/cpu.h"
 
 // Where the rows of an extent lie in a tensor: at most two parts (text and image with weights of their own), each

@@ -1,4 +1,4 @@
-// Losses and the text head.
+// Losses and the text head. As plain loops: reference/loss.c.
 #include "kernels/cpu/cpu.h"
 
 // One row of logits [V] against its target: returns the negative log likelihood; logits become

@@ -1,4 +1,5 @@
-// QK-norm and rotary positions: qkv in row order -> q, k, v in sequence order, and back.
+// QK-norm and rotary positions: qkv in row order -> q, k, v in sequence order, and back. As plain
+// loops: reference/rope.c.
 #include "kernels/cpu/cpu.h"
 
 enum { NORM_BLOCKS = 32 }; // fixed split of the rows for sums over them

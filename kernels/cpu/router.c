@@ -1,4 +1,5 @@
-// Routers: logits, top-k, the sort of assignments by expert, the router losses and their gradient.
+// Routers: logits, top-k, the sort of assignments by expert, the router losses and their gradient. As plain
+// loops: reference/router.c.
 #include "kernels/cpu/cpu.h"
 
 enum {

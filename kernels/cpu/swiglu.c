@@ -1,4 +1,4 @@
-// The shared expert's activation.
+// The shared expert's activation. As plain loops: reference/experts.c.
 #include "kernels/cpu/swiglu.h"
 
 // Rows of both modalities in two-sided buffers of widths 2 S_m and S_m.

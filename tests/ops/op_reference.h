@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "kernels/cpu/reference/reference.h"
 #include "tests/ops/op_case.h"
 
 enum { CASES = 20 };
@@ -22,11 +23,16 @@ int elements_checked(const OpCase *c);
 
 #define assert_close(got, want, n) assert_true(relative_error(got, want, n) < CASE_TOL)
 
-// A reference: fn computes out[] from in[], both in double; loss = sum of <seed, out>.
+// Runs an op as its formula says (kernels/cpu/reference): as op_run, but on doubles.
+void reference_run(const OpCase *c, OpKind kind, OpArgs args, const void *const *in, void *const *out);
+
+// A reference: the op's formula, or fn where it has none, computes out[] from in[], both in double; loss = sum of
+// <seed, out>.
 typedef struct Ref {
   OpCase *c;
+  OpKind kind;
   OpArgs args;
-  void (*fn)(struct Ref *);
+  void (*fn)(struct Ref *); // NULL: reference_run
   double *in[OP_MAX_IN], *out[OP_MAX_OUT];
   int64_t n_out[OP_MAX_OUT];
   const real *seed[OP_MAX_OUT];

@@ -1,27 +1,6 @@
 // CPU ops: AdaLN sites (see op_reference.h).
 #include "tests/ops/op_reference.h"
 
-static void ref_adaln(Ref *f) { // x, branch?, mod -> xnew, h, mean, rstd
-  const OpCase *c = f->c;
-  int64_t C = c->dims.C;
-  for (int64_t r = 0; r < c->batch.dims->n_text + c->batch.dims->n_image; r++) {
-    const double *mod = f->in[2] + c->batch.segment[r] * c->dims.M;
-    double *xnew = f->out[0] + r * C, *h = f->out[1] + r * C, mean = 0, var = 0;
-    for (int64_t i = 0; i < C; i++) {
-      xnew[i] = f->in[0][r * C + i] + (f->in[1] ? mod[f->args.adaln.gate + i] * f->in[1][r * C + i] : 0);
-      mean += xnew[i] / (double)C;
-    }
-    for (int64_t i = 0; i < C; i++) var += (xnew[i] - mean) * (xnew[i] - mean) / (double)C;
-    double rstd = 1 / sqrt(var + 1e-6);
-    for (int64_t i = 0; i < C; i++) {
-      double n = (1 + mod[f->args.adaln.scale + i]) * (xnew[i] - mean) * rstd + mod[f->args.adaln.shift + i];
-      h[i] = f->args.adaln.silu_image && r >= c->batch.dims->n_text ? n * sigmoid(n) : n;
-    }
-    f->out[2][r] = mean;
-    f->out[3][r] = rstd;
-  }
-}
-
 static void adaln_case(OpCase *c, int with_branch, int with_dxnew, int silu_image, int x_is_new) {
   const BatchDims *b = c->batch.dims;
   int64_t C = c->dims.C, T = c->dims.T, M = c->dims.M, n = T * C, nm = c->dims.segments * M;
@@ -31,7 +10,7 @@ static void adaln_case(OpCase *c, int with_branch, int with_dxnew, int silu_imag
   real *x = rows_random(c, 0, used, C), *branch = with_branch ? rows_random(c, 0, used, C) : NULL;
   real *mod = segments_random(c, 0, M), *dh = rows_random(c, 0, used, C);
   real *dxnew = with_dxnew ? rows_random(c, 0, used, C) : NULL;
-  Ref f = {.c = c, .args = a, .fn = ref_adaln};
+  Ref f = {.c = c, .kind = OP_ADALN_FWD, .args = a};
   f.in[0] = case_double(c, x, n);
   if (branch) f.in[1] = case_double(c, branch, n);
   f.in[2] = case_double(c, mod, nm);

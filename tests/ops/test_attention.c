@@ -1,9 +1,7 @@
-// CPU kernels: attention. Every op is compared with a naive reference in double written from
-// kernels.h, every gradient with central differences of that reference; every call is repeated with other numbers of
-// threads and must give the same bits. Built in float and in double.
+// CPU ops: attention (see op_reference.h). Every call is repeated with other numbers of threads and must give the same
+// bits.
 #include "tests/ops/op_check.h"
-
-#include <stdlib.h>
+#include "tests/ops/op_reference.h"
 
 typedef struct AttentionRef {
   const OpCase *c;
@@ -12,74 +10,11 @@ typedef struct AttentionRef {
   const real *dout;
 } AttentionRef;
 
-static int allowed(const Batch *b, int q, int k) {
-  return b->doc_start[q] <= k && k < b->kv_end[q] && q < b->q_end[k];
-}
-
-// The scores of one (query, head) over all T keys as probabilities [T]; returns lse.
-static double reference_row(const AttentionRef *f, int query, int h, double *p) {
-  const Dims *d = &f->c->dims;
-  int T = d->T, D = d->D, g = h / (d->H / d->G);
-  double top = -INFINITY, sum = 0;
-  for (int k = 0; k < T; k++) {
-    p[k] = -INFINITY;
-    if (!allowed(&f->c->batch, query, k)) continue;
-    double s = 0;
-    for (int i = 0; i < D; i++) s += f->q[(query * d->H + h) * D + i] * f->k[(k * d->G + g) * D + i];
-    p[k] = s / sqrt(D);
-    top = p[k] > top ? p[k] : top;
-  }
-  for (int k = 0; k < T; k++) sum += p[k] = p[k] == -INFINITY ? 0 : exp(p[k] - top);
-  for (int k = 0; k < T; k++) p[k] /= sum;
-  return top + log(sum);
-}
-
 static double attention_loss(void *context) {
-  AttentionRef *f = context;
+  const AttentionRef *f = context;
   const Dims *d = &f->c->dims;
-  int T = d->T, D = d->D, H = d->H, G = d->G;
-  double *p = malloc((size_t)T * sizeof *p);
-  memset(f->o, 0, (size_t)(T * H * D) * sizeof *f->o);
-  for (int query = 0; query < used_rows(f->c); query++) {
-    for (int h = 0; h < H; h++) {
-      f->lse[h * T + query] = reference_row(f, query, h, p);
-      double *o = f->o + (f->c->batch.row[query] * H + h) * D;
-      for (int k = 0; k < T; k++)
-        for (int i = 0; i < D && p[k] != 0; i++) o[i] += p[k] * f->v[(k * G + h / (H / G)) * D + i];
-    }
-  }
-  free(p);
-  return dot(f->dout, f->o, T * H * D);
-}
-
-// dq, dk, dv by the textbook formulas, for packs too long for differences.
-static void reference_backward(const AttentionRef *f, double *dq, double *dk, double *dv) {
-  const Dims *d = &f->c->dims;
-  int T = d->T, D = d->D, H = d->H, G = d->G;
-  double *p = malloc((size_t)T * sizeof *p), *dp = malloc((size_t)T * sizeof *dp);
-  for (int query = 0; query < used_rows(f->c); query++) {
-    for (int h = 0; h < H; h++) {
-      int g = h / (H / G);
-      const real *dout = f->dout + (f->c->batch.row[query] * H + h) * D;
-      double mean = 0;
-      reference_row(f, query, h, p);
-      for (int k = 0; k < T; k++) {
-        dp[k] = 0;
-        for (int i = 0; i < D && p[k] != 0; i++) dp[k] += (double)dout[i] * f->v[(k * G + g) * D + i];
-        mean += p[k] * dp[k];
-      }
-      for (int k = 0; k < T; k++) {
-        double ds = p[k] * (dp[k] - mean) / sqrt(D);
-        for (int i = 0; i < D && p[k] != 0; i++) {
-          dq[(query * H + h) * D + i] += ds * f->k[(k * G + g) * D + i];
-          dk[(k * G + g) * D + i] += ds * f->q[(query * H + h) * D + i];
-          dv[(k * G + g) * D + i] += p[k] * (double)dout[i];
-        }
-      }
-    }
-  }
-  free(p);
-  free(dp);
+  reference_run(f->c, OP_ATTENTION_FWD, (OpArgs){0}, OP_IN(f->q, f->k, f->v), OP_OUT(f->o, f->lse));
+  return dot(f->dout, f->o, (int64_t)d->T * d->H * d->D);
 }
 
 // Forward and backward of one pack; differences too when `checked` elements of each input are to be compared so.
@@ -110,7 +45,8 @@ static void check_attention(OpCase *c, int checked) {
   run_same(c, OP_ATTENTION_BWD, (OpArgs){0}, OP_IN(dout, o, q, k, v, lse), OP_OUT(dq, dk, dv),
            SIZES(REALS(nq), REALS(nk), REALS(nk)));
   double *want_q = case_zeros(c, nq), *want_k = case_zeros(c, nk), *want_v = case_zeros(c, nk);
-  reference_backward(&f, want_q, want_k, want_v);
+  reference_run(c, OP_ATTENTION_BWD, (OpArgs){0}, OP_IN(case_double(c, dout, nq), f.o, f.q, f.k, f.v, f.lse),
+                OP_OUT(want_q, want_k, want_v));
   assert_small(relative_error(dq, want_q, nq), CASE_TOL);
   assert_small(relative_error(dk, want_k, nk), CASE_TOL);
   assert_small(relative_error(dv, want_v, nk), CASE_TOL);

@@ -1,46 +1,26 @@
-// CPU kernels: experts, their sum with the site that follows, SwiGLU. Every op is compared with a naive reference in
-// double written from kernels.h, every gradient with central differences of that reference; every call is repeated with
-// other numbers of threads and must give the same bits. Built in float and in double.
+// CPU ops: experts, their sum with the site that follows, SwiGLU (see op_reference.h). Every call is repeated with
+// other numbers of threads and must give the same bits.
 #include "tests/ops/op_check.h"
+#include "tests/ops/op_reference.h"
 
 // ---- experts ----
 
 typedef struct ExpertRef {
   const OpCase *c;
-  double *h, *w1[MODALITIES], *w2[MODALITIES], *weights;
-  const int *expert; // [T][Kmax]
-  double *out, *y;   // [T, C]; [T][Kmax][C] before weighting
-  const real *dout, *add;
+  const void *route;
+  double *h, *w1[MODALITIES], *w2[MODALITIES], *weights, *add;
+  double *pre, *a, *y, *out; // two-sided; [T, C]
+  const real *dout;
 } ExpertRef;
 
 static double expert_loss(void *context) {
-  ExpertRef *f = context;
-  const Dims *d = &f->c->dims;
-  int C = d->C, kmax = dims_kmax(d);
-  memset(f->out, 0, (size_t)(d->T * C) * sizeof *f->out);
-  for (int r = 0; r < used_rows(f->c); r++) {
-    int m = modality_of(f->c, r), F = d->F[m];
-    for (int i = 0; i < C && f->add; i++) f->out[r * C + i] = (double)f->add[r * C + i];
-    for (int j = 0; j < d->K[m]; j++) {
-      int e = f->expert[r * kmax + j];
-      const double *w1 = f->w1[m] + e * 2 * F * C, *w2 = f->w2[m] + e * C * F;
-      double *y = f->y + (r * kmax + j) * C, a[32];
-      for (int k = 0; k < F; k++) {
-        double gate = 0, up = 0;
-        for (int i = 0; i < C; i++) {
-          gate += f->h[r * C + i] * w1[2 * k * C + i];
-          up += f->h[r * C + i] * w1[(2 * k + 1) * C + i];
-        }
-        a[k] = gate / (1 + exp(-gate)) * up;
-      }
-      for (int i = 0; i < C; i++) {
-        y[i] = 0;
-        for (int k = 0; k < F; k++) y[i] += a[k] * w2[i * F + k];
-        f->out[r * C + i] += f->weights[r * kmax + j] * y[i];
-      }
-    }
-  }
-  return dot(f->dout, f->out, d->T * C);
+  const ExpertRef *f = context;
+  const OpCase *c = f->c;
+  const OpArgs none = {0};
+  reference_run(c, OP_EXPERT_UP_FWD, none, OP_IN(f->h, f->route, f->w1[0], f->w1[1]), OP_OUT(f->pre, f->a));
+  reference_run(c, OP_EXPERT_DOWN_FWD, none, OP_IN(f->a, f->route, f->w2[0], f->w2[1]), OP_OUT(f->y));
+  reference_run(c, OP_EXPERT_COMBINE, none, OP_IN(f->y, f->route, f->weights, f->add), OP_OUT(f->out));
+  return dot(f->dout, f->out, (int64_t)c->dims.T * c->dims.C);
 }
 
 // A routing that is not a router's: random distinct experts, or always the first ones. Returns the experts [T][Kmax].
@@ -122,20 +102,21 @@ static void check_experts(OpCase *c, int checked, bool first_ones) {
                  .w1 = {case_double(c, w1[0], n1[0]), case_double(c, w1[1], n1[1])},
                  .w2 = {case_double(c, w2[0], n2[0]), case_double(c, w2[1], n2[1])},
                  .weights = case_double(c, weights, nw),
-                 .expert = expert,
+                 .route = route,
+                 .add = add ? case_double(c, add, nx) : NULL,
+                 .pre = case_zeros(c, np),
+                 .a = case_zeros(c, na),
+                 .y = case_zeros(c, ny),
                  .out = case_zeros(c, nx),
-                 .y = case_zeros(c, nw * C),
-                 .dout = dout,
-                 .add = add};
+                 .dout = dout};
   expert_loss(&f);
   assert_small(relative_error(out, f.out, nx), CASE_TOL);
   int64_t used = used_rows(c) * C;
   assert_true(all_zero(out + used, nx - used));
   for (int64_t i = 0; i < nw; i++) {
     if (expert[i] < 0) continue;
-    int m = modality_of(c, i / kmax);
-    const real *row = y + two_sided_base(d->T, d->K, out_width, m) + bound.slot[i] * C;
-    assert_small(relative_error(row, f.y + i * C, C), 10 * CASE_TOL);
+    int64_t at = two_sided_base(d->T, d->K, out_width, modality_of(c, i / kmax)) + bound.slot[i] * C;
+    assert_small(relative_error(y + at, f.y + at, C), 10 * CASE_TOL);
   }
 
   // Backward.
@@ -285,21 +266,18 @@ static void test_swiglu(void **state) {
     real *a = case_poison(c, na), *dpre = case_poison(c, np), *again = case_poison(c, na);
     run_same(c, OP_SWIGLU_FWD, (OpArgs){0}, OP_IN(pre), OP_OUT(a), SIZES(REALS(na)));
     run_same(c, OP_SWIGLU_BWD, (OpArgs){0}, OP_IN(da, pre), OP_OUT(dpre, again), SIZES(REALS(np), REALS(na)));
-    double worst = 0;
-    for (int r = 0; r < used_rows(c); r++) {
-      int m = modality_of(c, r), S = d->S[m];
-      int64_t at = two_sided_base(d->T, one, d->S, m) + r * S, pre_at = two_sided_base(d->T, one, wide, m) + r * 2 * S;
-      for (int i = 0; i < S; i++) {
-        double gate = (double)pre[pre_at + 2 * i], up = (double)pre[pre_at + 2 * i + 1], g = (double)da[at + i];
-        double sigmoid = 1 / (1 + exp(-gate)), h = 1e-5;
-        double down = (gate - h) / (1 + exp(h - gate)), plus = (gate + h) / (1 + exp(-gate - h));
-        worst = fmax(worst, fabs((double)a[at + i] - gate * sigmoid * up));
-        worst = fmax(worst, fabs((double)again[at + i] - gate * sigmoid * up));
-        worst = fmax(worst, 0.01 * fabs((double)dpre[pre_at + 2 * i] - g * up * (plus - down) / (2 * h)));
-        worst = fmax(worst, fabs((double)dpre[pre_at + 2 * i + 1] - g * gate * sigmoid));
-      }
+    Ref f = {.c = c, .kind = OP_SWIGLU_FWD};
+    f.in[0] = case_double(c, pre, np);
+    ref_output(&f, 0, na, da);
+    ref_run(&f);
+    for (int m = 0; m < MODALITIES; m++) {
+      int64_t first = m ? c->batch.dims->n_text : 0, rows = m ? c->batch.dims->n_image : c->batch.dims->n_text;
+      int64_t S = d->S[m], at = two_sided_base(d->T, one, d->S, m) + first * S,
+              pre_at = two_sided_base(d->T, one, wide, m) + first * 2 * S;
+      assert_small(relative_error(a + at, f.out[0] + at, rows * S), CASE_TOL);
+      assert_small(relative_error(again + at, f.out[0] + at, rows * S), CASE_TOL);
+      assert_small(gradient_error(c, ref_loss, &f, f.in[0] + pre_at, dpre + pre_at, rows * 2 * S, 60), CASE_GRAD_TOL);
     }
-    assert_small(worst, CASE_DOUBLE ? 1e-10 : 2e-5);
     int64_t filler = (d->T - used_rows(c)) * d->S[1];
     assert_true(all_zero(a + na - filler, filler) && all_zero(again + na - filler, filler));
     assert_true(all_zero(dpre + np - 2 * filler, 2 * filler));

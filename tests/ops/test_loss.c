@@ -1,20 +1,6 @@
 // CPU ops: the head with its cross-entropy, the flow loss (see op_reference.h).
 #include "tests/ops/op_reference.h"
 
-static void ref_head(Ref *f) { // h, wout -> nll, logits of the target rows
-  const OpCase *c = f->c;
-  int64_t C = c->dims.C, V = c->dims.V;
-  for (int j = 0; j < c->batch.dims->n_target; j++) {
-    int64_t r = c->batch.target_row[j];
-    double *logits = f->out[1] + j * V, sum = 0;
-    for (int64_t v = 0; v < V; v++) {
-      for (int64_t i = 0; i < C; i++) logits[v] += f->in[0][r * C + i] * f->in[1][v * C + i];
-      sum += exp(logits[v]);
-    }
-    f->out[0][r] = log(sum) - logits[c->batch.target[r]];
-  }
-}
-
 static void test_head(void **state) {
   (void)state;
   for (int round = 0; round < 2 * CASES + LARGE_CASES; round++) {
@@ -26,19 +12,16 @@ static void test_head(void **state) {
     add.accumulate = 1;
     real *h = rows_random(&c, 0, b->n_text, C), *wout = case_random(&c, V * C, 0.5), *scale = case_random(&c, T, 0);
     for (int64_t r = 0; r < T; r++) scale[r] = (real)b->ce_scale;
-    Ref f = {.c = &c, .fn = ref_head};
+    Ref f = {.c = &c, .kind = OP_HEAD_CE, .args = a};
     f.in[0] = case_double(&c, h, n);
     f.in[1] = case_double(&c, wout, V * C);
     ref_output(&f, 0, T, scale);
-    ref_output(&f, 1, T * V, NULL);
+    ref_output(&f, OUT_AT(HEAD_CE, metrics), metrics_size(&c.dims), NULL);
+    ref_output(&f, OUT_AT(HEAD_CE, work), V, NULL);
     ref_run(&f);
 
-    Metrics metrics = {.nll = {1, 2}, .targets = {3, 4}}, want = metrics, loss_only = metrics, other = metrics;
-    for (int j = 0; j < b->n_target; j++) {
-      int r = c.batch.target_row[j], kind = c.batch.target_kind[r];
-      want.nll[kind] += f.out[0][r];
-      want.targets[kind] += 1;
-    }
+    Metrics metrics = {.nll = {1, 2}, .targets = {3, 4}}, loss_only = metrics, other = metrics;
+    const Metrics want = *(const Metrics *)f.out[OUT_AT(HEAD_CE, metrics)];
     real *work = case_poison(&c, a.head.chunk * V), *nll = case_poison(&c, T), *dh = case_poison(&c, n);
     real *dw = case_poison(&c, V * C);
     op_run(&c, OP_HEAD_CE, a, OP_IN(h, wout), OP_OUT(nll, dh, dw, &metrics, work));
@@ -46,8 +29,8 @@ static void test_head(void **state) {
     for (int64_t r = 0; r < T; r++)
       if (c.batch.target[r] < 0) assert_true(nll[r] == 0 && all_zero(dh + r * C, C));
     for (int k = 0; k < 2; k++) {
-      assert_true(fabs(metrics.nll[k] - want.nll[k]) <= CASE_TOL * want.nll[k]);
-      assert_true(metrics.targets[k] == want.targets[k]);
+      assert_true(fabs(metrics.nll[k] - (1 + k) - want.nll[k]) <= CASE_TOL * want.nll[k]);
+      assert_true(metrics.targets[k] == 3 + k + want.targets[k]);
     }
     assert_true(gradient_error(&c, ref_loss, &f, f.in[0], dh, b->n_text * C, elements_checked(&c)) < CASE_GRAD_TOL);
     assert_gradient(&f, 1, dw, V * C);
@@ -64,21 +47,10 @@ static void test_head(void **state) {
 
     real *logits = case_poison(&c, b->n_target * V);
     op_run(&c, OP_HEAD_LOGITS, (OpArgs){0}, OP_IN(h, wout), OP_OUT(logits));
-    ref_run(&f);
-    assert_close(logits, f.out[1], b->n_target * V);
+    double *want_logits = case_zeros(&c, b->n_target * V);
+    reference_run(&c, OP_HEAD_LOGITS, a, OP_IN(f.in[0], f.in[1]), OP_OUT(want_logits));
+    assert_close(logits, want_logits, b->n_target * V);
     op_case_free(&c);
-  }
-}
-
-static void ref_flow(Ref *f) { // xhat -> weighted squared errors [T, P], plain sums [SEG]
-  const Batch *b = &f->c->batch;
-  int64_t P = f->c->dims.P, first = b->dims->n_text;
-  for (int64_t i = first * P; i < (first + b->dims->n_image) * P; i++) {
-    int g = b->segment[i / P];
-    if (b->seg_kind[g] != SEGMENT_NOISED) continue;
-    double error = f->in[0][i] - (b->patch[i - first * P] / 127.5 - 1), left = fmax(1 - (double)b->seg_time[g], 0.05);
-    f->out[0][i] = error * error / (left * left);
-    f->out[1][g] += error * error / (double)(b->seg_len[g] * P);
   }
 }
 
@@ -90,24 +62,22 @@ static void test_flow(void **state) {
     const BatchDims *b = c.batch.dims;
     int64_t P = c.dims.P, n = c.dims.T * P, S = c.dims.segments;
     OpArgs a = {.flow = {.t_floor = 0.05}};
-    real *xhat = rows_random(&c, b->n_text, b->n_text + b->n_image, P), *scale = case_random(&c, n, 0);
-    for (int64_t i = 0; i < n; i++) scale[i] = (real)b->flow_scale;
-    Ref f = {.c = &c, .fn = ref_flow};
+    real *xhat = rows_random(&c, b->n_text, b->n_text + b->n_image, P),
+         *scale = case_random(&c, metrics_size(&c.dims), 0);
+    scale[offsetof(Metrics, flow) / sizeof(double)] = (real)b->flow_scale;
+    Ref f = {.c = &c, .kind = OP_FLOW_LOSS, .args = a};
     f.in[0] = case_double(&c, xhat, n);
-    ref_output(&f, 0, n, scale);
-    ref_output(&f, 1, S, NULL);
+    ref_output(&f, OUT_AT(FLOW_LOSS, seg_error), S, NULL);
+    ref_output(&f, OUT_AT(FLOW_LOSS, metrics), metrics_size(&c.dims), scale);
     ref_run(&f);
-    double flow = 5, elements = 7;
-    for (int64_t i = 0; i < n; i++) flow += f.out[0][i];
-    for (int g = 1; g < b->n_segments; g++)
-      elements += c.batch.seg_kind[g] == SEGMENT_NOISED ? (double)(c.batch.seg_len[g] * P) : 0;
+    const Metrics want = *(const Metrics *)f.out[OUT_AT(FLOW_LOSS, metrics)];
 
     real *dxhat = case_poison(&c, n), *error = case_poison(&c, S), *error2 = case_poison(&c, S);
     Metrics metrics = {.flow = 5, .flow_elems = 7}, loss_only = metrics;
     op_run(&c, OP_FLOW_LOSS, a, OP_IN(xhat), OP_OUT(dxhat, error, &metrics));
-    assert_close(error, f.out[1], S);
-    assert_true(fabs(metrics.flow - flow) <= CASE_TOL * flow);
-    assert_true(metrics.flow_elems == elements);
+    assert_close(error, f.out[OUT_AT(FLOW_LOSS, seg_error)], S);
+    assert_true(fabs(metrics.flow - 5 - want.flow) <= CASE_TOL * (5 + want.flow));
+    assert_true(metrics.flow_elems == 7 + want.flow_elems);
     for (int64_t r = 0; r < c.dims.T; r++)
       if (c.batch.segment[r] == 0 || c.batch.seg_kind[c.batch.segment[r]] == SEGMENT_CLEAN)
         assert_true(all_zero(dxhat + r * P, P));

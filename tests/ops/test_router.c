@@ -1,80 +1,50 @@
-// CPU kernels: routers. Every op is compared with a naive reference in double written from
-// kernels.h, every gradient with central differences of that reference; every call is repeated with other numbers of
-// threads and must give the same bits. Built in float and in double.
+// CPU ops: routers (see op_reference.h). Every call is repeated with other numbers of threads and must give the same
+// bits.
 #include "tests/ops/op_check.h"
-
-#include <stdlib.h>
+#include "tests/ops/op_reference.h"
 
 typedef struct RouterRef {
   const OpCase *c;
+  OpArgs args;
   double *h, *wr[MODALITIES];
-  int *chosen;             // [T][Kmax], fixed by the first evaluation
-  double *weight, *counts; // [T][Kmax]; [E_0 + E_1]
-  double balance, z, balance_loss, z_loss;
-  const real *dweights, *add_seed;
+  const int32_t *chosen, *route; // experts [T, Kmax] and the route, before differences: the gradient holds them fixed
+  double *logits, *weights;      // two-sided; [T, Kmax]
+  int32_t *other_route;
+  double *metrics;
+  const real *dweights, *dadd; // [T, Kmax], [T, C]
 } RouterRef;
 
-static void reference_logits(const RouterRef *f, int r, double *s) {
-  int m = modality_of(f->c, r), C = f->c->dims.C;
-  for (int e = 0; e < f->c->dims.E[m]; e++) {
-    s[e] = 0;
-    for (int i = 0; i < C; i++) s[e] += f->h[r * C + i] * f->wr[m][e * C + i];
-  }
-}
-
-// Chooses by sorting: descending logits, ties to the lower index.
-static void reference_choice(RouterRef *f) {
+// What the chosen experts weigh by the logits.
+static double weights_loss(const RouterRef *f) {
   const Dims *d = &f->c->dims;
+  const int one[2] = {1, 1};
   int kmax = dims_kmax(d);
-  double s[32];
+  double loss = 0;
   for (int r = 0; r < used_rows(f->c); r++) {
-    int m = modality_of(f->c, r), order[32];
-    reference_logits(f, r, s);
-    for (int e = 0; e < d->E[m]; e++) order[e] = e;
-    for (int i = 1; i < d->E[m]; i++)
-      for (int j = i; j > 0 && s[order[j]] > s[order[j - 1]]; j--) {
-        int t = order[j];
-        order[j] = order[j - 1];
-        order[j - 1] = t;
-      }
-    for (int j = 0; j < d->K[m]; j++) {
-      f->chosen[r * kmax + j] = order[j];
-      f->counts[(m ? d->E[0] : 0) + order[j]]++;
-    }
+    int m = modality_of(f->c, r), E = d->E[m], K = d->K[m];
+    const double *s = f->logits + two_sided_base(d->T, one, d->E, m) + r * E;
+    double all = 0, sum = 0;
+    for (int e = 0; e < E; e++) all += exp(s[e]);
+    for (int j = 0; j < K; j++) sum += exp(s[f->chosen[r * kmax + j]]);
+    for (int j = 0; j < K; j++)
+      loss += (double)f->dweights[r * kmax + j] * exp(s[f->chosen[r * kmax + j]]) / (K == 1 ? all : sum);
   }
+  return loss;
 }
 
 static double router_loss(void *context) {
-  RouterRef *f = context;
+  const RouterRef *f = context;
   const Dims *d = &f->c->dims;
-  const BatchDims *n = f->c->batch.dims;
-  int kmax = dims_kmax(d);
-  double s[32], P[MODALITIES][32] = {{0}}, total = 0;
-  double rows[MODALITIES] = {n->n_text, n->n_image};
-  memset(f->weight, 0, (size_t)(d->T * kmax) * sizeof *f->weight);
-  f->balance_loss = f->z_loss = 0;
-  for (int r = 0; r < used_rows(f->c); r++) {
-    int m = modality_of(f->c, r), E = d->E[m], K = d->K[m];
-    const int *chosen = f->chosen + r * kmax;
-    double all = 0, sum = 0;
-    reference_logits(f, r, s);
-    for (int e = 0; e < E; e++) all += exp(s[e]);
-    for (int e = 0; e < E; e++) P[m][e] += exp(s[e]) / all / rows[m];
-    for (int j = 0; j < K; j++) sum += exp(s[chosen[j]]);
-    for (int j = 0; j < K; j++) f->weight[r * kmax + j] = exp(s[chosen[j]]) / (K == 1 ? all : sum);
-    f->z_loss += (double)n->router_scale * f->z * log(all) * log(all) / rows[m];
-    for (int i = 0; i < d->C; i++) total += (double)f->add_seed[r * d->C + i] * f->h[r * d->C + i];
-  }
-  for (int m = 0; m < MODALITIES; m++)
-    for (int e = 0; e < d->E[m] && rows[m] > 0; e++)
-      f->balance_loss += (double)n->router_scale * f->balance * d->E[m] * P[m][e] * f->counts[(m ? d->E[0] : 0) + e] /
-                         (rows[m] * d->K[m]);
-  return total + f->balance_loss + f->z_loss + dot(f->dweights, f->weight, d->T * kmax);
+  Metrics *m = memset(f->metrics, 0, (size_t)metrics_size(d) * sizeof(double));
+  reference_run(f->c, OP_ROUTER_FWD, f->args, OP_IN(f->h, f->wr[0], f->wr[1]),
+                OP_OUT(f->logits, f->weights, f->other_route));
+  reference_run(f->c, OP_ROUTER_LOSS, f->args, OP_IN(f->logits, f->route), OP_OUT(f->metrics));
+  return m->balance + m->z + weights_loss(f) + dot(f->dadd, f->h, (int64_t)used_rows(f->c) * d->C);
 }
 
 // The route leads from assignments to slots sorted by (expert, row) and back; the used slots are exactly the packed
 // range of each modality; everything else is -1.
-static void check_route(const OpCase *c, const int *chosen, const double *counts, int32_t *memory) {
+static void check_route(const OpCase *c, int32_t *memory) {
   const Dims *d = &c->dims;
   const BatchDims *n = c->batch.dims;
   Route route;
@@ -85,10 +55,8 @@ static void check_route(const OpCase *c, const int *chosen, const double *counts
     for (int e = 0; e < d->E[m]; e++) {
       int g = (m ? d->E[0] : 0) + e;
       assert_int_equal(route.begin[g], at);
-      assert_int_equal(route.count[g], (int)counts[g]);
       for (int s = at; s < at + route.count[g]; s++) {
         int source = route.source[m][s];
-        assert_int_equal(chosen[source], e);
         assert_int_equal(route.slot[source], s);
         assert_int_equal(modality_of(c, source / kmax), m);
         if (s > at) assert_true(route.source[m][s - 1] / kmax < source / kmax);
@@ -151,44 +119,52 @@ static void test_router(void **state) {
              SIZES(REALS(nl), REALS(nw), route_bytes));
 
     real *dweights = case_random(c, nw, 1), *add = seed % 2 ? case_random(c, nx, 1) : NULL;
+    Route bound;
+    route_bind(&bound, d, route);
+    int32_t *chosen = case_bytes(c, (size_t)nw * sizeof *chosen, 0xff);
+    for (int g = 0; g < groups; g++)
+      for (int s = bound.begin[g]; s < bound.begin[g] + bound.count[g]; s++)
+        chosen[bound.source[g >= d->E[0]][s]] = g < d->E[0] ? g : g - d->E[0];
     RouterRef f = {.c = c,
+                   .chosen = chosen,
+                   .args = {.router = {.balance = 0.7, .z = 0.3, .layer = d->L - 1}},
                    .h = case_double(c, h, nx),
                    .wr = {case_double(c, wr[0], d->E[0] * C), case_double(c, wr[1], d->E[1] * C)},
-                   .chosen = case_bytes(c, (size_t)nw * sizeof(int), 0xff),
-                   .weight = case_zeros(c, nw),
-                   .counts = case_zeros(c, groups),
-                   .balance = 0.7,
-                   .z = 0.3,
+                   .route = route,
+                   .logits = case_zeros(c, nl),
+                   .weights = case_zeros(c, nw),
+                   .other_route = case_bytes(c, route_bytes, 0),
+                   .metrics = case_zeros(c, metrics_size(d)),
                    .dweights = dweights,
-                   .add_seed = add ? add : case_random(c, nx, 0)};
-    reference_choice(&f);
+                   .dadd = add ? add : case_random(c, nx, 0)};
     router_loss(&f);
-    assert_small(relative_error(weights, f.weight, nw), CASE_TOL);
-    check_route(c, f.chosen, f.counts, route);
+    const Metrics want = *(const Metrics *)f.metrics;
+    assert_small(relative_error(weights, f.weights, nw), CASE_TOL);
+    assert_true(same_bits(route, f.other_route, route_bytes));
+    check_route(c, route);
     if (seed % 6 == 3)
       for (int m = 0; m < 2; m++) // all rows really are on one expert
-        assert_int_equal((int)f.counts[m ? d->E[0] : 0], m ? c->batch.dims->n_image : c->batch.dims->n_text);
+        assert_int_equal(bound.count[m ? d->E[0] : 0], m ? c->batch.dims->n_image : c->batch.dims->n_text);
     for (int r = 0; r < used_rows(c); r++) {
-      double s[32];
       int m = modality_of(c, r);
-      reference_logits(&f, r, s);
-      assert_small(relative_error(logits + two_sided_base(d->T, one, d->E, m) + r * d->E[m], s, d->E[m]), CASE_TOL);
+      int64_t at = two_sided_base(d->T, one, d->E, m) + r * d->E[m];
+      assert_small(relative_error(logits + at, f.logits + at, d->E[m]), CASE_TOL);
     }
     int64_t filler = (T - used_rows(c)) * d->E[1];
     assert_true(all_zero(logits + nl - filler, filler));
 
     // Losses and loads add to what is there.
-    OpArgs args = {.router = {.balance = f.balance, .z = f.z, .layer = d->L - 1}};
+    OpArgs args = f.args;
     double *metrics = case_zeros(c, metrics_size(d));
     for (int64_t i = 0; i < metrics_size(d); i++) metrics[i] = (double)i;
     Metrics *m = (Metrics *)metrics, prior = *m;
     run_same(c, OP_ROUTER_LOSS, args, OP_IN(logits, route), OP_OUT(metrics),
              SIZES((size_t)metrics_size(d) * sizeof(double)));
-    assert_true(fabs(m->balance - prior.balance - f.balance_loss) <= CASE_TOL * (1 + f.balance_loss));
-    assert_true(fabs(m->z - prior.z - f.z_loss) <= CASE_TOL * (1 + f.z_loss));
+    assert_true(fabs(m->balance - prior.balance - want.balance) <= CASE_TOL * (1 + want.balance));
+    assert_true(fabs(m->z - prior.z - want.z) <= CASE_TOL * (1 + want.z));
     int64_t base = (int64_t)(sizeof(Metrics) / sizeof(double)), layer = base + (d->L - 1) * groups;
     for (int64_t i = base; i < metrics_size(d); i++)
-      assert_true(metrics[i] == (double)i + (i >= layer ? f.counts[i - layer] : 0));
+      assert_true(metrics[i] == (double)i + (i >= layer ? bound.count[i - layer] : 0));
     assert_true(same_bits(&prior.nll, &m->nll, offsetof(Metrics, balance)));
 
     const void *const *in = OP_IN(dweights, logits, weights, route, h, wr[0], wr[1], add);

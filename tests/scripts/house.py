@@ -15,6 +15,7 @@ FLOORS = [
     "base",
     "model/config",
     "kernels",
+    "kernels/cpu/reference",
     "kernels/cpu",
     "kernels/cuda",
     "data",
@@ -27,7 +28,7 @@ FLOORS = [
 # Rooms that must not know each other although one is above the other.
 APART = [("kernels/cuda", "kernels/cpu"), ("data", "kernels/cpu"), ("data", "kernels/cuda"), ("model/program", "data"),
          ("model/files", "kernels"), ("model/files", "data"), ("model/files", "model/program"), ("model", "data")]
-ROOMS_OF_A_BACKEND = ("kernels/cpu", "kernels/cuda")
+ROOMS_OF_A_BACKEND = ("kernels/cpu/reference", "kernels/cpu", "kernels/cuda")
 # Headers of device code that the kernels of several files are made from: they include their family's interface, which
 # its own .cu file implements with them.
 DEVICE_CODE = ("kernels/cuda/adaln_rows", "kernels/cuda/gemm_tiles")
