@@ -1,6 +1,7 @@
 // The CUDA backend: its table of kernels, memory, queues and graphs of one GPU.
 #include "kernels/cuda/adaln.h"
 #include "kernels/cuda/experts.h"
+#include "kernels/cuda/pinned.h"
 #include "kernels/cuda/rates.h"
 #include "kernels/master.h"
 
@@ -9,13 +10,7 @@ extern "C" {
 #include "model/config/config.h"
 }
 
-#include <atomic>
-#include <map>
-#include <mutex>
 #include <nvtx3/nvToolsExt.h>
-#include <sys/mman.h>
-#include <thread>
-#include <unistd.h>
 #include <vector>
 
 // The one GPU of this process. Set by cuda_open.
@@ -26,8 +21,6 @@ static struct {
   size_t free_at_open; // bytes, when the context was there and nothing else
   double sheet_flops;  // Backend.sheet_flops
   char name[256];
-  std::mutex pinned_lock;
-  std::map<void *, size_t> pinned; // bytes of large host memory
 } gpu;
 
 void cuda_check(cudaError_t status, const char *what, const char *file, int line) {
@@ -184,81 +177,21 @@ static DeviceRates cuda_rates(void) {
   return rates_measure(gpu.sheet_flops, gpu.stream[LANE_COMPUTE]);
 }
 
-// Whether there was enough memory: the caller says better what did not fit. Any call may also return the error of a
-// kernel before it, which ends the process here.
-static int was_allocated(cudaError_t status) {
-  if (status == cudaSuccess) return 1;
+bool cuda_was_allocated(cudaError_t status) {
+  if (status == cudaSuccess) return true;
   cudaGetLastError();
   CUDA_CHECK(cudaDeviceSynchronize());
-  return 0;
+  return false;
 }
 
 // Not cleared: compute-sanitizer's initcheck shall see what is read before it was written.
 static void *cuda_alloc(size_t bytes) {
   void *p = NULL;
-  return was_allocated(cudaMalloc(&p, bytes)) ? p : NULL;
+  return cuda_was_allocated(cudaMalloc(&p, bytes)) ? p : NULL;
 }
 
 static void cuda_release(void *p) {
   CUDA_CHECK(cudaFree(p));
-}
-
-// Host memory from which on several threads write to it before the driver pins it, which would find and clear page
-// after page on the calling thread alone.
-enum { LARGE_PINNED = 64 << 20 };
-
-// Writes to every page, so that it is there; on huge pages where the system has them.
-static void pages_touch(char *at, size_t bytes) {
-  const size_t page = (size_t)sysconf(_SC_PAGESIZE), huge = (size_t)2 << 20, parts = (bytes + huge - 1) / huge;
-  const unsigned cores = std::thread::hardware_concurrency(), workers = cores < 1 ? 1 : cores < 16 ? cores : 16;
-  std::atomic<size_t> next(0);
-  std::vector<std::thread> thread;
-  const auto work = [&] {
-    for (size_t part; (part = next++) < parts;)
-      for (size_t i = part * huge; i < bytes && i < (part + 1) * huge; i += page) at[i] = 0;
-  };
-  madvise(at, bytes, MADV_HUGEPAGE);
-  for (unsigned i = 1; i < workers; i++) thread.emplace_back(work);
-  work();
-  for (auto &t : thread) t.join();
-}
-
-static void *pages_pin(size_t bytes) {
-  void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) return NULL;
-  pages_touch((char *)p, bytes);
-  if (was_allocated(cudaHostRegister(p, bytes, cudaHostRegisterDefault))) return p;
-  munmap(p, bytes);
-  return NULL;
-}
-
-static void *cuda_host_alloc(size_t bytes) {
-  void *p = NULL;
-  if (bytes < LARGE_PINNED) return was_allocated(cudaMallocHost(&p, bytes)) ? p : NULL;
-  p = pages_pin(bytes);
-  if (p) {
-    std::lock_guard<std::mutex> lock(gpu.pinned_lock);
-    gpu.pinned[p] = bytes;
-  }
-  return p;
-}
-
-static void cuda_host_release(void *p) {
-  size_t bytes = 0;
-  {
-    std::lock_guard<std::mutex> lock(gpu.pinned_lock);
-    const auto large = gpu.pinned.find(p);
-    if (large != gpu.pinned.end()) {
-      bytes = large->second;
-      gpu.pinned.erase(large);
-    }
-  }
-  if (!bytes) {
-    CUDA_CHECK(cudaFreeHost(p));
-    return;
-  }
-  CUDA_CHECK(cudaHostUnregister(p));
-  munmap(p, bytes);
 }
 
 static void cuda_upload(void *device, const void *host, size_t bytes) {
@@ -279,7 +212,7 @@ static void cuda_clear(void *device, size_t bytes) {
 static LinkRates cuda_link(void) {
   const LinkRates none = {};
   if (!gpu.sm_count) return none;
-  return link_measure(gpu.stream[LANE_D2H], gpu.stream[LANE_H2D], cuda_host_alloc, cuda_host_release);
+  return link_measure(gpu.stream[LANE_D2H], gpu.stream[LANE_H2D]);
 }
 
 // ---- queues ----
@@ -466,8 +399,8 @@ static Backend backend_make(void) {
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;
   b.release = cuda_release;
-  b.host_alloc = cuda_host_alloc;
-  b.host_release = cuda_host_release;
+  b.host_alloc = pinned_alloc;
+  b.host_release = pinned_release;
   b.upload = cuda_upload;
   b.download = cuda_download;
   b.clear = cuda_clear;

@@ -20,6 +20,10 @@ typedef __nv_bfloat16 bf16;
 void cuda_check(cudaError_t status, const char *what, const char *file, int line);
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 
+// Whether there was enough memory: the caller says better what did not fit. Any call may also return the error of a
+// kernel before it, which ends the process here.
+bool cuda_was_allocated(cudaError_t status);
+
 // kernel<<<grid, block, shared, stream>>>(...), with the launch checked. `kernel` needs parentheses if it has commas.
 #define CUDA_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
   do {                                                                                                                 \

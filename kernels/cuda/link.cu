@@ -1,6 +1,7 @@
 // What copies between the open device and pinned memory of this machine carry, measured: what a plan hides transfers
 // by.
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/pinned.h"
 #include "kernels/cuda/rates.h"
 
 #include <algorithm>
@@ -47,14 +48,14 @@ static double latency(Direction *d, double rate) {
   return std::max(0.0, copies_end(d, SMALL_COPIES) - SMALL / rate);
 }
 
-LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d, void *(*host_alloc)(size_t), void (*host_release)(void *)) {
+LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d) {
   LinkRates r = {};
   void *device = NULL;
-  char *host = (char *)host_alloc(DIRECTIONS * (size_t)LARGE);
+  char *host = (char *)pinned_alloc(DIRECTIONS * (size_t)LARGE);
   if (!host) return r;
   if (cudaMalloc(&device, DIRECTIONS * (size_t)LARGE) != cudaSuccess) {
     cudaGetLastError();
-    host_release(host);
+    pinned_release(host);
     return r;
   }
   Direction down = {cudaMemcpyDeviceToHost, (char *)device, host, d2h, {}};
@@ -76,6 +77,6 @@ LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d, void *(*host_alloc)(s
   for (Direction *d : {&down, &up})
     for (cudaEvent_t e : d->event) CUDA_CHECK(cudaEventDestroy(e));
   CUDA_CHECK(cudaFree(device));
-  host_release(host);
+  pinned_release(host);
   return r;
 }

@@ -12,7 +12,7 @@
 DeviceRates rates_measure(double sheet_flops, cudaStream_t stream);
 
 // Takes about 100 ms, and 256 MB of device and of pinned host memory while it does; zeros where they are not there.
-LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d, void *(*host_alloc)(size_t), void (*host_release)(void *));
+LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d);
 
 // Whether cuBLASLt can be loaded (cublas_lt.cu).
 bool cublas_lt_found(void);
