@@ -115,21 +115,13 @@ static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_PARTS)
   int run = len ? start / run_rows : 0, pieces = len ? (start + len - 1) / run_rows - run + 1 : 0;
   int begin = pieces * part / SUM_PARTS, end = pieces * (part + 1) / SUM_PARTS;
   const float *from = s.pieces + (int64_t)(run + g) * ADALN_SUMS * C + first;
-  float4 sum = make_float4(0, 0, 0, 0);
   if (!there) end = begin;
-#pragma unroll 8
-  for (int p = begin; p < end; p++) {
-    float4 v = *reinterpret_cast<const float4 *>(from + (int64_t)p * ADALN_SUMS * C);
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  }
+  float4 sum = slots_sum(from, ADALN_SUMS * C, begin, end, 1);
   shared[part][threadIdx.x] = sum;
   __syncthreads();
   if (part || !there) return;
 #pragma unroll
-  for (int other = 1; other < SUM_PARTS; other++) {
-    float4 v = shared[other][threadIdx.x];
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  }
+  for (int other = 1; other < SUM_PARTS; other++) sum = add4(sum, shared[other][threadIdx.x]);
   int k = first / C, column = (k == 0 ? s.columns[0] : k == 1 ? s.columns[1] : s.columns[2]) + first - k * C;
   *reinterpret_cast<uint2 *>(s.dmod + g * M + column) = make_uint2(pack2(sum.x, sum.y), pack2(sum.z, sum.w));
 }

@@ -9,6 +9,7 @@
 #define TESSERA_ADALN_H
 
 #include "kernels/cuda/activation.h"
+#include "kernels/cuda/sums.h"
 
 #define ADALN_EPS 1e-6f
 enum { ADALN_SUMS = 3, ADALN_MAX_DIM = 4096 };
@@ -56,27 +57,19 @@ static __device__ void adaln_piece_store(float *slot, const float sums[SUMS][8],
   if (groups == 1) {
     if (column >= C) return;
 #pragma unroll
-    for (int k = 0; k < SUMS; k++) {
-      float4 *to = reinterpret_cast<float4 *>(slot + k * C + column);
-      to[0] = make_float4(sums[k][0], sums[k][1], sums[k][2], sums[k][3]);
-      to[1] = make_float4(sums[k][4], sums[k][5], sums[k][6], sums[k][7]);
-    }
+    for (int k = 0; k < SUMS; k++) store_sums(slot + k * C + column, sums[k]);
     return;
   }
   int width = ADALN_SHARED_COLUMNS / groups;
 #pragma unroll
-  for (int k = 0; k < SUMS; k++) {
-    float4 *to = reinterpret_cast<float4 *>(shared + k * ADALN_SHARED_COLUMNS + group * width + column);
-    to[0] = make_float4(sums[k][0], sums[k][1], sums[k][2], sums[k][3]);
-    to[1] = make_float4(sums[k][4], sums[k][5], sums[k][6], sums[k][7]);
-  }
+  for (int k = 0; k < SUMS; k++) store_sums(shared + k * ADALN_SHARED_COLUMNS + group * width + column, sums[k]);
   __syncthreads();
   for (int i = threadIdx.x; i < SUMS * (C / 4); i += blockDim.x) {
     int k = i / (C / 4), first = i % (C / 4) * 4;
     float4 sum = make_float4(0, 0, 0, 0);
     for (int other = 0; other < groups; other++) {
       float4 v = *reinterpret_cast<const float4 *>(shared + k * ADALN_SHARED_COLUMNS + other * width + first);
-      sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+      sum = add4(sum, v);
     }
     *reinterpret_cast<float4 *>(slot + k * C + first) = sum;
   }

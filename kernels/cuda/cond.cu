@@ -1,6 +1,7 @@
 // The condition of an image segment and the modulation table: ops over [SEG, .] tensors, row 0 being text.
 #include "kernels/cuda/activation.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/sums.h"
 
 enum { THREADS = 256, FREQUENCIES = 128 };
 
@@ -116,32 +117,10 @@ extern "C" void cuda_COND_FWD(const KernelCall *c) {
 
 enum { COND_EIGHTS = 2, MOD_EIGHTS = 32 }; // eights of columns in a block; its threads share the rows of each eight
 
-// out[column] (+)= the sums of all threads that have the eight of `column`, in the order of the threads. The block has
-// columns 0 .. `columns` - 1 of `out`, 8 EIGHTS of them at most. `shared`: shares_floats<EIGHTS>().
-template <int EIGHTS> static __host__ __device__ constexpr int shares_stride() {
-  return EIGHTS * 8 + 4; // + 4: neighbouring threads' sums in other banks
-}
-template <int EIGHTS> static __host__ __device__ constexpr int shares_floats() {
-  return THREADS / EIGHTS * shares_stride<EIGHTS>();
-}
-template <int EIGHTS>
-static __device__ inline void add_shares(const float sum[8], float *shared, int columns, int accumulate, float *out) {
-  __syncthreads();
-  float4 *to = (float4 *)(shared + threadIdx.x / EIGHTS * shares_stride<EIGHTS>() + threadIdx.x % EIGHTS * 8);
-  to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-  to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
-  __syncthreads();
-  int column = threadIdx.x;
-  if (column >= EIGHTS * 8 || column >= columns) return;
-  float total = accumulate ? out[column] : 0;
-  for (int i = 0; i < THREADS / EIGHTS; i++) total += shared[i * shares_stride<EIGHTS>() + column];
-  out[column] = total;
-}
-
 static __global__ void __launch_bounds__(THREADS)
     cond_bwd_kernel(const BatchDims *n, const int32_t *seg_kind, int segments, int Z, int accumulate, const bf16 *da,
                     const bf16 *sum, bf16 *dc, float *de_kind) {
-  __shared__ __align__(16) float shared[shares_floats<COND_EIGHTS>()];
+  __shared__ __align__(16) float shared[shares_floats(THREADS, COND_EIGHTS)];
   int column0 = blockIdx.x * COND_EIGHTS * 8, column = column0 + threadIdx.x % COND_EIGHTS * 8;
   float kinds[2][8] = {}; // sums of dc by seg_kind
   for (int g = threadIdx.x / COND_EIGHTS; g < segments && column < Z; g += THREADS / COND_EIGHTS) {
@@ -164,7 +143,7 @@ static __global__ void __launch_bounds__(THREADS)
   }
 #pragma unroll
   for (int k = 0; k < 2; k++)
-    add_shares<COND_EIGHTS>(kinds[k], shared, Z - column0, accumulate, de_kind + k * Z + column0);
+    add_shares<THREADS, COND_EIGHTS>(kinds[k], shared, Z - column0, accumulate, de_kind + k * Z + column0);
 }
 
 extern "C" void cuda_COND_BWD(const KernelCall *c) {
@@ -211,7 +190,7 @@ extern "C" void cuda_MOD_FWD(const KernelCall *c) {
 
 static __global__ void __launch_bounds__(THREADS)
     mod_bwd_kernel(const BatchDims *n, int M, int accumulate, const bf16 *dmod, float *dS) {
-  __shared__ __align__(16) float shared[shares_floats<MOD_EIGHTS>()];
+  __shared__ __align__(16) float shared[shares_floats(THREADS, MOD_EIGHTS)];
   int column0 = blockIdx.x * MOD_EIGHTS * 8, column = column0 + threadIdx.x % MOD_EIGHTS * 8;
   int share = threadIdx.x / MOD_EIGHTS, used = n->n_segments;
   float text[8] = {}, image[8] = {}, x[8];
@@ -224,8 +203,8 @@ static __global__ void __launch_bounds__(THREADS)
       for (int i = 0; i < 8; i++) image[i] += x[i];
     }
   }
-  add_shares<MOD_EIGHTS>(text, shared, M - column0, accumulate, dS + TEXT * (int64_t)M + column0);
-  add_shares<MOD_EIGHTS>(image, shared, M - column0, accumulate, dS + IMAGE * (int64_t)M + column0);
+  add_shares<THREADS, MOD_EIGHTS>(text, shared, M - column0, accumulate, dS + TEXT * (int64_t)M + column0);
+  add_shares<THREADS, MOD_EIGHTS>(image, shared, M - column0, accumulate, dS + IMAGE * (int64_t)M + column0);
 }
 
 extern "C" void cuda_MOD_BWD(const KernelCall *c) {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: types, launches that are checked, reductions, 16-byte accesses.
+// What the CUDA kernels share: types, launches that are checked, 16-byte accesses. Sums: sums.h.
 //
 // Activations and weights are bf16, everything else fp32; arithmetic is fp32. Widths (C, F, S, Z, P, V, H D, G D) are
 // multiples of 8, so that every row begins on 16 bytes; C is at most 4096; head_dim is 32, 64 or 128; at most 256
@@ -80,29 +80,6 @@ static __device__ inline void load8(const bf16 *p, float x[8]) {
 }
 static __device__ inline void store8(bf16 *p, const float x[8]) {
   *reinterpret_cast<uint4 *>(p) = pack8(x);
-}
-
-// ---- reductions; every lane (thread) gets the result ----
-
-static __device__ inline float warp_sum(float v) {
-#pragma unroll
-  for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
-static __device__ inline double warp_sum_double(double v) {
-#pragma unroll
-  for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
-// Over a block of whole warps, at most 32 of them. `shared` holds 32 floats and may be used again after a
-// __syncthreads().
-static __device__ inline float block_sum(float v, float *shared) {
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
-  v = warp_sum(v);
-  if (lane == 0) shared[warp] = v;
-  __syncthreads();
-  v = lane < warps ? shared[lane] : 0;
-  return warp_sum(v);
 }
 
 // The kernels; operands and formulas: kernels.h.

@@ -1,5 +1,5 @@
 // Ops at the entrance of the model: token embeddings, and captions pooled from them.
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/sums.h"
 
 enum {
   THREADS = 256,
@@ -82,13 +82,14 @@ static __device__ inline void sum_rows(const Batch &b, int first, int end, int s
   }
 }
 
-static __device__ inline void store_sum(float *to, const float sum[8], int accumulate) {
+// to [8] (+)= sum.
+static __device__ inline void add_sum(float *to, const float sum[8], int accumulate) {
   float4 *at = (float4 *)to;
   float4 a = make_float4(sum[0], sum[1], sum[2], sum[3]), b = make_float4(sum[4], sum[5], sum[6], sum[7]);
   if (accumulate) {
     float4 c = at[0], d = at[1];
-    a = make_float4(a.x + c.x, a.y + c.y, a.z + c.z, a.w + c.w);
-    b = make_float4(b.x + d.x, b.y + d.y, b.z + d.z, b.w + d.w);
+    a = add4(a, c);
+    b = add4(b, d);
   }
   at[0] = a;
   at[1] = b;
@@ -121,19 +122,19 @@ static __global__ void __launch_bounds__(THREADS, 4)
     bool mine = rows <= LONG_RUN && v0 + i < V && (rows || !accumulate);
     float sum[8] = {};
     sum_rows(b, first[i], mine ? end[i] : 0, 1, C, column, dx, dmean, sum);
-    if (mine && inside) store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
+    if (mine && inside) add_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
   }
   for (int i = 0; i < BWD_IDS; i++) {
     if (end[i] - first[i] <= LONG_RUN) continue;
     float sum[8] = {};
     sum_rows(b, first[i] + half, end[i], HALVES, C, column, dx, dmean, sum);
     __syncthreads(); // the id before has been read from `partial`
-    store_sum(&partial[half][lane * 8], sum, 0);
+    store_sums(&partial[half][lane * 8], sum);
     __syncthreads();
     if (half || !inside) continue;
 #pragma unroll
     for (int h = 1; h < HALVES; h++) add8(sum, &partial[h][lane * 8]);
-    store_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
+    add_sum(dE + (int64_t)(v0 + i) * C + column, sum, accumulate);
   }
 }
 
@@ -163,7 +164,7 @@ static __device__ inline float pool_caption(const Batch &b, const bf16 *E, int C
       load8(E + (int64_t)b.token[r] * C + eight * 8, x);
       add8(u, x);
     }
-    store_sum(partial[threadIdx.x], u, 0);
+    store_sums(partial[threadIdx.x], u);
   }
   __syncthreads();
   float squares = 0, part = __fdividef(1, (float)(end - first));

@@ -5,6 +5,7 @@
 // the forward pass (EXPERT_UP_FWD) and once in the backward pass (EXPERT_DOWN_BWD).
 #include "kernels/cuda/experts.h"
 #include "kernels/cuda/activation.h"
+#include "kernels/cuda/sums.h"
 
 extern "C" {
 #include "base/base.h"

@@ -1,6 +1,6 @@
 // The two ends of the flow: noised patches, and the velocity loss of the predicted ones.
 #include "base/philox.h"
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/sums.h"
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
 enum { LOSS_THREADS = 512, LOSS_WARPS = LOSS_THREADS / 32 };

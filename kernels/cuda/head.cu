@@ -2,6 +2,7 @@
 // that logits never exist whole. How many chunks hold anything is known on the device only: the products of the others
 // find no rows.
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/sums.h"
 
 enum { THREADS = 512, WARPS = THREADS / 32 };
 

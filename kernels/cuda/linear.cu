@@ -1,6 +1,7 @@
 // Linear layers over an extent of rows: the products through gemm.h, the rows that no product writes by one small
 // kernel before it, bias gradients by column sums in two passes of fixed order.
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/sums.h"
 
 typedef decltype(((OpArgs *)0)->linear) LinearArgs;
 
@@ -215,10 +216,7 @@ static __global__ void __launch_bounds__(THREADS)
     bias_total(const float *__restrict__ partial, int width, int accumulate, float *dbias) {
   const int column = blockIdx.x * THREADS + threadIdx.x;
   if (column >= width) return;
-  float total = 0;
-#pragma unroll 16 // loads in flight
-  for (int p = 0; p < BIAS_PARTS; p++) total += partial[(int64_t)p * width + column];
-  dbias[column] = total + (accumulate ? dbias[column] : 0);
+  dbias[column] = slots_sum<BIAS_PARTS>(partial + column, width) + (accumulate ? dbias[column] : 0);
 }
 
 extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {

@@ -3,7 +3,7 @@
 //
 // A thread holds 8 elements (4 rotary pairs) of a head: D / 8 lanes make a head, a warp walks over the heads of one
 // token. All heads of a token turn by the same angles, which are computed once a token.
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/sums.h"
 
 #include <math.h>
 
@@ -244,11 +244,7 @@ template <int D> static __device__ void sums_store(const float dw[2][8], HeadLan
   __shared__ __align__(16) float shared[owners][2][D];
   int owner = threadIdx.x / 32 * HeadLane<D>::heads + lane.head;
 #pragma unroll
-  for (int k = 0; k < 2; k++) {
-    float4 *to = reinterpret_cast<float4 *>(&shared[owner][k][8 * lane.part]);
-    to[0] = make_float4(dw[k][0], dw[k][1], dw[k][2], dw[k][3]);
-    to[1] = make_float4(dw[k][4], dw[k][5], dw[k][6], dw[k][7]);
-  }
+  for (int k = 0; k < 2; k++) store_sums(&shared[owner][k][8 * lane.part], dw[k]);
   __syncthreads();
   for (int at = threadIdx.x; at < 2 * D; at += BACKWARD_THREADS) {
     float sum = 0;
@@ -286,14 +282,9 @@ static __global__ void __launch_bounds__(SUM_PARTS *SUM_LANES)
   int lane = threadIdx.x % SUM_LANES, part = threadIdx.x / SUM_LANES, first = blockIdx.x * 4 * SUM_LANES;
   int n_text = dims->n_text, from = modality ? n_text : 0, to = modality ? n_text + dims->n_image : n_text;
   int begin = from / RUN_ROWS, slots = to > from ? (to - 1) / RUN_ROWS - begin + 1 : 0;
-  int last = (int)((int64_t)slots * (part + 1) / SUM_PARTS);
-  float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-  for (int i = (int)((int64_t)slots * part / SUM_PARTS); i < last; i++) {
-    const float *slot = partial + ((int64_t)(begin + i + modality) * 2 + key) * D + first;
-    float4 v = reinterpret_cast<const float4 *>(slot)[lane];
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  }
+  const float *slot = partial + ((int64_t)(begin + modality) * 2 + key) * D + first + 4 * lane;
+  float4 sum = slots_sum(slot, 2 * D, (int)((int64_t)slots * part / SUM_PARTS),
+                         (int)((int64_t)slots * (part + 1) / SUM_PARTS), 1);
   // The four parts of a warp, then the warps.
 #pragma unroll
   for (int d = SUM_LANES; d < 32; d *= 2) {

@@ -7,6 +7,7 @@
 #define TESSERA_ROUTER_H
 
 #include "kernels/cuda/mma.h"
+#include "kernels/cuda/sums.h"
 
 enum {
   ROUTER_THREADS = 256,

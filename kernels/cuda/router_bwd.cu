@@ -272,23 +272,15 @@ static __global__ void __launch_bounds__(THREADS)
   int share = threadIdx.x / (TOTAL_COLUMNS / 4), column = blockIdx.x * TOTAL_COLUMNS + four * 4;
   if (e >= s.E[m]) return;
   int blocks = ceil_div(side_rows(n, m), block_rows), before = m == TEXT ? 0 : ceil_div(n->n_text, block_rows);
-  float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-  for (int i = share; i < blocks; i += TOTAL_SHARES) {
-    if (column >= s.C) continue;
-    float4 x = *(const float4 *)(partial + ((int64_t)(before + i) * experts + blockIdx.y) * s.C + column);
-    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
-  }
+  const float *from = partial + ((int64_t)before * experts + blockIdx.y) * s.C + column;
+  float4 sum = slots_sum(from, (int64_t)experts * s.C, share, column < s.C ? blocks : 0, TOTAL_SHARES);
   sums[share][four] = sum;
   __syncthreads();
   if (share || column >= s.C) return;
   float4 *to = (float4 *)((m == TEXT ? dwr0 : dwr1) + (int64_t)e * s.C + column);
-  if (accumulate) sum = make_float4(sum.x + to->x, sum.y + to->y, sum.z + to->z, sum.w + to->w);
+  if (accumulate) sum = add4(sum, *to);
 #pragma unroll
-  for (int i = 1; i < TOTAL_SHARES; i++) {
-    float4 x = sums[i][four];
-    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
-  }
+  for (int i = 1; i < TOTAL_SHARES; i++) sum = add4(sum, sums[i][four]);
   *to = sum;
 }
 

@@ -3,7 +3,7 @@
 // The update ops walk all parameters with few launches: up to BATCH_SPANS of them travel in a kernel's arguments, cut
 // into chunks of CHUNK elements of which each block takes one; a chunk finds its parameter by binary search.
 #include "kernels/bits.h"
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/sums.h"
 #include "kernels/master.h"
 
 enum { BATCH_SPANS = 128, CHUNK = 16384, THREADS = 256 };
@@ -25,7 +25,7 @@ static __global__ void __launch_bounds__(THREADS) add_kernel(int64_t count, cons
 #pragma unroll 2
   for (int64_t i = first; i < count / 4; i += step) {
     float4 a = __ldcs((const float4 *)src + i), b = __ldcs((const float4 *)dst + i);
-    __stcs((float4 *)dst + i, make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w));
+    __stcs((float4 *)dst + i, add4(a, b));
   }
   for (int64_t i = count / 4 * 4 + first; i < count; i += step) dst[i] += src[i];
 }
@@ -142,18 +142,6 @@ static __device__ inline int64_t chunk_single(Chunk c, Eights e) {
 
 // ---- GRAD_NORM ----
 
-// Over a block of THREADS; thread 0 gets the result. In a fixed order.
-static __device__ double block_sum_double(double v, double *shared) {
-  v = warp_sum_double(v);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  if (threadIdx.x) return 0;
-  double sum = 0;
-  for (int i = 0; i < THREADS / 32; i++) sum += shared[i];
-  return sum;
-}
-
 // sums[chunk] = sum of squares of a chunk. In fp64 from the first product on: the square of a finite gradient can
 // exceed fp32, and only a gradient that is not finite itself may look so.
 static __global__ void __launch_bounds__(THREADS)
@@ -170,7 +158,7 @@ static __global__ void __launch_bounds__(THREADS)
   }
   int64_t single = chunk_single(c, e);
   if (single >= 0) sum += (double)grads[single] * (double)grads[single];
-  sum = block_sum_double(sum + sum2, shared);
+  sum = block_sum_double<THREADS>(sum + sum2, shared);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
@@ -181,7 +169,7 @@ static __global__ void __launch_bounds__(THREADS)
   int p = blockIdx.x, end = batch.first_chunk[p + 1];
   double sum = 0;
   for (int i = batch.first_chunk[p] + threadIdx.x; i < end; i += THREADS) sum += sums[i];
-  sum = block_sum_double(sum, shared);
+  sum = block_sum_double<THREADS>(sum, shared);
   if (threadIdx.x == 0) partial[p] = sum;
 }
 
@@ -196,7 +184,7 @@ static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const dou
     total += partial[p];
     if (!isfinite(partial[p])) atomicMin(&first_bad, p);
   }
-  total = block_sum_double(total, shared); // its barriers order first_bad too
+  total = block_sum_double<THREADS>(total, shared); // its barriers order first_bad too
   if (threadIdx.x) return;
   // The loss first: where it is not finite, all the gradients behind it are not either.
   double loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z, norm = sqrt(total);
