@@ -264,25 +264,6 @@ void params_stream(const ParamTable *t, ParamValues which, uint64_t seed, size_t
   free(s.normal);
 }
 
-// A slab on the host and its elements' size.
-typedef struct HostSlab {
-  char *at;
-  size_t element_bytes;
-} HostSlab;
-
-static void put_in_slab(void *arg, int64_t offset, int64_t count, const void *values) {
-  const HostSlab *slab = arg;
-  memcpy(slab->at + (size_t)offset * slab->element_bytes, values, (size_t)count * slab->element_bytes);
-}
-
-void params_init(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab) {
-  params_stream(t, PARAMS_INITIAL, seed, element_bytes, put_in_slab, &(HostSlab){slab, element_bytes});
-}
-
-void params_randomize(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab) {
-  params_stream(t, PARAMS_RANDOM, seed, element_bytes, put_in_slab, &(HostSlab){slab, element_bytes});
-}
-
 int64_t params_active(const Config *c, int modality) {
   Dims d = dims_from_config(c, 1, 1);
   int64_t attn = (int64_t)d.C * (d.H + 2 * d.G) * d.D + (int64_t)d.C * d.H * d.D;

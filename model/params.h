@@ -70,9 +70,6 @@ enum { PARAMS_PIECE = 1 << 22 };
 // not depend on the others', nor on the number of threads that draw them.
 void params_stream(const ParamTable *t, ParamValues which, uint64_t seed, size_t element_bytes, ParamSink sink,
                    void *arg);
-// The same into a slab on the host.
-void params_init(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab);
-void params_randomize(const ParamTable *t, uint64_t seed, size_t element_bytes, void *slab);
 
 // Parameters a token of the modality multiplies with: attention projections + 3C(kF+S) per layer + input + output.
 int64_t params_active(const Config *c, int modality);

@@ -45,20 +45,6 @@ void engine_slab_read(const Engine *e, Space space, void *out) {
   free(scratch);
 }
 
-void engine_slab_write(Engine *e, Space space, const void *from) {
-  const Backend *b = e->model.backend;
-  int64_t n = e->model.params.total;
-  if (!engine_converts(e, space)) {
-    b->upload(e->bases.of[space], from, (size_t)n * b->dtype_bytes[DT_REAL]);
-    return;
-  }
-  char *weights = xmalloc(stored_bytes(b, n)), *remainders = weights + (size_t)n * b->dtype_bytes[DT_ACT];
-  b->weights_write(from, n, weights, remainders);
-  b->upload(e->bases.of[SPACE_WEIGHTS], weights, (size_t)n * b->dtype_bytes[DT_ACT]);
-  if (e->bases.of[SPACE_REST]) b->upload(e->bases.of[SPACE_REST], remainders, (size_t)n * (size_t)b->remainder_bytes);
-  free(weights);
-}
-
 int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
   const Backend *b = e->model.backend;
   if (!b->queues || e->pinned.stage_bytes) return 0;

@@ -6,7 +6,6 @@
 
 // A whole slab as DT_REAL, the weights as their masters.
 void engine_slab_read(const Engine *e, Space space, void *out);
-void engine_slab_write(Engine *e, Space space, const void *from);
 // Elements [first, first + count) of a slab. `scratch` is used where engine_converts says so: a weight and its
 // remainder for each. May be called by any thread, one at a time.
 void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);

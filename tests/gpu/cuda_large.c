@@ -12,6 +12,7 @@
 #include "base/philox.h"
 #include "data/packer.h"
 #include "model/config/load.h"
+#include "tests/ops/slab_fill.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -309,7 +310,7 @@ static double loss_at(Engine *e, const Config *c, const float *weights, const fl
   int64_t total = e->model.params.total;
   float *moved = xmalloc((size_t)total * sizeof *moved);
   for (int64_t i = 0; i < total; i++) moved[i] = (float)((double)weights[i] + by * (double)direction[i]);
-  engine_slab_write(e, SPACE_WEIGHTS, moved);
+  slab_upload(e, SPACE_WEIGHTS, moved);
   float *nll = text_nll(e, c, SLOTS);
   double sum = 0;
   for (int i = 0; i < SLOTS; i++) sum += (double)nll[i];
@@ -329,7 +330,7 @@ static void check_slope(Engine *e, const Config *c, const Outcome *o) {
   double slope = (loss_at(e, c, weights, o->grads, by) - loss_at(e, c, weights, o->grads, -by)) / (2 * by);
   printf("  loss %.5f; its slope along the gradient is %.4f of the gradient's square\n", loss, slope / norm);
   if (!(fabs(slope / norm - 1) <= slope_tolerance)) fail("slope", slope / norm, 1);
-  engine_slab_write(e, SPACE_WEIGHTS, weights);
+  slab_upload(e, SPACE_WEIGHTS, weights);
   free(weights);
 }
 

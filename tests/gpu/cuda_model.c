@@ -15,6 +15,7 @@
 #include "model/config/load.h"
 #include "model/program/policy.h"
 #include "model/program/replay.h"
+#include "tests/ops/slab_fill.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -370,10 +371,10 @@ static void open_model(ModelTest *t, const ModelConfig *m, uint64_t seed) {
 
   int64_t total = t->cpu.model.params.total;
   Value weights = {.data = xmalloc((size_t)total * sizeof(float)), .dtype = DT_ACT, .count = total};
-  params_randomize(&t->cpu.model.params, seed, sizeof(float), weights.data);
+  params_fill(&t->cpu.model.params, PARAMS_RANDOM, seed, sizeof(float), weights.data);
   value_round(weights);
-  engine_slab_write(&t->cpu, SPACE_WEIGHTS, weights.data);
-  engine_slab_write(&t->cuda, SPACE_WEIGHTS, weights.data);
+  slab_upload(&t->cpu, SPACE_WEIGHTS, weights.data);
+  slab_upload(&t->cuda, SPACE_WEIGHTS, weights.data);
   free(weights.data);
 }
 

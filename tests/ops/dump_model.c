@@ -6,6 +6,7 @@
 #include "model/config/load.h"
 #include "tests/ops/op_case.h"
 #include "trainer/dump.h"
+#include "tests/ops/slab_fill.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -67,7 +68,7 @@ static void dump_variant(int k, const char *folder) {
   if (config_load(&config, NULL, sets, n_sets, &err) || engine_record(&e, &config, &backend_cpu, 1, &err) ||
       engine_allocate(&e, &err))
     fatal(&err);
-  params_randomize(&e.model.params, (uint64_t)k + 1, sizeof(real), engine_slab(&e, SPACE_WEIGHTS));
+  params_fill(&e.model.params, PARAMS_RANDOM, (uint64_t)k + 1, sizeof(real), engine_slab(&e, SPACE_WEIGHTS));
 
   OpCase packs[2];
   int64_t targets = 0, noised = 0;

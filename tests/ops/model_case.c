@@ -3,6 +3,7 @@
 #include "base/base.h"
 #include "model/config/load.h"
 #include "model/program/replay.h"
+#include "tests/ops/slab_fill.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -58,7 +59,7 @@ void model_case_init(ModelCase *c, uint64_t seed, int variant) {
     need_bytes(c, slabs[i], slab);
     memset(c->bases.of[slabs[i]], 0, (size_t)slab);
   }
-  params_randomize(&c->model.params, seed, sizeof(real), c->bases.of[SPACE_WEIGHTS]);
+  params_fill(&c->model.params, PARAMS_RANDOM, seed, sizeof(real), c->bases.of[SPACE_WEIGHTS]);
   model_case_fit_pack(c);
   need_bytes(c, SPACE_METRICS, metrics_size(&c->ops.dims) * (int64_t)sizeof(double));
   need_bytes(c, SPACE_SCALARS, sizeof(StepScalars));

@@ -8,6 +8,7 @@
 #include "kernels/cpu/cpu.h"
 #include "model/config/load.h"
 #include "tests/unit/engine_case.h"
+#include "tests/ops/slab_fill.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -43,7 +44,8 @@ void world_open(World *w, int slots, int max_images) {
   assert_non_null(w->tokenizer);
   if (engine_record(&w->engine, &w->config, &w->backend, 0, &err) != 0) fail_msg("%s", err.text);
   if (engine_allocate(&w->engine, &err) != 0) fail_msg("%s", err.text);
-  params_randomize(&w->engine.model.params, 7, w->backend.dtype_bytes[DT_ACT], engine_slab(&w->engine, SPACE_WEIGHTS));
+  params_fill(&w->engine.model.params, PARAMS_RANDOM, 7, w->backend.dtype_bytes[DT_ACT],
+              engine_slab(&w->engine, SPACE_WEIGHTS));
 }
 
 void world_close(World *w) {

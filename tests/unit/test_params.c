@@ -13,6 +13,7 @@
 #include "base/base.h"
 #include "model/config/load.h"
 #include "model/params.h"
+#include "tests/ops/slab_fill.h"
 
 enum { LAYERS = 3, HEADS = 2, HEAD_DIM = 12, COND = 40, PATCH = 4, BOTTLENECK = 30, VOCAB = 300 };
 enum { EXPERT_TEXT = 24, EXPERT_IMAGE = 36, SHARED_TEXT = 20, SHARED_IMAGE = 28, FEATURES = 256 };
@@ -137,9 +138,9 @@ static void check_table(int dim, int per_modality) {
   float *narrow = xmalloc((size_t)t.total * sizeof *narrow);
   char used[RULES] = {0};
   memset(slab, 0xff, (size_t)t.total * sizeof *slab);
-  params_init(&t, 5, sizeof(double), slab);
-  params_init(&t, 6, sizeof(double), other);
-  params_init(&t, 5, sizeof(float), narrow);
+  params_fill(&t, PARAMS_INITIAL, 5, sizeof(double), slab);
+  params_fill(&t, PARAMS_INITIAL, 6, sizeof(double), other);
+  params_fill(&t, PARAMS_INITIAL, 5, sizeof(float), narrow);
   int64_t covered = 0;
   for (int i = 0; i < t.n; i++) {
     const Param *p = &t.of[i];

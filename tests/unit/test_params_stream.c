@@ -9,6 +9,7 @@
 #include "base/philox.h"
 #include "model/config/load.h"
 #include "model/params.h"
+#include "tests/ops/slab_fill.h"
 
 #include <math.h>
 #include <omp.h>
@@ -78,14 +79,14 @@ static void test_stream(void **state) {
   for (size_t k = 0; k < sizeof threads / sizeof *threads; k++) {
     omp_set_num_threads(threads[k]);
     memset(got, 0xFF, bytes);
-    params_init(&t, seed, sizeof *got, got);
+    params_fill(&t, PARAMS_INITIAL, seed, sizeof *got, got);
     for (int i = 0; i < t.n; i++) {
       int64_t end = i + 1 < t.n ? t.of[i + 1].offset : t.total, n = end - t.of[i].offset; // its padding too
       if (memcmp(got + t.of[i].offset, want + t.of[i].offset, (size_t)n * sizeof *got) != 0)
         fail_msg("%d threads: %s has other values", threads[k], t.of[i].name);
     }
   }
-  params_init(&t, seed, sizeof *wide, wide);
+  params_fill(&t, PARAMS_INITIAL, seed, sizeof *wide, wide);
   for (int64_t i = 0; i < t.total; i++)
     if ((float)wide[i] != want[i])
       fail_msg("element %lld in double: %g, not %g", (long long)i, wide[i], (double)want[i]);

@@ -16,6 +16,7 @@
 
 #include "base/base.h"
 #include "model/program/replay.h"
+#include "tests/ops/slab_fill.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -122,8 +123,8 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   Outcome o = {0};
   OptimizerState state = {0};
   if (engine_record(&e, c, backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
-  engine_slab_write(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
-  engine_slab_write(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
+  slab_upload(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
+  slab_upload(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
   o.elements = (size_t)e.model.params.total;
   o.metrics_bytes = (size_t)e.bytes[SPACE_METRICS];
   o.nll_bytes = (size_t)e.slots * sizeof *o.nll;

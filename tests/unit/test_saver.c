@@ -13,6 +13,7 @@
 #include "tests/unit/temp_folder.h"
 #include "trainer/saver.h"
 #include "trainer/slab.h"
+#include "tests/ops/slab_fill.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -74,7 +75,7 @@ static void fill(Engine *e, float *given[SPACES]) {
   const Backend *b = e->model.backend;
   for (int s = 0; s < SPACES; s++) {
     given[s] = values_of(e, spaces[s]);
-    if (!b->queues || engine_converts(e, spaces[s])) engine_slab_write(e, spaces[s], given[s]);
+    if (!b->queues || engine_converts(e, spaces[s])) slab_upload(e, spaces[s], given[s]);
   }
   for (int s = SPACES - 1; b->queues && s >= 0; s--) {
     if (engine_converts(e, spaces[s])) continue;
@@ -119,7 +120,7 @@ static void save(const char *name, int kind, const char *copy, uint64_t seed, Qu
   queued_cpu_fault(FAULT_NONE);
   queued_cpu_drain();
   float *other = xcalloc((size_t)e.model.params.total, sizeof *other);
-  for (int k = 0; k < SPACES; k++) engine_slab_write(&e, spaces[k], other);
+  for (int k = 0; k < SPACES; k++) slab_upload(&e, spaces[k], other);
   if (saver_result(s, 1, &err) != 0) fail_msg("%s", err.text);
   saver_close(s);
   engine_free(&e);
