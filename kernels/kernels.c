@@ -15,6 +15,9 @@ const OpInfo op_info[OP_COUNT] = {
 #undef OP_ROW
 };
 
+_Static_assert(sizeof(OpInputs) == OP_MAX_IN * sizeof(void *), "OP_MAX_IN is too small for a row of the table");
+_Static_assert(sizeof(OpOutputs) == OP_MAX_OUT * sizeof(void *), "OP_MAX_OUT is too small for a row of the table");
+
 static float bf16_to_float(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
   float f;

@@ -10,7 +10,7 @@ static void record_condition(Recording *r, Input *in) {
   const Dims *d = &r->d;
   int64_t SEG = d->segments, Z = d->Z;
   in->features = program_tensor(r->p, DT_ACT, SEG * TIME_FEATURES, "time features");
-  program_op(r->p, OP_TIME_FEATURES, NULL, OUT(in->features), NULL);
+  program_op(r->p, OP_TIME_FEATURES, IN(), OUT(in->features), NULL);
   in->t1 = linear(r, EXT_SEGMENTS, in->features, w->time1, w->time1_bias, TIME_FEATURES, d->Z, d->segments, "time1");
   in->t1_act = program_tensor(r->p, DT_ACT, SEG * Z, "time1 activation");
   program_op(r->p, OP_SILU_FWD, IN(in->t1), OUT(in->t1_act), NULL);
@@ -35,7 +35,7 @@ static TensorId record_embedding(Recording *r, Input *in) {
   } else {
     OpArgs a = {.noise = {.stream = r->mode == MODE_EVAL ? STREAM_EVAL : STREAM_NOISE}};
     in->z = rows_tensor(r, d->P, "z");
-    program_op(r->p, OP_NOISE, NULL, OUT(in->z), &a);
+    program_op(r->p, OP_NOISE, IN(), OUT(in->z), &a);
   }
   in->bottleneck = B ? linear(r, EXT_IMAGE, in->z, w->patch_down, -1, d->P, B, d->T, "patch bottleneck") : in->z;
   TensorId image =

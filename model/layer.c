@@ -90,8 +90,7 @@ static Site record_end(Recording *r, int l) {
              OUT(f->b2, s.x, s.h, s.mean, s.rstd), &args);
   if (r->train) {
     program_save(p, f->b2, SAVED_B2);
-    program_save_rebuild(p, OUT(f->b2, NO_TENSOR, NO_TENSOR, NO_TENSOR, NO_TENSOR), OP_EXPERT_COMBINE,
-                         IN(y, route, weights, shared), NULL);
+    program_save_rebuild(p, OUT(f->b2), OP_EXPERT_COMBINE, IN(y, route, weights, shared), NULL);
   }
   return s;
 }

@@ -7,8 +7,8 @@
 
 #include "model/model.h"
 
-#define IN(...) ((const TensorId[OP_MAX_IN]){__VA_ARGS__})
-#define OUT(...) ((const TensorId[OP_MAX_OUT]){__VA_ARGS__})
+#define IN(...) TENSORS(__VA_ARGS__)
+#define OUT(...) TENSORS(__VA_ARGS__)
 
 enum { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 }; // column blocks of a layer in the modulation table
 

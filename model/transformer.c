@@ -56,7 +56,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   r->metrics = program_external(p, SPACE_METRICS, 0, DT_F64, n_metrics, "metrics");
   if (mode_is_first(mode)) { // evaluation sums over many replays
     OpArgs zero = {.span = {.count = n_metrics * (int64_t)sizeof(double)}};
-    program_op(p, OP_ZERO, NULL, OUT(r->metrics), &zero);
+    program_op(p, OP_ZERO, IN(), OUT(r->metrics), &zero);
   }
 
   Input in;

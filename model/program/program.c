@@ -127,12 +127,18 @@ static TensorId tensor_like(Program *p, TensorId t, Space space, const char *suf
   return tensor_add(p, space, 0, like.dtype, like.count, name);
 }
 
+// A whole list of operands.
+static void operands_check(const Program *p, OpKind kind, const char *what, int n, TensorList given) {
+  if (given.n != n)
+    panic("program %s: op %d %s has %d %s, %d are given", p->name, p->n_ops, op_info[kind].name, n, what, given.n);
+}
+
 // One list of operands into op->in or op->out, checked against the table.
-static void operands_take(Program *p, OpKind kind, const OperandInfo *operand, int n, const TensorId *given,
-                          TensorId *to, int max) {
+static void operands_take(const Program *p, OpKind kind, const OperandInfo *operand, TensorList given, TensorId *to,
+                          int max) {
   for (int i = 0; i < max; i++) {
-    to[i] = i < n && given ? given[i] : NO_TENSOR;
-    if (i >= n) continue;
+    to[i] = i < given.n ? given.of[i] : NO_TENSOR;
+    if (i >= given.n) continue;
     if (to[i] == NO_TENSOR && !(operand[i].marks & OPTIONAL))
       panic("program %s: op %d %s: operand %s is missing", p->name, p->n_ops, op_info[kind].name, operand[i].name);
     if (to[i] < NO_TENSOR || to[i] >= p->n_tensors)
@@ -141,14 +147,16 @@ static void operands_take(Program *p, OpKind kind, const OperandInfo *operand, i
   }
 }
 
-static int op_add(Program *p, Lane lane, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args) {
+static int op_add(Program *p, Lane lane, OpKind kind, TensorList in, TensorList out, const OpArgs *args) {
   ProgramState *s = p->state;
   program_check_open(p);
   const OpInfo *o = &op_info[kind];
   Op op = {.kind = kind, .lane = lane, .layer = s->layer};
   if (args) op.args = *args;
-  operands_take(p, kind, o->in, o->n_in, in, op.in, OP_MAX_IN);
-  operands_take(p, kind, o->out, o->n_out, out, op.out, OP_MAX_OUT);
+  operands_check(p, kind, "inputs", o->n_in, in);
+  operands_check(p, kind, "outputs", o->n_out, out);
+  operands_take(p, kind, o->in, in, op.in, OP_MAX_IN);
+  operands_take(p, kind, o->out, out, op.out, OP_MAX_OUT);
   for (int i = 0; i < o->n_out; i++) {
     if (op.out[i] == NO_TENSOR) continue;
     if (op_accumulates(kind, i, &op.args)) op.acc |= 1u << i;
@@ -170,13 +178,13 @@ static int op_add(Program *p, Lane lane, OpKind kind, const TensorId *in, const 
   return p->n_ops++;
 }
 
-int program_op(Program *p, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args) {
+int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpArgs *args) {
   return op_add(p, LANE_COMPUTE, kind, in, out, args);
 }
 
 static void copy_add(Program *p, Lane lane, TensorId from, TensorId to) {
   OpArgs args = {.span = {.count = p->tensors[from].bytes}};
-  op_add(p, lane, OP_COPY, &from, &to, &args);
+  op_add(p, lane, OP_COPY, TENSORS(from), TENSORS(to), &args);
 }
 
 void program_layer(Program *p, int layer) {
@@ -215,14 +223,16 @@ void program_save(Program *p, TensorId t, Saved saved) {
   copy_add(p, LANE_D2H, t, host);
 }
 
-void program_save_rebuild(Program *p, const TensorId *t_of_out, OpKind kind, const TensorId *in, const OpArgs *args) {
+void program_save_rebuild(Program *p, TensorList t_of_out, OpKind kind, TensorList in, const OpArgs *args) {
   ProgramState *s = p->state;
   const OpInfo *o = &op_info[kind];
   Recipe r = {.kind = kind};
   if (args) r.args = *args;
-  operands_take(p, kind, o->in, o->n_in, in, r.in, OP_MAX_IN);
+  operands_check(p, kind, "inputs", o->n_in, in);
+  operands_check(p, kind, "outputs", o->n_out, t_of_out);
+  operands_take(p, kind, o->in, in, r.in, OP_MAX_IN);
   for (int i = 0; i < OP_MAX_OUT; i++) {
-    r.out[i] = i < o->n_out ? t_of_out[i] : NO_TENSOR;
+    r.out[i] = i < o->n_out ? t_of_out.of[i] : NO_TENSOR;
     if (r.out[i] != NO_TENSOR) tensor_check(p, r.out[i], "rebuild")->rebuild = s->n_recipes;
   }
   if (s->n_recipes == s->cap_recipes) {
@@ -287,7 +297,7 @@ static TensorId tensor_rebuild(Program *p, TensorId t) {
     out[i] = tensor_like(p, like, SPACE_ARENA, wanted ? " (again)" : " (scratch)");
     if (wanted) s->revival[r.out[i]].again = out[i];
   }
-  op_add(p, LANE_COMPUTE, r.kind, in, out, &r.args);
+  op_add(p, LANE_COMPUTE, r.kind, (TensorList){in, o->n_in}, (TensorList){out, o->n_out}, &r.args);
   s->revival[t].busy = 0;
   return s->revival[t].again;
 }

@@ -133,12 +133,19 @@ TensorId program_tensor(Program *p, Dtype dtype, int64_t count, const char *fmt,
 // count) returns the same tensor.
 TensorId program_external(Program *p, Space space, int64_t offset, Dtype dtype, int64_t count, const char *name);
 
-// Appends an op on the compute lane. in/out in the order of kernels.h, NO_TENSOR where an optional operand is absent;
-// both arrays have OP_MAX_IN / OP_MAX_OUT entries or end with the operands the op has. args NULL: zeros. Whether out[i]
-// accumulates follows from the table and args (see op_accumulates). Checks the presence of operands against the
-// table, and that no output is an input too (panics with op and operand named: a bug of the model code). Ops that use
-// the pack read it implicitly. Returns the op's index, which program_finish may change.
-int program_op(Program *p, OpKind kind, const TensorId *in, const TensorId *out, const OpArgs *args);
+// All inputs, or all outputs, of an op in the table's order; NO_TENSOR where an optional one is absent.
+typedef struct TensorList {
+  const TensorId *of; // [n]
+  int n;
+} TensorList;
+#define TENSORS(...)                                                                                                   \
+  ((TensorList){(const TensorId[]){__VA_ARGS__}, (int)(sizeof((const TensorId[]){__VA_ARGS__}) / sizeof(TensorId))})
+
+// Appends an op on the compute lane. args NULL: zeros. Whether an output accumulates follows from the table and args
+// (op_accumulates); the pack is read implicitly, where the table says so. Panics, with op and operand named, where
+// there are more or fewer operands than the table has, where one that is not optional is absent, and where an output is
+// an input too: bugs of the model code. Returns the op's index, which program_finish may change.
+int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpArgs *args);
 
 // Following ops and tensors belong to this layer (-1: none). A change of layer is also a scheduling mark: reloads move
 // to the mark before (schedule.h).
@@ -149,10 +156,10 @@ void program_layer(Program *p, int layer);
 // t's producer was recorded.
 void program_save(Program *p, TensorId t, Saved saved);
 // Says how to rebuild tensors whose policy is recompute, instead of recording their producer again: op `kind` with
-// `in`, whose output i rebuilds t_of_out[i] (NO_TENSOR: an optional output is absent, another is scratch shaped like
-// the same output of the producer of one of the others, which must then be of the same kind). Tensors named here with
-// another policy are not affected; their outputs become scratch.
-void program_save_rebuild(Program *p, const TensorId *t_of_out, OpKind kind, const TensorId *in, const OpArgs *args);
+// `in`, whose outputs rebuild those in `t_of_out` (NO_TENSOR: an optional output is absent, another is scratch shaped
+// like the same output of the producer of one of the others, which must then be of the same kind). Tensors named here
+// with another policy are not affected; their outputs become scratch.
+void program_save_rebuild(Program *p, TensorList t_of_out, OpKind kind, TensorList in, const OpArgs *args);
 
 // t as the backward pass can use it: kept, or never saved -> t; offloaded -> its reload, recorded on the h2d lane;
 // recomputed -> output of its producer (or rebuild recipe) recorded again with fresh outputs, inputs through

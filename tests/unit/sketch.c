@@ -132,7 +132,7 @@ static void sketch_op(Sketch *k, OpKind kind, const TensorId *in, const TensorId
   }
   if (to >= 0) s->from[last] = from, s->to[last] = to;
   OpArgs args = {.accumulate = k->accumulate, .span = {.count = (int64_t)(intptr_t)s}};
-  program_op(k->p, kind, in, out, &args);
+  program_op(k->p, kind, (TensorList){in, op_info[kind].n_in}, (TensorList){out, op_info[kind].n_out}, &args);
 }
 
 static TensorId sketch_tensor(Sketch *k) {
@@ -185,12 +185,10 @@ static void sketch_forward(Sketch *k, int l, TensorId x, TensorId branch) {
   y->saved[y->n_saved++] = y->x;
   y->saved[y->n_saved++] = out[1];
   if (rng_chance(&k->rng, 70)) {
-    TensorId rebuilds[OP_MAX_OUT] = {NONE, out[1], out[2], out[3], NONE};
-    if (rng_chance(&k->rng, 50)) rebuilds[3] = NONE; // scratch, shaped like its producer's
-    TensorId from[OP_MAX_IN] = {y->x, NONE, k->mod};
+    TensorId rstd = rng_chance(&k->rng, 50) ? NONE : out[3]; // scratch, shaped like its producer's
     // A copy: the recipe must not depend on the table of ops, which moves.
     OpArgs args = k->p->ops[k->p->tensors[out[1]].producer].args;
-    program_save_rebuild(k->p, rebuilds, OP_ADALN_FWD, from, &args);
+    program_save_rebuild(k->p, TENSORS(NONE, out[1], out[2], rstd), OP_ADALN_FWD, TENSORS(y->x, NONE, k->mod), &args);
   }
   TensorId known[MAX_LAYER_TENSORS] = {y->x, out[1], out[2], out[3]};
   int n_known = 4;
@@ -257,7 +255,7 @@ Sketch sketch_new(uint64_t seed, const PolicyTable *policy) {
   TensorId staged = program_external(p, SPACE_STAGING, 0, DT_U8, pack, "staged pack");
   TensorId live = program_external(p, SPACE_BATCH, 0, DT_U8, pack, "pack");
   OpArgs copy = {.span = {.count = pack}};
-  program_op(p, OP_COPY, &staged, &live, &copy);
+  program_op(p, OP_COPY, TENSORS(staged), TENSORS(live), &copy);
   k.mod = sketch_tensor(&k);
   TensorId x = sketch_tensor(&k), branch = NONE, in[OP_MAX_IN], out[OP_MAX_OUT];
   operands_clear(in, out);

@@ -24,7 +24,6 @@ extern const Backend backend_hash; // an op's args.span.count is the address of 
 extern const Dims sketch_dims;
 
 #define NONE NO_TENSOR
-#define LIST_IN(...) ((TensorId[OP_MAX_IN]){__VA_ARGS__})
 
 enum { MAX_LAYERS = 6, MAX_LAYER_TENSORS = 40, MAX_SHAPES = 1000, SLAB = 4096 };
 

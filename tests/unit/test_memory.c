@@ -116,9 +116,9 @@ static void test_plan_table(void **state) {
     program_layer(p, l);
     x[l] = program_tensor(p, DT_ACT, 1000000, "x");
     qkv[l] = program_tensor(p, DT_U8, l ? 5000000 : 3000000, "qkv");
-    program_op(p, OP_SWIGLU_FWD, &w, &x[l], NULL);
+    program_op(p, OP_SWIGLU_FWD, TENSORS(w), TENSORS(x[l]), NULL);
     program_save(p, x[l], SAVED_X);
-    program_op(p, OP_SWIGLU_FWD, &x[l], &qkv[l], NULL);
+    program_op(p, OP_SWIGLU_FWD, TENSORS(x[l]), TENSORS(qkv[l]), NULL);
     program_save(p, qkv[l], SAVED_QKV);
   }
   program_need(p, x[0]); // x[1] is needed to rebuild qkv[1]
@@ -199,12 +199,11 @@ static void test_costs(void **state) {
   TensorId w0 = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 12, "w0");
   TensorId w1 = program_external(p, SPACE_WEIGHTS, 64, DT_ACT, 12, "w1");
   TensorId y = program_tensor(p, DT_ACT, sketch_dims.T * 4, "y");
-  TensorId dw = program_external(p, SPACE_GRADS, 0, DT_REAL, 12, "dw"),
-           wgrad[OP_MAX_OUT] = {dw, NONE, NONE, NONE, NONE};
+  TensorId dw = program_external(p, SPACE_GRADS, 0, DT_REAL, 12, "dw");
   OpArgs linear = {.accumulate = 1, .linear = {.extent = EXT_SPLIT, .in_dim = {3, 3}, .out_dim = {4, 2}}};
-  int fwd = program_op(p, OP_LINEAR_FWD, LIST_IN(x, w0, w1, NONE), &y, &linear);
+  int fwd = program_op(p, OP_LINEAR_FWD, TENSORS(x, w0, w1, NONE), TENSORS(y), &linear);
   linear.linear.extent = EXT_SEGMENTS;
-  int bwd = program_op(p, OP_LINEAR_WGRAD, LIST_IN(y, x), wgrad, &linear);
+  int bwd = program_op(p, OP_LINEAR_WGRAD, TENSORS(y, x), TENSORS(dw, NONE, NONE), &linear);
   program_finish(p);
   const Extents full = {.text = sketch_dims.T, .segments = sketch_dims.segments};
   double flops, bytes;
