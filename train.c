@@ -5,8 +5,10 @@
 #include "model/config/config.h"
 #include "model/config/history.h"
 #include "model/config/load.h"
+#include "trainer/costs.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
+#include "trainer/predict.h"
 #include "trainer/signals.h"
 #include "trainer/trainer.h"
 
@@ -174,12 +176,13 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
 }
 
 // The table also of what does not fit.
-static int print_plan(const Config *c, Error *err) {
+static int print_plan(const Config *c, const char *run, Error *err) {
   Engine e = {0};
   const Backend *b = backend_for_plan(c, err);
-  int bad = !b || engine_record(&e, c, b, 1, err) != 0;
+  int bad = !b || engine_record_with(&e, c, b, 1, costs_open(c, b, run), err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
+    if (b->link) predict_print(&e, stdout);
     bad = standard_flush(err) != 0 || engine_check_budget(&e, err) != 0;
   }
   engine_free(&e);
@@ -220,7 +223,7 @@ int main(int argc, char **argv) {
     config_print(&c, stdout);
     bad = standard_flush(&err) != 0 || check_memory(&c, &err) != 0;
   } else if (o.plan) {
-    bad = print_plan(&c, &err);
+    bad = print_plan(&c, run, &err);
   } else {
     if (options_check_outputs(&o, run, &err) != 0) fatal(&err);
     Trainer *t = trainer_open(&c, &o, run, &err);

@@ -1,9 +1,9 @@
 #include "trainer/watch.h"
 
 #include "model/optimizer.h"
-#include "model/program/simulate.h"
 #include "trainer/costs.h"
 #include "trainer/measure.h"
+#include "trainer/predict.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -24,23 +24,6 @@ int watch_due(const Watch *w) {
   return w->due;
 }
 
-// ---- the prediction ----
-
-static double replay_seconds(const Costs *c, const Program *p) {
-  double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
-  for (int i = 0; i < p->n_ops; i++) seconds[i] = op_seconds(c, p, &p->ops[i]);
-  Simulation s = simulate(p, seconds, &c->link, NULL);
-  free(seconds);
-  return s.seconds;
-}
-
-double watch_predict(const Engine *e, int ema) {
-  double sum = replay_seconds(&e->costs, ema ? e->update_ema : e->update);
-  for (int k = 0; k < e->config->train.micro_batches; k++)
-    sum += replay_seconds(&e->costs, engine_micro_step(e, k)->program);
-  return sum;
-}
-
 // ---- timing ----
 
 static void keep_costs(const Watch *w, const Engine *e) {
@@ -52,7 +35,7 @@ static void keep_costs(const Watch *w, const Engine *e) {
 void watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step) {
   if (!w->due) return;
   if (measure_train(e, pack, extents, w->rounds > 0)) keep_costs(w, e);
-  for (int ema = 0; ema < 2; ema++) w->predicted[ema] = watch_predict(e, ema && e->update_ema);
+  for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
   w->due = 0;
   w->rounds++;
   w->first = step + 1;

@@ -36,7 +36,4 @@ OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t st
 void watch_update(Watch *w, Engine *e, const Program *update);
 // What a step took. After the last that is watched, the log says how well it was predicted, and what memory is in use.
 void watch_step(Watch *w, Engine *e, int64_t step, double seconds);
-
-// Seconds of a step by the engine's costs, with or without the EMA's update.
-double watch_predict(const Engine *e, int ema);
 #endif

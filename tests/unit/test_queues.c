@@ -11,8 +11,8 @@
 #include "tests/ops/model_case.h"
 #include "tests/unit/queued_cpu.h"
 #include "trainer/measure.h"
+#include "trainer/predict.h"
 #include "trainer/slab.h"
-#include "trainer/watch.h"
 
 #include "base/base.h"
 #include "model/program/replay.h"
@@ -104,7 +104,7 @@ static void measure(World *w, Engine *e) {
     assert_true(measure_has(&e->costs, e->first.program) && measure_has(&e->costs, e->later.program));
     assert_true(!is_auto || measure_has(&e->costs, m.program));
     assert_false(measure_has(&e->costs, e->update));
-    assert_true(watch_predict(e, 0) > 0 && watch_predict(e, 1) > watch_predict(e, 0));
+    assert_true(predict_step(e, 0) > 0 && predict_step(e, 1) > predict_step(e, 0));
     int64_t captures = queued_cpu_counts().captures;
     assert_int_equal(measure_train(e, w->pack[1], &extents, 0), 0); // all is known
     assert_int_equal(queued_cpu_counts().captures, captures);

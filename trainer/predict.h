@@ -1,0 +1,12 @@
+// What a step of an engine's programs will take, by its costs: its lanes played forward in time.
+#ifndef TESSERA_PREDICT_H
+#define TESSERA_PREDICT_H
+
+#include "trainer/engine.h"
+
+// Seconds of a step, with or without the EMA's update.
+double predict_step(const Engine *e, int ema);
+// Appends the line of --plan: what a step takes with its update and the mean share of the EMA's, the part of it that is
+// spent on the update, and the share of transfers that ops hide.
+void predict_print(const Engine *e, FILE *f);
+#endif
