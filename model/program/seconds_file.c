@@ -144,7 +144,7 @@ int costs_load(Costs *c, const CostsKey *key, const char *path) {
   if (access(path, F_OK) != 0) return 0;
   cJSON *root = json_parse_file(path, most_bytes, JSON_PLAIN, &err);
   if (!root) {
-    log_info("%s is left aside: %s", path, err.text);
+    log_info("%s: times are measured again", err.text);
     return 0;
   }
   Costs read = {0};
