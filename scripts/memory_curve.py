@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Tokens a second against the memory budget, for each memory policy: what ./train --plan predicts as lines, what runs
+of ./train measure as points.
+
+    scripts/memory_curve.py CONFIG OUT [--data FOLDER] [--budgets GB ...] [--set KEY=VALUE ...]
+
+Writes OUT/curve.csv, a row as soon as it is known: what is there already is not asked for again, so a curve that was
+broken off goes on. OUT/curve.svg is drawn anew each time. At the end the errors of the predictions are printed.
+
+Budgets: six from the smallest in which a plan runs to all that keep needs, unless given. A policy that leaves nothing
+to choose takes the same time in any budget that it fits: it is measured once. Runs are killed after their steps, before
+they write a checkpoint. FOLDER is one of scripts/make_bench_data.py; without it the config's own data are read.
+Needs nothing but Python 3.
+"""
+import argparse
+import csv
+import html
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+POLICIES = ["auto", "recompute", "offload", "keep"]
+COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
+COLUMNS = ["kind", "policy", "budget_gb", "needed_gb", "predicted_ms", "measured_ms", "tokens_per_second",
+           "planned_gb", "in_use_gb", "note"]
+BUDGETS, LINE_BUDGETS = 6, 24
+WARM_UP = 4  # steps before those that count
+INK, FAINT, GRID = "#222", "#666", "#e4e4e4"
+
+
+def fail(text, fix):
+    sys.exit(f"memory_curve: {text}\n  fix: {fix}")
+
+
+# ---- rows ----
+
+
+class Rows:
+    """The CSV: rows by (kind, policy, budget), added one by one."""
+
+    def __init__(self, path):
+        self.path, self.of = path, {}
+        if path.exists():
+            with open(path, newline="") as f:
+                for row in csv.DictReader(f):
+                    self.of[row["kind"], row["policy"], row["budget_gb"]] = row
+
+    def get(self, kind, policy, budget, make):
+        key = kind, policy, f"{budget:.3f}"
+        if key not in self.of:
+            row = dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, key)) | make()
+            new = not self.path.exists()
+            with open(self.path, "a", newline="") as f:
+                out = csv.DictWriter(f, COLUMNS)
+                if new:
+                    out.writeheader()
+                out.writerow(row)
+            self.of[key] = row
+            print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
+        return self.of[key]
+
+    def list(self, kind, policy):
+        rows = [row for key, row in self.of.items() if key[:2] == (kind, policy)]
+        return sorted(rows, key=lambda row: float(row["budget_gb"]))
+
+
+def number(row, column):
+    return float(row[column]) if row[column] != "" else math.nan
+
+
+# ---- ./train ----
+
+
+class Train:
+    """The program, and what is the same each time."""
+
+    def __init__(self, args):
+        self.args = args
+        self.run = args.out / "run"
+        self.sets = list(args.set)
+        if args.data:
+            sources = [{"type": "webdataset", "path": str(args.data / "bench.tar")}]
+            self.sets += [f"data.sources={json.dumps(sources)}", f"data.tokenizer={args.data / 'bench.bpe'}",
+                          "data.max_caption=96", "data.cfg_drop=0", "data.threads=8", "data.cache_mb=1024"]
+        self.sets += ["checkpoint.every=0", "eval.every=0", "eval.samples=0"]
+
+    def command(self, policy, budget, *more):
+        command = [str(self.args.train), str(self.args.config), "--memory", policy, "--run-dir", str(self.run), *more]
+        command += ["--set", f"memory.budget_gb={budget:.3f}"]
+        if self.args.device:
+            command += ["--device", self.args.device]
+        for assignment in self.sets:
+            command += ["--set", assignment]
+        return command
+
+    def plan(self, policy, budget):
+        """What --plan says: {} where it does not fit. needed_gb; predicted_ms where a device's time can be told."""
+        done = subprocess.run(self.command(policy, budget, "--plan"), cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            if "budget_gb" not in done.stderr:
+                fail(f"--plan failed: {done.stderr.strip()}", "see what ./train CONFIG --plan says")
+            return {}
+        total = re.search(r"^ +total +(\d+) bytes", done.stdout, re.M)
+        step = re.search(r"a step: predicted ([\d.]+) ms", done.stdout)
+        slots = re.search(r"slots (\d+),.* micro-batches (\d+)", done.stdout)
+        if not total or not slots:
+            fail("--plan says nothing of a total", "use this script with the ./train of its own version")
+        row = {"needed_gb": f"{int(total[1]) / 1e9:.3f}"}
+        if step:
+            row["predicted_ms"] = step[1]
+            row["tokens_per_second"] = f"{int(slots[1]) * int(slots[2]) / float(step[1]) * 1e3:.0f}"
+        return row
+
+    def clear(self):
+        """Of a run before, only its costs are of use."""
+        for path in self.run.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "costs.json":
+                path.unlink()
+
+    def steps(self):
+        """The step lines so far: what follows the last newline is still being written."""
+        metrics = self.run / "metrics.jsonl"
+        if not metrics.exists():
+            return []
+        return [line for line in map(json.loads, metrics.read_text().split("\n")[:-1]) if "seconds" in line]
+
+    def measure(self, policy, budget):
+        """What a run of some steps takes."""
+        self.clear()
+        wanted, log, began = WARM_UP + self.args.steps, self.args.out / "log", time.time()
+        with open(log, "w") as out:
+            more = ["--set", f"train.steps={wanted + 1000}"]
+            process = subprocess.Popen(self.command(policy, budget, *more), cwd=ROOT, stdout=out, stderr=out)
+            while process.poll() is None and len(self.steps()) < wanted and time.time() - began < self.args.limit:
+                time.sleep(0.1)
+            process.kill()
+            process.wait()
+        lines, said = self.steps()[WARM_UP:], log.read_text(errors="replace")
+        if not lines:
+            return {"note": (said.strip().splitlines() or ["no output"])[-1][:200]}
+        seconds = statistics.median(line["seconds"] for line in lines)
+        row = {"measured_ms": f"{1e3 * seconds:.3f}",
+               "tokens_per_second": f"{statistics.median(line['tokens'] / line['seconds'] for line in lines):.0f}"}
+        found = re.findall(r"a step: predicted ([\d.]+) ms, measured", said)
+        if found:
+            row["predicted_ms"] = found[-1]
+        found = re.findall(r"device memory: planned ([\d.]+) GB, in use ([\d.]+) GB", said)
+        if found:
+            row["planned_gb"], row["in_use_gb"] = found[-1]
+        return row
+
+
+def smallest_budget(train, needed):
+    """The least GB in which `auto` has a plan, to a hundredth of what keep needs: below it none fits."""
+    low, high = 0.0, needed
+    while high - low > max(0.01 * needed, 0.001):
+        middle = (low + high) / 2
+        if train.plan("auto", middle):
+            high = middle
+        else:
+            low = middle
+    return math.ceil(high * 1e3) / 1e3
+
+
+# ---- the picture ----
+
+
+def tick_step(span, most):
+    power = 10 ** math.floor(math.log10(span / most))
+    return next(power * f for f in (1, 2, 5, 10) if span / (power * f) <= most)
+
+
+def draw(rows, title):
+    width, height, left, right, top, bottom = 760, 460, 86, 130, 48, 56
+    xy = {}
+    for kind in ("line", "point"):
+        for policy in POLICIES:
+            xy[kind, policy] = [(float(r["budget_gb"]), number(r, "tokens_per_second")) for r in rows.list(kind, policy)
+                                if r["tokens_per_second"] != ""]
+    flat = [p for points in xy.values() for p in points]
+    if not flat:
+        return None
+    x0, x1 = min(p[0] for p in flat), max(p[0] for p in flat)
+    x0, x1 = x0 - 0.04 * (x1 - x0 or 1), x1 + 0.04 * (x1 - x0 or 1)
+    y1 = 1.06 * max(p[1] for p in flat)
+
+    def at(x, y):
+        return left + (width - left - right) * (x - x0) / (x1 - x0), height - bottom - (height - top - bottom) * y / y1
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+           f'font-size="13" fill="{INK}"><rect width="100%" height="100%" fill="white"/>',
+           f'<text x="{left}" y="24" font-size="15" font-weight="600">{html.escape(title)}</text>',
+           f'<text x="{left}" y="{top - 6}" fill="{FAINT}">tokens/s: lines predicted, points measured</text>',
+           f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle" fill="{FAINT}">'
+           f'budget, GB of the device</text>']
+    step = tick_step(y1, 6)
+    for i in range(int(y1 / step) + 1):
+        x, y = at(x0, i * step)
+        out.append(f'<path d="M{x:.1f} {y:.1f}H{width - right}" stroke="{GRID}"/><text x="{x - 8:.1f}" y="{y + 4:.1f}" '
+                   f'text-anchor="end" fill="{FAINT}">{i * step:,.6g}</text>')
+    step = tick_step(x1 - x0, 8)
+    for i in range(math.ceil(x0 / step), math.floor(x1 / step) + 1):
+        x, y = at(i * step, 0)
+        out.append(f'<path d="M{x:.1f} {y:.1f}v5" stroke="{FAINT}"/><text x="{x:.1f}" y="{y + 20:.1f}" '
+                   f'text-anchor="middle" fill="{FAINT}">{i * step:.6g}</text>')
+    shown = [policy for policy in POLICIES if xy["line", policy] or xy["point", policy]]
+    for i, policy in enumerate(shown):
+        fill = COLOURS[policy]
+        line = " L".join("{:.1f} {:.1f}".format(*at(*p)) for p in xy["line", policy])
+        if line:
+            out.append(f'<path d="M{line}" fill="none" stroke="{fill}" stroke-width="2"/>')
+        for p in xy["point", policy]:
+            x, y = at(*p)
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="white"/>')
+        y = top + 14 + 22 * i
+        out.append(f'<path d="M{width - right + 14} {y - 4}h18" stroke="{fill}" stroke-width="2"/>'
+                   f'<circle cx="{width - right + 23}" cy="{y - 4}" r="4.5" fill="{fill}" stroke="white"/>'
+                   f'<text x="{width - right + 40}" y="{y}">{policy}</text>')
+    return "\n".join(out) + "\n</svg>\n"
+
+
+# ---- the table ----
+
+
+def print_errors(rows):
+    points = [row for policy in POLICIES for row in rows.list("point", policy)]
+    for what, a, b in (("step time", "predicted_ms", "measured_ms"), ("device memory", "planned_gb", "in_use_gb")):
+        errors = [abs(number(r, b) / number(r, a) - 1) for r in points if r[a] != "" and r[b] != ""]
+        if errors:
+            print(f"{what}, predicted against measured in {len(errors)} runs: median {statistics.median(errors):.2%}, "
+                  f"worst {max(errors):.2%}")
+    speed = {p: [(number(r, "budget_gb"), number(r, "tokens_per_second")) for r in rows.list("point", p)
+                 if r["tokens_per_second"] != ""] for p in POLICIES}
+    for budget, auto in speed["auto"]:
+        ratios = [f"{auto / rate:.3f} x {p}" for p in POLICIES[1:] for _, rate in speed[p]]
+        if ratios:
+            print(f"auto in {budget:.3f} GB: {auto:.0f} tokens/s, " + ", ".join(ratios))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
+    parser.add_argument("--budgets", type=float, nargs="+", metavar="GB", help="to measure auto in")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--steps", type=int, default=12, help=f"of a run, behind {WARM_UP} (default 12)")
+    parser.add_argument("--limit", type=float, default=240, help="seconds of a run (default 240)")
+    parser.add_argument("--device", help="as ./train takes it")
+    parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
+    parser.add_argument("--plan-only", action="store_true", help="lines alone: nothing is run")
+    args = parser.parse_args()
+    args.config, args.out = args.config.resolve(), args.out.resolve()
+    args.train, args.data = args.train.resolve(), args.data and args.data.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    train, rows = Train(args), Rows(args.out / "curve.csv")
+    plenty = 1e6
+    fixed = {p: train.plan(p, plenty) for p in POLICIES[1:]}
+    needed = {p: math.ceil(float(row["needed_gb"]) * 1e3) / 1e3 for p, row in fixed.items()}
+    print("needed, GB: " + ", ".join(f"{p} {gb:.3f}" for p, gb in needed.items()), flush=True)
+    low = smallest_budget(train, needed["keep"])
+    span = needed["keep"] - low
+    budgets = args.budgets or [low + span * i / (BUDGETS - 1) for i in range(BUDGETS)]
+    points = [("auto", budget) for budget in sorted(budgets, reverse=True)] + [(p, needed[p]) for p in POLICIES[1:]]
+    points = [] if args.plan_only else [point for point in points if point[0] in args.policies]
+    # The first run times the ops that all plans after it go by.
+    for policy, budget in points[:1]:
+        rows.get("point", policy, budget, lambda: train.measure(policy, budget))
+    lines = [low + span * i / (LINE_BUDGETS - 1) for i in range(LINE_BUDGETS)]
+    for policy in args.policies:
+        if policy == "auto":
+            for budget in lines:
+                rows.get("line", policy, budget, lambda: train.plan("auto", budget))
+        else:  # the same time from what it needs on
+            made = train.plan(policy, plenty)
+            for budget in (needed[policy], max(needed[policy], needed["keep"])):
+                rows.get("line", policy, budget, lambda: made)
+    for policy, budget in points:
+        rows.get("point", policy, budget, lambda: train.measure(policy, budget))
+    picture = draw(rows, args.config.stem)
+    if picture:
+        (args.out / "curve.svg").write_text(picture, encoding="utf-8")
+        print(f"{args.out}/curve.svg")
+    print_errors(rows)
+
+
+if __name__ == "__main__":
+    main()

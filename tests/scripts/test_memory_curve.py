@@ -1,0 +1,98 @@
+"""scripts/memory_curve.py with a stand-in for ./train: what it asks for, what it writes, and that it goes on where it was
+broken off."""
+import csv
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+CURVE = Path(__file__).resolve().parents[2] / "scripts" / "memory_curve.py"
+SVG = "{http://www.w3.org/2000/svg}"
+
+# keep needs 10 GB, recompute 4, offload 3; auto has a plan from 2.5 GB on. A step takes 100 ms longer for each GB less
+# than keep's; runs take 1% more than predicted and 0.2% more memory.
+TRAIN = '''#!/usr/bin/env python3
+import json, sys, time
+from pathlib import Path
+a = sys.argv[1:]
+policy, run = a[a.index("--memory") + 1], Path(a[a.index("--run-dir") + 1])
+budget = next(float(x.split("=")[1]) for x in a if x.startswith("memory.budget_gb="))
+needs = {"keep": 10, "recompute": 4, "offload": 3, "auto": min(max(budget, 2.5), 10)}[policy]
+ms = 1000 + 100 * (10 - needs)
+with open(Path(__file__).parent / "calls", "a") as f:
+    f.write(("plan" if "--plan" in a else "run") + f" {policy} {budget}\\n")
+if needs > budget:
+    sys.exit("error: memory.budget_gb is too small")
+if "--plan" in a:
+    print("parameters 1 M, slots 1000, modulation rows 9, micro-batches 2, policy x")
+    print(f"  total {needs * 10**9:.0f} bytes {needs * 1e3} MB")
+    print(f"a step: predicted {ms:.2f} ms, no copies")
+    sys.exit()
+if policy == "offload":
+    sys.exit("error: no more memory")
+run.mkdir(parents=True, exist_ok=True)
+(run / "costs.json").write_text("{}")
+assert not (run / "metrics.jsonl").exists()
+sys.stderr.write(f"a step: predicted {ms:.2f} ms, measured {ms * 1.01:.2f} ms (+1.0%); device memory: planned {needs:.3f} GB,"
+                 f" in use {needs * 1.002:.3f} GB (+0.20%)\\n")
+sys.stderr.flush()
+with open(run / "metrics.jsonl", "w") as f:
+    for step in range(40):
+        warm = 5 if step < 4 else 1
+        f.write(json.dumps({"step": step, "tokens": 2000, "seconds": ms * 1.01e-3 * warm}) + "\\n")
+        if step == 20:
+            f.write(json.dumps({"step": step, "eval": {}}) + "\\n" + '{"step":')
+            f.flush()
+            time.sleep(60)
+'''
+
+
+def main():
+    with tempfile.TemporaryDirectory() as top:
+        top = Path(top)
+        config, train, out = top / "some.json", top / "train", top / "out"
+        config.write_text("{}")
+        train.write_text(TRAIN)
+        train.chmod(0o755)
+
+        def curve(*more):
+            (top / "calls").write_text("")
+            command = [sys.executable, CURVE, config, out, "--train", train, "--steps", "6", *more]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return done.stdout, (top / "calls").read_text().splitlines()
+
+        _, calls = curve("--plan-only")
+        assert not any(call.startswith("run") for call in calls), calls
+        assert not list((out / "curve.svg").parent.glob("run/*"))
+        said, calls = curve()
+        runs = [call for call in calls if call.startswith("run")]
+        assert len(runs) == 6 + 3 and runs[0] == "run auto 10.0", runs
+        assert "needed, GB: recompute 4.000, offload 3.000, keep 10.000" in said, said
+        assert "step time, predicted against measured in 8 runs: median 1.00%, worst 1.00%" in said, said
+        assert "device memory, predicted against measured in 8 runs: median 0.20%" in said, said
+        with open(out / "curve.csv", newline="") as f:
+            rows = {(r["kind"], r["policy"], r["budget_gb"]): r for r in csv.DictReader(f)}
+        assert rows["point", "offload", "3.000"]["note"] == "error: no more memory", rows
+        keep = rows["point", "keep", "10.000"]
+        assert keep["measured_ms"] == "1010.000" and keep["predicted_ms"] == "1000.00", keep
+        assert keep["tokens_per_second"] == f"{2000 / 1.01:.0f}" and keep["in_use_gb"] == "10.020", keep
+        lines = sorted(float(key[2]) for key in rows if key[:2] == ("line", "auto"))
+        assert len(lines) == 24 and 2.5 <= lines[0] < 2.61 and lines[-1] == 10, lines
+        assert rows["line", "recompute", "4.000"]["tokens_per_second"] == f"{2000 / 1.6:.0f}"
+        root = xml.parse(out / "curve.svg").getroot()
+        assert len(list(root.iter(f"{SVG}circle"))) == 6 + 2 + 4  # the legend's too
+        assert sum(e.get("fill") == "none" for e in root.iter(f"{SVG}path")) == 4
+        # A curve that was broken off: only what is missing is asked for.
+        text = (out / "curve.csv").read_text().splitlines(keepends=True)
+        (out / "curve.csv").write_text("".join(line for line in text if not line.startswith("point,keep")))
+        _, calls = curve()
+        assert [call for call in calls if call.startswith("run")] == ["run keep 10.0"], calls
+        done = subprocess.run([sys.executable, CURVE, config, top / "other", "--train", "/bin/false"],
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and "fix:" in done.stderr, done.stderr
+    print("curves: planned, measured, continued, refused")
+
+
+main()
