@@ -446,7 +446,7 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
 
 const Space state_spaces[STATE_SPACES] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
 
-int64_t engine_state_bytes(const Engine *e) {
+static int64_t state_bytes(const Engine *e) {
   int64_t sum = 0;
   for (int i = 0; i < STATE_SPACES; i++) sum += e->bytes[state_spaces[i]];
   return sum;
@@ -476,7 +476,7 @@ void engine_print_plan(const Engine *e, FILE *f) {
   print_row(f, "total", total_bytes(e), "");
   SaveCopy copy = config_save_copy(c);
   if (e->bytes[SPACE_ADAM_M] && copy != COPY_NEVER)
-    print_row(f, "copy for checkpoints", engine_state_bytes(e),
+    print_row(f, "copy for checkpoints", state_bytes(e),
               copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
   if (e->first.program) planner_print(e->first.program, f);
 }
