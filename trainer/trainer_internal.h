@@ -2,8 +2,8 @@
 #ifndef TESSERA_TRAINER_INTERNAL_H
 #define TESSERA_TRAINER_INTERNAL_H
 
-#include "data/loader.h"
 #include "trainer/evaluate.h"
+#include "trainer/feed.h"
 #include "trainer/report.h"
 #include "trainer/saver.h"
 #include "trainer/start.h"
