@@ -179,11 +179,12 @@ extern "C" void cuda_MOD_FWD(const KernelCall *c) {
   side->rows = d->segments;
   side->a = (const bf16 *)c->in.MOD_FWD.a; // [SEG, Z]
   side->b = (const bf16 *)c->in.MOD_FWD.U; // U [M, Z]
-  side->c = c->out.MOD_FWD.mod;            // [SEG, M]
   side->N = d->M;
   side->K = d->Z;
-  side->bias = S + (int64_t)IMAGE * d->M;
-  gemm_rows(&product, call_stream(c));
+  GemmStore end[MODALITIES] = {};
+  end[0].c = (bf16 *)c->out.MOD_FWD.mod; // [SEG, M]
+  end[0].bias = S + (int64_t)IMAGE * d->M;
+  gemm_rows(&product, end, call_stream(c));
   CUDA_LAUNCH(mod_rest_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->M / 8, THREADS)), THREADS, 0,
               call_stream(c), c->batch->dims, d->segments, d->M, S, (bf16 *)c->out.MOD_FWD.mod);
 }

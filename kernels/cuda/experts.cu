@@ -37,16 +37,17 @@ extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_UP_FWD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_FWD, d);
+  GemmStoreSwiglu end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
     s->a = (const bf16 *)c->in.EXPERT_UP_FWD.h; // h [T, C]
     s->a_index = route.source[m];
-    s->b = (const bf16 *)c->in.EXPERT_UP_FWD.w1[m];                    // W1 [E, 2F, C]
-    s->c = (bf16 *)c->out.EXPERT_UP_FWD.pre + slots_at(d, d->F, 2, m); // pre [slots, 2F]
-    s->act = (bf16 *)c->out.EXPERT_UP_FWD.a + slots_at(d, d->F, 1, m); // a [slots, F]
+    s->b = (const bf16 *)c->in.EXPERT_UP_FWD.w1[m];                        // W1 [E, 2F, C]
+    end[m].c = (bf16 *)c->out.EXPERT_UP_FWD.pre + slots_at(d, d->F, 2, m); // pre [slots, 2F]
+    end[m].act = (bf16 *)c->out.EXPERT_UP_FWD.a + slots_at(d, d->F, 1, m); // a [slots, F]
   }
-  gemm_rows(&g, call_stream(c));
+  gemm_rows(&g, end, call_stream(c));
 }
 
 extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
@@ -54,14 +55,15 @@ extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, c->in.EXPERT_DOWN_FWD.route);
   Gemm g = experts_gemm(OP_EXPERT_DOWN_FWD, d);
+  GemmStore end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
     s->a = (const bf16 *)c->in.EXPERT_DOWN_FWD.a + slots_at(d, d->F, 1, m); // a [slots, F]
     s->b = (const bf16 *)c->in.EXPERT_DOWN_FWD.w2[m];                       // W2 [E, C, F]
-    s->c = (bf16 *)c->out.EXPERT_DOWN_FWD.y + slots_at(d, C, 1, m);         // y [slots, C]
+    end[m].c = (bf16 *)c->out.EXPERT_DOWN_FWD.y + slots_at(d, C, 1, m);     // y [slots, C]
   }
-  gemm_rows(&g, call_stream(c));
+  gemm_rows(&g, end, call_stream(c));
 }
 
 extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
@@ -69,48 +71,51 @@ extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, c->in.EXPERT_UP_DGRAD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_DGRAD, d);
+  GemmStore end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
     s->a = (const bf16 *)c->in.EXPERT_UP_DGRAD.dpre + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
     s->b = (const bf16 *)c->in.EXPERT_UP_DGRAD.w1[m];                          // W1 [E, 2F, C]
-    s->c = (bf16 *)c->out.EXPERT_UP_DGRAD.dslot + slots_at(d, C, 1, m);        // dslot [slots, C]
+    end[m].c = (bf16 *)c->out.EXPERT_UP_DGRAD.dslot + slots_at(d, C, 1, m);    // dslot [slots, C]
   }
-  gemm_rows(&g, call_stream(c));
+  gemm_rows(&g, end, call_stream(c));
 }
 
 extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_DOWN_WGRAD.route);
   Gemm g = experts_gemm(OP_EXPERT_DOWN_WGRAD, d);
-  g.accumulate = c->args->accumulate;
   g.scratch = c->scratch;
+  GemmStoreWeights end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
     s->a = (const bf16 *)c->in.EXPERT_DOWN_WGRAD.dout; // dout [T, C]
     s->a_index = route.source[m];
     s->b = (const bf16 *)c->in.EXPERT_DOWN_WGRAD.sa + slots_at(d, d->F, 1, m); // sa [slots, F]
-    s->c = c->out.EXPERT_DOWN_WGRAD.dw2[m];                                    // dW2 [E, C, F]
+    end[m].accumulate = c->args->accumulate;
+    end[m].dw = (float *)c->out.EXPERT_DOWN_WGRAD.dw2[m]; // dW2 [E, C, F]
   }
-  gemm_weights(&g, call_stream(c));
+  gemm_weights(&g, end, call_stream(c));
 }
 
 extern "C" void cuda_EXPERT_UP_WGRAD(const KernelCall *c) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_UP_WGRAD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_WGRAD, d);
-  g.accumulate = c->args->accumulate;
   g.scratch = c->scratch;
+  GemmStoreWeights end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
     s->a = (const bf16 *)c->in.EXPERT_UP_WGRAD.dpre + slots_at(d, d->F, 2, m); // dpre [slots, 2F]
     s->b = (const bf16 *)c->in.EXPERT_UP_WGRAD.h;                              // h [T, C]
     s->b_index = route.source[m];
-    s->c = c->out.EXPERT_UP_WGRAD.dw1[m]; // dW1 [E, 2F, C]
+    end[m].accumulate = c->args->accumulate;
+    end[m].dw = (float *)c->out.EXPERT_UP_WGRAD.dw1[m]; // dW1 [E, 2F, C]
   }
-  gemm_weights(&g, call_stream(c));
+  gemm_weights(&g, end, call_stream(c));
 }
 
 // ---- backward of the weighted activation ----
@@ -165,18 +170,19 @@ extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
   float *dot = (float *)c->scratch;
   Gemm g = experts_gemm(OP_EXPERT_DOWN_BWD, d);
   Dots p = {};
+  GemmSwigluBackward end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     const int64_t at = slots_at(d, d->F, 1, m), pre_at = slots_at(d, d->F, 2, m);
     GemmSide *s = &g.side[m];
     s->extent = experts_extent(d, &route, m);
     s->a = (const bf16 *)c->in.EXPERT_DOWN_BWD.dout; // dout [T, C]
     s->a_index = route.source[m];
-    s->b = (const bf16 *)c->in.EXPERT_DOWN_BWD.w2[m];                 // W2 [E, C, F]
-    s->swiglu.pre = (const bf16 *)c->in.EXPERT_DOWN_BWD.pre + pre_at; // [slots, 2F]
-    s->swiglu.weight = (const float *)c->in.EXPERT_DOWN_BWD.weights;  // [T, Kmax]
-    s->swiglu.dpre = (bf16 *)c->out.EXPERT_DOWN_BWD.dpre + pre_at;    // [slots, 2F]
-    s->swiglu.sa = (bf16 *)c->out.EXPERT_DOWN_BWD.sa + at;            // [slots, F]
-    s->swiglu.dot = dot;
+    s->b = (const bf16 *)c->in.EXPERT_DOWN_BWD.w2[m];              // W2 [E, C, F]
+    end[m].pre = (const bf16 *)c->in.EXPERT_DOWN_BWD.pre + pre_at; // [slots, 2F]
+    end[m].weight = (const float *)c->in.EXPERT_DOWN_BWD.weights;  // [T, Kmax]
+    end[m].dpre = (bf16 *)c->out.EXPERT_DOWN_BWD.dpre + pre_at;    // [slots, 2F]
+    end[m].sa = (bf16 *)c->out.EXPERT_DOWN_BWD.sa + at;            // [slots, F]
+    end[m].dot = dot;
     p.dot[m] = dot;
     p.blocks[m] = ceil_div(d->F[m], GEMM_DOT_COLUMNS);
     p.source[m] = route.source[m];
@@ -186,6 +192,6 @@ extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
   p.dweights = (float *)c->out.EXPERT_DOWN_BWD.dweights;
   p.T = d->T;
   p.kmax = dims_kmax(d);
-  gemm_rows(&g, call_stream(c));
+  gemm_rows(&g, end, call_stream(c));
   CUDA_LAUNCH(dots_sum, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), p, c->batch->dims);
 }

@@ -4,7 +4,8 @@
 //   gemm_rows     C[r] = A[r] op(B_g)   for rows r of every group g   (forward, input gradient)
 //   gemm_weights  dW_g (+)= sum over rows r of group g of A[r]^T B[r]  (weight gradient)
 //
-// Products accumulate in fp32. Row r of a side is row r of its own A, B and C views: begin[g] counts from there.
+// Products accumulate in fp32. Row r of a side is row r of its own A, B and C views: begin[g] counts from there. What
+// becomes of a product is said by its epilogue, one of the Gemm... structs below a side.
 #ifndef TESSERA_GEMM_H
 #define TESSERA_GEMM_H
 
@@ -17,17 +18,6 @@ typedef struct GemmExtent {
   int begin_fixed, count_fixed;
 } GemmExtent;
 
-// The product taken as dA, the gradient of an activation a = swiglu(pre) that was weighted by w: what EXPERT_DOWN_BWD
-// wants is stored instead of C. For gemm_rows with b_transposed and a_index, without bias, add, act or c_float.
-enum { GEMM_DOT_COLUMNS = 32 };
-typedef struct GemmSwigluBackward {
-  const bf16 *pre;     // [rows, 2N] pairs (gate 2f, up 2f + 1); NULL: an ordinary product
-  const float *weight; // of row r: weight[a_index[r]]
-  bf16 *dpre;          // [rows, 2N] gradient of pre for w dA
-  bf16 *sa;            // [rows, N] w a
-  float *dot;          // [ceil(N / GEMM_DOT_COLUMNS), rows] <dA, a> over so many columns
-} GemmSwigluBackward;
-
 typedef struct GemmSide {
   int groups; // 0: the side is absent
   GemmExtent extent;
@@ -35,33 +25,71 @@ typedef struct GemmSide {
   const bf16 *a;                    // [rows, K] (gemm_weights: [rows, M])
   const int32_t *a_index, *b_index; // row r of A (B) is row index[r] / index_divisor of it; NULL: row r
   const bf16 *b;                    // [groups, N, K], or [groups, K, N] with b_transposed (gemm_weights: [rows, N])
-  void *c;                          // [rows, N], bf16 or fp32 (gemm_weights: [groups, M, N] fp32)
   int M, N, K;                      // M: gemm_weights only; K: gemm_rows only. Multiples of 8; 0: nothing to do
-  const bf16 *bias;                 // [N] or NULL; gemm_rows only, as are the following
-  const bf16 *add;                  // [rows, N] or NULL: added to the product
-  bf16 *act;                        // [rows, N/2] or NULL: SwiGLU of the row's (gate, up) pairs 2f, 2f + 1, from the
-                                    //   rounded C
-  GemmSwigluBackward swiglu;
 } GemmSide;
 
 typedef struct Gemm {
-  GemmSide side[MODALITIES];
-  int b_transposed;   // gemm_rows: B_g is [K, N]
-  int c_float;        // gemm_rows: C is fp32
-  int accumulate;     // gemm_weights: add to dW; else overwrite, groups without rows with zeros
-  int index_divisor;  // of a_index and b_index; 0 means 1
-  const float *scale; // on the device: what products are multiplied by, before bias, add and accumulation; NULL: 1. Not
-                      //   with `swiglu`
-  void *scratch;      // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long inner
-                      //   dimension stay whole, and slow where they are few
+  GemmSide side[MODALITIES]; // both gather the same operand, or neither does
+  int b_transposed;          // gemm_rows: B_g is [K, N]
+  int index_divisor;         // of a_index and b_index; 0 means 1
+  void *scratch;             // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long
+                             //   inner dimension stay whole, and slow where they are few
 } Gemm;
 
-// C of the rows of every group; other rows of C are not written.
-void gemm_rows(const Gemm *g, cudaStream_t stream);
-void gemm_weights(const Gemm *g, cudaStream_t stream);
+// ---- epilogues: what becomes of a product, by side. SPLITS: its inner dimension may be cut into parts ----
+
+// c = scale A B + bias + add, rounded.
+typedef struct GemmStore {
+  static constexpr bool SPLITS = true;
+  bf16 *c;            // [rows, N]
+  const bf16 *bias;   // [N] or NULL
+  const bf16 *add;    // [rows, N] or NULL
+  const float *scale; // on the device, one for both sides, or NULL: 1
+} GemmStore;
+
+// c = A B, in fp32.
+typedef struct GemmStoreFloat {
+  static constexpr bool SPLITS = true;
+  float *c; // [rows, N]
+} GemmStoreFloat;
+
+// c = A B, rounded, and the SwiGLU of its (gate 2f, up 2f + 1) pairs.
+typedef struct GemmStoreSwiglu {
+  static constexpr bool SPLITS = false;
+  bf16 *c;   // [rows, N]
+  bf16 *act; // [rows, N/2]
+} GemmStoreSwiglu;
+
+// A B is dA, the gradient of an activation a = swiglu(pre) that was weighted by w: what EXPERT_DOWN_BWD wants of it.
+enum { GEMM_DOT_COLUMNS = 32 };
+typedef struct GemmSwigluBackward {
+  static constexpr bool SPLITS = false;
+  const bf16 *pre;     // [rows, 2N] pairs (gate 2f, up 2f + 1)
+  const float *weight; // of row r: weight[a_index[r]]
+  bf16 *dpre;          // [rows, 2N] gradient of pre for w dA
+  bf16 *sa;            // [rows, N] w a
+  float *dot;          // [ceil(N / GEMM_DOT_COLUMNS), rows] <dA, a> over so many columns
+} GemmSwigluBackward;
+
+// dw (+)= scale A^T B.
+typedef struct GemmStoreWeights {
+  static constexpr bool SPLITS = true;
+  float *dw;          // [groups, M, N]
+  const float *scale; // on the device, one for both sides, or NULL: 1
+  int accumulate;     // else groups without rows become zeros
+} GemmStoreWeights;
+
+// The rows of every group; other rows of what an epilogue stores are not written. Only the products of GEMM_PRODUCTS
+// (gemm_tiles.h) are built: others end the process.
+void gemm_rows(const Gemm *g, const GemmStore end[MODALITIES], cudaStream_t stream);
+void gemm_rows(const Gemm *g, const GemmStoreFloat end[MODALITIES], cudaStream_t stream);
+void gemm_rows(const Gemm *g, const GemmStoreSwiglu end[MODALITIES], cudaStream_t stream);
+void gemm_rows(const Gemm *g, const GemmSwigluBackward end[MODALITIES], cudaStream_t stream);
+void gemm_weights(const Gemm *g, const GemmStoreWeights end[MODALITIES], cudaStream_t stream);
 
 // Bytes of g->scratch; they depend on groups, rows, M, N and K alone (pointers are not looked at). Usually 0 for
-// gemm_rows; for gemm_weights only where no counts could make parts of a group worth while.
+// gemm_rows; for gemm_weights only where no counts could make parts of a group worth while. Epilogues that do not split
+// need none.
 size_t gemm_rows_scratch(const Gemm *g);
 size_t gemm_weights_scratch(const Gemm *g);
 #endif

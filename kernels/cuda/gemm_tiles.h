@@ -1,4 +1,4 @@
-// How a grouped product is cut into tiles: shared by the portable kernels (gemm.cu) and those for Hopper
+// How a grouped product is cut into tiles: shared by the portable kernels (gemm_portable.cu) and those for Hopper
 // (gemm_sm90.cu).
 //
 // Every block counts, from the extents on the device, how many tiles each group has; tile numbers then run over all
@@ -8,10 +8,23 @@
 #define TESSERA_GEMM_TILES_H
 
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/activation.h"
 
 // GEMM_NT: C = A B^T and GEMM_NN: C = A B (gemm_rows), GEMM_TN: C = A^T B (gemm_weights).
 enum { GEMM_NT, GEMM_NN, GEMM_TN };
+
+// Load policies: rows of the operands in place, or those of one of them gathered by its index.
+enum { GEMM_IN_PLACE, GEMM_GATHER_A, GEMM_GATHER_B };
+
+// The products that are built: kind, load policy, epilogue. Whatever an op launches stands here, and nothing else.
+#define GEMM_PRODUCTS(PRODUCT)                                                                                         \
+  PRODUCT(GEMM_NT, GEMM_IN_PLACE, GemmStore)          /* LINEAR_FWD, EXPERT_DOWN_FWD, MOD_FWD */                       \
+  PRODUCT(GEMM_NT, GEMM_GATHER_A, GemmStoreFloat)     /* HEAD_CE, HEAD_LOGITS */                                       \
+  PRODUCT(GEMM_NT, GEMM_GATHER_A, GemmStoreSwiglu)    /* EXPERT_UP_FWD */                                              \
+  PRODUCT(GEMM_NN, GEMM_IN_PLACE, GemmStore)          /* LINEAR_DGRAD, EXPERT_UP_DGRAD, HEAD_CE */                     \
+  PRODUCT(GEMM_NN, GEMM_GATHER_A, GemmSwigluBackward) /* EXPERT_DOWN_BWD */                                            \
+  PRODUCT(GEMM_TN, GEMM_IN_PLACE, GemmStoreWeights)   /* LINEAR_WGRAD */                                               \
+  PRODUCT(GEMM_TN, GEMM_GATHER_A, GemmStoreWeights)   /* EXPERT_DOWN_WGRAD */                                          \
+  PRODUCT(GEMM_TN, GEMM_GATHER_B, GemmStoreWeights)   /* EXPERT_UP_WGRAD, HEAD_CE */
 
 enum {
   GEMM_BM = 128,         // rows of a tile
@@ -25,22 +38,30 @@ enum {
   GEMM_SHORTEST_PART = 8  //   and how many times as many they have at least
 };
 
-// A product as the kernels take it. The inner dimension may be cut into parts, each a tile of its own that stores its
-// plain fp32 sums to `partial`; another kernel adds them in order. gemm_rows: sides of one group only, by their
-// capacity. gemm_weights: groups whose rows are more than a multiprocessor's share of the launch, which the device
-// finds out.
-typedef struct GemmLaunch {
+// A product as the kernels take it, but for its epilogue. The inner dimension may be cut into parts, each a tile of its
+// own that stores its plain fp32 sums to `partial`; another kernel adds them in order. gemm_rows: sides of one group
+// only, by their capacity. gemm_weights: groups whose rows are more than a multiprocessor's share of the launch, which
+// the device finds out.
+typedef struct GemmWork {
   Gemm g;
   int parts[MODALITIES];  // 0: as the counts want it
   float *partial;         // by group, where it has more than one part: [parts, rows, N] (gemm_weights: [parts, M, N])
   int bn;                 // columns of a tile
   uint32_t divide_factor; // i / index_divisor = i * divide_factor >> divide_shift, for all i >= 0
   int divide_shift;
-} GemmLaunch;
+} GemmWork;
 
-// The Hopper kernels, and whether this card and this build have them.
+template <class End> struct GemmLaunch {
+  GemmWork work;
+  End end[MODALITIES];
+};
+
+// Launch a product of GEMM_PRODUCTS: on any card from sm_80 on, with tiles of GEMM_PORTABLE_BN columns; on Hopper, and
+// whether this card and this build can.
+enum { GEMM_PORTABLE_BN = 128 };
+template <class End> void gemm_portable(const GemmLaunch<End> *l, int kind, cudaStream_t stream);
 bool gemm_sm90_usable(void);
-void gemm_sm90(const GemmLaunch *l, int kind, cudaStream_t stream);
+template <class End> void gemm_sm90(const GemmLaunch<End> *l, int kind, int load, cudaStream_t stream);
 
 // gemm_weights' tiles are rows of dW, gemm_rows' are rows of C.
 static inline __host__ __device__ int gemm_tile_rows(const GemmSide *s, int kind) {
@@ -69,10 +90,10 @@ typedef struct GemmTile {
   int inner, inner_end; // gemm_rows: columns of A; gemm_weights: rows of the side
 } GemmTile;
 
-static __device__ inline int gemm_groups(const GemmLaunch &l) {
+static __device__ inline int gemm_groups(const GemmWork &l) {
   return l.g.side[TEXT].groups + l.g.side[IMAGE].groups;
 }
-static __device__ inline int gemm_group_side(const GemmLaunch &l, int group) {
+static __device__ inline int gemm_group_side(const GemmWork &l, int group) {
   return group < l.g.side[TEXT].groups ? TEXT : IMAGE;
 }
 // Tiles of one part of a group.
@@ -104,7 +125,7 @@ static __device__ inline int gemm_even_parts(int count, int longest) {
 }
 
 // Fills *t. All threads of the block take part; at least two warps of them.
-template <int KIND> static __device__ void gemm_tiles_build(const GemmLaunch &l, int bn, GemmTiles *t) {
+template <int KIND> static __device__ void gemm_tiles_build(const GemmWork &l, int bn, GemmTiles *t) {
   int groups = gemm_groups(l);
   for (int i = threadIdx.x; i < groups; i += blockDim.x) {
     int m = gemm_group_side(l, i), e = i - (m == IMAGE ? l.g.side[TEXT].groups : 0);
@@ -174,7 +195,7 @@ static __device__ inline int gemm_tile_number(int round) {
 
 // Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
 template <int KIND>
-static __device__ GemmTile gemm_tile_at(const GemmLaunch &l, const GemmTiles *t, int number, int bn, int depth) {
+static __device__ GemmTile gemm_tile_at(const GemmWork &l, const GemmTiles *t, int number, int bn, int depth) {
   int lo = 0, hi = gemm_groups(l); // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     int mid = (lo + hi) / 2;
@@ -212,20 +233,14 @@ static __device__ GemmTile gemm_tile_at(const GemmLaunch &l, const GemmTiles *t,
   return tile;
 }
 
-// Where the tile's sums go: C, dW or the tile's part of `partial`; [., N], its row 0 as tile.m counts.
-template <int KIND> static __device__ inline void *gemm_tile_out(const GemmLaunch &l, const GemmTile &t) {
+// Where a tile's part of an inner dimension leaves its sums: [., N], row 0 as tile.m counts.
+template <int KIND> static __device__ inline float *gemm_part_sums(const GemmWork &l, const GemmTile &t) {
   const GemmSide &s = l.g.side[t.side];
-  if (t.partial) return l.partial + t.partial_at + t.part * ((int64_t)gemm_tile_rows(&s, KIND) * s.N);
-  return KIND == GEMM_TN ? (void *)((float *)s.c + (int64_t)t.group * s.M * s.N) : s.c;
+  return l.partial + t.partial_at + t.part * ((int64_t)gemm_tile_rows(&s, KIND) * s.N);
 }
 
 // index / index_divisor.
-static __device__ inline int gemm_divide(const GemmLaunch &l, int index) {
+static __device__ inline int gemm_divide(const GemmWork &l, int index) {
   return (int)((uint64_t)(uint32_t)index * l.divide_factor >> l.divide_shift);
-}
-
-// What products are multiplied by.
-static __device__ inline float gemm_scale(const GemmLaunch &l) {
-  return l.g.scale ? *l.g.scale : 1;
 }
 #endif

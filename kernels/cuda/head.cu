@@ -11,7 +11,6 @@ enum { THREADS = 512, WARPS = THREADS / 32 };
 // logits [rows, V] = h Wout^T, in fp32.
 static Gemm logits_gemm(const Dims *d, int rows) {
   Gemm g = {};
-  g.c_float = 1;
   g.side[0].groups = 1;
   g.side[0].rows = rows;
   g.side[0].N = d->V;
@@ -236,8 +235,8 @@ static void logits_product(const KernelCall *c, Gemm g, const void *h, const voi
   g.side[0].a = (const bf16 *)h; // [T, C]
   g.side[0].a_index = index;
   g.side[0].b = (const bf16 *)wout; // [V, C]
-  g.side[0].c = logits;
-  gemm_rows(&g, call_stream(c));
+  const GemmStoreFloat end[MODALITIES] = {{logits}};
+  gemm_rows(&g, end, call_stream(c));
 }
 
 // nll of the rows index[0 .. *count), and dlogits or NULL.
@@ -254,25 +253,22 @@ static void input_gradient(const KernelCall *c, const HeadScratch *scratch, cons
   Gemm g = input_gemm(c->dims, c->args->head.chunk);
   g.scratch = scratch->gemm;
   g.side[0].extent.count = count;
-  g.scale = &c->batch->dims->ce_scale;
   g.side[0].a = scratch->dlogits;
   g.side[0].b = (const bf16 *)c->in.HEAD_CE.wout; // Wout [V, C]
-  g.side[0].c = scratch->dh;
-  gemm_rows(&g, call_stream(c));
+  const GemmStore end[MODALITIES] = {{scratch->dh, NULL, NULL, &c->batch->dims->ce_scale}};
+  gemm_rows(&g, end, call_stream(c));
 }
 
 static void weight_gradient(const KernelCall *c, const HeadScratch *scratch, const int32_t *count, const int32_t *index,
                             int accumulate) {
   Gemm g = weight_gemm(c->dims, c->args->head.chunk);
   g.scratch = scratch->gemm;
-  g.accumulate = accumulate;
-  g.scale = &c->batch->dims->ce_scale;
   g.side[0].extent.count = count;
   g.side[0].a = scratch->dlogits;
   g.side[0].b = (const bf16 *)c->in.HEAD_CE.h; // h [T, C]
   g.side[0].b_index = index;
-  g.side[0].c = c->out.HEAD_CE.dwout;
-  gemm_weights(&g, call_stream(c));
+  const GemmStoreWeights end[MODALITIES] = {{(float *)c->out.HEAD_CE.dwout, &c->batch->dims->ce_scale, accumulate}};
+  gemm_weights(&g, end, call_stream(c));
 }
 
 extern "C" void cuda_HEAD_CE(const KernelCall *c) {

@@ -23,7 +23,6 @@ static Gemm linear_gemm(OpKind kind, const Dims *d, const OpArgs *args) {
   const LinearArgs *a = &args->linear;
   Gemm g = {};
   g.b_transposed = kind == OP_LINEAR_DGRAD;
-  g.accumulate = kind == OP_LINEAR_WGRAD && args->accumulate;
   const int sides = a->extent == EXT_SPLIT ? 2 : 1;
   for (int m = 0; m < sides; m++) {
     GemmSide *s = &g.side[m];
@@ -147,6 +146,7 @@ static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALI
   linear_bind(&scratch, kind, c->dims, c->args, c->scratch);
   Gemm g = linear_gemm(kind, c->dims, c->args);
   g.scratch = scratch.gemm;
+  GemmStore end[MODALITIES] = {};
   Outside o = {};
   o.extent = a->extent;
   o.rows = capacity_of(c->dims, a);
@@ -162,12 +162,12 @@ static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALI
     s->extent = side_extent(c, m, scratch.used);
     s->a = x + side_at(c, from, m);
     s->b = (const bf16 *)w[m]; // [out, in]
-    s->c = o.y[m];
-    s->bias = (const bf16 *)bias;
-    s->add = o.add[m];
+    end[m].c = o.y[m];
+    end[m].bias = (const bf16 *)bias;
+    end[m].add = o.add[m];
   }
   CUDA_LAUNCH(outside_fill, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), o, c->batch->dims, scratch.used);
-  gemm_rows(&g, call_stream(c));
+  gemm_rows(&g, end, call_stream(c));
 }
 
 extern "C" void cuda_LINEAR_FWD(const KernelCall *c) {
@@ -228,16 +228,18 @@ extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {
   linear_bind(&scratch, OP_LINEAR_WGRAD, c->dims, c->args, c->scratch);
   Gemm g = linear_gemm(OP_LINEAR_WGRAD, c->dims, c->args);
   g.scratch = scratch.gemm;
+  GemmStoreWeights end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     if (!s->groups) continue;
     s->extent = side_extent(c, m, scratch.used);
     s->a = dy + side_at(c, a->out_dim, m);
     s->b = x + side_at(c, a->in_dim, m);
-    s->c = c->out.LINEAR_WGRAD.dw[m]; // dW [out, in]
+    end[m].accumulate = c->args->accumulate;
+    end[m].dw = (float *)c->out.LINEAR_WGRAD.dw[m]; // dW [out, in]
   }
   if (a->extent == EXT_ROWS) CUDA_LAUNCH(used_count, 1, 1, 0, call_stream(c), c->batch->dims, scratch.used);
-  gemm_weights(&g, call_stream(c));
+  gemm_weights(&g, end, call_stream(c));
   if (!dbias) return;
   // With a bias both sides have one width, so that their views are one tensor.
   const int width = a->out_dim[0];

@@ -78,11 +78,6 @@ static __device__ inline void tma_load_3d(uint32_t to, const void *map, uint32_t
                : "memory");
 }
 
-// Brings the line of an address of device memory into L2.
-static __device__ inline void prefetch_l2(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // ---- how a multiprocessor's registers are shared out between warpgroups ----
 
 template <int REGISTERS> static __device__ inline void registers_give() {

@@ -1,0 +1,88 @@
+// The plan of a grouped product: how wide its tiles are and into how many parts its inner dimensions are cut.
+#include "kernels/cuda/gemm_plan.h"
+
+// The card that plans are made for: an H100, whatever the card. It is not asked of the device, since the plan decides
+// the order of sums and a run shall go on to the same bits on another card. A plan follows from the ratio of the two
+// rates alone, and only where parts are summed.
+static const double planned_tile_rate = 5.4e6; // FLOPs a microsecond of one of GEMM_SHARES multiprocessors, wide tiles
+static const double planned_memory_rate = 3e6; // bytes a microsecond
+static const double narrow_tiles_cost = 1.25;  // times as long for the same FLOPs
+
+static double tile_us(int bn, double inner) {
+  return bn == 256 ? inner * (2.0 * 128 * 256 / planned_tile_rate) + 2
+                   : inner * (narrow_tiles_cost * 2 * 128 * 128 / planned_tile_rate) + 1;
+}
+
+bool gemm_side_empty(const GemmSide *s, int kind) {
+  return s->groups == 0 || gemm_tile_rows(s, kind) == 0 || s->N == 0 || (kind != GEMM_TN && s->K == 0);
+}
+
+// The counts are on the device: groups are thought of as equal, both sides as full.
+static int64_t side_tiles(const GemmSide *s, int kind, int bn) {
+  int64_t down = kind == GEMM_TN ? (int64_t)s->groups * ceil_div(s->M, GEMM_BM)
+                                 : ceil_div(s->rows, GEMM_BM) + (s->groups - 1) / 2; // the groups' last tiles
+  return down * ceil_div(s->N, bn);
+}
+static int side_inner(const GemmSide *s, int kind) {
+  return kind == GEMM_TN ? s->rows / s->groups : s->K;
+}
+
+// A side's parts where `parts` are best for sides of one group. Weight gradients are cut on the device, by the counts,
+// unless none of them can ask for it: too few rows, or as many tiles as there are shares.
+static int side_parts(const GemmSide *s, int kind, int bn, int parts) {
+  if (kind != GEMM_TN) return s->groups == 1 ? parts : 1;
+  bool whole = s->rows <= (2 * GEMM_SHORTEST_PART - 1) * GEMM_SHARE_DEPTH;
+  whole |= s->groups == 1 && side_tiles(s, kind, bn) >= GEMM_SHARES;
+  return whole ? 1 : 0;
+}
+
+// What a launch takes. One side: whole rounds of tiles. Two: they fill each other's gaps but for the longest tiles.
+static double launch_us(const Gemm *g, int kind, int bn, int parts) {
+  double work = 0, longest = 0, rounds = 0;
+  int sides = 0;
+  for (int m = 0; m < MODALITIES; m++) {
+    const GemmSide *s = &g->side[m];
+    if (gemm_side_empty(s, kind)) continue;
+    int own = s->groups == 1 ? parts : 1;
+    double tile = tile_us(bn, (double)side_inner(s, kind) / own);
+    int64_t tiles = side_tiles(s, kind, bn) * own;
+    sides++;
+    work += tiles * tile / GEMM_SHARES;
+    rounds += ceil_div64(tiles, GEMM_SHARES) * tile;
+    if (tile > longest) longest = tile;
+    if (own == 1) continue;
+    const double sums = (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / planned_memory_rate;
+    work += 2 + sums;
+    rounds += 4 + sums;
+  }
+  return sides > 1 ? work + longest / 2 : rounds;
+}
+
+GemmPlan gemm_plan(const Gemm *g, int kind) {
+  enum { MIN_INNER = 512 }; // of a part
+  int most = GEMM_MAX_PARTS, best = 1;
+  GemmPlan p = {256, {1, 1}, 0};
+  for (int m = 0; m < MODALITIES; m++) {
+    const GemmSide *s = &g->side[m];
+    if (gemm_side_empty(s, kind) || s->groups > 1) continue;
+    int longest = side_inner(s, kind) / MIN_INNER;
+    if (longest < most) most = longest;
+  }
+  double least = launch_us(g, kind, p.bn, best);
+  for (int bn = 128; bn <= 256; bn += 128)
+    for (int parts = 1; parts == 1 || parts <= most; parts++) {
+      double us = launch_us(g, kind, bn, parts);
+      if (us < least) least = us, p.bn = bn, best = parts;
+    }
+  size_t sums = 0; // floats of parts of weight gradients, if all groups were cut as far as they may be
+  for (int m = 0; m < MODALITIES; m++) {
+    const GemmSide *s = &g->side[m];
+    if (gemm_side_empty(s, kind)) continue;
+    p.parts[m] = side_parts(s, kind, p.bn, best);
+    if (p.parts[m] > 1) p.scratch += (size_t)best * gemm_tile_rows(s, kind) * s->N * sizeof(float);
+    if (p.parts[m] == 0) sums += (size_t)(s->rows / GEMM_SHARE_DEPTH + s->groups) / GEMM_SHORTEST_PART * s->M * s->N;
+  }
+  const size_t most_sums = (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn;
+  p.scratch += (sums < most_sums ? sums : most_sums) * sizeof(float);
+  return p;
+}
