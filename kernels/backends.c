@@ -1,5 +1,7 @@
 #include "kernels/backends.h"
 
+#include <string.h>
+
 static const Backend *host_opened(Error *err) {
   return backend_cpu.open(err) == 0 ? &backend_cpu : NULL;
 }
@@ -40,4 +42,37 @@ const Backend *backend_for_plan(const Config *c, Error *err) {
 
 const Backend *backend_of_host(void) {
   return &backend_cpu;
+}
+
+// ---- ways of computing ops ----
+
+static int ways_count(const Backend *b, const char *word) {
+  int n = 0;
+  for (int i = 0; i < b->n_ways; i++) n += strcmp(b->ways[i].word, word) == 0;
+  return n;
+}
+
+void backend_choose(Backend *b, const Config *c) {
+  ConfigWay way[CONFIG_WAYS];
+  int n = config_ways(c, way);
+  for (int i = 0; i < n; i++)
+    if (!way[i].is_own) kernels_choose(b, way[i].word);
+}
+
+int backend_check_ways(const Backend *b, const Config *c, Error *err) {
+  ConfigWay way[CONFIG_WAYS];
+  int n = config_ways(c, way);
+  for (int i = 0; i < n; i++) {
+    if (!way[i].is_own && !ways_count(b, way[i].word))
+      log_info("%s %s changes nothing on the %s", way[i].key, way[i].word, b->name);
+    for (int k = 0; k < b->n_ways; k++) {
+      const KernelWay *row = &b->ways[k];
+      const char *missing =
+          !way[i].is_own && strcmp(row->word, way[i].word) == 0 && row->missing ? row->missing() : NULL;
+      if (missing)
+        return error_set(err, "install it, or leave the key as it is by default", "%s %s needs %s", way[i].key,
+                         way[i].word, missing);
+    }
+  }
+  return 0;
 }

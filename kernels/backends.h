@@ -10,6 +10,10 @@
 const Backend *backend_for_run(const Config *c, Error *err);
 // The same for a plan: a device that the config names need not be there.
 const Backend *backend_for_plan(const Config *c, Error *err);
+// Takes into b, a copy of a backend, the ways of computing ops that the config chooses.
+void backend_choose(Backend *b, const Config *c);
+// Whether this machine has what they need: 0, or -1 with *err. Says which choices change nothing on this backend.
+int backend_check_ways(const Backend *b, const Config *c, Error *err);
 // The one that computes in host memory, for copies and for what the machine has.
 const Backend *backend_of_host(void);
 #endif

@@ -18,6 +18,22 @@ const OpInfo op_info[OP_COUNT] = {
 _Static_assert(sizeof(OpInputs) == OP_MAX_IN * sizeof(void *), "OP_MAX_IN is too small for a row of the table");
 _Static_assert(sizeof(OpOutputs) == OP_MAX_OUT * sizeof(void *), "OP_MAX_OUT is too small for a row of the table");
 
+int kernels_choose(Backend *b, const char *word) {
+  int n = 0;
+  for (const KernelWay *w = b->ways; w < b->ways + b->n_ways; w++) {
+    if (strcmp(w->word, word) != 0) continue;
+    b->fn[w->op] = w->fn;
+    b->scratch[w->op] = w->scratch;
+    b->no_graphs |= w->host_waits;
+    n++;
+  }
+  return n;
+}
+
+size_t kernel_scratch(const Backend *b, OpKind kind, const Dims *dims, const OpArgs *args) {
+  return b->scratch[kind] ? b->scratch[kind](kind, dims, args) : 0;
+}
+
 static float bf16_to_float(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
   float f;

@@ -155,7 +155,7 @@ typedef struct KernelCall {
   const Dims *dims;
   const OpArgs *args;
   void *stream;  // the lane's queue on the device (CUDA: cudaStream_t); NULL on the CPU
-  void *scratch; // Backend.scratch_bytes of memory that is this op's alone while it runs, of any content
+  void *scratch; // kernel_scratch() bytes that is this op's alone while it runs, of any content
 } KernelCall;
 
 typedef void (*KernelFn)(const KernelCall *call);
@@ -190,11 +190,19 @@ typedef struct Queues {
   void (*graph_free)(void *graph);
 } Queues;
 
-// Which of several ways of computing the same ops, equal within rounding; the others are there to be compared with.
-typedef struct KernelChoice {
-  int adaln_unfused; // residual, norm, modulation, activation and mask as kernels of their own
-  int experts_loop;  // a library product per expert, whose extents the host waits for: no graphs
-} KernelChoice;
+// Bytes of KernelCall.scratch that a call needs, at most, given sizes and arguments.
+typedef size_t (*ScratchFn)(OpKind kind, const Dims *dims, const OpArgs *args);
+
+// A way of computing an op, equal to the others within rounding; they are there to be compared with. The config chooses
+// by word ("unfused"): all of a backend's rows that have it.
+typedef struct KernelWay {
+  OpKind op;
+  const char *word;             // of a kernels.* key; NULL: what the op is computed with unless another is chosen
+  KernelFn fn;                  // NULL: the op is recorded as those that it is made of
+  ScratchFn scratch;            // NULL: none
+  int host_waits;               // for the device, inside: it cannot be captured into a graph
+  const char *(*missing)(void); // what it needs and this machine lacks, or NULL. NULL: it needs nothing
+} KernelWay;
 
 // What a device can do a second: the floor that ops are held against.
 typedef struct DeviceRates {
@@ -219,7 +227,10 @@ struct Backend {
   int head_chunk;         // rows of logits at a time (HEAD_CE)
   int remainder_bytes;    // of a weight, beside its DT_ACT value: the two are its master. 0: DT_ACT is the master
   KernelFn fn[OP_COUNT];
-  size_t (*scratch_bytes)(OpKind kind, const Dims *dims, const OpArgs *args); // NULL: no op needs any
+  ScratchFn scratch[OP_COUNT]; // NULL: none
+  const KernelWay *ways;       // [n_ways] beside those in fn and scratch
+  int n_ways;
+  int no_graphs; // of fn, one cannot be captured
   // Masters [n] of weights, as DT_REAL, from what is stored of them and back, in host memory. Without remainders
   // (NULL) those nearest to the weights are read. NULL: DT_ACT is the master.
   void (*weights_read)(const void *weights, const void *remainders, int64_t n, void *masters);
@@ -246,7 +257,6 @@ struct Backend {
   void (*upload)(void *device, const void *host, size_t bytes);   // in order with the ops of the compute lane
   void (*download)(void *host, const void *device, size_t bytes); // after all ops so far
   void (*clear)(void *device, size_t bytes);                      // to zeros, in order with the ops of the compute lane
-  void (*choose)(Backend *b, KernelChoice choice); // changes b's table accordingly; NULL: there is one way only
 };
 
 // A row of the table. Of a pair the operands are named "w_0" and "w_1".
@@ -268,6 +278,11 @@ static inline int op_accumulates(OpKind kind, int out, const OpArgs *args) {
   int marks = op_info[kind].out[out].marks;
   return marks & ADDS_ALWAYS || (marks & ADDS_IF_ASKED && args->accumulate);
 }
+
+// Takes the ways of that word into b's tables; returns how many ops there are of it.
+int kernels_choose(Backend *b, const char *word);
+// Scratch memory that a call needs.
+size_t kernel_scratch(const Backend *b, OpKind kind, const Dims *dims, const OpArgs *args);
 
 // Elements of a backend's DT_ACT or DT_REAL on the host, by their size (2: bf16, 4: float, 8: double), to float and
 // back; to bf16 rounded to nearest, ties to even.

@@ -163,9 +163,7 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   *e = (Engine){.config = c, .costs = costs, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
   e->backend = *backend;
   e->budget = budget_bytes(c, backend);
-  const KernelChoice choice = {.adaln_unfused = c->kernels.adaln == ADALN_UNFUSED,
-                               .experts_loop = c->kernels.moe_gemm == MOE_GEMM_LOOP};
-  if (backend->choose) backend->choose(&e->backend, choice);
+  backend_choose(&e->backend, c);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c)};
   int64_t n = e->model.params.total;
   int64_t act = (int64_t)backend->dtype_bytes[DT_ACT], real_bytes = (int64_t)backend->dtype_bytes[DT_REAL];
@@ -235,7 +233,7 @@ static void space_release(const Backend *b, Space space, void *at) {
 static void bind(Engine *e, Program *p) {
   if (!p) return;
   p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
-  p->use_graph = e->config->kernels.graph && e->config->kernels.moe_gemm != MOE_GEMM_LOOP;
+  p->use_graph = e->config->kernels.graph && !e->backend.no_graphs;
   program_bind(p, &e->bases);
 }
 
@@ -254,12 +252,10 @@ static void unpin(Engine *e) {
     if (all[i]) e->model.backend->host_release(all[i]);
 }
 
-// Says which of the choices made are another backend's.
-static void name_idle_choices(const Engine *e) {
+// Says which of the keys about queues are another backend's.
+static void name_idle_queues(const Engine *e) {
   const Backend *b = e->model.backend;
   const Config *c = e->config;
-  if (!b->choose && (c->kernels.adaln != ADALN_FUSED || c->kernels.moe_gemm != MOE_GEMM_GROUPED))
-    log_info("kernels.adaln and kernels.moe_gemm change nothing on the %s", b->name);
   if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph))
     log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
 }
@@ -295,7 +291,8 @@ static void await_host_slab(Engine *e) {
 
 int engine_allocate_begin(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
-  name_idle_choices(e);
+  if (backend_check_ways(b, e->config, err) != 0) return -1;
+  name_idle_queues(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
     int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
     if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;

@@ -274,94 +274,61 @@ static void queue_graph_free(void *graph) {
   CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)graph));
 }
 
-// ---- scratch ----
+// ---- ways of computing an op ----
 
-typedef size_t (*ScratchFn)(OpKind kind, const Dims *dims, const OpArgs *args);
+#define OWN(op, scratch)                                                                                               \
+  { OP_##op, NULL, cuda_##op, scratch, 0, NULL }
+#define UNFUSED(op)                                                                                                    \
+  { OP_##op, "unfused", cuda_##op##_unfused, adaln_unfused_scratch, 0, NULL }
+#define LOOP(op)                                                                                                       \
+  { OP_##op, "loop", cuda_##op##_loop, expert_loop_scratch, 1, cublas_lt_missing }
 
-static ScratchFn scratch_family(OpKind kind) {
-  switch (kind) {
-  case OP_LINEAR_FWD:
-  case OP_LINEAR_DGRAD:
-  case OP_LINEAR_WGRAD:
-    return linear_scratch;
-  case OP_EXPERT_UP_FWD:
-  case OP_EXPERT_DOWN_FWD:
-  case OP_EXPERT_COMBINE:
-  case OP_EXPERT_DOWN_BWD:
-  case OP_EXPERT_DOWN_WGRAD:
-  case OP_EXPERT_UP_DGRAD:
-  case OP_EXPERT_UP_WGRAD:
-    return expert_scratch;
-  case OP_HEAD_CE:
-  case OP_HEAD_LOGITS:
-    return head_scratch;
-  case OP_ADALN_FWD:
-  case OP_ADALN_BWD:
-  case OP_COMBINE_ADALN_FWD:
-  case OP_COMBINE_ADALN_BWD:
-    return adaln_scratch;
-  case OP_QKNORM_ROPE_FWD:
-  case OP_QKNORM_ROPE_BWD:
-    return rope_scratch;
-  case OP_ATTENTION_FWD:
-  case OP_ATTENTION_BWD:
-    return attention_scratch;
-  case OP_ROUTER_FWD:
-  case OP_ROUTER_LOSS:
-  case OP_ROUTER_BWD:
-    return router_scratch;
-  case OP_NOISE:
-  case OP_FLOW_LOSS:
-    return flow_scratch;
-  case OP_GRAD_NORM:
-  case OP_GRAD_HASH:
-  case OP_ADAMW:
-  case OP_EMA:
-    return update_scratch;
-  default:
-    return NULL;
-  }
-}
+// Those of ops that need scratch memory; all others' stand in the op table alone.
+static const KernelWay own_ways[] = {
+    OWN(LINEAR_FWD, linear_scratch),
+    OWN(LINEAR_DGRAD, linear_scratch),
+    OWN(LINEAR_WGRAD, linear_scratch),
+    OWN(EXPERT_UP_FWD, expert_scratch),
+    OWN(EXPERT_DOWN_FWD, expert_scratch),
+    OWN(EXPERT_DOWN_BWD, expert_scratch),
+    OWN(EXPERT_DOWN_WGRAD, expert_scratch),
+    OWN(EXPERT_UP_DGRAD, expert_scratch),
+    OWN(EXPERT_UP_WGRAD, expert_scratch),
+    OWN(HEAD_CE, head_scratch),
+    OWN(HEAD_LOGITS, head_scratch),
+    OWN(ADALN_FWD, adaln_scratch),
+    OWN(ADALN_BWD, adaln_scratch),
+    OWN(COMBINE_ADALN_FWD, adaln_scratch),
+    OWN(COMBINE_ADALN_BWD, adaln_scratch),
+    OWN(QKNORM_ROPE_FWD, rope_scratch),
+    OWN(QKNORM_ROPE_BWD, rope_scratch),
+    OWN(ATTENTION_FWD, attention_scratch),
+    OWN(ATTENTION_BWD, attention_scratch),
+    OWN(ROUTER_FWD, router_scratch),
+    OWN(ROUTER_LOSS, router_scratch),
+    OWN(ROUTER_BWD, router_scratch),
+    OWN(NOISE, flow_scratch),
+    OWN(FLOW_LOSS, flow_scratch),
+    OWN(GRAD_NORM, update_scratch),
+    OWN(GRAD_HASH, update_scratch),
+    OWN(ADAMW, update_scratch),
+    OWN(EMA, update_scratch),
+};
 
-static size_t cuda_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
-  ScratchFn family = scratch_family(kind);
-  return family ? family(kind, dims, args) : 0;
-}
-
-// ---- the other ways ----
-
-static size_t scratch_adaln_unfused(OpKind kind, const Dims *dims, const OpArgs *args) {
-  ScratchFn family = scratch_family(kind);
-  return family == adaln_scratch ? adaln_unfused_scratch(kind, dims, args) : cuda_scratch(kind, dims, args);
-}
-
-static size_t scratch_experts_loop(OpKind kind, const Dims *dims, const OpArgs *args) {
-  ScratchFn family = scratch_family(kind);
-  return family == expert_scratch ? expert_loop_scratch(kind, dims, args) : cuda_scratch(kind, dims, args);
-}
-
-static size_t scratch_both(OpKind kind, const Dims *dims, const OpArgs *args) {
-  ScratchFn family = scratch_family(kind);
-  return family == expert_scratch ? expert_loop_scratch(kind, dims, args) : scratch_adaln_unfused(kind, dims, args);
-}
-
-static void cuda_choose(Backend *b, KernelChoice choice) {
-  if (choice.adaln_unfused) {
-    b->fn[OP_ADALN_FWD] = cuda_ADALN_FWD_unfused;
-    b->fn[OP_ADALN_BWD] = cuda_ADALN_BWD_unfused;
-    b->fn[OP_COMBINE_ADALN_FWD] = b->fn[OP_COMBINE_ADALN_BWD] = NULL;
-    b->scratch_bytes = scratch_adaln_unfused;
-  }
-  if (choice.experts_loop) {
-    b->fn[OP_EXPERT_UP_FWD] = cuda_EXPERT_UP_FWD_loop;
-    b->fn[OP_EXPERT_DOWN_FWD] = cuda_EXPERT_DOWN_FWD_loop;
-    b->fn[OP_EXPERT_DOWN_BWD] = cuda_EXPERT_DOWN_BWD_loop;
-    b->fn[OP_EXPERT_DOWN_WGRAD] = cuda_EXPERT_DOWN_WGRAD_loop;
-    b->fn[OP_EXPERT_UP_DGRAD] = cuda_EXPERT_UP_DGRAD_loop;
-    b->fn[OP_EXPERT_UP_WGRAD] = cuda_EXPERT_UP_WGRAD_loop;
-    b->scratch_bytes = choice.adaln_unfused ? scratch_both : scratch_experts_loop;
-  }
-}
+static const KernelWay other_ways[] = {
+    // kernels.adaln: residual, norm, modulation, activation and mask as kernels of their own.
+    UNFUSED(ADALN_FWD),
+    UNFUSED(ADALN_BWD),
+    {OP_COMBINE_ADALN_FWD, "unfused", NULL, NULL, 0, NULL},
+    {OP_COMBINE_ADALN_BWD, "unfused", NULL, NULL, 0, NULL},
+    // kernels.moe_gemm: a library product for every expert, whose extents the host waits for.
+    LOOP(EXPERT_UP_FWD),
+    LOOP(EXPERT_DOWN_FWD),
+    LOOP(EXPERT_DOWN_BWD),
+    LOOP(EXPERT_DOWN_WGRAD),
+    LOOP(EXPERT_UP_DGRAD),
+    LOOP(EXPERT_UP_WGRAD),
+};
 
 // ---- the table ----
 
@@ -383,7 +350,9 @@ static Backend backend_make(void) {
 #define OP_ROW(name, ...) b.fn[OP_##name] = cuda_##name;
   OP_LIST(OP_ROW)
 #undef OP_ROW
-  b.scratch_bytes = cuda_scratch;
+  for (const KernelWay &way : own_ways) b.scratch[way.op] = way.scratch;
+  b.ways = other_ways;
+  b.n_ways = sizeof other_ways / sizeof *other_ways;
   b.queues = &queues;
   b.accepts = cuda_accepts;
   b.open = cuda_open;
@@ -404,7 +373,6 @@ static Backend backend_make(void) {
   b.upload = cuda_upload;
   b.download = cuda_download;
   b.clear = cuda_clear;
-  b.choose = cuda_choose;
   return b;
 }
 

@@ -24,6 +24,12 @@ bool cublas_lt_found(void) {
   return library_open() != NULL;
 }
 
+const char *cublas_lt_missing(void) {
+  return library_open()
+             ? NULL
+             : "cuBLASLt of the CUDA toolkit: there is no " LIBRARY_NAME(CUBLAS_VER_MAJOR) " in the library path";
+}
+
 static void *library_symbol(const char *name) {
   void *library = library_open();
   if (!library)

@@ -87,7 +87,7 @@ static __device__ inline void store8(bf16 *p, const float x[8]) {
 OP_LIST(OP_DECLARE)
 #undef OP_DECLARE
 
-// Scratch that the ops of each family need (Backend.scratch_bytes), in bytes, 0 for none. Other ops need none.
+// Scratch that the ops of each family need (KernelWay.scratch), in bytes, 0 for none. Other ops need none.
 size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // LINEAR_*
 size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // EXPERT_*
 size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // HEAD_*

@@ -25,5 +25,5 @@ extern "C" void cuda_EXPERT_DOWN_BWD_loop(const KernelCall *c);
 extern "C" void cuda_EXPERT_DOWN_WGRAD_loop(const KernelCall *c);
 extern "C" void cuda_EXPERT_UP_DGRAD_loop(const KernelCall *c);
 extern "C" void cuda_EXPERT_UP_WGRAD_loop(const KernelCall *c);
-size_t expert_loop_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // 0 for EXPERT_COMBINE
+size_t expert_loop_scratch(OpKind kind, const Dims *dims, const OpArgs *args);
 #endif

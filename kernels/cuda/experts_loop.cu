@@ -274,7 +274,7 @@ static size_t permuted_bytes(OpKind kind, const Dims *d) {
 
 size_t expert_loop_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   (void)args;
-  return kind == OP_EXPERT_COMBINE ? 0 : permuted_bytes(kind, dims) + WORKSPACE;
+  return permuted_bytes(kind, dims) + WORKSPACE;
 }
 
 static void *workspace_of(const KernelCall *c, OpKind kind) {

@@ -16,4 +16,6 @@ LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d);
 
 // Whether cuBLASLt can be loaded (cublas_lt.cu).
 bool cublas_lt_found(void);
+// What a way that needs it lacks, or NULL (KernelWay.missing).
+const char *cublas_lt_missing(void);
 #endif

@@ -62,8 +62,6 @@ typedef struct TensorPolicy {
 // Where a value came from: > 0 the line of the file, otherwise one of these.
 enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
 
-typedef enum AdalnKind { ADALN_FUSED, ADALN_UNFUSED } AdalnKind;
-typedef enum MoeGemm { MOE_GEMM_GROUPED, MOE_GEMM_LOOP } MoeGemm;
 typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
 
 // Plain data: may be copied and compared; nothing to free. Names as in the file.
@@ -156,15 +154,24 @@ typedef struct Config {
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
   struct {
-    AdalnKind adaln;
-    MoeGemm moe_gemm;
-    Packing packing;    // of training; packs of evaluation and sampling are varlen
-    StreamKind streams; // of the GPU, as is graph
+    int adaln, moe_gemm; // ways of computing ops, by their number among the key's words (config_ways)
+    Packing packing;     // of training; packs of evaluation and sampling are varlen
+    StreamKind streams;  // of the GPU, as is graph
     bool graph;
   } kernels;               // what ablations switch
   int version;             // "tessera" of the file, see model/config/history.h; 0 = it has none
   int origin[CONFIG_KEYS]; // by row of the key table
 } Config;
+
+// A key that chooses among ways of computing ops, and what was chosen.
+typedef struct ConfigWay {
+  const char *key; // "kernels.adaln"
+  char word[24];   // "unfused"
+  int is_own;      // as the backend computes them of itself
+} ConfigWay;
+enum { CONFIG_WAYS = 8 };
+// All of them; returns how many there are.
+int config_ways(const Config *c, ConfigWay ways[CONFIG_WAYS]);
 
 // The run's folder: run.folder, else run.dir/run.name. malloc'd.
 char *config_run_folder(const Config *c);

@@ -148,9 +148,9 @@ const Key config_keys[] = {
 
     {"kernels.packing", KEY_ENUM, AT(kernels.packing), "varlen", 0, 0, "varlen|padded", "--packing",
      "documents end to end, or each padded to the longest of its pack (baseline)"},
-    {"kernels.adaln", KEY_ENUM, AT(kernels.adaln), "fused", 0, 0, "fused|unfused", "--adaln",
+    {"kernels.adaln", KEY_WAY, AT(kernels.adaln), "fused", 0, 0, "fused|unfused", "--adaln",
      "GPU: residual, norm, modulation, activation and mask in one kernel, or each in its own"},
-    {"kernels.moe_gemm", KEY_ENUM, AT(kernels.moe_gemm), "grouped", 0, 0, "grouped|loop", "--moe-gemm",
+    {"kernels.moe_gemm", KEY_WAY, AT(kernels.moe_gemm), "grouped", 0, 0, "grouped|loop", "--moe-gemm",
      "GPU: all experts in one launch, or a library product an expert, for which the host waits and no graph is used"},
     {"kernels.streams", KEY_ENUM, AT(kernels.streams), "multi", 0, 0, "multi|single", "--streams",
      "GPU: transfers in queues of their own, or in that of the kernels"},
@@ -203,6 +203,7 @@ void key_allowed(const Key *key, char *out, size_t room) {
     snprintf(out, room, key->words ? "true or false, on or off" : "true or false");
     return;
   case KEY_ENUM:
+  case KEY_WAY:
     snprintf(out, room, "one of %s", word);
     return;
   case KEY_STRING:
@@ -278,7 +279,7 @@ static int scalar_set(const Key *key, void *base, const Place *place, const cJSO
     memcpy(field, &v, sizeof v);
     rc = 0;
   }
-  if (key->type == KEY_ENUM && cJSON_IsString(item)) {
+  if ((key->type == KEY_ENUM || key->type == KEY_WAY) && cJSON_IsString(item)) {
     int v = word_find(key->words, item->valuestring);
     if (v >= 0) memcpy(field, &v, sizeof v);
     rc = v >= 0 ? 0 : -1;
@@ -358,6 +359,7 @@ static void scalar_write(const Key *key, const void *base, FILE *f) {
     fputs(*(const bool *)field ? "true" : "false", f);
     return;
   case KEY_ENUM:
+  case KEY_WAY:
     memcpy(&i, field, sizeof i);
     const char *word = word_at(key->words, i, &len);
     fprintf(f, "\"%.*s\"", len, word);
@@ -397,4 +399,18 @@ void key_write(const Config *c, const Key *key, FILE *f) {
   } else {
     scalar_write(key, c, f);
   }
+}
+
+int config_ways(const Config *c, ConfigWay ways[CONFIG_WAYS]) {
+  int n = 0;
+  for (const Key *key = config_keys; key < config_keys + config_key_count; key++) {
+    if (key->type != KEY_WAY) continue;
+    int i, len;
+    if (n == CONFIG_WAYS) panic("CONFIG_WAYS is too small");
+    memcpy(&i, (const char *)c + key->offset, sizeof i);
+    const char *word = word_at(key->words, i, &len);
+    ways[n] = (ConfigWay){.key = key->path, .is_own = i == 0};
+    snprintf(ways[n++].word, sizeof ways->word, "%.*s", len, word);
+  }
+  return n;
 }

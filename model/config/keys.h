@@ -8,7 +8,9 @@
 #include "base/json.h"
 #include "model/config/config.h"
 
-typedef enum KeyType { KEY_INT, KEY_FLOAT, KEY_BOOL, KEY_STRING, KEY_ENUM, KEY_SOURCES, KEY_POLICIES } KeyType;
+// KEY_WAY: a KEY_ENUM whose words name ways of computing ops (KernelWay in kernels/kernels.h); by its preset, the
+// first, they are computed as a backend does of itself.
+typedef enum KeyType { KEY_INT, KEY_FLOAT, KEY_BOOL, KEY_STRING, KEY_ENUM, KEY_WAY, KEY_SOURCES, KEY_POLICIES } KeyType;
 
 typedef struct Key {
   const char *path;
@@ -16,8 +18,8 @@ typedef struct Key {
   size_t offset, bytes; // of the field; KEY_INT is 4 or 8 bytes
   const char *preset;   // default value, written as after --set
   double min, max;      // numbers; KEY_STRING: fewest characters
-  // KEY_ENUM: values in order, "a|b"; KEY_STRING: all that is allowed; KEY_POLICIES: the policies; KEY_BOOL: other
-  // names of false and true; numbers: a name for 0.
+  // KEY_ENUM, KEY_WAY: values in order, "a|b"; KEY_STRING: all that is allowed; KEY_POLICIES: the policies; KEY_BOOL:
+  // other names of false and true; numbers: a name for 0.
   const char *words;
   const char *flag; // of the command line
   const char *help;

@@ -127,7 +127,7 @@ static int config_apply(Config *c, const Place *place, const cJSON *item, Error 
 
 // The value of "key=value": JSON where it is JSON, otherwise the bare word; always a string for keys that are one.
 static cJSON *parse_value(const Key *key, const char *text) {
-  bool word = key && (key->type == KEY_STRING || key->type == KEY_ENUM) && text[0] != '"';
+  bool word = key && (key->type == KEY_STRING || key->type == KEY_ENUM || key->type == KEY_WAY) && text[0] != '"';
   Error ignored; // what is not JSON is a word
   cJSON *item = word ? NULL : json_parse(text, strlen(text), "command line", JSON_PLAIN, &ignored);
   if (item) return item;

@@ -20,8 +20,7 @@ void program_finish(Program *p) {
   p->state->awaited = xcalloc((size_t)p->n_ops + 1, 1);
   for (int i = 0; i < p->n_ops; i++) {
     Op *op = &p->ops[i];
-    if (p->backend->scratch_bytes)
-      p->scratch_bytes = max_i64(p->scratch_bytes, (int64_t)p->backend->scratch_bytes(op->kind, &p->dims, &op->args));
+    p->scratch_bytes = max_i64(p->scratch_bytes, (int64_t)kernel_scratch(p->backend, op->kind, &p->dims, &op->args));
     p->state->uses_lane[op->lane] = 1;
     for (int w = 0; w < op->n_waits; w++) p->state->awaited[op->waits[w].op] = 1;
   }

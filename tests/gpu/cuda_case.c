@@ -192,7 +192,7 @@ void device_call_plan(DeviceCall *d, const CudaCase *c, OpKind kind, const OpArg
   for (int i = 0; i < OP_MAX_OUT; i++)
     if (out[i].data) d->out_at[i] = region_take(&d->bytes, device_bytes(&out[i]));
   d->pack = region_take(&d->bytes, batch_bind(&(Batch){0}, dims_batch_shape(&c->ops.dims), NULL));
-  d->scratch = region_take(&d->bytes, c->backend->scratch_bytes(kind, &c->ops.dims, &d->args));
+  d->scratch = region_take(&d->bytes, kernel_scratch(c->backend, kind, &c->ops.dims, &d->args));
 }
 
 static void operand_image(const Value *v, char *image) {

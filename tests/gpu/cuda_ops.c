@@ -22,7 +22,7 @@ typedef struct Family {
   void (*run)(CudaCase *c, const CudaShape *shape);
   OpKind ops[8];
   int n;
-  KernelChoice choice;
+  const char *way;      // KernelWay.word; NULL: as the backend computes them of itself
   double act_tolerance; // 0: ACT_TOLERANCE
   const char *mark;     // of its ops, where another family has them too
   bool apart;           // not for the ops' own sake: asked for by its name only, and not timed
@@ -43,7 +43,7 @@ static const Family families[] = {
      run_adaln,
      {OP_ADALN_FWD, OP_ADALN_BWD},
      .n = 2,
-     .choice = {.adaln_unfused = 1},
+     .way = "unfused",
      .act_tolerance = UNFUSED_TOLERANCE,
      .mark = "unfused"},
     {"adaln_stability", run_adaln_stability, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2, .mark = "stability", .apart = true},
@@ -61,7 +61,7 @@ static const Family families[] = {
      {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD, OP_EXPERT_UP_DGRAD,
       OP_EXPERT_UP_WGRAD},
      .n = 6,
-     .choice = {.experts_loop = 1},
+     .way = "loop",
      .act_tolerance = LOOP_TOLERANCE,
      .mark = "loop",
      .apart = true},
@@ -116,7 +116,7 @@ static void run_family(const Run *run, int f) {
                 .report = report,
                 .wanted = run->wanted[f],
                 .bench = run->bench};
-  backend.choose(&backend, family->choice);
+  if (family->way) kernels_choose(&backend, family->way);
   for (int k = 0; k < OP_COUNT; k++)
     if (!report->crashed[k]) report->of[k] = (OpReport){0};
   const CudaShape *shapes = run->bench ? cuda_bench_shapes : cuda_shapes;

@@ -67,7 +67,7 @@ static void make_rows(CudaCase *c, Site *s) {
 static bool run_way(CudaCase *c, const Site *s, int way, Outputs *o) {
   const Dims *d = s->dims;
   Backend backend = backend_cuda;
-  backend.choose(&backend, (KernelChoice){.adaln_unfused = way == UNFUSED});
+  if (way == UNFUSED) kernels_choose(&backend, "unfused");
   const Backend *before = c->backend;
   const Value rows = value_out(c, DT_ACT, d->T, d->C), stat = value_out(c, DT_REAL, d->T, 1);
   c->backend = &backend;

@@ -140,7 +140,7 @@ mv "$dir/elsewhere" "$dir/moved"
 [ -s "$dir/moved/samples/drawn.png" ]
 [ ! -e "$dir/elsewhere" ]
 "$train" configs/demo.json --run-dir "$dir/idle" "${short[@]}" --steps 1 --device cpu --adaln unfused --graph off 2>"$dir/log"
-grep -q 'kernels.moe_gemm change nothing on the cpu' "$dir/log"
+grep -q 'kernels.adaln unfused changes nothing on the cpu' "$dir/log"
 grep -q 'kernels.graph change nothing' "$dir/log"
 "$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" --memory offload \
   --trace "$dir/tuned/trace.json" 2>"$dir/log"

@@ -71,7 +71,7 @@ static void every_key_refuses_wrong_values(void **state) {
     if (key->type == KEY_INT) bad[n++] = "2.5";
     if (key->type == KEY_BOOL) bad[n++] = "1";
     if (key->type == KEY_STRING) bad[n++] = "7";
-    if (key->type == KEY_ENUM) bad[n++] = "\"autos\"";
+    if (key->type == KEY_ENUM || key->type == KEY_WAY) bad[n++] = "\"autos\"";
     if (key->type == KEY_POLICIES) bad[n++] = "{\"x\": \"lose\"}";
     if (key->type == KEY_SOURCES) bad[n++] = "[{\"type\": \"folder\"}]";
     for (int i = 0; i < n; i++) {
