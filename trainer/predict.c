@@ -7,7 +7,7 @@
 static Simulation play(const Costs *c, const Program *p) {
   double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
   for (int i = 0; i < p->n_ops; i++) seconds[i] = op_seconds(c, p, &p->ops[i]);
-  Simulation s = simulate(p, seconds, &c->link, NULL);
+  Simulation s = simulate(p, seconds, c, NULL);
   free(seconds);
   return s;
 }

@@ -3,6 +3,7 @@
 #define TESSERA_SIMULATE_H
 
 #include "model/program/replay.h"
+#include "model/program/seconds.h"
 
 typedef struct Simulation {
   double seconds;          // from the beginning to the last lane's end
@@ -11,9 +12,12 @@ typedef struct Simulation {
 } Simulation;
 
 // Plays the ops: each lane in order, an op from when its waits are over, seconds [n_ops] of each with nothing beside
-// it; copies slow down by what `link` says while the other direction is busy too; with one_queue all in recorded order.
-// times [n_ops]: when each ran, or NULL.
-Simulation simulate(const Program *p, const double *seconds, const LinkRates *link, OpTime *times);
+// it; with one_queue all in recorded order. By the costs' link copies are slower while the other direction is busy too,
+// and by copy_drag the compute lane while copies are. times [n_ops]: when each ran, or NULL.
+Simulation simulate(const Program *p, const double *seconds, const Costs *costs, OpTime *times);
+// Seconds that the compute lane loses to each second of a copy beside it: both use the device's memory. 0 where the
+// rates are not known.
+double copy_drag(const Costs *c);
 // Of the seconds that copies ran, the share in which the compute lane went on; 1 without copies.
 double simulation_hidden(const Simulation *s);
 #endif

@@ -354,7 +354,7 @@ static void test_reloads_begin_by_the_clock(void **state) {
   assert_int_equal(order_check(p, &err), 0);
   double seconds[13];
   for (int i = 0; i < 13; i++) seconds[i] = op_seconds(&costs, p, &p->ops[i]);
-  Simulation s = simulate(p, seconds, &costs.link, NULL);
+  Simulation s = simulate(p, seconds, &costs, NULL);
   assert_true(fabs(s.seconds - 8) < 1e-9 && fabs(s.stalled - 1) < 1e-9); // of r2
   program_free(p);
   costs_free(&costs);

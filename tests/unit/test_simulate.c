@@ -12,8 +12,8 @@
 #include "model/program/simulate.h"
 #include "tests/unit/sketch.h"
 
-static const LinkRates alone = {.d2h = 1, .h2d = 1, .both_d2h = 1, .both_h2d = 1};
-static const LinkRates halved = {.d2h = 1, .h2d = 1, .both_d2h = .5, .both_h2d = .5};
+static const Costs alone = {.link = {.d2h = 1, .h2d = 1, .both_d2h = 1, .both_h2d = 1}};
+static const Costs halved = {.link = {.d2h = 1, .h2d = 1, .both_d2h = .5, .both_h2d = .5}};
 
 static const Lane C = LANE_COMPUTE, D = LANE_D2H, H = LANE_H2D;
 enum { MOST = 64 };
@@ -32,7 +32,7 @@ typedef struct Case {
   OpTime times[MOST];
 } Case;
 
-static Simulation play(Case *c, const Given *given, int n, const LinkRates *link) {
+static Simulation play(Case *c, const Given *given, int n, const Costs *costs) {
   int one_queue = c->p.one_queue;
   memset(c, 0, sizeof *c);
   c->p = (Program){.ops = c->ops, .n_ops = n, .one_queue = one_queue};
@@ -42,7 +42,7 @@ static Simulation play(Case *c, const Given *given, int n, const LinkRates *link
     for (int w = 0; w < 2; w++)
       if (given[i].waits[w] >= 0) c->ops[i].waits[c->ops[i].n_waits++] = (Wait){given[i].waits[w]};
   }
-  return simulate(&c->p, c->seconds, link, c->times);
+  return simulate(&c->p, c->seconds, costs, c->times);
 }
 
 static void check(double got, double want) {
@@ -106,6 +106,18 @@ static void test_one_queue(void **state) {
   s = play(&c, ops, 4, &halved);
   check(s.seconds, 8);
   check(s.stalled, 0);
+}
+
+// While copies run the compute lane is slower: each copy takes a quarter of its pace.
+static void test_drag(void **state) {
+  (void)state;
+  Case c = {0};
+  const Costs costs = {.rates = {.bytes = 1}, .link = {.d2h = .5, .h2d = .5, .both_d2h = .5, .both_h2d = .5}};
+  check(copy_drag(&costs), .25);
+  const Given ops[] = {{D, 2, {-1, -1}}, {C, 4, {-1, -1}}, {H, 1, {0, -1}}};
+  Simulation s = play(&c, ops, 3, &costs);
+  check(c.times[1].end, 4.75); // 3 s at three quarters of its pace
+  check(s.seconds, 4.75);
 }
 
 static void test_nothing(void **state) {
@@ -181,7 +193,7 @@ static double play_in_steps(const Given *ops, int n, const LinkRates *link, doub
 static void test_against_steps(void **state) {
   (void)state;
   Rng r = {4};
-  const LinkRates uneven = {.d2h = 4, .h2d = 3, .both_d2h = 3, .both_h2d = 1};
+  const Costs uneven = {.link = {.d2h = 4, .h2d = 3, .both_d2h = 3, .both_h2d = 1}};
   for (int round = 0; round < 60; round++) {
     Given ops[MOST];
     Case c = {0};
@@ -189,15 +201,20 @@ static void test_against_steps(void **state) {
     random_case(&r, ops, n);
     for (int i = 0; i < n; i++) ops[i].seconds += 1; // steps order what takes no time otherwise
     Simulation s = play(&c, ops, n, &uneven);
-    double want = play_in_steps(ops, n, &uneven, 1e-3);
+    double want = play_in_steps(ops, n, &uneven.link, 1e-3);
     if (fabs(s.seconds - want) > 2e-3 * n + 1e-3) fail_msg("round %d: %g instead of %g", round, s.seconds, want);
   }
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_hidden),        cmocka_unit_test(test_exposed), cmocka_unit_test(test_both_directions),
-      cmocka_unit_test(test_one_queue),     cmocka_unit_test(test_nothing), cmocka_unit_test(test_against_recursion),
+      cmocka_unit_test(test_hidden),
+      cmocka_unit_test(test_exposed),
+      cmocka_unit_test(test_both_directions),
+      cmocka_unit_test(test_one_queue),
+      cmocka_unit_test(test_nothing),
+      cmocka_unit_test(test_drag),
+      cmocka_unit_test(test_against_recursion),
       cmocka_unit_test(test_against_steps),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,0 +1,43 @@
+// memory.policy auto: which saved tensor of which layer is kept, recomputed or offloaded, so that a step is shortest
+// while everything fits.
+//
+// A menu says what the policies of one layer come to. Prices of a byte that stays and of a byte that is copied, found
+// so that the cheapest items at these prices just fit, give a bound that no plan can beat and the few items worth
+// mixing. How many layers get which is counted out; the first layers get the copies, for theirs have the longest to be
+// made both ways. Each such plan is recorded, scheduled, placed and played, which decides; then single layers change
+// while that helps. By the same costs the same plan is chosen.
+#ifndef TESSERA_CHOOSE_H
+#define TESSERA_CHOOSE_H
+
+#include "model/program/menu.h"
+#include "model/program/simulate.h"
+
+typedef struct ChooseTask {
+  Program *(*record)(const void *model, const PolicyTable *policy); // a finished training program, the caller's to free
+  const void *model;
+  int layers;
+  const Costs *costs;
+  MenuRules rules;
+  int64_t arena, host; // bytes that may be used of each
+} ChooseTask;
+
+// What a plan comes to.
+typedef struct Outcome {
+  Simulation time;
+  int64_t arena, host;                 // bytes
+  int64_t kept, recomputed, offloaded; // bytes of saved tensors
+  double rebuilding;                   // seconds of ops that run again
+} Outcome;
+
+typedef struct Choice {
+  PolicyTable policy; // with the task's costs; free with policy_table_free
+  Outcome outcome;
+  int fits;     // 0: nothing does, and this is what needs the least memory of all that was tried
+  double bound; // seconds: no plan that fits is shorter, by these costs
+  int tried;    // plans recorded
+} Choice;
+
+Choice choose(const ChooseTask *task);
+// What one plan comes to.
+Outcome outcome_of(const ChooseTask *task, const PolicyTable *policy);
+#endif
