@@ -1,4 +1,4 @@
-// ./train CONFIG.json: arguments, config, threads, and the one thing asked for.
+// ./train CONFIG.json: arguments, config, threads, and the one thing that the command is for.
 #include "base/machine.h"
 #include "base/standard.h"
 #include "kernels/backends.h"
@@ -32,8 +32,8 @@ static const Backend *backend_for(const Options *o, const Config *c, Error *err)
   return o->plan ? backend_for_plan(c, err) : backend_for_run(c, err);
 }
 
-// 1 when a micro-batch of `tokens` slots fits the backend, 0 when it does not, -1 when the config refuses that many; *c
-// is the config with it. *err is set unless it fits.
+// 1 when a micro-batch of `tokens` slots fits the backend, 0 when it does not, -1 when no config may have it; *err is
+// set unless it fits. *c becomes the config with `tokens`.
 static int tokens_fit(const Options *o, const char *file, const Backend *b, int64_t tokens, Config *c, Error *err) {
   const char **sets = xmalloc((size_t)(o->n_sets + 1) * sizeof *sets);
   char *last = xasprintf("data.micro_batch_tokens=%lld", (long long)tokens);
@@ -51,11 +51,11 @@ static int tokens_fit(const Options *o, const char *file, const Backend *b, int6
   return bad ? -1 : fits;
 }
 
-// --tokens max: from the configured T doubles while it fits, or else halves until it does, then halves the gap down to
-// TOKEN_STEP.
+// --tokens max: doubles the configured T while it fits, or halves it until it does; then bisects down to TOKEN_STEP.
 static int find_tokens(const Options *o, const char *file, Config *c, Error *err) {
   enum { TOKEN_STEP = 64 };
-  int64_t low = c->data.micro_batch_tokens, high = low; // low: the most known to fit, or the config refuses so few
+  int64_t low = c->data.micro_batch_tokens,
+          high = low; // low: the most that is known to fit, or what the config refuses as too few
   Config tried;
   Error why;
   const Backend *b = backend_for(o, c, err);
@@ -122,14 +122,14 @@ static void before_libraries(int argc, char **argv, char **environment) {
 __attribute__((section(".preinit_array"), used)) static void (*const before_all)(int, char **,
                                                                                  char **) = before_libraries;
 
-// Whether the command line names the run's folder. A saved config may name one too: where the run was then.
+// Whether the command line names the run's folder, rather than a saved config, which names where the run was.
 static bool run_dir_given(const Config *c) {
   for (int k = 0; k < config_key_count; k++)
     if (strcmp(config_keys[k].path, "run.folder") == 0) return c->origin[k] == ORIGIN_FLAG && c->run.folder[0];
   return false;
 }
 
-// A checkpoint has a config.json too, that of an exported model.
+// Whether the folder is a checkpoint: its config.json describes an exported model.
 static int refuse_checkpoint(const char *folder, Error *err) {
   char *state = xasprintf("%s/state.json", folder);
   int found = access(state, F_OK) == 0;
@@ -147,7 +147,7 @@ static void refuse_folder(const char *folder, Error *err) {
             "%s is a folder, but not that of a run: it has no config.json", folder);
 }
 
-// Says what a run's config of an older version could not say.
+// Names the keys that a run's config of an older version lacks, with the defaults that they take.
 static void name_new_keys(const Config *c, const char *file) {
   char *keys = config_new_keys(c);
   // Before its first mention the version was 1.
@@ -175,7 +175,7 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
   return bad;
 }
 
-// The table also of what does not fit.
+// The table is printed of what does not fit too.
 static int print_plan(const Config *c, const char *run, Error *err) {
   Engine e = {0};
   const Backend *b = backend_for_plan(c, err);
@@ -189,8 +189,8 @@ static int print_plan(const Config *c, const char *run, Error *err) {
   return bad ? -1 : 0;
 }
 
-// What a config can be told without its data and its machine: whether memory.per_tensor names tensors, and whether a
-// budget that it gives is enough.
+// Checks what needs neither data nor the machine: memory.per_tensor names tensors, and a budget in the config is
+// enough.
 static int check_memory(const Config *c, Error *err) {
   Engine e = {0};
   Error no_device;

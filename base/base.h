@@ -27,8 +27,8 @@ __attribute__((noreturn)) void panic(const char *fmt, ...) __attribute__((format
 // One line to standard error, above the progress bar when one is drawn.
 void log_info(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void log_warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
-// Sets a hook called before a log line is printed (the progress bar erases itself); NULL for none. Whichever thread
-// logs, hook and line come together, and no hook runs once this has returned with another.
+// Sets a hook that is called before a log line is printed (the progress bar erases itself); NULL: none. No other line
+// comes between the hook and its line, and the former hook does not run once this has returned.
 void log_set_hook(void (*before_line)(void));
 
 // Allocation that cannot fail: out of memory ends the process with a message naming the size. Free with free().

@@ -16,7 +16,7 @@ typedef struct FileOut {
   Hash64 hash;      // of what was written
 } FileOut;
 
-// All of them: 0, or -1 with errno.
+// Every function returns 0, or -1 with errno.
 // Creates or empties a file.
 int file_out_open(FileOut *f, const char *path);
 int file_out_write(FileOut *f, const void *data, size_t bytes);

@@ -40,7 +40,7 @@ static double read_limit(const char *group, const char *file) {
   return found && value >= 0 ? value : HUGE_VAL;
 }
 
-// Version 2: "150000 100000", microseconds of processor time in so many.
+// Version 2: "150000 100000": microseconds of processor time, and the period in microseconds that they are for.
 static double read_quota2(const char *group, const char *file) {
   char *line = read_line(group, file);
   double quota, period;

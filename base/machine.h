@@ -18,12 +18,12 @@ int64_t machine_memory(const char *root, const char **limit);
 // address space and data.
 int64_t machine_memory_left(const char *root);
 
-// The rule behind machine_threads: a process that may run on `own` processors, one of `processes` that share `together`
-// processors and a quota of so many processors' worth of time.
+// The rule behind machine_threads. The process may run on `own` processors; `processes` of its kind share `together`
+// processors and a quota of time, counted in processors.
 int machine_share(int own, int together, double quota, int processes);
 
-// What the control groups of this process leave it: processors' worth of time (HUGE_VAL: no quota), bytes of memory
-// (INT64_MAX: no limit).
+// What the control groups of this process leave it: a quota of time, counted in processors (HUGE_VAL: none), and bytes
+// of memory (INT64_MAX: no limit).
 double cgroup_processors(const char *root);
 int64_t cgroup_memory(const char *root);
 #endif

@@ -7,8 +7,8 @@
 #include <unistd.h>
 
 void standard_open(void) {
-  // Standard output for reading: what was asked for is lost there, which standard_flush then says. open takes the
-  // lowest free number, those below are open by then.
+  // Standard output is opened for reading: what is printed fails there, and standard_flush says so. open takes the
+  // lowest free number; those below are open by then.
   static const int mode[] = {[STDIN_FILENO] = O_RDONLY, [STDOUT_FILENO] = O_RDONLY, [STDERR_FILENO] = O_WRONLY};
   for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
     if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", mode[fd]) != fd) _exit(2); // without /dev/null: nobody to tell

@@ -62,9 +62,8 @@ static int too_many(const BadImages *list, Source *const *source, int most, Erro
   return -1;
 }
 
-// Counts the images of a source that cannot be decoded, one after the other; -1 with *err set when there are so many
-// that the source must be to blame: the first ones of all, or, where one could be decoded before, as many as two epochs
-// have.
+// Counts the images of a source in a row that cannot be decoded. -1 with *err set when the row is so long that the
+// source must be to blame: at the source's beginning, or, once one could be decoded, over two epochs.
 static int source_try(BadImages *list, const Source *source, ImageId id, bool bad, Error *err) {
   SourceTrial *trial = &list->trial[id.source];
   if (!bad) {

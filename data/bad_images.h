@@ -23,8 +23,8 @@ typedef struct BadImages {
   SourceTrial trial[STREAM_SOURCES]; // not part of a state
 } BadImages;
 
-// Takes note of an image that was met. One that was restored leaves the list when it can be decoded again. -1 with *err
-// set when with this one more than `most` are bad (0: no limit, and no list), or so many of its source in a row that
+// Takes note of an image that was met. A restored one leaves the list when it can be decoded again. -1 with *err set
+// when this makes more than `most` bad images (0: no limit, and no list), or a row of its source's that is so long that
 // the source must be to blame.
 int bad_images_meet(BadImages *list, Source *const *source, ImageId id, bool bad, int most, Error *err);
 // Adds one from a state, before anything is noted.

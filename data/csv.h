@@ -17,7 +17,7 @@ typedef struct CsvCell {
 typedef struct CsvReader {
   char *at, *end; // what is still to be read; *end must be writable
   char delimiter;
-  int64_t most_cells; // the last one takes the rest of the line, delimiters included; 0: any number
+  int64_t most_cells; // the last one takes all that is left of the line, delimiters included; 0: any number
   int64_t line;       // of the record read last, from 1
   int64_t next_line;
   CsvCell *cell; // [cells]
@@ -28,7 +28,7 @@ typedef enum CsvState {
   CSV_RECORD,
   CSV_END,
   CSV_BAD_RECORD, // it is passed over: *err says why
-  CSV_BAD_FILE,   // a quote is never closed, so that the rest of the file would be one cell
+  CSV_BAD_FILE,   // a quote is never closed, so that all behind it would be one cell
 } CsvState;
 
 CsvReader csv_open(char *text, size_t n, char delimiter);

@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { BAD_IMAGES_NAMED = 20 }; // images that cannot be decoded: so many are named as they come
+enum { BAD_IMAGES_NAMED = 20 }; // of the images that cannot be decoded, the first ones are named
 
 // One step's packs of this process, formed but not decoded. A step is planned whole, since a state is that of the
 // stream before a step.

@@ -24,7 +24,7 @@ typedef struct LoaderConfig {
   void *sum_context;
 } LoaderConfig;
 
-// An image that a pack asked for.
+// An image of a pack.
 typedef struct MetImage {
   ImageId id;
   bool bad; // it could not be decoded

@@ -4,7 +4,7 @@
 #include <stdbool.h>
 
 int pack_choose(const DocumentSize *size, int n, PackRoom room, PackCell *cell, int *chosen) {
-  // cell[s].last: the candidate that first completed a subset of s slots; the rest of that subset is that of
+  // cell[s].last: the candidate that first completed a subset of s slots; its other members are those of
   // s - size[last].slots, made of earlier candidates only since sums are visited downwards.
   for (int s = 1; s <= room.slots; s++) cell[s].last = -1;
   cell[0] = (PackCell){0, 0, 0};

@@ -6,8 +6,8 @@
 // last one ends in eos. An interleaved sample that is too long is cut between its segments. Captions are truncated.
 //
 // Packing: documents pass through a window. A pack takes them in order until it is nearly full, then the subset of the
-// window that fills the rest best (pack_choose). Padded, it takes them strictly in order, as many as fit when all of
-// them are as long as the longest; the documents themselves, and their numbers, are those of varlen packing.
+// window that fills what is left best (pack_choose). Padded, it takes them strictly in order, as many as fit when all
+// of them are as long as the longest; the documents themselves, and their numbers, are those of varlen packing.
 #ifndef TESSERA_STREAM_H
 #define TESSERA_STREAM_H
 

@@ -62,12 +62,12 @@ const uint8_t *pieces_next(Pieces *p, size_t *n) {
   } else {
     found = pcre2_match(p->regex, piece, p->checked - p->at, 0, PCRE2_NO_UTF_CHECK, p->match, NULL);
   }
-  // Only a resource limit of PCRE2 can make it fail here; the rest of the run is then one word.
+  // Only a resource limit of PCRE2 can make it fail here; what is left of the run is then one word.
   size_t length = found >= 0 ? pcre2_get_ovector_pointer(p->match)[1] : 0;
   if (length == 0) length = p->checked - p->at;
   if (length > MAX_PIECE_BYTES) {
     length = MAX_PIECE_BYTES;
-    while ((piece[length] & 0xC0) == 0x80) length--; // not inside a character: the rest must stay UTF-8
+    while ((piece[length] & 0xC0) == 0x80) length--; // not inside a character: what is left must stay UTF-8
   }
   p->at += length;
   *n = length;

@@ -1,6 +1,6 @@
 // Byte-level byte-pair encoding with GPT-2's pre-tokenization.
 //
-// Ids: 0-255 single bytes in GPT-2's order ('!'..'~', 0xA1..0xAC, 0xAE..0xFF, then the rest ascending), then one id a
+// Ids: 0-255 single bytes in GPT-2's order ('!'..'~', 0xA1..0xAC, 0xAE..0xFF, then the others ascending), then one id a
 // merge in file order, then unused ids, and the specials last: bos V-4, eos V-3, boi V-2, eoi V-1. Special names inside
 // text are plain text. A Tokenizer never changes after it is made: every function is thread-safe.
 #ifndef TESSERA_TOKENIZER_H

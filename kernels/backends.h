@@ -6,7 +6,7 @@
 #include "model/config/config.h"
 
 // The backend for run.device, opened; "auto": the GPU where the build has its backend and the machine has one whose
-// backend can run this model, else the CPU. NULL with *err where the one asked for cannot be used.
+// backend can run this model, else the CPU. NULL with *err where the named one cannot be used.
 const Backend *backend_for_run(const Config *c, Error *err);
 // The same for a plan: a device that the config names need not be there.
 const Backend *backend_for_plan(const Config *c, Error *err);

@@ -24,7 +24,7 @@ typedef struct BatchShape {
 
 // What changes from pack to pack.
 typedef struct BatchDims {
-  int32_t n_text, n_image; // rows [0, n_text) are text, [n_text, n_text + n_image) image, the rest filler
+  int32_t n_text, n_image; // rows [0, n_text) are text, [n_text, n_text + n_image) image, all others filler
   int32_t n_segments;      // used modulation rows, row 0 (text) included
   int32_t n_target;        // text rows with a target
   int32_t n_ids;           // distinct token ids among the text rows

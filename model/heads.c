@@ -6,7 +6,7 @@ static void record_text_head(Recording *r, Heads *heads, TensorId h, ModelProgra
   const Dims *d = &r->d;
   int head = w->head < 0 ? w->embed : w->head;
   if (r->mode == MODE_WRITE) {
-    // One row is asked for per document, and each has at least an image.
+    // One row per document is read, and each document has at least an image.
     out->logits = program_tensor(r->p, DT_REAL, (int64_t)d->segments * d->V, "logits");
     program_op(r->p, OP_HEAD_LOGITS, IN(h, weight(r, head)), OUT(out->logits), NULL);
     return;

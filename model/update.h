@@ -9,7 +9,7 @@ Program *update_record(const Model *model, int ema);
 // GRAD_HASH of all gradients; *hash is its output [params.n].
 Program *hash_record(const Model *model, TensorId *hash);
 
-// Puts the EMA in the place of the weights, which lie aside in the gradients' slab until the program with `enter` 0
-// puts them back, bit for bit. Only between steps: a step's first micro-step overwrites the gradients.
+// Puts the EMA in the place of the weights and saves the weights in the gradients' slab; the program with `enter` 0
+// restores them, bit for bit. Only between steps: a step's first micro-step overwrites the gradients.
 Program *ema_record(const Model *model, int enter);
 #endif

@@ -68,8 +68,8 @@ static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
   return 0;
 }
 
-// What counts against the budget. All programs share one arena and one host slab; on the CPU the slab is the same
-// memory as the rest, beside a device it is not.
+// Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
+// and device memory are one.
 static int counts(const Engine *e, Space space) {
   return space != SPACE_HOST || !e->model.backend->queues;
 }
@@ -81,10 +81,10 @@ static int64_t total_bytes(const Engine *e) {
   return sum;
 }
 
-// Records the training programs under a policy and measures them on top of `rest`, the bytes of all other programs.
-static int try_policy(Engine *e, MemoryPolicy policy, const int64_t rest[SPACE_COUNT], Error *err) {
+// Records the training programs under a policy and measures them on top of `others`, the bytes of all other programs.
+static int try_policy(Engine *e, MemoryPolicy policy, const int64_t others[SPACE_COUNT], Error *err) {
   if (record_train(e, policy, err) != 0) return -1;
-  memcpy(e->bytes, rest, sizeof e->bytes);
+  memcpy(e->bytes, others, sizeof e->bytes);
   measure(e, e->first.program);
   if (e->later.program) measure(e, e->later.program);
   return 0;
@@ -94,11 +94,11 @@ static int try_policy(Engine *e, MemoryPolicy policy, const int64_t rest[SPACE_C
 // same memory, so offloading never helps there.
 static int choose_policy(Engine *e, Error *err) {
   MemoryPolicy want = e->config->memory.policy;
-  int64_t rest[SPACE_COUNT];
-  memcpy(rest, e->bytes, sizeof rest);
-  if (want != MEMORY_AUTO) return try_policy(e, want, rest, err);
-  if (try_policy(e, MEMORY_KEEP, rest, err) != 0) return -1;
-  return total_bytes(e) <= e->budget ? 0 : try_policy(e, MEMORY_RECOMPUTE, rest, err);
+  int64_t others[SPACE_COUNT];
+  memcpy(others, e->bytes, sizeof others);
+  if (want != MEMORY_AUTO) return try_policy(e, want, others, err);
+  if (try_policy(e, MEMORY_KEEP, others, err) != 0) return -1;
+  return total_bytes(e) <= e->budget ? 0 : try_policy(e, MEMORY_RECOMPUTE, others, err);
 }
 
 static const char *const memory_policy_name[] = {

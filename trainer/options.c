@@ -23,7 +23,7 @@ const char options_help[] =
     "the\n"
     "                        real images in FOLDER/real\n"
     "  --sample CAPTION      draw a caption; -: captions from standard input, one a line, or as they are typed\n"
-    "    --count N           so many drawings of each caption, of seeds run.seed, run.seed + 1, ...\n"
+    "    --count N           N images of each caption, from seeds run.seed, run.seed + 1, ...\n"
     "    --out FILE.png      where to; of several drawings a sheet. A FOLDER gets a PNG each and captions.tsv\n"
     "  --describe IMAGE      caption an image file\n"
     "                        keys that steer both: eval.guidance, eval.sampler_steps, eval.temperature, eval.top_p\n"

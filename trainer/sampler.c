@@ -8,9 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-// Share of the training times below the latest that is asked for: the network's answers beyond are arbitrary, often the
-// same in every patch. With .99 drawings are the same from 10 steps on; .999 still leaves some of it, 1 makes it worse
-// with every step (docs/LOG.md).
+// Share of the training times below the latest that the network is given: the network's answers beyond are arbitrary,
+// often the same in every patch. With .99 drawings are the same from 10 steps on; .999 still leaves some of it, 1 makes
+// it worse with every step (docs/LOG.md).
 #define SAMPLER_TRAINED 0.99
 
 SamplerOptions sampler_options(const Config *c) {
@@ -341,7 +341,7 @@ static void pack_next_logits(Engine *e, ForwardPack *p, float *logits) {
   Batch *b = &p->batch;
   for (int i = 0; i < p->docs; i++) {
     int last = p->text[i + 1] - 1;
-    b->target[last] = 0; // some id: what is asked for are the logits of all
+    b->target[last] = 0; // any id: the logits of all are read
     b->target_row[i] = last;
   }
   b->dims->n_target = p->docs;

@@ -10,7 +10,7 @@
 typedef struct SamplerOptions {
   SamplerKind kind;
   int steps;            // of the grid: uniform over t in [0, 1], or up to t_end and then to 1
-  double t_end;         // no later time is asked for
+  double t_end;         // no later time is given to the network
   double guidance;      // w of v_u + w (v_c - v_u); 1: the conditional velocity alone
   double guidance_from; // guidance acts for t in (guidance_from, 1); below it the velocity is the conditional one
 } SamplerOptions;

@@ -38,7 +38,7 @@ struct Saver {
   bool started;           // the thread, which has not been joined
   atomic_bool leave;      // it shall find no more memory
   atomic_bool written;    // it has written
-  bool pending;           // a save whose result has not been asked for
+  bool pending;           // a save whose result nobody has taken yet
   // That save.
   int64_t step;
   char *state, *config;

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 static volatile sig_atomic_t stop_signal; // the first that came
-static volatile sig_atomic_t asked;       // somebody asked for the end
+static volatile sig_atomic_t asked;       // the end was requested
 
 // Ends the process by a signal's default action: in its handler as soon as that returns.
 static void die_by(int number) {

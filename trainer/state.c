@@ -126,7 +126,7 @@ static const char *read_string(const Checkpoint *c, const char *name) {
   return cJSON_IsString(item) ? item->valuestring : "";
 }
 
-// The weights speak the ids of one tokenizer. -1 with *err when it is not the one in use.
+// Refuses a checkpoint whose weights were trained with another tokenizer: -1 with *err.
 static int check_tokenizer(const RunState *s, const Checkpoint *c, Error *err) {
   if (!s->tokenizer || strcmp(s->tokenizer, read_string(c, "tokenizer")) == 0) return 0;
   return error_set(err, "data.tokenizer must be the one its run began with: tokenizer.bpe in the run's folder",

@@ -287,8 +287,8 @@ static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profi
     bad = collect_step(t, *report, err);
     if (bad == SPIKES && !leaving && go_back(t, report, &kept, err) == 0) continue;
     if (bad && !(bad == SPIKES && leaving)) return -1;
-    // Saved before it is evaluated: an evaluation takes long enough to be killed in. Not while steps are being skipped:
-    // good checkpoints would make way for the state that may be the cause.
+    // Saves before it evaluates: an evaluation takes long, and the run may be killed in it. Saves nothing while steps
+    // are being skipped: good checkpoints would make way for the state that may be the cause.
     if (leaving || (save_due && !t->state.optimizer.skipped_in_row)) {
       if (save(t, loader, leaving, err) != 0) return -1;
       kept = done;

@@ -19,7 +19,7 @@ static void *cpu_alloc(size_t bytes) {
   return p;
 }
 
-// Four fifths of what this process may use: the rest is for data, decoding and everybody else.
+// Four fifths of what this process may use: a fifth is for data, decoding and everybody else.
 static int64_t cpu_memory(void) {
   return machine_memory("", NULL) / 5 * 4;
 }

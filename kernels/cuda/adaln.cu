@@ -12,7 +12,7 @@ static __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) adaln_forward(co
   const AdalnRow row = adaln_row_of<L>(f);
   if (row.r >= f.T) return;
 
-  // Everything is asked for at once: what leads to other loads first, then the row, wherever it leads. Filler is told
+  // All loads are issued at once: what leads to other loads first, then the row, wherever it leads. Filler is told
   // apart while it is on its way.
   int segment = __ldg(f.segment + row.r), n_text = __ldg(&f.dims->n_text), n_image = __ldg(&f.dims->n_image);
   uint4 x[L::VEC], branch[L::VEC], gate[L::VEC], shift[L::VEC], scale[L::VEC];

@@ -2,9 +2,9 @@
 // the rows of each segment.
 //
 // The used rows are cut into `runs` runs of equal length, one a block. A piece is what a run and a segment have in
-// common. From one piece to the next down the rows, the run or the segment (or both) goes up, so the slot run + segment
-// is a piece's own: a block leaves its pieces' sums there, and adaln_segment_sums adds each segment's pieces in order
-// of the rows. The order depends on the pack and the device's size alone.
+// common. Down the rows, run + segment grows from piece to piece, so it numbers a slot that is the piece's own: a block
+// writes its pieces' sums there, and adaln_segment_sums adds each segment's pieces in the order of the rows. The order
+// depends on the pack and the device's size alone.
 #ifndef TESSERA_ADALN_H
 #define TESSERA_ADALN_H
 

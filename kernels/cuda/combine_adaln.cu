@@ -9,7 +9,7 @@
 
 #include <limits.h>
 
-enum { TOGETHER = 4 }; // experts whose rows are asked for together; few models have more for a token
+enum { TOGETHER = 4 }; // experts whose rows are loaded together; few models have more for a token
 
 // Assignments of a row, in registers of every thread. `weights` below is the Combine's, or a NULL that the compiler
 // sees: the gradient's sum has none, and no registers for them.
@@ -165,7 +165,7 @@ extern "C" void cuda_COMBINE_ADALN_FWD(const KernelCall *c) {
 
 // ---- backward ----
 
-// dh as the sum over the experts. Rows are asked for with their slots at hand: those of the row `groups` further, which
+// dh as the sum over the experts. Rows are loaded with their slots at hand: those of the row `groups` further, which
 // is next but at a piece's end, are on their way since the row before.
 typedef struct CombinedGradient {
   Combine s;
@@ -174,7 +174,7 @@ typedef struct CombinedGradient {
   typedef struct Ahead {
     Picks picks, next; // next: not sorted
     int next_row = -1;
-    Parts parts; // of the first experts; the others' are asked for when they are due
+    Parts parts; // of the first experts; the others' are loaded when they are due
     uint4 add;
   } Ahead;
   __device__ inline void load(Ahead *ahead, int r, int n_text, int C, int column, bool there) const {

@@ -104,7 +104,7 @@ static const cublasLtMatmulAlgo_t *algorithm_of(const Product *p) {
   return &loop.algorithm.emplace(key, best.algo).first->second;
 }
 
-// The number of rows that an algorithm is chosen for: steps of a quarter to an eighth, so that few are asked for. The
+// The number of rows that an algorithm is chosen for: steps of a quarter to an eighth, so that few are needed. The
 // choice depends on the shape alone, never on what was computed before.
 static int rows_rounded(int rows) {
   int step = 16;

@@ -117,8 +117,8 @@ template <typename T> static __device__ inline void warp_running_sums(T *values,
   for (int i = begin; i < end; i++) values[i] = before += values[i];
 }
 
-// Into how many parts so many rows are cut: of at most `longest` GEMM_SHARE_DEPTHs, but not into shorter ones than are
-// worth sums of their own.
+// How many equal parts `count` rows are cut into: each at most `longest` GEMM_SHARE_DEPTHs long, and none shorter than
+// GEMM_SHORTEST_PART of them, which would not be worth a sum of its own.
 static __device__ inline int gemm_even_parts(int count, int longest) {
   int depth = ceil_div(count, GEMM_SHARE_DEPTH);
   return max(1, min(ceil_div(depth, longest), depth / GEMM_SHORTEST_PART));

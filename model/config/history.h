@@ -1,10 +1,10 @@
-// The config format's versions: what a config that another version wrote must be told.
+// The config format's versions, and what to say of a config that another version wrote.
 //
 // Every config that the program writes carries CONFIG_VERSION as "tessera"; a file without it is taken as it is. The
-// number is raised whenever the key table changes in a way that a saved config can tell: a key is added, renamed or
-// removed, a value goes, a default or a meaning changes. A key or value that goes gets a row in config_former, and
-// then a config that still has it is refused with what became of it; a key that is new takes its default in a run's
-// older config, and config_new_keys names it.
+// number is raised whenever the key table changes so that a saved config is affected: a key is added, renamed or
+// removed, a value is removed, a default or a meaning changes. A key or value that is removed gets a row in
+// config_former: a config that still has it is refused, and the message says what became of it. A key that is new takes
+// its default in a run's older config, and config_new_keys names it.
 //
 //   1   run folders without "tessera"
 //   2   "tessera"

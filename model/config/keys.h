@@ -1,7 +1,7 @@
-// The key table behind model/config/config.h: one row a key, and one value in and out of a Config. For load.c,
-// history.c, and train.c, which asks where run.folder came from.
+// The key table behind model/config/config.h: one row a key, and functions that read and write one value of a Config.
+// For load.c, history.c, and train.c, which must know where run.folder came from.
 //
-// Whoever changes the table so that a saved config can tell raises CONFIG_VERSION (model/config/history.h).
+// A change of the table that affects saved configs raises CONFIG_VERSION (model/config/history.h).
 #ifndef TESSERA_CONFIG_KEYS_H
 #define TESSERA_CONFIG_KEYS_H
 

@@ -12,10 +12,10 @@
 
 enum { CHECKPOINT_FORMAT = 1 }; // grows when what is written changes its meaning
 
-// One file of a checkpoint to be. A name as in "model.safetensors" holds its tensors; under any other one, as in
-// "config.json", a text is written as it is: the U8 bytes of one tensor. Metadata of the safetensors files: "format" is
-// "pt", as PyTorch's own tools write it, and every text of the checkpoint stands there under its name, so that weights
-// that are copied elsewhere still say what they are.
+// One file of a checkpoint to be written. A name that ends in .safetensors holds tensors; any other file, such as
+// config.json, is a text: the U8 bytes of one tensor. A safetensors file's metadata has "format": "pt", as PyTorch's
+// tools write it, and every text of the checkpoint under its name, so that weights that are copied elsewhere still say
+// what they are.
 typedef struct CheckpointFile {
   const char *name;
   const SafeTensor *tensors; // [n]

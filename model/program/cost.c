@@ -44,7 +44,7 @@ static int head_products(const Op *op) {
   return has_gradients ? 3 : 1;
 }
 
-// Text and image rows of a two-sided buffer with these elements a token, in parts of the buffer.
+// The share of a two-sided buffer that the text and image rows use, with these elements a token.
 static double sided_used(const Extents *x, const Dims *d, double text, double image) {
   double most = d->T * fmax(text, image);
   return most > 0 ? by_modality(x, text, image) / most : 0;

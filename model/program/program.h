@@ -141,30 +141,31 @@ typedef struct TensorList {
 #define TENSORS(...)                                                                                                   \
   ((TensorList){(const TensorId[]){__VA_ARGS__}, (int)(sizeof((const TensorId[]){__VA_ARGS__}) / sizeof(TensorId))})
 
-// Appends an op on the compute lane. args NULL: zeros. Whether an output accumulates follows from the table and args
-// (op_accumulates); the pack is read implicitly, where the table says so. Panics, with op and operand named, where
-// there are more or fewer operands than the table has, where one that is not optional is absent, and where an output is
-// an input too: bugs of the model code. Returns the op's index, which program_finish may change.
+// Appends an op to the compute lane and returns its index, which program_finish may change. args NULL: zeros. The table
+// says, with args, whether an output accumulates (op_accumulates), and whether the op reads the pack. Three bugs of the
+// model code end in a panic that names op and operand: more or fewer operands than the table has, an absent one that is
+// not optional, an output that is an input too.
 int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpArgs *args);
 
-// Following ops and tensors belong to this layer (-1: none). A change of layer is also a scheduling mark: reloads move
-// to the mark before (schedule.h).
+// Ops and tensors recorded from here on belong to this layer (-1: none). A change of layer is a scheduling mark too:
+// reloads move to the mark before (schedule.h).
 void program_layer(Program *p, int layer);
 
-// Declares that t may be asked for again in the backward pass, under the policy of (current layer, saved); outside of
-// layers it is kept. With POLICY_OFFLOAD records its copy to the host slab right here, on the d2h lane; call it after
-// t's producer was recorded.
+// Declares that the backward pass may need t, under the policy of (current layer, saved); outside of layers it is kept.
+// Called after t's producer was recorded: POLICY_OFFLOAD records the copy to the host slab here, on the d2h lane.
 void program_save(Program *p, TensorId t, Saved saved);
-// Says how to rebuild tensors whose policy is recompute, instead of recording their producer again: op `kind` with
-// `in`, whose outputs rebuild those in `t_of_out` (NO_TENSOR: an optional output is absent, another is scratch shaped
-// like the same output of the producer of one of the others, which must then be of the same kind). Tensors named here
-// with another policy are not affected; their outputs become scratch.
+// Says which op rebuilds tensors whose policy is recompute, in place of their producer: `kind` with inputs `in`; its
+// output k rebuilds t_of_out[k]. Where t_of_out[k] is NO_TENSOR, an optional output is absent; any other is scratch of
+// the shape that it has in the producer of a rebuilt tensor, which must then be of the same kind. A tensor in t_of_out
+// with another policy is not rebuilt: its output is scratch.
 void program_save_rebuild(Program *p, TensorList t_of_out, OpKind kind, TensorList in, const OpArgs *args);
 
-// t as the backward pass can use it: kept, or never saved -> t; offloaded -> its reload, recorded on the h2d lane;
-// recomputed -> output of its producer (or rebuild recipe) recorded again with fresh outputs, inputs through
-// program_need, except that a tensor of a layer which was never saved is rebuilt too: it is an intermediate nobody else
-// keeps. Memoised per program. Panics when that would record an op with accumulating or external outputs again.
+// The tensor that the backward pass reads in place of t, recorded once per program:
+//   kept, or saved nowhere   t itself
+//   offloaded                its reload, recorded on the h2d lane
+//   recomputed               the output of its producer, or of its rebuild recipe, recorded again with fresh outputs
+// The inputs of what is recorded again go through program_need too; among them a layer's tensor that was never saved is
+// recomputed, since nothing keeps it. Panics where an op to be recorded again accumulates or writes an external tensor.
 TensorId program_need(Program *p, TensorId t);
 
 // t is read after the replay: it lives to the end of the program.

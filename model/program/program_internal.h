@@ -10,8 +10,8 @@ enum { ARENA_ALIGN = 256 };
 typedef struct Revival {
   Policy policy;  // of a saved tensor
   TensorId host;  // where it was offloaded to, or NO_TENSOR
-  TensorId again; // its reload or rebuilt copy, once asked for; NO_TENSOR before
-  int needed;     // asked for
+  TensorId again; // its reload or rebuilt copy, once it was needed; NO_TENSOR before
+  int needed;     // by the backward pass
   int busy;       // being rebuilt right now: a recipe that needs its own result is a bug
 } Revival;
 

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
-"""The fast PyTorch model (tests/gpu/peer_model.py) is the reference (tests/ops/reference.py): same losses, same gradients, in
-float64 on the CPU, on random packs. Exit code 77 without PyTorch."""
+"""The fast PyTorch model (tests/gpu/peer_model.py) is the reference (tests/ops/reference.py): same losses, same
+gradients, in float64 on the CPU, on random packs. Exit code 77 without PyTorch."""
 import sys
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what computes with OpenBLAS under each of its kinds of kernels that this processor can run:
-# tests/ops/blas_kinds.sh BUILD. Kinds that the OpenBLAS of this machine was not built with are named and left out. The last
-# line is "N passed, N failed". Exit code 1 when anything failed.
+# tests/ops/blas_kinds.sh BUILD. Kinds that the OpenBLAS of this machine was not built with are named and left out. The
+# last line is "N passed, N failed". Exit code 1 when anything failed.
 set -u
 cd "$(dirname "$0")/../.." || exit 2
 build=$1

@@ -12,7 +12,7 @@
 // What a pack consists of.
 typedef enum PackKind {
   PACK_MIXED, // documents of every kind, then filler
-  PACK_FULL,  // the same, the rest filled with one-token text documents: no filler
+  PACK_FULL,  // the same, then one-token text documents in all slots left: no filler
   PACK_TEXT,  // text documents only
   PACK_IMAGE, // documents that are one image without any text
   PACK_EMPTY, // filler only
@@ -37,8 +37,9 @@ double case_normal(OpCase *c);
 // Small random sizes, odd ones included. All of T, C, V, Z, .. may be overwritten before op_case_pack; keep H a
 // multiple of G, D even, K[m] <= E[m], M = 6CL + 2C.
 void op_case_init(OpCase *c, uint64_t seed);
-// Sizes beyond every block that a kernel cuts its work into, the last block of each an odd rest: 2 blocks of rows and
-// columns at least, images larger than a block of rows too. The router's blocks of 512 columns are for its own test.
+// Sizes beyond every block that a kernel cuts its work into, the last block of each shorter and odd: 2 blocks of rows
+// and columns at least, images larger than a block of rows too. The router's blocks of 512 columns are for its own
+// test.
 enum { LARGE_CASES = 3 };
 void op_case_init_large(OpCase *c, int number); // 0 .. LARGE_CASES - 1
 bool op_case_is_large(const OpCase *c);

@@ -1,6 +1,6 @@
 // The kernels that train give what the formulas give: every op of kernels/cpu/reference, plain loops in double, against
 // the tuned one, on packs of every kind (groups without rows, documents of one token, no filler and nothing but filler)
-// and sizes with odd rests. Built in float and in double.
+// and sizes that leave odd remainders. Built in float and in double.
 #include "kernels/cpu/reference/reference.h"
 #include "tests/ops/op_calls.h"
 #include "tests/ops/op_reference.h"

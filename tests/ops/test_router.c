@@ -79,7 +79,7 @@ static void send_to_first_expert(const OpCase *c, real *h, real *wr) {
   for (int64_t i = 0; i < (int64_t)d->T * d->C; i++) h[i] = (real)fabs((double)h[i]);
 }
 
-// More rows of each modality and more columns than the gradients' blocks hold, and rests that are odd.
+// More rows of each modality and more columns than the gradients' blocks hold, and last blocks of odd sizes.
 static void large_router_case(OpCase *c, int number) {
   Dims *d = &c->dims;
   op_case_init_large(c, number);
