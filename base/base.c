@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 
@@ -85,8 +86,23 @@ void log_set_hook(void (*before_line)(void)) {
   funlockfile(stderr);
 }
 
+// Ends the process for memory that is not there: where a limit is set, it is what to raise.
+static void refuse_alloc(size_t bytes) {
+  const struct {
+    int resource;
+    const char *name;
+  } limits[] = {{RLIMIT_AS, "ulimit -v"}, {RLIMIT_DATA, "ulimit -d"}};
+  for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+    struct rlimit limit;
+    if (getrlimit(limits[i].resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+      panic("out of memory: %zu bytes of host memory; raise the limit of address space (%s), which is %.0f MB", bytes,
+            limits[i].name, (double)limit.rlim_cur / 1e6);
+  }
+  panic("out of memory: %zu bytes of host memory", bytes);
+}
+
 static void *check_alloc(void *p, size_t bytes) {
-  if (!p && bytes) panic("out of memory: %zu bytes of host memory", bytes);
+  if (!p && bytes) refuse_alloc(bytes);
   return p;
 }
 

@@ -1,8 +1,10 @@
 // Byte-level BPE as in "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019) and its encoder.py.
+#include "base/hash.h"
 #include "data/paths.h"
 #include "data/tokenizer_internal.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -249,6 +251,17 @@ int tokenizer_save(const Tokenizer *t, const char *path, Error *err) {
 }
 
 // ---- ids
+
+char *tokenizer_identity(const Tokenizer *t) {
+  uint64_t hash = 0;
+  for (int32_t id = 0; id < tokenizer_used(t); id++) {
+    size_t n;
+    char *bytes = tokenizer_decode(t, &id, 1, &n);
+    hash = hash64(bytes, n, hash);
+    free(bytes);
+  }
+  return xasprintf("%016" PRIx64, hash);
+}
 
 int tokenizer_vocab(const Tokenizer *t) {
   return t->vocab;

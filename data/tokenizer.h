@@ -21,6 +21,9 @@ Tokenizer *tokenizer_load(const char *path, int vocab, Error *err);
 // lower (left, right) ids; it ends early when no pair is left that occurs twice. The texts are not kept.
 Tokenizer *tokenizer_train(const char *const *text, const size_t *bytes, int64_t n, int vocab, Error *err);
 
+// A hash over what every id stands for, 16 hexadecimal digits; malloc'd.
+char *tokenizer_identity(const Tokenizer *t);
+
 // Writes the merges as a vocab.bpe file that tokenizer_load reads; 0, or -1 with *err set.
 int tokenizer_save(const Tokenizer *t, const char *path, Error *err);
 void tokenizer_free(Tokenizer *t);

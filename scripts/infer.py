@@ -386,7 +386,7 @@ def describe(run, pixels, seed):
         if token == tokenizer.eos:
             break
         ids.append(token)
-    return tokenizer.decode(ids)
+    return tokenizer.decode(ids).split(b"\0")[0]  # a text ends at byte 0, as the engine's does
 
 
 def main():

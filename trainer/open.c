@@ -1,14 +1,12 @@
 // Opening a run: memory, data, tokenizer, engine and weights, in the order in which faults should be found.
 #include "trainer/trainer_internal.h"
 
-#include "base/hash.h"
 #include "kernels/backends.h"
 #include "trainer/costs.h"
 #include "trainer/run_folder.h"
+#include "trainer/run_tokenizer.h"
 #include "trainer/slab.h"
 
-#include <inttypes.h>
-#include <libgen.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -42,92 +40,6 @@ static int open_sources(Trainer *t, Error *err) {
     if (source_limit_pixels(t->source[i], c->data.max_pixels, err)) return error_prefix(err, "data.sources[%d]", i);
     source_log(t->source[i]);
   }
-  return 0;
-}
-
-// What a tokenizer learns from.
-typedef struct Texts {
-  const char **text; // [n]
-  size_t *bytes;     // [n]
-  int64_t n, room;
-} Texts;
-
-static void texts_add(Texts *t, const Sample *sample) {
-  for (int k = 0; k < sample->segments; k++) {
-    const SampleSegment *s = &sample->segment[k];
-    if (s->kind != SEGMENT_TEXT) continue;
-    if (t->n == t->room) {
-      t->room = t->room ? 2 * t->room : 1024;
-      t->text = xrealloc(t->text, (size_t)t->room * sizeof *t->text);
-      t->bytes = xrealloc(t->bytes, (size_t)t->room * sizeof *t->bytes);
-    }
-    t->text[t->n] = s->text;
-    t->bytes[t->n++] = s->text_bytes;
-  }
-}
-
-// A BPE learnt from every text of the training samples.
-static Tokenizer *train_tokenizer(const Trainer *t, Error *err) {
-  const Config *c = t->config;
-  Texts texts = {0};
-  for (int s = 0; s < t->sources; s++)
-    for (int64_t i = 0; i < source_count(t->source[s]); i++) {
-      const Sample *sample = source_sample(t->source[s], i);
-      if (!sample_is_held_out(sample->group, c->data.held_out)) texts_add(&texts, sample);
-    }
-  Tokenizer *tokenizer = tokenizer_train(texts.text, texts.bytes, texts.n, c->model.vocab, err);
-  free(texts.text);
-  free(texts.bytes);
-  return tokenizer;
-}
-
-// The tokenizer of the run that a checkpoint belongs to, where there is one: its file lies beside the checkpoint.
-static char *tokenizer_beside(const Trainer *t) {
-  const char *given = t->options->from ? t->options->from : t->options->init;
-  char *paths[2] = {xasprintf("%s/tokenizer.bpe", t->run), NULL}, *found = NULL;
-  if (given) {
-    char *copy = xstrdup(given);
-    paths[1] = xasprintf("%s/tokenizer.bpe", dirname(copy));
-    free(copy);
-  }
-  for (int i = 1; i >= 0; i--) {
-    if (paths[i] && !found && access(paths[i], R_OK) == 0)
-      found = paths[i];
-    else
-      free(paths[i]);
-  }
-  return found;
-}
-
-// A hash over what every id stands for; malloc'd.
-static char *tokenizer_identity(const Tokenizer *t) {
-  uint64_t hash = 0;
-  for (int32_t id = 0; id < tokenizer_used(t); id++) {
-    size_t n;
-    char *bytes = tokenizer_decode(t, &id, 1, &n);
-    hash = hash64(bytes, n, hash);
-    free(bytes);
-  }
-  return xasprintf("%016" PRIx64, hash);
-}
-
-// `continues`: a checkpoint is being used, whose tokenizer must stay.
-static int open_tokenizer(Trainer *t, int continues, Error *err) {
-  const Config *c = t->config;
-  char *path = continues ? tokenizer_beside(t) : NULL;
-  if (path)
-    t->tokenizer = tokenizer_load(path, c->model.vocab, err);
-  else if (strcmp(c->data.tokenizer, "bytes") == 0)
-    t->tokenizer = tokenizer_load(NULL, c->model.vocab, err);
-  else if (strcmp(c->data.tokenizer, "train") != 0)
-    t->tokenizer = tokenizer_load(c->data.tokenizer, c->model.vocab, err);
-  else if (t->sources)
-    t->tokenizer = train_tokenizer(t, err);
-  else
-    error_set(err, "train the run first", "%s has no tokenizer.bpe", t->run);
-  free(path);
-  if (!t->tokenizer) return -1;
-  t->state.tokenizer = tokenizer_identity(t->tokenizer);
   return 0;
 }
 
@@ -255,7 +167,10 @@ static int open_all(Trainer *t, Checkpoint **checkpoint, Error *err) {
   start_mark(&t->start, START_CHECKPOINT);
   if (!samples && open_sources(t, err) != 0) return -1;
   start_mark(&t->start, START_DATA);
-  if (open_tokenizer(t, *checkpoint != NULL, err) != 0) return -1;
+  const char *used = *checkpoint ? (*checkpoint)->dir : NULL;
+  t->tokenizer = run_tokenizer_open(t->config, t->run, used, t->source, t->sources, err);
+  if (!t->tokenizer) return -1;
+  t->state.tokenizer = tokenizer_identity(t->tokenizer);
   start_mark(&t->start, START_TOKENIZER);
   if (engine_allocate_begin(e, err) != 0) return -1;
   start_mark(&t->start, START_MEMORY);

@@ -122,8 +122,13 @@ void run_folder_name_changes(const Config *c, const char *checkpoint) {
   char *copy = xstrdup(checkpoint), *run = dirname(copy), *file = xasprintf("%s/config.json", run), *changes = NULL;
   if (config_load(before, file, NULL, 0, &err) != 0)
     log_warn("which settings changed cannot be told: %s", err.text);
-  else
+  else {
+    if (strcmp(before->data.tokenizer, c->data.tokenizer) != 0)
+      log_warn("data.tokenizer = %s changes nothing: the run keeps the tokenizer it began with, %s/tokenizer.bpe",
+               c->data.tokenizer, run);
+    memcpy(before->data.tokenizer, c->data.tokenizer, sizeof before->data.tokenizer);
     changes = config_changes(before, c);
+  }
   if (changes) log_warn("not as %s was trained so far: %s", run, changes);
   free(changes);
   free(file);

@@ -108,7 +108,7 @@ class Machine:
             check(code in (0, 1, 2, 127), f"{mb} MB: exit code {code}\n{said}")
             check(code == 0 or "error" in said, f"{mb} MB: no word of why: {said}")
             if code == 2:
-                check("ulimit -v" in said or "out of memory" in said, f"{mb} MB: {said}")
+                check("ulimit -v" in said or "lower data.micro_batch_tokens" in said, f"{mb} MB: {said}")
             codes.append((code, "OpenBLAS and 2 compute threads need" in said))
         check(codes[-1][0] == 0, f"the largest is enough: {codes}")
         check((2, True) in codes, f"some leave too little for OpenBLAS: {codes}")

@@ -205,8 +205,10 @@ def test_changes(runs):
     copy = runs.folder / "copy.tar"
     shutil.copy(ROOT / ".cache/shapes/shapes.tar", copy)
     sources = json.dumps([{"type": "webdataset", "path": str(copy), "weight": 2}])
-    others = ["--set", "train.lr=0.002", "--set", f"data.sources={sources}"]
+    others = ["--set", "train.lr=0.002", "--set", f"data.sources={sources}", "--set", "data.tokenizer=bytes"]
     said = runs.make("changed", "--stop-at", 4, "--resume", *others)
+    kept = f"data.tokenizer = bytes changes nothing: the run keeps the tokenizer it began with, {run}/tokenizer.bpe"
+    check(f"warning: {kept}\n" in said, f"no '{kept}' in\n{said}")
     changes = (f"data.sources[0] webdataset .cache/shapes/shapes.tar (weight 1) -> webdataset {copy} (weight 2), "
                "train.lr 0.003 -> 0.002, train.weight_decay 0.1 -> 0")
     check(f"warning: not as {run} was trained so far: {changes}\n" in said, f"no '{changes}' in\n{said}")
