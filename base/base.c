@@ -7,6 +7,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 // Used under the lock of stderr, and as an atomic for ThreadSanitizer, which does not see that lock.
 static void (*before_log_line)(void);
@@ -169,6 +170,18 @@ char *file_read(const char *path, size_t max_bytes, size_t *bytes, Error *err) {
   text[n] = 0;
   if (bytes) *bytes = n;
   return text;
+}
+
+int64_t file_read_at(int fd, int64_t at, void *to, int64_t n) {
+  int64_t got = 0;
+  while (got < n) {
+    ssize_t k = pread(fd, (char *)to + got, (size_t)(n - got), (off_t)(at + got));
+    if (k < 0 && errno == EINTR) continue;
+    if (k < 0) return -1;
+    if (k == 0) break;
+    got += k;
+  }
+  return got;
 }
 
 int file_write(const char *path, const void *data, size_t bytes, Error *err) {

@@ -44,6 +44,8 @@ double time_now(void);
 // Whole file into memory, a NUL appended (not counted in *bytes). NULL with *err set on failure, or when the file
 // is larger than max_bytes.
 char *file_read(const char *path, size_t max_bytes, size_t *bytes, Error *err);
+// Reads n bytes at `at` of an open file: their number, less than n only where the file ends; -1 with errno set.
+int64_t file_read_at(int fd, int64_t at, void *to, int64_t n);
 // Writes a whole file, replacing one that is there; 0, or -1 with *err set.
 int file_write(const char *path, const void *data, size_t bytes, Error *err);
 // Creates a folder and its parents; 0, or -1 with *err set.

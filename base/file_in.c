@@ -39,19 +39,12 @@ size_t file_in_memory(uint64_t file_bytes) {
 static int64_t read_chunk(const FileIn *f, int64_t chunk, int *code) {
   off_t begin = (off_t)(chunk * FILE_IN_CHUNK);
   char *to = f->memory + chunk % f->slots * FILE_IN_CHUNK;
-  int64_t want = min_i64(FILE_IN_CHUNK, (int64_t)f->bytes - begin), have = 0;
+  int64_t want = min_i64(FILE_IN_CHUNK, (int64_t)f->bytes - begin);
   posix_fadvise(f->fd, begin, want, POSIX_FADV_WILLNEED); // all of it at once, so that the disk's queue is deep
-  while (have < want) {
-    ssize_t n = pread(f->fd, to + have, (size_t)(want - have), begin + have);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) {
-      *code = errno;
-      return -2;
-    }
-    if (n == 0) break;
-    have += n;
-  }
-  return have;
+  int64_t have = file_read_at(f->fd, begin, to, want);
+  if (have >= 0) return have;
+  *code = errno;
+  return -2;
 }
 
 static void *read_ahead(void *argument) {

@@ -66,14 +66,30 @@ CacheAnswer cache_get(ImageCache *cache, int source, int64_t image, const uint8_
   return entry.patches ? CACHE_FOUND : CACHE_BAD;
 }
 
-void cache_put(ImageCache *cache, int source, int64_t image, const uint8_t *patches, size_t bytes) {
+uint8_t *cache_reserve(ImageCache *cache, size_t bytes) {
+  pthread_mutex_lock(&cache->lock);
+  bool fits = bytes <= cache->room;
+  if (fits) cache->room -= bytes;
+  pthread_mutex_unlock(&cache->lock);
+  return fits ? xmalloc(bytes) : NULL;
+}
+
+void cache_return(ImageCache *cache, uint8_t *patches, size_t bytes) {
+  free(patches);
+  pthread_mutex_lock(&cache->lock);
+  cache->room += bytes;
+  pthread_mutex_unlock(&cache->lock);
+}
+
+const uint8_t *cache_put(ImageCache *cache, int source, int64_t image, uint8_t *patches, size_t bytes) {
   uint64_t key = cache_key(source, image);
   pthread_mutex_lock(&cache->lock);
-  if (bytes <= cache->room && !cache_find(cache, key)->key) {
-    cache->room -= bytes;
-    cache_insert(cache, key, memcpy(xmalloc(bytes), patches, bytes));
-  }
+  const CacheEntry before = *cache_find(cache, key);
+  if (!before.key) cache_insert(cache, key, patches);
   pthread_mutex_unlock(&cache->lock);
+  if (!before.key) return patches;
+  cache_return(cache, patches, bytes);
+  return before.patches;
 }
 
 bool cache_put_bad(ImageCache *cache, int source, int64_t image) {

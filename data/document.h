@@ -31,7 +31,8 @@ typedef struct Part {
   int ordinal;          // image: which noised image of the document, 0, 1, ..; 0 for clean ones
   bool copy;            // image: the clean copy of the noised image just before it, at the same rotary positions
   int tag;              // image: the caller's name for it (the loader's: the segment of the sample it comes from)
-  const uint8_t *patch; // image: [tokens, 3p^2], the caller's; NULL = zeros, to be set before it is packed
+  const uint8_t *patch; // image: [tokens, 3p^2], the caller's, or in the pack already, where they go (pack_patches);
+                        // NULL = zeros
 } Part;
 
 typedef struct Document {

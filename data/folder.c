@@ -147,7 +147,7 @@ static int folder_list(Folder *folder, const char *path, PathList *files, PathLi
                                       : "check data.sources[].path",
                      "cannot open the folder %s: %s", path, strerror(errno));
   for (struct dirent *e; (e = readdir(open));) {
-    if (e->d_name[0] == '.' || strcmp(e->d_name, "__MACOSX") == 0) continue;
+    if (path_is_hidden(e->d_name)) continue;
     char *full = xasprintf("%s/%s", path, e->d_name);
     struct stat st;
     bool is_file = e->d_type == DT_REG, is_folder = e->d_type == DT_DIR;

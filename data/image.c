@@ -135,45 +135,102 @@ ImageGrid image_fit_grid(const ImageFit *fit, int width, int height) {
   return grid;
 }
 
-int image_fit(const Image *src, const ImageFit *fit, Image *out, Error *err) {
+// A rectangle of an image, in place.
+typedef struct View {
+  const uint8_t *rgb; // its first pixel
+  int width, height;
+  size_t stride; // bytes from row to row
+} View;
+
+// The largest centred part of an image with the aspect of width x height.
+static View image_crop(const Image *src, int width, int height) {
+  int w = src->width, h = src->height;
+  if ((int64_t)w * height > (int64_t)h * width)
+    w = (int)max_i64(1, ((int64_t)h * width + height / 2) / height);
+  else
+    h = (int)max_i64(1, ((int64_t)w * height + width / 2) / width);
+  int left = (src->width - w) / 2, top = (src->height - h) / 2;
+  size_t stride = 3 * (size_t)src->width;
+  return (View){src->rgb + (size_t)top * stride + 3 * (size_t)left, w, h, stride};
+}
+
+// `src` cropped and resized to the grid. What needs no resizing stays where it is: resampling at scale 1 would blur.
+// Else the pixels are in *resized, zeroed otherwise. -1 with *err set.
+static int view_fit(const Image *src, const ImageFit *fit, View *view, Image *resized, Error *err) {
   ImageGrid grid = image_fit_grid(fit, src->width, src->height);
   int width = grid.columns * fit->patch, height = grid.rows * fit->patch;
   // Cropping before resizing gives what resizing before cropping gives, to within a source pixel, for less work.
-  int crop_width = src->width, crop_height = src->height;
-  if ((int64_t)src->width * height > (int64_t)src->height * width)
-    crop_width = (int)max_i64(1, ((int64_t)src->height * width + height / 2) / height);
-  else
-    crop_height = (int)max_i64(1, ((int64_t)src->width * height + width / 2) / width);
-  int left = (src->width - crop_width) / 2, top = (src->height - crop_height) / 2;
-  int stride = 3 * src->width;
-  const uint8_t *crop = src->rgb + (size_t)top * (size_t)stride + 3 * (size_t)left; // [crop_height, crop_width, 3]
-
-  *out = (Image){.width = width, .height = height, .rgb = xmalloc(3 * (size_t)width * (size_t)height)};
-  if (crop_width == width && crop_height == height) { // resampling at scale 1 would blur
-    for (int y = 0; y < height; y++)
-      memcpy(out->rgb + (size_t)y * 3 * (size_t)width, crop + (size_t)y * (size_t)stride, 3 * (size_t)width);
-  } else {
+  View crop = *view = image_crop(src, width, height);
+  *resized = (Image){0};
+  if (crop.width == width && crop.height == height) return 0;
+  size_t stride = 3 * (size_t)width;
+  *resized = (Image){.width = width, .height = height, .rgb = xmalloc(stride * (size_t)height)};
 #if RESIZE_2
-    int done = stbir_resize_uint8_linear(crop, crop_width, crop_height, stride, out->rgb, width, height, 3 * width,
-                                         STBIR_RGB) != NULL;
+  int done = stbir_resize_uint8_linear(crop.rgb, crop.width, crop.height, (int)crop.stride, resized->rgb, width, height,
+                                       (int)stride, STBIR_RGB) != NULL;
 #else
-    int done = stbir_resize_uint8(crop, crop_width, crop_height, stride, out->rgb, width, height, 3 * width, 3);
+  int done = stbir_resize_uint8(crop.rgb, crop.width, crop.height, (int)crop.stride, resized->rgb, width, height,
+                                (int)stride, 3);
 #endif
-    if (!done) {
-      image_free(out);
-      return error_set(err, NULL, "cannot resize an image of %d x %d pixels to %d x %d", crop_width, crop_height, width,
-                       height);
-    }
-  }
+  *view = (View){resized->rgb, width, height, stride};
+  if (done) return 0;
+  image_free(resized);
+  return error_set(err, NULL, "cannot resize an image of %d x %d pixels to %d x %d", crop.width, crop.height, width,
+                   height);
+}
+
+int image_fit(const Image *src, const ImageFit *fit, Image *out, Error *err) {
+  View view;
+  if (view_fit(src, fit, &view, out, err)) return -1;
+  if (out->rgb) return 0;
+  size_t stride = 3 * (size_t)view.width;
+  *out = (Image){.width = view.width, .height = view.height, .rgb = xmalloc(stride * (size_t)view.height)};
+  for (int y = 0; y < view.height; y++)
+    memcpy(out->rgb + (size_t)y * stride, view.rgb + (size_t)y * view.stride, stride);
   return 0;
 }
 
+// Copies n pixels, the last one first if `mirror`.
+static void pixels_copy(uint8_t *to, const uint8_t *from, int n, bool mirror) {
+  if (!mirror)
+    memcpy(to, from, 3 * (size_t)n);
+  else
+    for (int x = 0; x < n; x++) memcpy(to + 3 * x, from + 3 * (n - 1 - x), 3);
+}
+
+// Cuts an image, mirrored left to right if `mirror`, into patches [rows * columns, p, p, 3].
+static void view_cut(const View *view, int p, bool mirror, uint8_t *patches) {
+  size_t run = 3 * (size_t)p; // bytes of a row of a patch
+  int columns = view->width / p;
+  for (int row = 0; row + p <= view->height; row += p)
+    for (int i = 0; i < columns; i++) {
+      size_t left = run * (size_t)(mirror ? columns - 1 - i : i);
+      const uint8_t *from = view->rgb + (size_t)row * view->stride + left;
+      for (int y = 0; y < p; y++, from += view->stride, patches += run) pixels_copy(patches, from, p, mirror);
+    }
+}
+
+int image_fit_patches(const Image *src, const ImageFit *fit, bool mirror, uint8_t *patches, Error *err) {
+  View view;
+  Image resized;
+  if (view_fit(src, fit, &view, &resized, err)) return -1;
+  view_cut(&view, fit->patch, mirror, patches);
+  image_free(&resized);
+  return 0;
+}
+
+void patches_mirror(const uint8_t *from, int rows, int columns, int p, uint8_t *to) {
+  size_t run = 3 * (size_t)p, patch = run * (size_t)p;
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < columns; j++) {
+      const uint8_t *source = from + (size_t)(i * columns + columns - 1 - j) * patch;
+      for (int y = 0; y < p; y++, source += run, to += run) pixels_copy(to, source, p, true);
+    }
+}
+
 void image_to_patches(const Image *image, int patch, uint8_t *patches) {
-  size_t run = 3 * (size_t)patch, stride = 3 * (size_t)image->width; // one row of one patch; one row of the image
-  for (int top = 0; top < image->height; top += patch)
-    for (int left = 0; left < image->width; left += patch)
-      for (int y = 0; y < patch; y++, patches += run)
-        memcpy(patches, image->rgb + (size_t)(top + y) * stride + 3 * (size_t)left, run);
+  View whole = {image->rgb, image->width, image->height, 3 * (size_t)image->width};
+  view_cut(&whole, patch, false, patches);
 }
 
 void image_from_patches(const uint8_t *patches, int patch, Image *image) {

@@ -51,12 +51,16 @@ ImageGrid image_fit_grid(const ImageFit *fit, int width, int height);
 // The largest centred part of `src` with the grid's aspect, resized to [rows*patch, columns*patch]. *out is
 // allocated here; 0, or -1 with *err set.
 int image_fit(const Image *src, const ImageFit *fit, Image *out, Error *err);
+// The same as patches [rows*columns, 3*patch*patch], mirrored left to right if `mirror`.
+int image_fit_patches(const Image *src, const ImageFit *fit, bool mirror, uint8_t *patches, Error *err);
 
 // Pixels to patches, row-major over the grid, each patch in (row, column, channel) order. Both sides of `image` are
 // multiples of `patch`. patches: [rows*columns, 3*patch*patch].
 void image_to_patches(const Image *image, int patch, uint8_t *patches);
 // The inverse: fills image->rgb, whose width and height say how many patches there are.
 void image_from_patches(const uint8_t *patches, int patch, Image *image);
+// Mirrors an image left to right: from and to [rows * columns, p, p, 3], not overlapping.
+void patches_mirror(const uint8_t *from, int rows, int columns, int p, uint8_t *to);
 
 // Writes a PNG file; 0, or -1 with *err set.
 int image_write_png(const char *path, const Image *image, Error *err);

@@ -19,7 +19,9 @@ static const char *box_format_name(const uint8_t *brand) {
   return "a video or another ISO media file";
 }
 
-const char *image_format_name(const uint8_t *bytes, size_t n) {
+// The name of a format that is known but not decoded ("WebP"), or of what else people save under a picture's name ("an
+// HTML page"), from its first bytes; NULL when it is none of them.
+static const char *image_format_name(const uint8_t *bytes, size_t n) {
   static const struct {
     const char *magic, *name;
     size_t bytes;
@@ -54,14 +56,9 @@ const char *image_format_name(const uint8_t *bytes, size_t n) {
 
 // Whether the tables of a DHT segment lie within it and name no more symbols than there can be.
 static bool jpeg_tables_fit(const FilePart *part) {
-  const uint8_t *p = part->data;
-  for (size_t left = part->bytes, used; left > 0; left -= used, p += used) {
-    if (left < 17) return false; // number, how many codes there are of 1 .. 16 bits, then their symbols
-    size_t symbols = 0;
-    for (int i = 1; i <= 16; i++) symbols += p[i];
-    used = 17 + symbols;
-    if (symbols > 256 || used > left) return false;
-  }
+  HuffmanTable table;
+  for (const uint8_t *p = part->data, *end = p + part->bytes; p < end;)
+    if (!huffman_next(&p, end, &table)) return false;
   return true;
 }
 

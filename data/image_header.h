@@ -19,8 +19,4 @@ typedef struct ImageHeader {
 // so that more of them may help, or -1 when they cannot: then *err says what they are. Huffman tables are checked in
 // all of the bytes, since stb_image before 2.28 writes past its own where one has more than 256 symbols.
 int image_header(const uint8_t *bytes, size_t n, ImageHeader *out, Error *err);
-
-// The name of a format that is known but not decoded ("WebP"), or of what else people save under a picture's name ("an
-// HTML page"), from its first bytes; NULL when it is none of them.
-const char *image_format_name(const uint8_t *bytes, size_t n);
 #endif

@@ -59,13 +59,10 @@ static bool jpeg_quantizers(Jpeg *j, const uint8_t *p, const uint8_t *end) {
 }
 
 static bool jpeg_huffman(Jpeg *j, const uint8_t *p, const uint8_t *end) {
-  for (size_t bytes; p < end; p += bytes) { // class and number, 16 counts, their symbols
-    if (end - p < 17 || p[0] >> 4 > 1 || (p[0] & 15) >= TABLES) return false;
-    size_t symbols = 0;
-    for (int i = 1; i <= 16; i++) symbols += p[i];
-    bytes = 17 + symbols;
-    if ((size_t)(end - p) < bytes) return false;
-    (p[0] >> 4 ? j->ac : j->dc)[p[0] & 15] = symbols > 0;
+  while (p < end) {
+    HuffmanTable table;
+    if (!huffman_next(&p, end, &table) || table.of_ac > 1 || table.number >= TABLES) return false;
+    (table.of_ac ? j->ac : j->dc)[table.number] = table.symbols > 0;
   }
   return true;
 }

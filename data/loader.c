@@ -50,8 +50,8 @@ struct Loader {
   Pack **queue;    // [depth] decoded local pack n at n % depth, NULL until it is
   int64_t tickets; // local packs that threads may begin: at most depth more than were handed out
   int64_t given;   // local packs handed out
-  Pack **spare;    // released ones
-  int spares, spare_capacity;
+  Pack **spare;    // [spares] of [depth + held] those that nobody uses
+  int spares;
   LoaderStats stats;
   int64_t named; // images that could not be decoded, ahead of what was handed out
   bool stop;
@@ -118,50 +118,61 @@ static int loader_begin_step(Loader *l, Error *err) {
   return 0;
 }
 
-// *patches of image `id`: cached, or decoded into `space`; NULL when it cannot be decoded. -1 with *err set when its
-// shard has changed: then no image in it can be trusted.
-static int loader_patches(Loader *l, ImageId id, const SampleSegment *segment, const Part *part, uint8_t *space,
-                          const uint8_t **patches, Error *err) {
+// Puts the patches of image `id` to `to`, by way of the cache where they are or fit into it. *bad: it cannot be
+// decoded. -1 with *err set when its shard has changed: then no image in it can be trusted.
+static int loader_patches(Loader *l, ImageId id, const SampleSegment *segment, const Part *part, bool mirror,
+                          uint8_t *to, bool *bad, Error *err) {
   const StreamConfig *c = &l->config.stream;
-  *patches = NULL;
-  if (cache_get(l->cache, id.source, id.image, patches) != CACHE_UNKNOWN) return 0;
-  int rc = sample_patches(c->source[id.source], segment, &c->fit, c->max_pixels, space, err);
-  if (rc == SOURCE_CHANGED) return -1;
-  if (rc) {
-    if (cache_put_bad(l->cache, id.source, id.image)) loader_name_bad(l, id, err);
-    return 0;
+  size_t bytes = (size_t)part->tokens * (size_t)c->shape.patch;
+  const uint8_t *cached = NULL;
+  *bad = false;
+  if (cache_get(l->cache, id.source, id.image, &cached) == CACHE_UNKNOWN) {
+    uint8_t *kept = cache_reserve(l->cache, bytes);
+    int rc =
+        sample_patches(c->source[id.source], segment, &c->fit, c->max_pixels, mirror && !kept, kept ? kept : to, err);
+    if (rc && kept) cache_return(l->cache, kept, bytes);
+    if (rc == SOURCE_CHANGED) return -1;
+    *bad = rc != 0;
+    if (*bad && cache_put_bad(l->cache, id.source, id.image)) loader_name_bad(l, id, err);
+    if (*bad || !kept) return 0;
+    cached = cache_put(l->cache, id.source, id.image, kept, bytes);
   }
-  cache_put(l->cache, id.source, id.image, space, (size_t)part->tokens * (size_t)c->shape.patch);
-  *patches = space;
+  *bad = !cached;
+  if (*bad) return 0;
+  if (mirror)
+    patches_mirror(cached, part->rows, part->columns, c->fit.patch, to);
+  else
+    memcpy(to, cached, bytes);
   return 0;
 }
 
-// Sets the patches of a document's images, which pack->met lists; *space moves past what was decoded or mirrored.
-// *whole: all could be decoded. -1 with *err set when the data has changed.
-static int loader_decode(Loader *l, Draft *draft, uint8_t **space, Pack *pack, bool *whole, Error *err) {
+// Puts the patches of a document's images, which pack->met lists, into the pack, from image row *row on, which moves
+// past them. *whole: all could be decoded; else *row stays. -1 with *err set when the data has changed.
+static int loader_decode(Loader *l, Draft *draft, Pack *pack, int *row, bool *whole, Error *err) {
+  const StreamConfig *c = &l->config.stream;
   Document *d = &draft->document;
+  int next = *row;
   *whole = true;
-  size_t values = (size_t)l->config.stream.shape.patch;
-  for (int i = 0; i < d->parts && *whole; i++) {
+  for (int i = 0; i < d->parts; i++) {
     Part *part = &d->part[i];
     if (part->kind != PART_IMAGE) continue;
+    uint8_t *to = pack_patches(&pack->batch, c->shape, next);
+    next += part->tokens;
     if (part->copy) {
-      part->patch = d->part[i - 1].patch;
-      continue;
+      memcpy(to, d->part[i - 1].patch, (size_t)part->tokens * (size_t)c->shape.patch);
+    } else {
+      const SampleSegment *segment = &draft->sample->segment[part->tag];
+      ImageId id = {draft->origin.source, segment->image};
+      uint32_t stream = STREAM_FLIP | (uint32_t)part->tag << 8;
+      bool mirror = l->config.flip && document_chance(c->seed, d->draw, stream, 0.5), bad;
+      if (loader_patches(l, id, segment, part, mirror, to, &bad, err)) return -1;
+      pack->met[pack->n_met++] = (MetImage){id, bad};
+      *whole = !bad;
+      if (bad) return 0;
     }
-    size_t bytes = (size_t)part->tokens * values;
-    const SampleSegment *segment = &draft->sample->segment[part->tag];
-    ImageId id = {draft->origin.source, segment->image};
-    if (loader_patches(l, id, segment, part, *space, &part->patch, err)) return -1;
-    *whole = part->patch != NULL;
-    pack->met[pack->n_met++] = (MetImage){id, !*whole};
-    if (part->patch == *space) *space += bytes;
-    uint32_t stream = STREAM_FLIP | (uint32_t)part->tag << 8;
-    if (!*whole || !l->config.flip || !document_chance(l->config.stream.seed, d->draw, stream, 0.5)) continue;
-    patches_mirror(part->patch, part->rows, part->columns, l->config.stream.fit.patch, *space);
-    part->patch = *space;
-    *space += bytes;
+    part->patch = to;
   }
+  *row = next;
   return 0;
 }
 
@@ -195,37 +206,46 @@ static int loader_take(Loader *l, DraftList *list, int64_t *n, Error *err) {
   return rc;
 }
 
-static Pack *loader_new_pack(const Loader *l) {
-  BatchShape shape = l->config.stream.shape;
-  Pack *pack = xcalloc(1, sizeof *pack);
-  pack->bytes = batch_bind(&pack->batch, shape, NULL);
-  if (posix_memalign(&pack->block, 64, pack->bytes)) panic("out of memory for a pack of %zu bytes", pack->bytes);
-  memset(pack->block, 0, pack->bytes); // the gaps between the arrays too
-  batch_bind(&pack->batch, shape, pack->block);
-  pack->met = xcalloc((size_t)shape.segments, sizeof *pack->met); // an image has a segment
-  return pack;
-}
-
-static void pack_free(Pack *pack) {
+static void pack_free(const Loader *l, Pack *pack) {
   if (!pack) return;
   free(pack->met);
-  free(pack->block);
+  if (pack->block) l->config.host_release(pack->block);
   free(pack);
+}
+
+// All packs that there ever are.
+static int loader_allocate(Loader *l, Error *err) {
+  BatchShape shape = l->config.stream.shape;
+  int packs = l->depth + l->config.held;
+  l->spare = xcalloc((size_t)packs, sizeof(Pack *));
+  while (l->spares < packs) {
+    Pack *pack = l->spare[l->spares++] = xcalloc(1, sizeof *pack);
+    pack->bytes = batch_bind(&pack->batch, shape, NULL);
+    pack->met = xcalloc((size_t)shape.segments, sizeof *pack->met); // an image has a segment
+    pack->block = l->config.host_alloc(pack->bytes);
+    if (!pack->block)
+      return error_set(err, "close what else uses this machine's memory, or lower data.threads",
+                       "out of host memory for %d packs of %.3f MB", packs, (double)pack->bytes / 1e6);
+    batch_bind(&pack->batch, shape, pack->block);
+    uint8_t *end = pack_patches(&pack->batch, shape, shape.slots); // no array has the bytes behind it
+    memset(end, 0, (size_t)((uint8_t *)pack->block + pack->bytes - end));
+  }
+  return 0;
 }
 
 // Decodes and lays out a pack. A document with an image that cannot be decoded is left out: what it would have taken is
 // filler at the end, so that the pack is as if it had never been there.
-static int loader_fill(Loader *l, const DraftList *list, int64_t n, uint8_t *space, const Document **docs, Pack *pack,
-                       Error *err) {
+static int loader_fill(Loader *l, const DraftList *list, int64_t n, const Document **docs, Pack *pack, Error *err) {
   const LoaderConfig *c = &l->config;
   pack->number = l->first + n / l->per_step * c->packs_per_step + n % l->per_step * c->world + c->rank;
   pack->documents = pack->lost = pack->n_met = pack->padding = 0;
   pack->noised = 0;
   pack->padding_pairs = 0;
+  int row = 0;
   for (int i = 0; i < list->count; i++) {
     Draft *draft = list->draft[i];
     bool whole;
-    if (loader_decode(l, draft, &space, pack, &whole, err)) return -1;
+    if (loader_decode(l, draft, pack, &row, &whole, err)) return -1;
     pack->lost += !whole;
     if (!whole) continue;
     docs[pack->documents++] = &draft->document;
@@ -236,14 +256,16 @@ static int loader_fill(Loader *l, const DraftList *list, int64_t n, uint8_t *spa
   return pack_layout(docs, pack->documents, c->stream.shape, &pack->batch, err);
 }
 
-// Waits until there is room in the queue for another pack. Returns a block for it; NULL when it is time to stop.
+// Waits until there is room in the queue for another pack. Returns one to fill; NULL when it is time to stop.
 static Pack *loader_wait_room(Loader *l) {
   pthread_mutex_lock(&l->lock);
   while (!l->stop && l->end == INT64_MAX && l->tickets - l->given >= l->depth) pthread_cond_wait(&l->room, &l->lock);
   Pack *pack = NULL;
   if (!l->stop && l->end == INT64_MAX) {
+    // Those in use are at most depth - 1 that were not handed out, and those held.
+    if (!l->spares) panic("more than %d packs of the loader are held at once", l->config.held);
     l->tickets++;
-    pack = l->spares ? l->spare[--l->spares] : loader_new_pack(l);
+    pack = l->spare[--l->spares];
   }
   pthread_mutex_unlock(&l->lock);
   return pack;
@@ -253,17 +275,14 @@ static void *loader_thread(void *argument) {
   Loader *l = argument;
   // Decoding yields to compute. Priorities are per thread on Linux; without the right to change it, it stays.
   setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 5);
-  BatchShape shape = l->config.stream.shape;
-  // Decoded and mirrored patches; each image takes both at most, and only what is touched takes memory.
-  uint8_t *space = xmalloc(2 * (size_t)shape.slots * (size_t)shape.patch);
-  const Document **docs = xmalloc((size_t)shape.slots * sizeof *docs);
+  const Document **docs = xmalloc((size_t)l->config.stream.shape.slots * sizeof *docs);
   DraftList list = {0};
   Error err;
   int64_t n;
   Pack *pack;
   while ((pack = loader_wait_room(l))) {
-    if (loader_take(l, &list, &n, &err) || loader_fill(l, &list, n, space, docs, pack, &err)) {
-      pack_free(pack);
+    if (loader_take(l, &list, &n, &err) || loader_fill(l, &list, n, docs, pack, &err)) {
+      loader_release(l, pack);
       loader_fail(l, n, &err);
       break;
     }
@@ -277,7 +296,6 @@ static void *loader_thread(void *argument) {
   pthread_mutex_unlock(&l->plan_lock);
   draft_list_free(&list);
   free(docs);
-  free(space);
   return NULL;
 }
 
@@ -349,6 +367,7 @@ static int loader_check_config(const LoaderConfig *c, Error *err) {
   if (c->world > 1 && !c->sum) return error_set(err, NULL, "%d processes that cannot sum", c->world);
   if (c->threads < 1 || c->threads > 1024)
     return error_set(err, "set data.threads to at least 1", "%d loader threads", c->threads);
+  if (c->held < 1) return error_set(err, NULL, "%d packs held", c->held);
   if (c->cache_mb < 0) return error_set(err, NULL, "an image cache of %d MB", c->cache_mb);
   if (c->max_bad < 0) return error_set(err, "0 is no limit", "a limit of %d bad images", c->max_bad);
   return 0;
@@ -374,7 +393,7 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err) {
   l->stream = stream;
   l->end = INT64_MAX;
   l->per_step = config->packs_per_step / config->world;
-  l->depth = (int)loader_packs(l->per_step, config->threads);
+  l->depth = (int)loader_packs(l->per_step, config->threads, 0);
   // Steps between the one being handed out and the one being planned: at most one a queued pack, and these two.
   l->snapshots = l->depth + 2;
   l->before = xcalloc((size_t)l->snapshots, sizeof *l->before);
@@ -386,7 +405,8 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err) {
   pthread_mutex_init(&l->lock, NULL);
   pthread_cond_init(&l->room, NULL);
   pthread_cond_init(&l->ready, NULL);
-  int skip = 0, rc = state ? loader_restore(l, state, &skip, err) : 0;
+  int skip = 0, rc = loader_allocate(l, err);
+  if (!rc && state) rc = loader_restore(l, state, &skip, err);
   if (!rc) stream_save(l->stream, &l->before[0]); // valid before anything is planned too
   if (!rc) rc = loader_start_threads(l, err);
   if (!rc) rc = loader_skip(l, skip, err);
@@ -402,8 +422,8 @@ void loader_close(Loader *l) {
   pthread_cond_broadcast(&l->room);
   pthread_mutex_unlock(&l->lock);
   for (int i = 0; i < l->threads; i++) pthread_join(l->thread[i], NULL);
-  for (int i = 0; i < l->depth; i++) pack_free(l->queue[i]);
-  for (int i = 0; i < l->spares; i++) pack_free(l->spare[i]);
+  for (int i = 0; i < l->depth; i++) pack_free(l, l->queue[i]);
+  for (int i = 0; i < l->spares; i++) pack_free(l, l->spare[i]);
   for (int i = 0; i < l->per_step; i++) {
     stream_recycle(l->stream, &l->plan.pack[i]);
     draft_list_free(&l->plan.pack[i]);
@@ -473,10 +493,6 @@ double loader_next(Loader *l, Pack **pack, Error *err) {
 
 void loader_release(Loader *l, Pack *pack) {
   pthread_mutex_lock(&l->lock);
-  if (l->spares == l->spare_capacity) {
-    l->spare_capacity = l->spare_capacity ? 2 * l->spare_capacity : 8;
-    l->spare = xrealloc(l->spare, (size_t)l->spare_capacity * sizeof(Pack *));
-  }
   l->spare[l->spares++] = pack;
   pthread_mutex_unlock(&l->lock);
 }

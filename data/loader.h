@@ -19,6 +19,10 @@ typedef struct LoaderConfig {
   int threads;        // at least 1
   int cache_mb;       // resized pixels kept in memory
   int max_bad;        // images of the run that cannot be decoded before loader_next gives up; 0: no limit
+  int held;           // packs that the caller keeps at once at most, at least 1
+  // Where packs lie: memory aligned to 64 bytes that a device can fetch them from. NULL: there is none left.
+  void *(*host_alloc)(size_t bytes);
+  void (*host_release)(void *block);
   // Sums n numbers over the processes, each in place: all call it once a step. Of no use to a process alone.
   void (*sum)(void *context, int64_t *value, int n);
   void *sum_context;
@@ -56,22 +60,23 @@ typedef struct LoaderStats {
 
 typedef struct Loader Loader;
 
-// Packs that are in memory at most while none that was handed out is kept: a whole step, one more that each thread
-// works at, and one, so that decoding goes on when a step begins.
-static inline int64_t loader_packs(int packs_per_step, int threads) {
-  return (int64_t)packs_per_step + threads + 1;
+// Packs in memory: a whole step of this process, one more that each thread works at, one, so that decoding goes on when
+// a step begins, and those that the caller holds.
+static inline int64_t loader_packs(int packs_per_step, int threads, int held) {
+  return (int64_t)packs_per_step + threads + 1 + held;
 }
 
-// Starts the threads. `state`: what loader_state returned, to go on exactly there, or NULL for the beginning. The
-// sources and the tokenizer must live as long as the loader. NULL with *err set when the configuration does not fit
-// together or the state does not belong to it.
+// Allocates all packs and starts the threads. `state`: what loader_state returned, to go on exactly there, or NULL for
+// the beginning. The sources and the tokenizer must live as long as the loader. NULL with *err set when the
+// configuration does not fit together or the state does not belong to it.
 Loader *loader_open(const LoaderConfig *config, const char *state, Error *err);
 void loader_close(Loader *loader);
 
-// Waits for the next pack of this process, which stays the caller's until loader_release. Returns the seconds waited,
-// or -1 with *err set, which happens between two steps only: no sample fits into a pack, or with the next step more
-// than max_bad images of this process could not be decoded (*err names the first of them), or a long row of
-// images of a source, or a shard has changed. One thread calls it.
+// Waits for the next pack of this process, which stays the caller's until loader_release: `held` of them at most.
+// Images are decoded into its memory directly. Returns the seconds waited, or -1 with *err set, which happens between
+// two steps only: no sample fits into a pack, or with the next step more than max_bad images of this process could not
+// be decoded (*err names the first of them), or a long row of images of a source, or a shard has changed. One thread
+// calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 

@@ -124,12 +124,12 @@ static void pack_image(const Document *d, int index, BatchShape shape, Batch *b,
   b->seg_doc[g] = d->draw;
   if (noised) pack_caption(d, index, shape, b, at);
 
-  uint8_t *patch = b->patch + (size_t)(at->image - b->dims->n_text) * (size_t)shape.patch;
+  uint8_t *patch = pack_patches(b, shape, at->image - b->dims->n_text);
   size_t bytes = (size_t)part->tokens * (size_t)shape.patch;
-  if (part->patch)
-    memcpy(patch, part->patch, bytes);
-  else
+  if (!part->patch)
     memset(patch, 0, bytes);
+  else if (part->patch != patch)
+    memcpy(patch, part->patch, bytes);
 
   for (int i = 0; i < part->tokens; i++, at->q++, at->image++) {
     int q = at->q;
@@ -206,8 +206,7 @@ int pack_layout(const Document *const *docs, int n, BatchShape shape, Batch *b, 
   dims->n_target = at.target;
   b->seg_len[0] = dims->n_text;
   pack_group_ids(b, shape);
-  memset(b->patch + (size_t)dims->n_image * (size_t)shape.patch, 0,
-         (size_t)(shape.slots - dims->n_image) * (size_t)shape.patch);
+  memset(pack_patches(b, shape, dims->n_image), 0, (size_t)(shape.slots - dims->n_image) * (size_t)shape.patch);
   return 0;
 }
 

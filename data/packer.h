@@ -29,9 +29,15 @@ typedef struct PackCell {
 // ascending, and returns their number.
 int pack_choose(const DocumentSize *size, int n, PackRoom room, PackCell *cell, int *chosen);
 
+// Where a pack's image row `row` (the first is 0) has its patch.
+static inline uint8_t *pack_patches(const Batch *b, BatchShape shape, int row) {
+  return b->patch + (size_t)row * (size_t)shape.patch;
+}
+
 // Lays n documents out, in order, as one pack: fills every array of *b, whose pointers are bound for `shape`, and the
-// counts of *b->dims; the scales and the seed of dims are 0 (pack_scale). Allocates nothing. Returns -1 with *err set,
-// the pack undefined, when the documents do not fit the shape or a token is not an id.
+// counts of *b->dims; the scales and the seed of dims are 0 (pack_scale). The patches of its images are copied to where
+// they go, unless they are there. Allocates nothing. Returns -1 with *err set, the pack undefined, when the documents
+// do not fit the shape or a token is not an id.
 int pack_layout(const Document *const *docs, int n, BatchShape shape, Batch *b, Error *err);
 
 // Sets the scales of the losses: `targets` and `noised` (image tokens) count over `packs` micro-batches, a whole step;

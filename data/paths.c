@@ -12,6 +12,21 @@
 
 enum { MOST_PATHS = 1000000 }; // that braces may stand for
 
+const char *path_base(const char *path) {
+  const char *slash = strrchr(path, '/');
+  return slash ? slash + 1 : path;
+}
+
+bool path_is_hidden(const char *path) {
+  static const char folder[] = "__MACOSX";
+  if (path_base(path)[0] == '.') return true;
+  for (const char *p = path, *end; (p = strstr(p, folder)); p++) {
+    end = p + sizeof folder - 1;
+    if ((p == path || p[-1] == '/') && (!*end || *end == '/')) return true;
+  }
+  return false;
+}
+
 bool path_ends(const char *path, const char *suffix) {
   size_t n = strlen(path), k = strlen(suffix);
   return n > k && strcasecmp(path + n - k, suffix) == 0;
@@ -153,7 +168,7 @@ static int folder_add_files(const char *path, const char *suffix, const char *su
   if (!folder) return error_set(err, "check its permissions", "cannot list %s: %s", path, strerror(errno));
   int before = out->count;
   for (struct dirent *e; (e = readdir(folder));)
-    if (e->d_name[0] != '.' && (path_ends(e->d_name, suffix) || path_ends(e->d_name, suffix2)))
+    if (!path_is_hidden(e->d_name) && (path_ends(e->d_name, suffix) || path_ends(e->d_name, suffix2)))
       path_list_add(out, xasprintf("%s/%s", path, e->d_name));
   closedir(folder);
   if (out->count > before) return 0;

@@ -1,5 +1,7 @@
 #include "data/sample_files.h"
 
+#include "data/paths.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -28,26 +30,14 @@ static FileKind extension_kind(const char *extension, size_t n) {
   return FILE_OTHER;
 }
 
-static const char *base_name(const char *path) {
-  const char *slash = strrchr(path, '/');
-  return slash ? slash + 1 : path;
-}
-
 FileKind file_kind(const char *name) {
-  const char *dot = strrchr(base_name(name), '.');
+  const char *dot = strrchr(path_base(name), '.');
   return dot ? extension_kind(dot + 1, strlen(dot + 1)) : FILE_OTHER;
-}
-
-bool file_is_hidden(const char *path) {
-  if (base_name(path)[0] == '.') return true;
-  for (const char *p = path; (p = strstr(p, "__MACOSX/")); p++)
-    if (p == path || p[-1] == '/') return true;
-  return false;
 }
 
 // Bytes of the path before the last dot of its base name that is before `end`; 0 when there is none.
 static size_t dot_before(const char *name, size_t end) {
-  size_t base = (size_t)(base_name(name) - name);
+  size_t base = (size_t)(path_base(name) - name);
   while (end > base + 1 && name[end - 1] != '.') end--;
   return end > base + 1 ? end - 1 : 0;
 }
@@ -118,7 +108,7 @@ SampleFilesList sample_files_group(const char *const *name, int64_t n) {
   NamedFile *file = xmalloc((size_t)n * sizeof *file + 1);
   int64_t files = 0;
   for (int64_t i = 0; i < n; i++) {
-    if (file_is_hidden(name[i])) continue;
+    if (path_is_hidden(name[i])) continue;
     FileKind kind = file_kind(name[i]);
     size_t key_bytes = kind == FILE_OTHER ? 0 : key_length(name[i]);
     if (key_bytes > 0)

@@ -16,10 +16,6 @@ typedef enum FileKind {
 } FileKind;
 FileKind file_kind(const char *name);
 
-// Whether a file is a system's own: its base name begins with a dot (AppleDouble's ._x.png, .DS_Store), or it lies in a
-// folder __MACOSX.
-bool file_is_hidden(const char *path);
-
 // A sample, or what is there of one: indexes into the names, -1 for what is not there.
 typedef struct SampleFiles {
   const char *key; // [key_bytes] of the first name, not terminated

@@ -50,3 +50,13 @@ PartState jpeg_next(const uint8_t **at, const uint8_t *end, FilePart *part) {
   if (part->type == JPEG_SOS) *at = jpeg_skip_coded(*at, end);
   return PART_WHOLE;
 }
+
+bool huffman_next(const uint8_t **at, const uint8_t *end, HuffmanTable *table) {
+  const uint8_t *p = *at; // class and number, how many codes there are of 1 .. 16 bits, then their symbols
+  if (end - p < 17) return false;
+  *table = (HuffmanTable){.of_ac = p[0] >> 4, .number = p[0] & 15};
+  for (int i = 1; i <= 16; i++) table->symbols += p[i];
+  if (table->symbols > 256 || end - p < 17 + table->symbols) return false;
+  *at = p + 17 + table->symbols;
+  return true;
+}

@@ -35,6 +35,14 @@ PartState png_next(const uint8_t **at, const uint8_t *end, FilePart *part);
 // Moves *at behind a whole one and, for a scan, behind its coded bytes.
 PartState jpeg_next(const uint8_t **at, const uint8_t *end, FilePart *part);
 
+// A Huffman table of a DHT segment.
+typedef struct HuffmanTable {
+  int of_ac, number; // class and number as they stand there, 0 .. 15
+  int symbols;       // at most 256
+} HuffmanTable;
+// The table at *at, and *at moves behind it; false when it does not lie within the segment, or has more symbols.
+bool huffman_next(const uint8_t **at, const uint8_t *end, HuffmanTable *table);
+
 static inline uint32_t read_u32(const uint8_t *p) { // big-endian
   return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }

@@ -69,15 +69,8 @@ void draft_add_text(Source *s, SampleDraft *d, const char *text, size_t n) {
 }
 
 int64_t data_file_read(int fd, int64_t at, void *to, int64_t n, Error *err) {
-  int64_t got = 0;
-  while (got < n) {
-    ssize_t k = pread(fd, (char *)to + got, (size_t)(n - got), (off_t)(at + got));
-    if (k < 0 && errno == EINTR) continue;
-    if (k < 0) return error_set(err, NULL, "cannot read: %s", strerror(errno));
-    if (k == 0) break;
-    got += k;
-  }
-  return got;
+  int64_t got = file_read_at(fd, at, to, n);
+  return got < 0 ? error_set(err, NULL, "cannot read: %s", strerror(errno)) : got;
 }
 
 int data_file_open(const char *path, DataFile *file, Error *err) {

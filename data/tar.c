@@ -33,14 +33,9 @@ static int tar_error(const TarReader *r, Error *err, const char *what) {
 
 // Reads [at, at+n) of the file, or fails.
 static int tar_read(const TarReader *r, int64_t at, void *to, size_t n, Error *err) {
-  for (size_t got = 0; got < n;) {
-    ssize_t k = pread(r->fd, (char *)to + got, n - got, (off_t)(at + (int64_t)got));
-    if (k < 0 && errno == EINTR) continue;
-    if (k < 0) return error_set(err, NULL, "%s: cannot read: %s", r->archive, strerror(errno));
-    if (k == 0) return tar_error(r, err, "it ends early");
-    got += (size_t)k;
-  }
-  return 0;
+  int64_t got = file_read_at(r->fd, at, to, (int64_t)n);
+  if (got < 0) return error_set(err, NULL, "%s: cannot read: %s", r->archive, strerror(errno));
+  return got == (int64_t)n ? 0 : tar_error(r, err, "it ends early");
 }
 
 // Octal digits with blanks around them, or GNU's base 256 (first bit set); -1 when it is neither or exceeds 2^62.

@@ -104,4 +104,11 @@ static inline size_t batch_bind(Batch *b, BatchShape s, void *base) {
 #undef BATCH_TAKE
   return used;
 }
+
+// Allowed (query, key) pairs of a pack.
+static inline int64_t batch_pairs(const Batch *b) {
+  int64_t pairs = 0;
+  for (int k = 0; k < b->dims->n_text + b->dims->n_image; k++) pairs += b->q_end[k] - b->q_start[k];
+  return pairs;
+}
 #endif

@@ -54,26 +54,27 @@ static void own_key_free(OwnKey *k) {
   free(k->sizes);
 }
 
-// The open device's rates and its link.
-static void measure_device(const Backend *b, Costs *c) {
-  LinkRates link = b->link ? b->link() : (LinkRates){0};
-  if (link.d2h <= 0) return; // none is open
-  c->link = link;
-  DeviceRates rates = b->rates();
-  if (rates.bytes > 0) c->rates = rates;
+static Costs open_costs(const Config *c, const Backend *b, const char *run, int with_rates) {
+  Extents extents = extents_expected(c, c->data.micro_batch_tokens);
+  Costs costs = costs_new(b, &extents);
+  if (!b->link) return costs;
+  OwnKey k = own_key(c, b, run);
+  int found = costs_load(&costs, &k.key, k.path);
+  own_key_free(&k);
+  LinkRates link = found ? (LinkRates){0} : b->link();
+  if (link.d2h <= 0) return costs; // known, or no device is open
+  costs.link = link;
+  DeviceRates rates = with_rates ? b->rates() : (DeviceRates){0};
+  if (rates.bytes > 0) costs.rates = rates;
+  return costs;
 }
 
 Costs costs_open(const Config *c, const Backend *b, const char *run) {
-  Extents extents = extents_expected(c, c->data.micro_batch_tokens);
-  Costs costs = costs_new(b, &extents);
-  int found = 0;
-  if (run && b->link) {
-    OwnKey k = own_key(c, b, run);
-    found = costs_load(&costs, &k.key, k.path);
-    own_key_free(&k);
-  }
-  if (!found) measure_device(b, &costs);
-  return costs;
+  return open_costs(c, b, run, 0);
+}
+
+Costs costs_open_plan(const Config *c, const Backend *b, const char *run) {
+  return open_costs(c, b, run, 1);
 }
 
 int costs_keep(const Config *c, const Backend *b, const char *run, const Costs *costs, Error *err) {

@@ -9,9 +9,11 @@
 #define COSTS_FILE "costs.json"
 
 // Costs to plan with: those that a run in this folder measured before on this device, with this build and these sizes;
-// else the model's, with the rates of the open device, where one is, which takes up to half a second and half a
-// gigabyte of its memory. run NULL: no file is looked for. Free with costs_free.
+// else the model's for the open device's link, where one is, which takes up to half a second. Free with costs_free.
 Costs costs_open(const Config *c, const Backend *b, const char *run);
+// The same for a plan alone, which no times of ops will follow: with the device's rates too. Takes half a gigabyte of
+// it.
+Costs costs_open_plan(const Config *c, const Backend *b, const char *run);
 // Writes them for the next start. -1 with *err where it cannot.
 int costs_keep(const Config *c, const Backend *b, const char *run, const Costs *costs, Error *err);
 #endif

@@ -240,16 +240,14 @@ static void bind(Engine *e, Program *p) {
 // Host memory that the copies of every step pass through.
 static int pin(Engine *e) {
   const Backend *b = e->model.backend;
-  for (int k = 0; k < 2; k++) e->pinned.pack[k] = b->host_alloc((size_t)e->bytes[SPACE_STAGING]);
   e->pinned.scalars = b->host_alloc(sizeof *e->pinned.scalars);
   e->pinned.status = b->host_alloc(sizeof *e->pinned.status);
   e->pinned.metrics = b->host_alloc((size_t)e->bytes[SPACE_METRICS]);
-  return e->pinned.pack[0] && e->pinned.pack[1] && e->pinned.scalars && e->pinned.status && e->pinned.metrics;
+  return e->pinned.scalars && e->pinned.status && e->pinned.metrics;
 }
 
 static void unpin(Engine *e) {
-  void *all[] = {e->pinned.pack[0], e->pinned.pack[1],  e->pinned.scalars, e->pinned.status,
-                 e->pinned.metrics, e->pinned.stage[0], e->pinned.stage[1]};
+  void *all[] = {e->pinned.scalars, e->pinned.status, e->pinned.metrics, e->pinned.stage[0], e->pinned.stage[1]};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
     if (all[i]) e->model.backend->host_release(all[i]);
 }
@@ -306,7 +304,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
   if (e->bases.of[SPACE_ADAM_M]) b->clear(e->bases.of[SPACE_ADAM_M], (size_t)e->bytes[SPACE_ADAM_M]);
   if (e->bases.of[SPACE_ADAM_V]) b->clear(e->bases.of[SPACE_ADAM_V], (size_t)e->bytes[SPACE_ADAM_V]);
   if (b->queues && !pin(e))
-    return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for two packs");
+    return error_set(err, "close what else uses this machine's memory", "out of pinned host memory");
   if (b->queues && e->bytes[SPACE_HOST] && e->config->memory.arena) {
     e->is_pinning = thread_start(&e->pinning, pin_host_slab, e) == 0;
     if (!e->is_pinning) pin_host_slab(e);
@@ -365,8 +363,8 @@ const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int
   return NULL;
 }
 
-// The pack travels while the compute lane is busy with what it was given before, and is copied to its place when the
-// lane gets there.
+// The pack travels from where it lies while the compute lane is busy with what it was given before, and is copied to
+// its place when the lane gets there.
 static void stage_pack(Engine *e, const void *pack, size_t bytes) {
   const Backend *b = e->model.backend;
   const Queues *q = b->queues;
@@ -374,12 +372,10 @@ static void stage_pack(Engine *e, const void *pack, size_t bytes) {
     b->upload(e->bases.of[SPACE_STAGING], pack, bytes);
     return;
   }
-  int k = e->pinned.next_pack;
-  e->pinned.next_pack = !k;
-  q->finish(EVENT_PACK_READY + k); // its last passenger has left
-  memcpy(e->pinned.pack[k], pack, bytes);
+  int k = e->next_pack;
+  e->next_pack = !k;
   q->wait(LANE_H2D, EVENT_PACK_TAKEN);
-  queue_copy(b, LANE_H2D, e->bases.of[SPACE_STAGING], e->pinned.pack[k], bytes);
+  queue_copy(b, LANE_H2D, e->bases.of[SPACE_STAGING], pack, bytes);
   q->record(LANE_H2D, EVENT_PACK_READY + k);
   q->wait(LANE_COMPUTE, EVENT_PACK_READY + k);
 }
@@ -392,6 +388,15 @@ void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *time
   BatchShape shape = dims_batch_shape(&m->program->dims);
   stage_pack(e, pack, batch_bind(&(Batch){0}, shape, NULL));
   program_replay(m->program, times);
+}
+
+int engine_packs_sent(const Engine *e) {
+  return e->model.backend->queues ? 1 : 0;
+}
+
+void engine_await_packs(Engine *e, bool all) {
+  const Queues *q = e->model.backend->queues;
+  if (q) q->finish(EVENT_PACK_READY + (all ? !e->next_pack : e->next_pack)); // of the last pack, or the one before it
 }
 
 void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times) {
@@ -443,7 +448,7 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
 
 const Space state_spaces[STATE_SPACES] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
 
-int64_t engine_state_bytes(const Engine *e) {
+static int64_t state_bytes(const Engine *e) {
   int64_t sum = 0;
   for (int i = 0; i < STATE_SPACES; i++) sum += e->bytes[state_spaces[i]];
   return sum;
@@ -468,12 +473,13 @@ void engine_print_plan(const Engine *e, FILE *f) {
   for (int s = 0; s < SPACE_COUNT; s++)
     if (e->bytes[s]) print_row(f, space_label[s], e->bytes[s], counts(e, (Space)s) ? "" : OF_HOST);
   if (e->first.program)
-    print_row(f, "packs decoded ahead", loader_packs(c->train.micro_batches, c->data.threads) * e->bytes[SPACE_STAGING],
+    print_row(f, "packs decoded ahead",
+              loader_packs(c->train.micro_batches, c->data.threads, engine_packs_sent(e) + 1) * e->bytes[SPACE_STAGING],
               OF_HOST);
   print_row(f, "total", total_bytes(e), "");
   SaveCopy copy = config_save_copy(c);
   if (e->bytes[SPACE_ADAM_M] && copy != COPY_NEVER)
-    print_row(f, "copy for checkpoints", engine_state_bytes(e),
+    print_row(f, "copy for checkpoints", state_bytes(e),
               copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
   if (e->first.program) planner_print(e->first.program, f);
 }

@@ -38,13 +38,12 @@ typedef struct Engine {
   int64_t budget;             // bytes that all of them may take
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;
+  int next_pack;     // with queues: which EVENT_PACK_READY the next pack records
   int next_results;  // with queues: which EVENT_RESULTS the next update records; the other one began its step
   double clock;      // without: when its step began
   pthread_t pinning; // a thread that allocates the host slab
   int is_pinning;
   struct { // on a backend with queues: host memory that copies pass through
-    void *pack[2];
-    int next_pack;
     StepScalars *scalars;
     UpdateStatus *status;
     double *metrics;
@@ -80,9 +79,14 @@ const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int
 
 // The program of micro-step k, from 0, of a step.
 const ModelProgram *engine_micro_step(const Engine *e, int k);
-// Stages a laid-out pack (batch_bind's block for the program's capacities), which may be overwritten when this returns,
-// and replays.
+// Stages a laid-out pack (batch_bind's block for the program's capacities) and replays. On a backend with queues the
+// device fetches the pack later, at full speed from the backend's host_alloc: it stays as it is until
+// engine_await_packs or what waits for the replay itself (engine_read, engine_hash, engine_results).
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times);
+// Packs that may be on their way while the next one is made ready: 1 on a backend with queues, else 0.
+int engine_packs_sent(const Engine *e);
+// Waits until the device has all packs it was given but the last engine_packs_sent, or `all` of them.
+void engine_await_packs(Engine *e, bool all);
 // Replays the update, with the EMA's where `ema`. On a backend with queues this and engine_run return before the device
 // is done; engine_results waits for the last update, so between two updates there must be one of it.
 void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times);
@@ -106,10 +110,9 @@ void engine_use_ema(Engine *e, int ema);
 
 // Bytes of the device that all slabs take.
 int64_t engine_device_bytes(const Engine *e);
-// The slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA; and their bytes together.
+// The slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA.
 enum { STATE_SPACES = 5 };
 extern const Space state_spaces[STATE_SPACES];
-int64_t engine_state_bytes(const Engine *e);
 
 // Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
 void *engine_slab(const Engine *e, Space space);

@@ -32,7 +32,7 @@ int eval_items_load(const Config *c, Source *const *source, const HeldOut *list,
     EvalItem item = {.caption = caption->text, .caption_bytes = caption->text_bytes, .grid = grid};
     item.patches = xmalloc((size_t)grid.rows * (size_t)grid.columns * P);
     Error err;
-    if (sample_patches(from, image, &fit, c->data.max_pixels, item.patches, &err) == 0) {
+    if (sample_patches(from, image, &fit, c->data.max_pixels, false, item.patches, &err) == 0) {
       (*items)[count++] = item;
       continue;
     }

@@ -11,7 +11,7 @@
 // segments [segment[i], segment[i+1]). A zeroed pack is empty.
 typedef struct ForwardPack {
   const ForwardProgram *program;
-  Batch batch;        // the host arrays; entries may be changed between runs
+  Batch batch;        // the host arrays; entries may be changed once a run's results were read
   void *block;        // all of them, as engine_run takes them
   int docs;           //
   int *text;          // [docs + 1]

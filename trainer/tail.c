@@ -19,7 +19,7 @@ int tail_open(Tail *t, const char *path, Error *err) {
 
 // Puts the bytes before in front of what is held: as many again, so that a line of any length is moved in linear time.
 static int read_block(Tail *t, Error *err) {
-  size_t held = (size_t)(t->end - t->begin), done = 0;
+  size_t held = (size_t)(t->end - t->begin);
   size_t block = (size_t)min_i64(t->begin, max_i64(BLOCK, (int64_t)held));
   if (t->room < block + held) {
     t->room = 2 * (block + held);
@@ -27,15 +27,10 @@ static int read_block(Tail *t, Error *err) {
   }
   memmove(t->text + block, t->text, held);
   t->begin -= (int64_t)block;
-  while (done < block) {
-    ssize_t n = pread(t->fd, t->text + done, block - done, (off_t)(t->begin + (int64_t)done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0)
-      return error_set(err, "nothing else may write into a run's folder", "cannot read %s: %s", t->path,
-                       n < 0 ? strerror(errno) : "it became shorter");
-    done += (size_t)n;
-  }
-  return 0;
+  int64_t got = file_read_at(t->fd, t->begin, t->text, (int64_t)block);
+  if (got == (int64_t)block) return 0;
+  return error_set(err, "nothing else may write into a run's folder", "cannot read %s: %s", t->path,
+                   got < 0 ? strerror(errno) : "it became shorter");
 }
 
 // Where the last newline of the first n bytes held is, reading on to find it; -1: there is none.

@@ -12,43 +12,38 @@
 
 #include <stdlib.h>
 
-static Loader *open_loader(Trainer *t, Error *err) {
+// What the run's loader is, but for the packs that are held.
+static LoaderConfig loader_config(const Trainer *t) {
   const Config *c = t->config;
   const Engine *e = &t->engine;
-  LoaderConfig l = {.stream = {.source = t->source,
-                               .weight = t->weight,
-                               .sources = t->sources,
-                               .tokenizer = t->tokenizer,
-                               .shape = dims_batch_shape(&e->first.program->dims),
-                               .packing = c->kernels.packing,
-                               .max_text = config_max_text(c),
-                               .max_document = config_max_document(c),
-                               .max_caption = c->data.max_caption,
-                               .fit = image_fit_of(c),
-                               .max_pixels = c->data.max_pixels,
-                               .held_out = c->data.held_out,
-                               .cfg_drop = c->data.cfg_drop,
-                               .caption_to_image = c->data.caption_to_image,
-                               .flow_times = flow_times_of(c),
-                               .seed = (uint64_t)c->run.seed},
-                    .flip = c->data.flip,
-                    .ce_weight = c->train.ce_weight,
-                    .packs_per_step = c->train.micro_batches,
-                    .world = 1,
-                    .threads = c->data.threads,
-                    .cache_mb = c->data.cache_mb,
-                    .max_bad = c->data.max_bad};
-  return loader_open(&l, t->state.loader, err);
+  return (LoaderConfig){.stream = {.source = t->source,
+                                   .weight = t->weight,
+                                   .sources = t->sources,
+                                   .tokenizer = t->tokenizer,
+                                   .shape = dims_batch_shape(&e->first.program->dims),
+                                   .packing = c->kernels.packing,
+                                   .max_text = config_max_text(c),
+                                   .max_document = config_max_document(c),
+                                   .max_caption = c->data.max_caption,
+                                   .fit = image_fit_of(c),
+                                   .max_pixels = c->data.max_pixels,
+                                   .held_out = c->data.held_out,
+                                   .cfg_drop = c->data.cfg_drop,
+                                   .caption_to_image = c->data.caption_to_image,
+                                   .flow_times = flow_times_of(c),
+                                   .seed = (uint64_t)c->run.seed},
+                        .flip = c->data.flip,
+                        .ce_weight = c->train.ce_weight,
+                        .packs_per_step = c->train.micro_batches,
+                        .world = 1,
+                        .threads = c->data.threads,
+                        .cache_mb = c->data.cache_mb,
+                        .max_bad = c->data.max_bad,
+                        .host_alloc = e->model.backend->host_alloc,
+                        .host_release = e->model.backend->host_release};
 }
 
 // ---- one step ----
-
-// Allowed (query, key) pairs of a pack.
-static double count_pairs(const Batch *b) {
-  double pairs = 0;
-  for (int i = 0; i < b->dims->n_text + b->dims->n_image; i++) pairs += b->q_end[i] - b->q_start[i];
-  return pairs;
-}
 
 // What ends or interrupts a row of steps beside an error (-1).
 enum {
@@ -64,18 +59,18 @@ static void time_ops(Trainer *t, const void *pack, const Extents *extents) {
 }
 
 // The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s. -1 or DATA_ENDED with *err set.
-static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepSums *s, Error *err) {
+static int run_micro_steps(Trainer *t, Feed *feed, Profile *profile, StepSums *s, Error *err) {
   const Config *c = t->config;
   Engine *e = &t->engine;
   for (int k = 0; k < c->train.micro_batches; k++) {
     Pack *pack;
-    double waited = loader_next(loader, &pack, err);
+    double waited = feed_next(feed, &pack, err);
     if (waited < 0) return DATA_ENDED;
     const BatchDims *d = pack->batch.dims;
     s->data_wait += waited;
     s->tokens += d->n_text + d->n_image - pack->padding;
     const ModelProgram *m = engine_micro_step(e, k);
-    const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, count_pairs(&pack->batch)};
+    const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, (double)batch_pairs(&pack->batch)};
     // What the model needs: padding is work, but no use.
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
     s->slots += e->slots;
@@ -84,7 +79,6 @@ static int run_micro_steps(Trainer *t, Loader *loader, Profile *profile, StepSum
     engine_run(e, m, pack->block, times);
     int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&
                 verify_micro_step(e, &pack->batch, t->state.step, t->run, err) != 0;
-    loader_release(loader, pack);
     if (wrong) return -1;
     if (times && profile_note(profile, m->program, &extents, t->state.step, err) != 0) return -1;
   }
@@ -134,12 +128,12 @@ static void note_start(Trainer *t, double data_wait) {
 // Gives the device one more step. The one before is collected once the passes of this one are under way, so that the
 // device never waits for the host; its update needs to know whether that one was skipped. -1 with *err when a
 // replay differed or that step was one too many to be skipped, DATA_ENDED when there was no pack; or SPIKES.
-static int train_step(Trainer *t, Loader *loader, Report *report, Profile *profile, Error *err) {
+static int train_step(Trainer *t, Feed *feed, Report *report, Profile *profile, Error *err) {
   const Config *c = t->config;
   const Backend *b = t->engine.model.backend;
   StepSums s = {.peak_flops = b->sheet_flops ? b->sheet_flops() : 0};
   int bad = watch_due(&t->watch) ? collect_step(t, report, err) : 0;
-  if (!bad) bad = run_micro_steps(t, loader, profile, &s, err);
+  if (!bad) bad = run_micro_steps(t, feed, profile, &s, err);
   if (bad || (bad = collect_step(t, report, err))) return bad;
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
   int ema = optimizer_ema_due(c, t->state.step);
@@ -175,14 +169,14 @@ static int check_save(Trainer *t, int wait, int last, Error *err) {
 }
 
 // Begins a save, when the one before is on the disk. The run's last save makes up for one that was not written.
-static int save(Trainer *t, Loader *loader, int last, Error *err) {
+static int save(Trainer *t, const Feed *feed, int last, Error *err) {
   double began = time_now();
   if (last && saver_result(t->saver, 1, err) != 0)
     log_warn("%s", err->text);
   else if (check_save(t, 1, last, err) != 0)
     return -1;
   free(t->state.loader);
-  t->state.loader = loader_state(loader);
+  t->state.loader = loader_state(feed->loader);
   saver_begin(t->saver, &t->state, began);
   return check_save(t, 0, last, err);
 }
@@ -258,24 +252,24 @@ static int64_t end_step(const Trainer *t) {
 }
 
 // Keeps the steps since the last save when the data ends the run, unless they are being skipped.
-static void save_before_error(Trainer *t, Loader *loader, Report *report) {
+static void save_before_error(Trainer *t, const Feed *feed, Report *report) {
   Error err;
   if (collect_step(t, report, &err) != 0 || t->state.optimizer.skipped_in_row) return;
-  if (save(t, loader, 1, &err) != 0 || check_save(t, 1, 1, &err) != 0)
+  if (save(t, feed, 1, &err) != 0 || check_save(t, 1, 1, &err) != 0)
     log_warn("%s", err.text);
   else
     log_info("saved after step %lld, from which --resume goes on", (long long)t->state.step);
 }
 
 // Steps until the end, with what is due on the way.
-static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profile, Error *err) {
+static int run_steps(Trainer *t, Feed *feed, Report **report, Profile *profile, Error *err) {
   const Config *c = t->config;
   int64_t end = end_step(t), kept = t->state.step; // kept: the steps saved
   start_mark(&t->start, START_RUN);
   engine_begin_step(&t->engine);
   while (t->state.step < end) {
-    int bad = train_step(t, loader, *report, profile, err);
-    if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, loader, *report);
+    int bad = train_step(t, feed, *report, profile, err);
+    if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, feed, *report);
     if (bad == SPIKES && go_back(t, report, &kept, err) == 0) continue;
     if (bad || check_save(t, 0, 0, err) != 0) return -1;
     saver_warm(t->saver);
@@ -290,13 +284,13 @@ static int run_steps(Trainer *t, Loader *loader, Report **report, Profile *profi
     // Saves before it evaluates: an evaluation takes long, and the run may be killed in it. Saves nothing while steps
     // are being skipped: good checkpoints would make way for the state that may be the cause.
     if (leaving || (save_due && !t->state.optimizer.skipped_in_row)) {
-      if (save(t, loader, leaving, err) != 0) return -1;
+      if (save(t, feed, leaving, err) != 0) return -1;
       kept = done;
     }
     if (evaluation_due && !signals_stop() && evaluate_step(t, *report, last, err) != 0) return -1;
     engine_begin_step(&t->engine);
     if (!signals_stop()) continue;
-    return kept == done ? 0 : save(t, loader, 1, err); // unsaved: it came in the evaluation
+    return kept == done ? 0 : save(t, feed, 1, err); // unsaved: it came in the evaluation
   }
   return 0;
 }
@@ -313,13 +307,14 @@ int trainer_train(Trainer *t, Error *err) {
   t->lock = run_folder_lock(t->run, t->options, err);
   if (t->lock < 0) return -1;
   // What may refuse the run comes first: one that is refused leaves the folder as it was.
-  Loader *loader = open_loader(t, err);
+  Feed feed = {0};
+  int open = feed_open(&feed, &t->engine, loader_config(t), t->state.loader, err) == 0;
   Report *report = NULL;
-  if (loader && !trained) t->saver = saver_open(&t->engine, t->run, err);
-  if (loader && (trained || t->saver) && run_folder_begin(t->run, c, t->options, t->tokenizer, from, err) == 0)
+  if (open && !trained) t->saver = saver_open(&t->engine, t->run, err);
+  if (open && (trained || t->saver) && run_folder_begin(t->run, c, t->options, t->tokenizer, from, err) == 0)
     report = report_open(t->run, from, c->train.steps, err);
   if (!report) {
-    loader_close(loader);
+    feed_close(&feed);
     return -1;
   }
   overview_log(&t->engine, t->source, t->sources, t->tokenizer, from, end_step(t));
@@ -328,7 +323,7 @@ int trainer_train(Trainer *t, Error *err) {
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
   t->watch = watch_open(&t->engine, t->run, from, profile != NULL);
   // A trained run that was killed in its last evaluation still owes it.
-  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, loader, &report, profile, err)) != 0;
+  int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, &feed, &report, profile, err)) != 0;
   if (!bad && !trained) bad = check_save(t, 1, 1, err) != 0;
   watch_close(&t->watch);
   report_close(report);
@@ -336,18 +331,20 @@ int trainer_train(Trainer *t, Error *err) {
   if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;
   if (!bad && signals_stop())
     log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)t->state.step);
-  LoaderStats stats = loader_stats(loader);
+  LoaderStats stats = loader_stats(feed.loader);
   if (!bad && stats.packs)
     log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
              100.0 * (double)stats.slots_used / (double)max_i64(stats.slots, 1), (long long)stats.documents,
              (long long)stats.lost, (long long)stats.stream.truncated);
-  loader_close(loader);
+  feed_close(&feed);
   return bad ? 1 : 0;
 }
 
 int trainer_dump(Trainer *t, const char *folder, Error *err) {
   int n = t->config->train.micro_batches, bad = 0, have = 0;
-  Loader *loader = open_loader(t, err);
+  LoaderConfig config = loader_config(t);
+  config.held = n;
+  Loader *loader = loader_open(&config, t->state.loader, err);
   if (!loader) return -1;
   Pack **packs = xcalloc((size_t)n, sizeof *packs);
   const Batch **batches = xcalloc((size_t)n, sizeof *batches);

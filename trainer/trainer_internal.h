@@ -2,8 +2,8 @@
 #ifndef TESSERA_TRAINER_INTERNAL_H
 #define TESSERA_TRAINER_INTERNAL_H
 
-#include "data/loader.h"
 #include "trainer/evaluate.h"
+#include "trainer/feed.h"
 #include "trainer/report.h"
 #include "trainer/saver.h"
 #include "trainer/start.h"
@@ -40,11 +40,8 @@ int trainer_restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only,
 void trainer_load_items(Trainer *t);
 // The quality figures with training retrieval, printed.
 int trainer_measure(Trainer *t, Evaluation *out, Error *err);
-// Draws `n` of the items' captions; images to free.
-int trainer_draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err);
 // A sheet of drawings beside the real images, for held-out and training captions.
 int trainer_write_sheet(Trainer *t, const char *path, Error *err);
 // Logs captions read off held-out images beside the true ones.
 int trainer_read_captions(Trainer *t, int n, Error *err);
-Image item_image(const Config *c, const EvalItem *item);
 #endif

@@ -39,14 +39,15 @@ int trainer_measure(Trainer *t, Evaluation *out, Error *err) {
   return 0;
 }
 
-Image item_image(const Config *c, const EvalItem *item) {
+static Image item_image(const Config *c, const EvalItem *item) {
   Image image = {.width = item->grid.columns * c->model.patch, .height = item->grid.rows * c->model.patch};
   image.rgb = xmalloc((size_t)image.width * (size_t)image.height * 3);
   image_from_patches(item->patches, c->model.patch, &image);
   return image;
 }
 
-int trainer_draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err) {
+// Draws `n` of the items' captions; images to free.
+static int draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err) {
   SamplerOptions options = sampler_options(t->config);
   for (int i = 0; i < n;) {
     // Images of one shape are drawn together.
@@ -70,7 +71,7 @@ int trainer_draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Err
 
 // Cells of one section: each drawing, then the real image.
 static int fill_section(Trainer *t, const EvalItem *items, int n, Image *images, GridCell *cells, Error *err) {
-  if (trainer_draw_items(t, items, n, images, err) != 0) return -1;
+  if (draw_items(t, items, n, images, err) != 0) return -1;
   for (int i = 0; i < n; i++) {
     images[n + i] = item_image(t->config, &items[i]);
     cells[2 * i] = (GridCell){.image = &images[i], .caption = items[i].caption};
@@ -222,7 +223,7 @@ int trainer_evaluate(Trainer *t, Error *err) {
   const char **captions = xcalloc((size_t)n, sizeof *captions);
   for (int i = 0; i < n; i++) captions[i] = t->held_out[i].caption;
   Drawings d = {.image = xcalloc((size_t)n, sizeof *d.image), .caption = captions, .n = n, .count = 1};
-  int bad = trainer_draw_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
+  int bad = draw_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
   bool sheet = options_out_is_file(t->options->out);
   if (!bad && !sheet) bad = write_real(t->config, t->held_out, &d, t->options->out, err);
   if (!bad)

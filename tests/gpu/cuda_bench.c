@@ -19,16 +19,6 @@ static DeviceRates device_rates(void) {
   return r;
 }
 
-// (query, key) pairs that the mask allows.
-static double allowed_pairs(const CudaCase *c) {
-  const Batch *b = &c->ops.batch;
-  int64_t pairs = 0;
-#pragma omp parallel for reduction(+ : pairs) schedule(dynamic, 64)
-  for (int q = 0; q < c->ops.dims.T; q++)
-    for (int k = b->doc_start[q]; k < b->kv_end[q]; k++) pairs += q < b->q_end[k];
-  return (double)pairs;
-}
-
 static double linear_flops(const CudaCase *c, const OpArgs *a) {
   const BatchDims *b = c->ops.batch.dims;
   const int *in = a->linear.in_dim, *out = a->linear.out_dim;
@@ -59,9 +49,9 @@ static double call_flops(const CudaCase *c, OpKind kind, const OpArgs *a) {
   case OP_LINEAR_WGRAD:
     return linear_flops(c, a);
   case OP_ATTENTION_FWD:
-    return 4 * allowed_pairs(c) * d->H * d->D;
+    return 4 * (double)batch_pairs(&c->ops.batch) * d->H * d->D;
   case OP_ATTENTION_BWD:
-    return 10 * allowed_pairs(c) * d->H * d->D;
+    return 10 * (double)batch_pairs(&c->ops.batch) * d->H * d->D;
   case OP_EXPERT_UP_FWD:
   case OP_EXPERT_UP_DGRAD:
   case OP_EXPERT_UP_WGRAD:

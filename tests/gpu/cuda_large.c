@@ -187,6 +187,7 @@ static Outcome run_packs(Engine *e, const Documents *d, int packs) {
     const ModelProgram *m = engine_micro_step(e, k);
     void *pack = pack_make(m->program, d, d->first[k * GROUPS / packs], d->first[(k + 1) * GROUPS / packs], packs);
     engine_run(e, m, pack, NULL);
+    engine_await_packs(e, true);
     free(pack);
   }
   return read_outcome(e);

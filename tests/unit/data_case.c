@@ -94,6 +94,10 @@ int data_remove(void **state) {
   return rc;
 }
 
+void *pack_alloc(size_t bytes) {
+  return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
 LoaderConfig data_config(Data *d) {
   static const double weight[] = {3, 2, 1};
   return (LoaderConfig){.stream = {.source = d->source,
@@ -116,7 +120,10 @@ LoaderConfig data_config(Data *d) {
                         .packs_per_step = 3,
                         .world = 1,
                         .threads = 1,
-                        .cache_mb = 1};
+                        .cache_mb = 1,
+                        .held = 1,
+                        .host_alloc = pack_alloc,
+                        .host_release = free};
 }
 
 Loader *open_loader(const LoaderConfig *config, const char *state) {

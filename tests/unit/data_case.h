@@ -21,6 +21,8 @@ int data_remove(void **state);
 // Opens folder/name for writing.
 FILE *data_file(const char *folder, const char *name);
 
+// Memory for a loader's packs, as host_alloc; free releases it.
+void *pack_alloc(size_t bytes);
 // All three sources in packs of 256 slots, three a step.
 LoaderConfig data_config(Data *d);
 Loader *open_loader(const LoaderConfig *config, const char *state);

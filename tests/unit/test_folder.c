@@ -354,7 +354,7 @@ static void test_turned(void **state) {
   assert_true(grid.rows > grid.columns);
   uint8_t patches[9 * 48];
   Error err;
-  if (sample_patches(s, segment, &fit, 1 << 20, patches, &err) != 0) fail_msg("%s", err.text);
+  if (sample_patches(s, segment, &fit, 1 << 20, false, patches, &err) != 0) fail_msg("%s", err.text);
   source_close(s);
   free(photo.at);
 }

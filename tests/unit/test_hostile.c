@@ -74,6 +74,10 @@ static void caption_make(void) {
   caption_long[caption_bytes] = 0;
 }
 
+static void *block_alloc(size_t bytes) {
+  return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
 static LoaderConfig loader_config(Source *const *source, int sources, const Tokenizer *tokenizer) {
   static const double weight[4] = {1, 1, 1, 1};
   return (LoaderConfig){.stream = {.source = source,
@@ -92,7 +96,10 @@ static LoaderConfig loader_config(Source *const *source, int sources, const Toke
                         .ce_weight = 1,
                         .packs_per_step = 1,
                         .world = 1,
-                        .threads = 2};
+                        .threads = 2,
+                        .held = 1,
+                        .host_alloc = block_alloc,
+                        .host_release = free};
 }
 
 static void test_captions(void **state) {

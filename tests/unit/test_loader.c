@@ -251,6 +251,7 @@ static void test_bad_states(void **state) {
 // The scales count the whole step.
 static void test_scales(void **state) {
   LoaderConfig config = data_config(*state);
+  config.held = 3;
   config.threads = 2;
   Loader *loader = open_loader(&config, NULL);
   for (int step = 0; step < 8; step++) {
@@ -308,7 +309,7 @@ static void test_pixels(void **state) {
       uint8_t *bytes, plain[24 * VALUES], flipped[24 * VALUES];
       size_t size;
       Image image, fitted;
-      assert_int_equal(sample_patches(d->source[0], segment, &config.stream.fit, 1 << 20, plain, &err), 0);
+      assert_int_equal(sample_patches(d->source[0], segment, &config.stream.fit, 1 << 20, false, plain, &err), 0);
       assert_int_equal(source_read_image(d->source[0], segment->image, &bytes, &size, &err), 0);
       assert_int_equal(image_decode(bytes, size, 1 << 20, &image, &err), 0);
       assert_int_equal(image_fit(&image, &config.stream.fit, &fitted, &err), 0);
@@ -391,7 +392,7 @@ static Stream *draft_packs(const Data *d, const LoaderConfig *config, DraftList 
         uint8_t *patches = malloc((size_t)part->tokens * VALUES);
         const SampleSegment *segment = &draft->sample->segment[part->tag];
         assert_int_equal(sample_patches(d->source[draft->origin.source], segment, &config->stream.fit,
-                                        config->stream.max_pixels, patches, &err),
+                                        config->stream.max_pixels, false, patches, &err),
                          0);
         part->patch = patches;
       }

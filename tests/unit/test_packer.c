@@ -181,12 +181,6 @@ static void test_random_packs(void **state) {
   }
 }
 
-static int64_t allowed_pairs(const Batch *b) {
-  int64_t pairs = 0;
-  for (int q = 0; q < b->dims->n_text + b->dims->n_image; q++) pairs += b->q_end[q] - b->q_start[q];
-  return pairs;
-}
-
 // Padding adds text without targets that nothing before it sees; what the documents ask of the model stays.
 static void test_padded_packs(void **state) {
   (void)state;
@@ -212,7 +206,7 @@ static void test_padded_packs(void **state) {
     Block plain = block_new(shape, 0), padded = block_new(shape, 255);
     const Batch *a = &plain.batch, *b = &padded.batch;
     assert_int_equal(pack_layout(docs, N, shape, &plain.batch, &err), 0);
-    int64_t pairs = allowed_pairs(a);
+    int64_t pairs = batch_pairs(a);
     for (int i = 0; i < N; i++) {
       document_pad(&document[i], longest, VOCAB);
       DocumentSize now = document_size(docs[i], VOCAB);
@@ -227,7 +221,7 @@ static void test_padded_packs(void **state) {
     assert_int_equal(pack_layout(docs, N, shape, &padded.batch, &err), 0);
     if (pack_check(b, shape, &err)) fail_msg("trial %d: %s", trial, err.text);
     compare_with_documents(docs, N, shape, b);
-    assert_int_equal(allowed_pairs(b), pairs);
+    assert_int_equal(batch_pairs(b), pairs);
     assert_int_equal(used + padding, N * longest);
     assert_int_equal(b->dims->n_image, a->dims->n_image);
     assert_int_equal(b->dims->n_text, a->dims->n_text + padding);

@@ -115,7 +115,8 @@ static void measure(World *w, Engine *e) {
 }
 
 // The steps as the trainer runs them: with queues, a step's results are read when the passes of the next are under way.
-// Each pack is handed over in memory that is overwritten at once. `profiled`: that step is timed op by op; -1: none.
+// The memory of each pack is overwritten by another one as soon as the device has the pack. `profiled`: that step is
+// timed op by op; -1: none.
 static Outcome run(World *w, const Backend *backend, int profiled) {
   const Config *c = &w->c.config;
   Engine e;
@@ -129,7 +130,9 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   o.metrics_bytes = (size_t)e.bytes[SPACE_METRICS];
   o.nll_bytes = (size_t)e.slots * sizeof *o.nll;
   o.nll = xmalloc(o.nll_bytes);
-  void *given = xmalloc(w->pack_bytes);
+  void *given[2] = {xmalloc(w->pack_bytes), xmalloc(w->pack_bytes)}; // in turn
+  int sent = engine_packs_sent(&e), n = 0;
+  assert_int_equal(sent, backend->queues != NULL);
   if (w->measured) measure(w, &e);
   engine_begin_step(&e);
   o.elapsed = -device_time();
@@ -149,9 +152,11 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
     for (int m = 0; m < MICRO; m++) {
       const ModelProgram *p = engine_micro_step(&e, m);
       OpTime *times = step == profiled ? xcalloc((size_t)p->program->n_ops, sizeof *times) : NULL;
-      memcpy(given, w->pack[step * MICRO + m], w->pack_bytes);
-      engine_run(&e, p, given, times);
-      memset(given, 0xFF, w->pack_bytes);
+      memcpy(given[n % 2], w->pack[step * MICRO + m], w->pack_bytes);
+      engine_run(&e, p, given[n % 2], times);
+      engine_await_packs(&e, false);
+      memcpy(given[(n + sent) % 2], w->pack[(n + 5) % PACKS], w->pack_bytes);
+      n++;
       for (int i = 0; times && i < p->program->n_ops; i++) assert_true(times[i].begin <= times[i].end);
       free(times);
     }
@@ -167,7 +172,8 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
     o.state[s] = xmalloc(o.elements * sizeof(real));
     engine_slab_read(&e, spaces[s], o.state[s]);
   }
-  free(given);
+  free(given[0]);
+  free(given[1]);
   engine_free(&e);
   return o;
 }
