@@ -38,7 +38,7 @@ static inline Hash64 hash64_begin(uint64_t seed) {
   return h;
 }
 
-// Takes the whole stripes of 32 bytes in [p, end); the first byte that is left.
+// Adds the whole stripes of 32 bytes in [p, end); returns the first byte that is left.
 static inline const uint8_t *hash64_stripes(Hash64 *h, const uint8_t *p, const uint8_t *end) {
   uint64_t a = h->acc[0], b = h->acc[1], c = h->acc[2], d = h->acc[3];
   for (; end - p >= 32; p += 32) {

@@ -4,8 +4,8 @@
 
 #include "base/base.h"
 
-// Puts /dev/null where descriptor 0, 1 or 2 is closed: the next file that is opened would take its place, and what is
-// said would go into it. Before anything is opened.
+// Opens /dev/null in the place of a closed descriptor 0, 1 or 2: else the next file opened would take that number, and
+// messages would be written into it. Called before anything is opened.
 void standard_open(void);
 // Writes out what standard output still holds. -1 with *err when any of what was printed is lost.
 int standard_flush(Error *err);

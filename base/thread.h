@@ -4,7 +4,7 @@
 
 #include <pthread.h>
 
-// pthread_create for a thread that takes no signals to end or hang up: they are the main thread's. 0, or what
-// pthread_create says.
+// Creates a thread that blocks the signals to end and to hang up, which the main thread takes. Returns pthread_create's
+// result.
 int thread_start(pthread_t *thread, void *(*run)(void *), void *argument);
 #endif

@@ -14,6 +14,6 @@ enum { INDEX_CACHE_MEMBERS = 1000 };
 bool index_cache_read(Source *s, const DataFile *shard);
 
 // Keeps what indexing `shard` has added to the source since it held `samples` samples, and s->unused, which is what the
-// shard leaves out. Nothing is said when it cannot be written.
+// shard leaves out. Fails without a message.
 void index_cache_write(const Source *s, const DataFile *shard, int64_t samples);
 #endif

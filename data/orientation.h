@@ -1,5 +1,5 @@
-// Which way up an image is: EXIF's orientation (EXIF 2.32, tag 0x0112), 1 to 8. Cameras keep their pixels as the sensor
-// lies and say here how they are to be seen; 1 is as they lie.
+// Which way up an image is: EXIF's orientation (EXIF 2.32, tag 0x0112), 1 to 8. Cameras store
+// pixels in the order of the sensor, and this tag says how to turn them; 1: not at all.
 #ifndef TESSERA_ORIENTATION_H
 #define TESSERA_ORIENTATION_H
 

@@ -22,7 +22,7 @@ typedef struct SiteGradient {
   TensorId dx, dh; // [T, C]
 } SiteGradient;
 
-// A layer's activations, which its backward pass asks for.
+// A layer's activations, which its backward pass reads.
 typedef struct Activations {
   Site site1, site2, end;                        // at its input, between attention and experts, at its output
   TensorId qkv, q, k, v, o, lse;                 // [T,(H+2G)D], [T,H,D], [T,G,D] x 2, [T,HD], [H,T]
@@ -33,14 +33,14 @@ typedef struct Activations {
   TensorId b2;                                   // [T, C] expert branch
 } Activations;
 
-// What the input's backward pass asks for.
+// What the input's backward pass reads.
 typedef struct Input {
   TensorId z, bottleneck;        // [T, P], [T, B]
   TensorId features, t1, t1_act; // [SEG, 256], [SEG, Z] x 2
   TensorId pooled, c, a;         // [SEG, C], [SEG, Z] x 2
 } Input;
 
-// What the heads' backward pass asks for; NO_TENSOR where not training.
+// What the heads' backward pass reads; NO_TENSOR where not training.
 typedef struct Heads {
   TensorId dh;    // [T, C] from the text head
   TensorId dxhat; // [T, P]

@@ -11,11 +11,11 @@
 
 typedef struct Profile Profile;
 
-// first: the first step to be timed, one that has nothing left to warm up. table: so is every step after it. trace: the
-// file for a trace of that step, in which its replays follow each other without the reading of times between them, or
-// NULL; borrowed, as is the engine, whose training programs must be recorded.
+// Times step `first`, which must have nothing left to warm up, and with `table` every step after it. trace: the file
+// for a trace of step `first`, whose replays then follow each other, their times read afterwards; NULL: none. Engine
+// and trace are borrowed; the engine's training programs must be recorded.
 Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first);
-// Where the replay of a program in this step leaves its times; NULL: it is not timed. p may be NULL: then so are all.
+// Memory for the times of a replay in this step; NULL: the step is not timed, as none is where p is NULL.
 OpTime *profile_times(Profile *p, int64_t step);
 // Notes the replay that has just filled those times, of a pack with these extents (NULL: of the update). -1 with *err
 // when the trace cannot be written.

@@ -10,13 +10,13 @@
 // run continues one of them (--resume, or --from one of its own). Returns the lock's descriptor, to be closed at the
 // end, or -1 with *err set.
 int run_folder_lock(const char *run, const Options *o, Error *err);
-// Makes the locked folder that of the run which begins now at `step`; called when nothing can refuse it any more. With
-// --from, checkpoints that are not of the past of the one named are set aside (renamed to set-aside-ckpt-N, with a
-// further number where that exists): this run will make them again. Writes config.json and tokenizer.bpe, each whole
-// or not at all. 0, or -1 with *err set.
+// Turns the locked folder into that of the run that begins at `step`, once nothing can refuse the run any more: writes
+// config.json and tokenizer.bpe, each whole or not at all. With --from, sets checkpoints aside that are not in the past
+// of the named one, since this run will make them again (renamed to set-aside-ckpt-N, with a further number where that
+// exists). 0, or -1 with *err set.
 int run_folder_begin(const char *run, const Config *c, const Options *o, const Tokenizer *tokenizer, int64_t step,
                      Error *err);
 
-// Warns of the settings that are not those which the run of a checkpoint had so far: its config.json lies beside it.
+// Warns of settings that differ from those of the run that a checkpoint belongs to, whose config.json lies beside it.
 void run_folder_name_changes(const Config *c, const char *checkpoint);
 #endif

@@ -59,8 +59,8 @@ typedef void (*CheckpointSink)(void *context, int i, size_t at, size_t n, const 
 
 // Bytes of memory that reading any of the files needs.
 size_t checkpoint_memory(const Checkpoint *c);
-// Reads a file of tensors once, front to back, at the disk's rate. Every byte of its tensors goes to the sink (NULL:
-// nobody wants them) on the way; they are right only when 0 is returned, which says that the checksum is. -1 with *err
+// Reads a file of tensors once, front to back, at the disk's rate. Every byte of its tensors goes to the sink
+// (NULL: none) before the checksum is known: they are right only when 0 is returned. -1 with *err
 // naming the damage. `memory` [checkpoint_memory]: see file_in_open.
 int checkpoint_read(const Checkpoint *c, const char *name, void *memory, CheckpointSink sink, void *context,
                     Error *err);
@@ -74,7 +74,7 @@ int64_t checkpoint_step(const char *name);
 // Opens the newest checkpoint of a run that opens among those of steps below *below (INT64_MAX: all), to which *below
 // is then set; each newer one that is damaged is warned about, one that may not be read is an error. 1 and *out, 0 when
 // the run has no checkpoints at all, -1 with *err set when it has some and none opens (or the folder cannot be read).
-// Who finds this one damaged when reading it calls again.
+// A caller that finds this one damaged when reading it calls again.
 int checkpoint_find(const char *run_dir, int64_t *below, Checkpoint **out, Error *err);
 
 // Takes the run's lock (RUN/lock, gone with the process): a descriptor to close, or -1 with *err set when another

@@ -1,4 +1,4 @@
-// What an op costs: the floor that a profile holds it against, and what a plan reckons with.
+// What an op costs in FLOPs and bytes: the floor that a profile compares it with, and the input of a plan.
 #ifndef TESSERA_COST_H
 #define TESSERA_COST_H
 

@@ -1,4 +1,4 @@
-// What packs of a config hold, reckoned from the config alone: what a plan goes by until the data are there.
+// How full packs of a config are, estimated from the config alone: what a plan uses before the data are read.
 #ifndef TESSERA_EXPECTED_H
 #define TESSERA_EXPECTED_H
 
