@@ -71,7 +71,7 @@ static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
 // Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
 // and device memory are one.
 static int counts(const Engine *e, Space space) {
-  return space != SPACE_HOST || !e->model.backend->queues;
+  return !space_has(space, SPACE_ON_HOST) || !e->model.backend->queues;
 }
 
 static int64_t total_bytes(const Engine *e) {
@@ -202,29 +202,12 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   return choose_policy(e, err);
 }
 
-static const char *const space_label[SPACE_COUNT] = {[SPACE_ARENA] = "activations (arena)",
-                                                     [SPACE_HOST] = "offloaded (host slab)",
-                                                     [SPACE_WEIGHTS] = "weights",
-                                                     [SPACE_GRADS] = "gradients",
-                                                     [SPACE_MICRO_GRADS] = "micro-step gradients",
-                                                     [SPACE_ADAM_M] = "Adam m",
-                                                     [SPACE_ADAM_V] = "Adam v",
-                                                     [SPACE_EMA] = "EMA",
-                                                     [SPACE_STAGING] = "staged pack",
-                                                     [SPACE_BATCH] = "live pack",
-                                                     [SPACE_METRICS] = "metrics",
-                                                     [SPACE_SCALARS] = "step scalars",
-                                                     [SPACE_STATUS] = "update status",
-                                                     [SPACE_INPUT] = "sampler input",
-                                                     [SPACE_REST] = "rest of the weights",
-                                                     [SPACE_SCRATCH] = "scratch"};
-
 static void *space_allocate(const Backend *b, Space space, int64_t bytes) {
-  return space == SPACE_HOST ? b->host_alloc((size_t)bytes) : b->alloc((size_t)bytes);
+  return space_has(space, SPACE_ON_HOST) ? b->host_alloc((size_t)bytes) : b->alloc((size_t)bytes);
 }
 
 static void space_release(const Backend *b, Space space, void *at) {
-  if (space == SPACE_HOST)
+  if (space_has(space, SPACE_ON_HOST))
     b->host_release(at);
   else
     b->release(at);
@@ -274,7 +257,7 @@ static int refuse_space(const Engine *e, Space space, Error *err) {
   name_largest(e, largest, sizeof largest);
   engine_print_plan(e, stderr);
   return error_set(err, "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
-                   "out of memory: %s needs %.3f GB%s%s", space_label[space], (double)e->bytes[space] / 1e9,
+                   "out of memory: %s needs %.3f GB%s%s", space_info[space].label, (double)e->bytes[space] / 1e9,
                    space == SPACE_ARENA ? "; " : "", space == SPACE_ARENA ? largest : "");
 }
 
@@ -294,15 +277,13 @@ int engine_allocate_begin(Engine *e, Error *err) {
   if (backend_check_ways(b, e->config, err) != 0) return -1;
   name_idle_queues(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
-    int laid_out = s == SPACE_ARENA || s == SPACE_HOST; // without an arena program_bind allocates tensor by tensor
-    if (!e->bytes[s] || (laid_out && !e->config->memory.arena)) continue;
+    if (!e->bytes[s] || (space_has((Space)s, SPACE_LAID_OUT) && !e->config->memory.arena)) continue;
     if (s == SPACE_HOST && b->queues) continue; // last
     e->bases.of[s] = space_allocate(b, (Space)s, e->bytes[s]);
     if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
   }
-  // All else is written before it is read.
-  if (e->bases.of[SPACE_ADAM_M]) b->clear(e->bases.of[SPACE_ADAM_M], (size_t)e->bytes[SPACE_ADAM_M]);
-  if (e->bases.of[SPACE_ADAM_V]) b->clear(e->bases.of[SPACE_ADAM_V], (size_t)e->bytes[SPACE_ADAM_V]);
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (e->bases.of[s] && space_has((Space)s, SPACE_CLEARED)) b->clear(e->bases.of[s], (size_t)e->bytes[s]);
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory");
   if (b->queues && e->bytes[SPACE_HOST] && e->config->memory.arena) {
@@ -446,11 +427,10 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   free(wide);
 }
 
-const Space state_spaces[STATE_SPACES] = {SPACE_WEIGHTS, SPACE_REST, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
-
 static int64_t state_bytes(const Engine *e) {
   int64_t sum = 0;
-  for (int i = 0; i < STATE_SPACES; i++) sum += e->bytes[state_spaces[i]];
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (space_has((Space)s, SPACE_SAVED)) sum += e->bytes[s];
   return sum;
 }
 
@@ -471,7 +451,7 @@ void engine_print_plan(const Engine *e, FILE *f) {
           (double)e->model.params.parameters / 1e6, e->slots, e->segments, c->train.micro_batches,
           memory_policy_name[e->chosen]);
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (e->bytes[s]) print_row(f, space_label[s], e->bytes[s], counts(e, (Space)s) ? "" : OF_HOST);
+    if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], counts(e, (Space)s) ? "" : OF_HOST);
   if (e->first.program)
     print_row(f, "packs decoded ahead",
               loader_packs(c->train.micro_batches, c->data.threads, engine_packs_sent(e) + 1) * e->bytes[SPACE_STAGING],

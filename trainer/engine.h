@@ -110,9 +110,6 @@ void engine_use_ema(Engine *e, int ema);
 
 // Bytes of the device that all slabs take.
 int64_t engine_device_bytes(const Engine *e);
-// The slabs that a checkpoint holds, as they are stored: weights, their rests, moments, EMA.
-enum { STATE_SPACES = 5 };
-extern const Space state_spaces[STATE_SPACES];
 
 // Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
 void *engine_slab(const Engine *e, Space space);

@@ -74,7 +74,8 @@ static void join_thread(Saver *s) {
 static int take_copy(Saver *s, Error *err) {
   const int64_t *bytes = s->engine->bytes;
   size_t need = 0;
-  for (int i = 0; i < STATE_SPACES; i++) need += page_round((size_t)bytes[state_spaces[i]]);
+  for (int i = 0; i < SPACE_COUNT; i++)
+    if (space_has((Space)i, SPACE_SAVED)) need += page_round((size_t)bytes[i]);
   int64_t room = machine_memory_left("");
   // An eighth is left for the data, its decoding and everybody else.
   void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
@@ -86,8 +87,12 @@ static int take_copy(Saver *s, Error *err) {
   madvise(p, need, MADV_HUGEPAGE);
   s->copy = p;
   s->copy_bytes = need;
-  for (size_t i = 0, at = 0; i < STATE_SPACES; at += page_round((size_t)bytes[state_spaces[i++]]))
-    if (bytes[state_spaces[i]]) s->at[state_spaces[i]] = s->copy + at;
+  char *at = s->copy;
+  for (int i = 0; i < SPACE_COUNT; i++) {
+    if (!bytes[i] || !space_has((Space)i, SPACE_SAVED)) continue;
+    s->at[i] = at;
+    at += page_round((size_t)bytes[i]);
+  }
   return 0;
 }
 
@@ -186,8 +191,8 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
   }
-  for (int i = 0; !s->copy && !e->model.backend->queues && i < STATE_SPACES; i++) // host memory, as it is
-    s->at[state_spaces[i]] = engine_slab(e, state_spaces[i]);
+  for (int i = 0; !s->copy && !e->model.backend->queues && i < SPACE_COUNT; i++) // host memory, as it is
+    if (space_has((Space)i, SPACE_SAVED)) s->at[i] = engine_slab(e, (Space)i);
   if (bad || open_files(s, err) != 0) {
     saver_close(s);
     return NULL;
@@ -210,8 +215,8 @@ void saver_begin(Saver *s, const RunState *state, double began) {
   s->config = state_config(s->engine);
   s->pending = true;
   s->written = false;
-  for (int i = 0; s->copy && i < STATE_SPACES; i++)
-    if (s->at[state_spaces[i]]) engine_slab_copy(s->engine, state_spaces[i], s->at[state_spaces[i]]);
+  for (int i = 0; s->copy && i < SPACE_COUNT; i++)
+    if (s->at[i]) engine_slab_copy(s->engine, (Space)i, s->at[i]);
   s->started = s->copy && thread_start(&s->thread, write_checkpoint, s) == 0;
   if (!s->started) write_checkpoint(s);
   s->stood = time_now() - began;

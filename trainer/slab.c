@@ -13,8 +13,7 @@ int engine_converts(const Engine *e, Space space) {
 
 // Elements [first, first + count) of the weights or their remainders as they are stored; NULL: there are none.
 static char *stored(const Engine *e, Space space, int64_t first) {
-  const Backend *b = e->model.backend;
-  size_t element = space == SPACE_WEIGHTS ? b->dtype_bytes[DT_ACT] : (size_t)b->remainder_bytes;
+  size_t element = space_element(e->model.backend, space);
   return e->bases.of[space] ? (char *)e->bases.of[space] + (size_t)first * element : NULL;
 }
 

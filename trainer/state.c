@@ -219,7 +219,8 @@ static void clear_slab(Engine *e, Space space) {
 
 // Reads the files of all targets, each once.
 static int read_slabs(Engine *e, Target *targets, int n, const Checkpoint *c, Error *err) {
-  for (int i = 0; i < STATE_SPACES; i++) clear_slab(e, state_spaces[i]);
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (space_has((Space)s, SPACE_SAVED)) clear_slab(e, (Space)s);
   SlabWriter *writer = slab_writer_open(e, FILE_IN_CHUNK / (int64_t)e->model.backend->dtype_bytes[DT_REAL], err);
   if (!writer) return -1;
   void *memory = xmalloc(checkpoint_memory(c));

@@ -32,7 +32,7 @@ static void tensor_release(const Program *p, TensorId t) {
   if (!at) return;
   if (!p->backend->queues)
     free(at);
-  else if (p->tensors[t].space == SPACE_HOST)
+  else if (space_has(p->tensors[t].space, SPACE_ON_HOST))
     p->backend->host_release(at);
   else
     p->backend->release(at);
@@ -110,7 +110,7 @@ TensorId program_tensor(Program *p, Dtype dtype, int64_t count, const char *fmt,
 }
 
 TensorId program_external(Program *p, Space space, int64_t offset, Dtype dtype, int64_t count, const char *name) {
-  if (space == SPACE_ARENA || space == SPACE_HOST)
+  if (space_has(space, SPACE_LAID_OUT))
     panic("program %s: tensor %s: the program itself lays out this space", p->name, name);
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];

@@ -12,31 +12,10 @@
 
 #include "base/base.h"
 #include "kernels/kernels.h"
+#include "model/program/spaces.h"
 
 typedef int32_t TensorId;
 enum { NO_TENSOR = -1 };
-
-// Where a tensor lives. ARENA and HOST (the slab offloaded tensors go to) are laid out by the program; the others are
-// allocations of the trainer, and a tensor there has a fixed byte offset.
-typedef enum Space {
-  SPACE_ARENA,
-  SPACE_HOST,
-  SPACE_WEIGHTS,
-  SPACE_GRADS,
-  SPACE_MICRO_GRADS, // the gradient of one micro-step, where it is formed apart and then added
-  SPACE_ADAM_M,
-  SPACE_ADAM_V,
-  SPACE_EMA,
-  SPACE_STAGING, // the next pack, as uploaded
-  SPACE_BATCH,   // the live pack
-  SPACE_METRICS,
-  SPACE_SCALARS,
-  SPACE_STATUS,
-  SPACE_INPUT,   // what sampling feeds in place of the noised patches
-  SPACE_REST,    // what the weights lack of their fp32 masters
-  SPACE_SCRATCH, // what an op of the compute lane may use while it runs
-  SPACE_COUNT
-} Space;
 
 // Activations the backward pass may ask for, one policy each per layer.
 typedef enum Saved {

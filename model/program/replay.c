@@ -18,24 +18,16 @@ enum { SHADOW = 1 };
 enum { SHADOW = 0 };
 #endif
 
-static const char *const space_name[SPACE_COUNT] = {
-    [SPACE_ARENA] = "arena",     [SPACE_HOST] = "host slab",  [SPACE_WEIGHTS] = "weights",
-    [SPACE_GRADS] = "gradients", [SPACE_ADAM_M] = "adam m",   [SPACE_MICRO_GRADS] = "micro-step gradients",
-    [SPACE_ADAM_V] = "adam v",   [SPACE_EMA] = "ema",         [SPACE_STAGING] = "staging",
-    [SPACE_BATCH] = "live pack", [SPACE_METRICS] = "metrics", [SPACE_SCALARS] = "scalars",
-    [SPACE_STATUS] = "status",   [SPACE_INPUT] = "input",     [SPACE_REST] = "rest of the weights",
-    [SPACE_SCRATCH] = "scratch"};
-
 // Spaces the program lays out itself; elsewhere a tensor's bytes are the trainer's.
 static int is_laid_out(const Tensor *x) {
-  return x->first >= 0 && (x->space == SPACE_ARENA || x->space == SPACE_HOST);
+  return x->first >= 0 && space_has(x->space, SPACE_LAID_OUT);
 }
 
 static void *tensor_allocate(const Program *p, const Tensor *x) {
   void *at = NULL;
   size_t bytes = (size_t)max_i64(x->bytes, 1);
   if (p->backend->queues)
-    at = x->space == SPACE_HOST ? p->backend->host_alloc(bytes) : p->backend->alloc(bytes);
+    at = space_has(x->space, SPACE_ON_HOST) ? p->backend->host_alloc(bytes) : p->backend->alloc(bytes);
   else if (posix_memalign(&at, ARENA_ALIGN, bytes) != 0)
     at = NULL;
   if (!at) panic("program %s: out of memory: %lld bytes for %s", p->name, (long long)x->bytes, x->name);
@@ -56,7 +48,8 @@ static void tensors_bind(Program *p, const Bases *bases) {
       s->address[t] = s->owned[t] = tensor_allocate(p, x);
       continue;
     }
-    if (!bases->of[x->space]) panic("program %s: tensor %s: %s is not bound", p->name, x->name, space_name[x->space]);
+    if (!bases->of[x->space])
+      panic("program %s: tensor %s: %s is not bound", p->name, x->name, space_info[x->space].label);
     s->address[t] = (char *)bases->of[x->space] + x->offset;
   }
 }

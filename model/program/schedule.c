@@ -172,7 +172,7 @@ void schedule_lifetimes(Program *p) {
       if (t == NO_TENSOR) continue;
       Tensor *x = &p->tensors[t];
       int reads = out < 0 || op->acc >> out & 1;
-      if (reads && x->first < 0 && (x->space == SPACE_ARENA || x->space == SPACE_HOST))
+      if (reads && x->first < 0 && space_has(x->space, SPACE_LAID_OUT))
         panic("program %s: op %d %s reads operand %s, tensor %s, before anything has written it", p->name, i,
               op_info[op->kind].name, out < 0 ? o->in[k].name : o->out[out].name, x->name);
       if (x->first < 0) x->first = i;
