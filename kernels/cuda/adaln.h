@@ -12,9 +12,11 @@
 #include "kernels/cuda/sums.h"
 
 #define ADALN_EPS 1e-6f
-enum { ADALN_SUMS = 3, ADALN_MAX_DIM = 4096 };
+enum { ADALN_SUMS = 3, ADALN_MAX_DIM = CUDA_MOST_DIM };
 enum { ADALN_RUN_THREADS = 512 };     // of a block with sums over segments, at most
 enum { ADALN_SHARED_COLUMNS = 2048 }; // of all groups of a block, where there are several
+
+static_assert(ADALN_RUN_THREADS * 8 >= ADALN_MAX_DIM, "a thread owns 8 columns of a row");
 
 // Ends the process where the width is not one that the kernels are made for.
 static inline void adaln_check_dim(int C) {

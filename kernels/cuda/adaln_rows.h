@@ -50,7 +50,10 @@ template <int VEC_, int WARPS_> struct AdalnLayout {
   static constexpr int VEC = VEC_, WARPS = WARPS_, LANES = 32 * WARPS;
   static constexpr int ROWS = WARPS == 1 ? 4 : 1, THREADS = ROWS * LANES; // of a block
   static constexpr int BLOCKS = 640 / THREADS;                            // of a multiprocessor, at least
+  static constexpr int COLUMNS = 8 * VEC * LANES;                         // of a row, at most
 };
+
+static_assert(AdalnLayout<4, 4>::COLUMNS >= ADALN_MAX_DIM, "the widest layout holds the longest row");
 
 // Calls launch(layout) with the layout of rows of C columns: at most 4 vectors a lane, so that many rows are on their
 // way at once.

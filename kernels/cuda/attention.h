@@ -28,6 +28,7 @@ static __device__ inline int batch_used(const Batch &b) {
 
 // Bytes from one row of a block to the next, and where 16-byte chunk `chunk` of row `row` of a tile lies, in elements.
 template <int D> static __host__ __device__ constexpr int tile_pitch() {
+  static_assert(D == 32 || D == 64 || D == 128, "a tile is one block of 32 columns, or blocks of 64");
   return D >= 64 ? 128 : 64;
 }
 template <int D, int rows> static __device__ inline int tile_at(int row, int chunk) {
@@ -39,6 +40,7 @@ template <int D, int rows> static __device__ inline int tile_at(int row, int chu
 // copies the same chunk of every eighth row (or 16th, 32nd), so its places in the tile differ by constants.
 template <int D, int rows, int threads>
 static __device__ inline void tile_load(bf16 *tile, const bf16 *from, int stride, int valid) {
+  static_assert(rows % (threads / (D / 8)) == 0 && threads / (D / 8) % 8 == 0, "a thread's rows are swizzled alike");
   const int chunks = D / 8, step = threads / chunks;
   int thread = (int)recompute(threadIdx.x), row = thread / chunks, chunk = thread % chunks;
   uint32_t to = shared_address(tile + tile_at<D, rows>(row, chunk));
@@ -81,11 +83,13 @@ typedef struct QueryBlock {
 template <int D, int keys> struct __align__(1024) KeyTile {
   bf16 k[keys * D], v[keys * D];
   int32_t q_start[keys], q_end[keys]; // zeros past the last key: an empty interval
+  static_assert(keys * D * sizeof(bf16) % 1024 == 0, "v begins on a block of the swizzle, as k does");
 };
 
 // Starts copying keys [key, end), as many as the tile holds. Call: ForwardCall or BackwardCall.
 template <int threads, int D, int keys, class Call>
 static __device__ inline void load_keys(KeyTile<D, keys> *tile, const Call &c, int key, int end, int kv_head) {
+  static_assert(keys <= threads, "a thread copies an interval");
   int64_t at = ((int64_t)key * c.shape.G + kv_head) * D;
   tile_load<D, keys, threads>(tile->k, c.k + at, c.shape.G * D, end - key);
   tile_load<D, keys, threads>(tile->v, c.v + at, c.shape.G * D, end - key);

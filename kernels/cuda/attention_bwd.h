@@ -37,6 +37,7 @@ template <int D, int queries, int keys> struct DqShared {
 // chunks share a row.
 template <int D, int queries, int keys>
 static __device__ inline QueryBlock dq_begin(DqShared<D, queries, keys> *s, const BackwardCall &c) {
+  static_assert(queries <= THREADS && queries % (THREADS / (D / 8)) == 0, "a thread a query, rows in whole rounds");
   const int H = c.shape.H, T = c.shape.T, chunks = D / 8, step = THREADS / chunks;
   int head = blockIdx.x % H, first = blockIdx.x / H * queries, used = batch_used(c.b);
   int key = c.b.doc_start[first], key_end = c.b.kv_end[min(first + queries, T) - 1], count = min(queries, used - first);
@@ -139,6 +140,12 @@ template <int D> struct DkvShared {
   QueryTile<D> queries[2];
   int32_t q_start[DKV_KEYS], q_end[DKV_KEYS]; // zeros past the last key: an empty interval
 };
+
+static_assert(offsetof(DkvShared<128>, queries) % 1024 == 0 && offsetof(DkvShared<64>, queries) % 1024 == 0,
+              "tiles begin on a block of the swizzle");
+static_assert(DKV_KEYS == 16 * WARPS && DKV_QUERIES <= (int)THREADS,
+              "a warp has 16 keys; a thread copies a query's lse");
+static_assert(2 * sizeof(DkvShared<128>) <= CUDA_HOPPER_SHARED, "two blocks share a multiprocessor");
 
 // What a block is for. Block: kv head blockIdx % G of key tile blockIdx / G.
 typedef struct DkvBlock {

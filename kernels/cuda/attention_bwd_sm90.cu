@@ -5,6 +5,10 @@
 // ---- dq: 64 queries, 64 keys ----
 
 enum { GROUP_ROWS = 64 };
+static_assert(GROUP_ROWS == 16 * WARPS, "a warp has 16 queries");
+static_assert(3 * sizeof(DqShared<64, GROUP_ROWS, GROUP_ROWS>) <= CUDA_HOPPER_SHARED &&
+                  2 * sizeof(DqShared<128, GROUP_ROWS, GROUP_ROWS>) <= CUDA_HOPPER_SHARED,
+              "three blocks (two with D = 128) share a multiprocessor");
 
 template <int D>
 static __global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) attention_backward_queries_sm90(BackwardCall c) {

@@ -6,12 +6,17 @@
 #include "kernels/cuda/attention.h"
 
 enum { QUERIES = 128, KEYS = 64, WARPS = 4, THREADS = 32 * WARPS };
+static_assert(QUERIES == WARPS * 2 * 16, "a warp has two sets of 16 queries");
 
 template <int D> struct ForwardShared {
   bf16 q[QUERIES * D];
   KeyTile<D, KEYS> keys[2];
   float sum[4][THREADS]; // each lane's share of its rows' sums of p: all registers are taken when D is 128
 };
+
+static_assert(offsetof(ForwardShared<128>, keys) % 1024 == 0 && offsetof(ForwardShared<64>, keys) % 1024 == 0,
+              "tiles begin on a block of the swizzle");
+static_assert(2 * sizeof(ForwardShared<128>) <= CUDA_HOPPER_SHARED, "two blocks share a multiprocessor");
 
 // q [T, H, D], k, v [T, G, D] in sequence order; o [T, H D] in row order, lse [H, T].
 typedef struct ForwardCall {

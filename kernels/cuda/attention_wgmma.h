@@ -10,6 +10,7 @@
 // Starts score [64, 64] = x y^T: 64 rows of a tile of x_rows at `x`, all 64 rows of the tile at `y`. One group.
 template <int D, int x_rows>
 static __device__ inline void start_scores(float (&score)[8][4], const bf16 *x, const bf16 *y) {
+  static_assert(D % 64 == 0 && x_rows % 64 == 0, "tiles are blocks of 64 columns in the 128-byte swizzle");
   uint32_t a = shared_address(x), b = shared_address(y);
   wgmma_fence();
 #pragma unroll

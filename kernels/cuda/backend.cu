@@ -66,7 +66,6 @@ static const char *cuda_kernels(void) {
 
 // What the kernels ask of a model.
 static int cuda_accepts(const Config *c, Error *err) {
-  enum { WIDTHS = 8, MOST_DIM = 4096, MOST_EXPERTS = 256, MOST_CHOSEN = 8 }; // every width a multiple of WIDTHS
   const char *hint = "change it, or train with --device cpu";
   const struct {
     const char *key;
@@ -82,17 +81,17 @@ static int cuda_accepts(const Config *c, Error *err) {
                 {"model.image.shared_dim", c->model.moe[IMAGE].shared_dim}};
   int D = c->model.head_dim;
   for (const auto &w : widths)
-    if (w.width % WIDTHS)
-      return error_set(err, hint, "%s is %d: the cuda backend needs a multiple of %d", w.key, w.width, WIDTHS);
+    if (w.width % CUDA_WIDTHS)
+      return error_set(err, hint, "%s is %d: the cuda backend needs a multiple of %d", w.key, w.width, CUDA_WIDTHS);
   if (D != 32 && D != 64 && D != 128)
     return error_set(err, hint, "model.head_dim is %d: the cuda backend needs 32, 64 or 128", D);
-  if (c->model.dim > MOST_DIM)
-    return error_set(err, hint, "model.dim is %d: the cuda backend goes to %d", c->model.dim, MOST_DIM);
+  if (c->model.dim > CUDA_MOST_DIM)
+    return error_set(err, hint, "model.dim is %d: the cuda backend goes to %d", c->model.dim, CUDA_MOST_DIM);
   for (int m = 0; m < MODALITIES; m++)
-    if (c->model.moe[m].experts > MOST_EXPERTS || c->model.moe[m].top_k > MOST_CHOSEN)
+    if (c->model.moe[m].experts > CUDA_MOST_EXPERTS || c->model.moe[m].top_k > CUDA_MOST_CHOSEN)
       return error_set(err, hint, "model.%s has %d experts, top_k %d: the cuda backend goes to %d and %d",
-                       m == TEXT ? "text" : "image", c->model.moe[m].experts, c->model.moe[m].top_k, MOST_EXPERTS,
-                       MOST_CHOSEN);
+                       m == TEXT ? "text" : "image", c->model.moe[m].experts, c->model.moe[m].top_k, CUDA_MOST_EXPERTS,
+                       CUDA_MOST_CHOSEN);
   return 0;
 }
 

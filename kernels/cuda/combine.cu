@@ -3,7 +3,7 @@
 
 #include <limits.h>
 
-enum { THREADS = 256, WARPS = THREADS / 32, MOST_EXPERTS = 8 }; // MOST_EXPERTS of one token
+enum { THREADS = 256, WARPS = THREADS / 32 };
 
 typedef struct CombineRows {
   Combine s;
@@ -65,5 +65,5 @@ extern "C" void cuda_EXPERT_COMBINE(const KernelCall *c) {
   else if (p.s.kmax <= 4)
     CUDA_LAUNCH(combine_rows<4>, grid, THREADS, 0, call_stream(c), p, dims);
   else
-    CUDA_LAUNCH(combine_rows<MOST_EXPERTS>, grid, THREADS, 0, call_stream(c), p, dims);
+    CUDA_LAUNCH(combine_rows<CUDA_MOST_CHOSEN>, grid, THREADS, 0, call_stream(c), p, dims);
 }

@@ -1,9 +1,7 @@
 // What the CUDA kernels share: types, launches that are checked, 16-byte accesses. Sums: sums.h.
 //
-// Activations and weights are bf16, everything else fp32; arithmetic is fp32. Widths (C, F, S, Z, P, V, H D, G D) are
-// multiples of 8, so that every row begins on 16 bytes; C is at most 4096; head_dim is 32, 64 or 128; at most 256
-// experts a modality, 8 of them per token. cuda_accepts refuses other models. Nothing here uses float
-// atomics: the same inputs give the same bits.
+// Activations and weights are bf16, everything else fp32; arithmetic is fp32. Nothing here uses float atomics: the same
+// inputs give the same bits.
 #ifndef TESSERA_CUDA_H
 #define TESSERA_CUDA_H
 
@@ -15,6 +13,18 @@ extern "C" {
 }
 
 typedef __nv_bfloat16 bf16;
+
+// What the kernels are made for; cuda_accepts refuses other models. head_dim is 32, 64 or 128.
+enum {
+  CUDA_WIDTHS = 8,         // C, F, S, Z, P, V, H D and G D are multiples of it, so that every row begins on 16 bytes
+  CUDA_MOST_DIM = 4096,    // C
+  CUDA_MOST_EXPERTS = 256, // of a modality
+  CUDA_MOST_CHOSEN = 8     // experts of a token
+};
+static_assert(CUDA_WIDTHS * sizeof(bf16) == 16, "rows are accessed 16 bytes at a time");
+
+// Shared memory of a block, in bytes: of every card without asking, and of Hopper at most.
+enum { CUDA_STATIC_SHARED = 48 << 10, CUDA_HOPPER_SHARED = 227 << 10 };
 
 // Ends the process, naming the call, when it failed: nothing after it could be trusted.
 void cuda_check(cudaError_t status, const char *what, const char *file, int line);

@@ -12,6 +12,10 @@ enum {
   LONG_RUN = 32           // an id of more rows is summed by the whole block
 };
 
+static_assert(POOL_THREADS * 8 >= CUDA_MOST_DIM, "pooling: one access of the block is a row");
+static_assert(BWD_IDS == 32, "a warp looks up a block's ids");
+static_assert(HALVES * BWD_COLUMNS * sizeof(float) <= CUDA_STATIC_SHARED, "half warps' sums lie in shared memory");
+
 static __device__ inline void add8(float sum[8], const float x[8]) {
 #pragma unroll
   for (int i = 0; i < 8; i++) sum[i] += x[i];

@@ -16,7 +16,7 @@ extern "C" {
 #include <map>
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
-enum { MOST_GROUPS = 2 * 256 };             // experts of both modalities
+enum { MOST_GROUPS = MODALITIES * CUDA_MOST_EXPERTS };
 enum { WORKSPACE = 32 << 20 };              // bytes the library may use in a product
 enum { ALIGNMENT = 16, SCRATCH_PAD = 256 }; // bytes: of the operands, and of the workspace
 

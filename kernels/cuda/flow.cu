@@ -6,6 +6,8 @@ enum { THREADS = 256, WARPS = THREADS / 32 };
 enum { LOSS_THREADS = 512, LOSS_WARPS = LOSS_THREADS / 32 };
 enum { LOADS = 3 }; // of 8 elements each that a lane has in flight: a row of 16 x 16 patches
 
+static_assert(LOSS_WARPS <= 32, "a warp adds the warps' sums");
+
 // Eight pixels as bytes, and what they stand for. A byte in the second place of the float 2^15 counts ones there, so
 // that v - 127.5 is exact, and v / 127.5 - 1 is rounded like one product.
 static __device__ inline uint2 load_pixels(const uint8_t *p) {

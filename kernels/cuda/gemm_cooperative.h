@@ -27,7 +27,7 @@ template <int BN_> struct Cooperative {
     __align__(16) unsigned char staged[2 * GEMM_GROUP / 32][STAGED_BYTES]; // by consumer warp
   } Control;
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + (int)sizeof(Control);
-  static_assert(SHARED_BYTES <= 227 * 1024, "a Hopper block has 227 KiB of shared memory");
+  static_assert(SHARED_BYTES <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
 
   template <int KIND, int LOAD, class End> static __device__ void run(const GemmLaunch<End> &l, const GemmMaps &maps);
 };

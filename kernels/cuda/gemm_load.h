@@ -26,6 +26,7 @@ static_assert(GEMM_BM == 8 * (GEMM_GROUP / 8), "gather_rows: a thread copies 8 r
 typedef struct GemmMaps {
   CUtensorMap a[MODALITIES], b[MODALITIES];
 } GemmMaps;
+static_assert(alignof(GemmMaps) >= 64, "the copy engine reads maps aligned to 64 bytes");
 
 // Position in the ring of stages: which one, and the parity of its barriers' phases.
 template <int STAGES> struct Ring {

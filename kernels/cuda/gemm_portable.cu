@@ -10,6 +10,10 @@ enum {
   SHARED_BYTES = STAGES * 2 * OPERAND_BYTES
 };
 
+static_assert(GEMM_BM == 128 && BN == 128, "operand_load copies 128 rows of either operand");
+static_assert(128 * (BK / 8) == 2 * THREADS, "operand_load: a thread copies two chunks of a stage");
+static_assert(THREADS / 32 * 64 * 32 == GEMM_BM * BN, "2 x 4 warps cover the tile");
+
 // An operand's tile in shared memory: 128 rows (of C or columns of C) x BK of the inner dimension, in chunks of 8
 // elements. Inner-contiguous (K-major): rows of 4 chunks. Otherwise BK rows of 16 chunks. Both are swizzled so that the
 // 8 rows that ldmatrix reads at once lie in different banks.

@@ -80,6 +80,11 @@ typedef struct GemmTiles {
   bool one_round;                   // no multiprocessor has more than one tile
 } GemmTiles;
 
+static_assert(GEMM_MAX_GROUPS >= MODALITIES * CUDA_MOST_EXPERTS, "a group an expert");
+static_assert(GEMM_MAX_GROUPS <= INT16_MAX && GEMM_MAX_PARTS <= INT16_MAX, "GemmTiles has groups and parts in 16 bits");
+static_assert(sizeof(GemmTiles) <= CUDA_STATIC_SHARED,
+              "the kernel that adds parts has the tiles in static shared memory");
+
 // One tile of C, and what is summed for it.
 typedef struct GemmTile {
   int side, group, part;

@@ -6,6 +6,8 @@
 
 enum { THREADS = 512, WARPS = THREADS / 32 };
 
+static_assert(WARPS <= 32 && (WARPS & (WARPS - 1)) == 0, "a warp joins the warps' sums in a tree");
+
 // ---- products, without their operands ----
 
 // logits [rows, V] = h Wout^T, in fp32.

@@ -12,6 +12,10 @@ enum {
   BIAS_WIDE = THREADS / BIAS_LANES // 16 bytes of 16 neighbouring places each: 128 columns
 };
 
+static_assert(BIAS_WIDE * 8 <= THREADS, "a block's columns have a thread each when lanes are added");
+static_assert(BIAS_LANES * (BIAS_WIDE * 8 + 1) * sizeof(float) <= CUDA_STATIC_SHARED,
+              "a block's lanes lie in shared memory");
+
 // ---- shapes ----
 
 static int capacity_of(const Dims *d, const LinearArgs *a) {

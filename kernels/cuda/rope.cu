@@ -54,6 +54,7 @@ static __device__ inline void sine_cosine(float angle, float *sine, float *cosin
 // A lane's place: which 8 elements of a head, and which of the heads that the warp works on at a time.
 template <int D> struct HeadLane {
   static constexpr int parts = D / 8, heads = 32 / parts;
+  static_assert(D == 32 || D == 64 || D == MAX_HEAD, "lanes form whole heads, and D / 64 of the turns each");
   int part, head;
   __device__ HeadLane() : part((threadIdx.x & 31) % parts), head((threadIdx.x & 31) / parts) {}
   // Over the lanes of one head.
@@ -241,6 +242,7 @@ static __device__ inline void row_backward(const Rope &p, const RopeGradients &a
 // The block's sums for dwq and dwk of one modality: over warps and the heads they work on at a time, in order.
 template <int D> static __device__ void sums_store(const float dw[2][8], HeadLane<D> lane, float *slot /* [2][D] */) {
   constexpr int owners = BACKWARD_WARPS * HeadLane<D>::heads;
+  static_assert(owners * 2 * D * sizeof(float) <= CUDA_STATIC_SHARED, "every owner has its sums in shared memory");
   __shared__ __align__(16) float shared[owners][2][D];
   int owner = threadIdx.x / 32 * HeadLane<D>::heads + lane.head;
 #pragma unroll
@@ -274,6 +276,9 @@ static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
 // dw[modality] (+)= the slots' sums in order. A block forms 32 columns of one [D] of (modality, wq or wk); 8 threads
 // with 4 columns each walk down a share of the slots.
 enum { SUM_PARTS = 128, SUM_LANES = 8, SUM_WARPS = SUM_PARTS * SUM_LANES / 32 };
+
+static_assert(SUM_PARTS * SUM_LANES <= 1024 && 32 % SUM_LANES == 0,
+              "a block's threads; a warp's lanes are whole parts");
 
 static __global__ void __launch_bounds__(SUM_PARTS *SUM_LANES)
     rope_sums(const float *partial, const BatchDims *dims, int D, float *dwq, float *dwk, int accumulate) {

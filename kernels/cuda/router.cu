@@ -1,7 +1,9 @@
 // Routers: logits, top-k, the sort of assignments by expert, and the router losses.
 #include "kernels/cuda/router.h"
 
-enum { THREADS = ROUTER_THREADS, CHOICES_MOST = 8, LOSS_SUMS = 2 * MODALITIES };
+enum { THREADS = ROUTER_THREADS, LOSS_SUMS = 2 * MODALITIES };
+static_assert(THREADS / 32 == TILE / 16 * 2, "tile_logits: a warp has 16 rows and half of C");
+static_assert(THREADS % LOSS_SUMS == 0, "as many threads for each of the losses' sums");
 
 // ---- forward ----
 
@@ -86,11 +88,11 @@ static __global__ void __launch_bounds__(THREADS, 2)
   // anything and wins by its index; the choices stay valid and distinct.
   int row = threadIdx.x / QUAD, q = threadIdx.x % QUAD;
   const float *x = tile + row * stride; // rows past t.rows hold the last row again
-  int chosen[CHOICES_MOST];
-  float value[CHOICES_MOST];
+  int chosen[CUDA_MOST_CHOSEN];
+  float value[CUDA_MOST_CHOSEN];
   unsigned long long taken = 0; // bit i: expert q + 4i
 #pragma unroll
-  for (int j = 0; j < CHOICES_MOST; j++) {
+  for (int j = 0; j < CUDA_MOST_CHOSEN; j++) {
     chosen[j] = -1;
     value[j] = 0;
     if (j >= K) continue;
@@ -124,12 +126,12 @@ static __global__ void __launch_bounds__(THREADS, 2)
     sum = quad_sum(sum);
   } else {
 #pragma unroll
-    for (int j = 0; j < CHOICES_MOST; j++) sum += j < K ? expf(value[j] - value[0]) : 0;
+    for (int j = 0; j < CUDA_MOST_CHOSEN; j++) sum += j < K ? expf(value[j] - value[0]) : 0;
   }
   int64_t at = (int64_t)(t.first + row) * s.kmax;
   if (row < t.rows) {
 #pragma unroll
-    for (int j = 0; j < CHOICES_MOST; j++) {
+    for (int j = 0; j < CUDA_MOST_CHOSEN; j++) {
       if (j >= s.kmax || j % QUAD != q) continue;
       weights[at + j] = j < K ? expf(value[j] - value[0]) / sum : 0;
       if (j < K) atomicOr(&takers[chosen[j]], 1ull << row);
@@ -138,7 +140,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
   __syncthreads();
   if (row < t.rows) {
 #pragma unroll
-    for (int j = 0; j < CHOICES_MOST; j++) {
+    for (int j = 0; j < CUDA_MOST_CHOSEN; j++) {
       if (j >= s.kmax || j % QUAD != q) continue;
       slots[at + j] = j < K ? chosen[j] | __popcll(takers[chosen[j]] & ((1ull << row) - 1)) << 16 : -1;
     }
@@ -151,6 +153,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 // tile's own begin: place[e]. total[e] = assignments of all its tiles.
 static __device__ void expert_starts(int E, int first_slot, int first_tile, int tiles, int ordinal,
                                      const uint8_t *counts, int counts_stride, int *start, int *place, int *total) {
+  static_assert((int)EXPERTS_MOST == THREADS, "a thread an expert");
+  static_assert(TILE < 256, "a tile counts an expert's rows in a byte");
   enum { SHARES = 64 };
   __shared__ int share_total[THREADS * 4], share_before[THREADS * 4];                       // [share][4 words]
   int words = ceil_div(E, 4), shares = THREADS / words < SHARES ? THREADS / words : SHARES; // four experts a word

@@ -13,9 +13,12 @@ enum {
   ROUTER_THREADS = 256,
   TILE = 64, // rows: the bits of a mask
   QUAD = 4,  // threads a row
-  EXPERTS_MOST = 256,
+  EXPERTS_MOST = CUDA_MOST_EXPERTS,
   FILLER = MODALITIES // the side of filler rows
 };
+
+static_assert(TILE * QUAD == ROUTER_THREADS, "a quad a row");
+static_assert(TILE <= 64 && EXPERTS_MOST / QUAD <= 64, "rows of a tile and experts of a lane are bits of a word");
 
 // What kernels know of both routers.
 typedef struct Sides {

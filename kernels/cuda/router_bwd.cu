@@ -13,6 +13,10 @@ enum {
   TOTAL_SHARES = THREADS / (TOTAL_COLUMNS / 4)
 };
 
+static_assert(THREADS / 32 == TILE / 16 * (GRAD_COLUMNS / 64), "dh: a warp has 16 rows and 64 columns");
+static_assert(THREADS / 32 * 16 == GRAD_COLUMNS, "dWr: a warp has 16 columns");
+static_assert(TOTAL_SHARES * (TOTAL_COLUMNS / 4) == THREADS, "dWr's total: a thread has four columns of a share");
+
 typedef struct LogitScales {
   double balance, z; // args.router
 } LogitScales;
@@ -111,6 +115,10 @@ template <int GROUPS> struct GradShared {
   GradStage<GROUPS> stage[2];
   uint4 wr[GROUPS * 4 * 32]; // [group][32 columns][lane] pairs of experts at four columns
 };
+static_assert(sizeof(GradShared<2>) * 3 <= CUDA_HOPPER_SHARED,
+              "three blocks of up to 16 experts share a multiprocessor");
+static_assert(sizeof(GradShared<GRAD_GROUPS>) * 2 <= CUDA_HOPPER_SHARED, "two blocks share a multiprocessor");
+static_assert(sizeof(GradStage<GRAD_GROUPS>) % 16 == 0, "stages and Wr's fragments are accessed 16 bytes at a time");
 
 // dh = add + dlogits Wr and a partial dWr, for GRAD_COLUMNS columns of one block of rows: h, add and dh are each passed
 // once. Block (x, y): columns 128 x .. of row block y. Experts from 8 first_group on, at most 8 GROUPS of them.

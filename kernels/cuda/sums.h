@@ -2,8 +2,8 @@
 //
 // What many blocks contribute to (gradients of biases, norms, modulation, routers) is summed in two passes. In the
 // first every block leaves its sums in a slot of scratch memory; in the second few threads own each column, add its
-// slots in order, each over a share of them, and then the shares. Which slots there are depends on the pack and on
-// fixed numbers alone, never on who was first.
+// slots in order, each over a share of them, and then the shares. Which slots there are depends on the pack, on fixed
+// numbers and, for AdaLN, on the card's multiprocessors, never on who was first.
 #ifndef TESSERA_SUMS_H
 #define TESSERA_SUMS_H
 

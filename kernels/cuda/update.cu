@@ -8,6 +8,8 @@
 
 enum { BATCH_SPANS = 128, CHUNK = 16384, THREADS = 256 };
 
+static_assert(CHUNK % (8 * THREADS) == 0, "a chunk is a whole number of the block's accesses");
+
 // ---- copies ----
 
 // cudaMemcpyDefault tells host from device by the address, so the transfer lanes use this op as it is.
@@ -79,6 +81,7 @@ typedef struct SpanBatch {
   int32_t first_chunk[BATCH_SPANS + 1];
   int32_t n;
 } SpanBatch;
+static_assert(sizeof(SpanBatch) <= 4000, "kernels take 4 KiB of arguments on every card");
 
 // Elements [begin, end) of the slabs, all of parameter `param` of the batch.
 typedef struct Chunk {
