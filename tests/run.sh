@@ -74,6 +74,8 @@ case $part in
     ;;
   all)
     check house "$python" tests/scripts/house.py
+    check unused "$python" tests/scripts/unused.py "$build"
+    check mutants_texts "$python" tests/scripts/mutants.py --texts
     check cli limited tests/scripts/cli.sh "$build"
     check messages limited tests/scripts/messages.sh "$build"
     if "$python" -c 'import torch' 2>/dev/null; then

@@ -2,6 +2,7 @@
 """Plants the one-line bugs of tests/scripts/mutants.txt one at a time and runs the tests that have to notice.
 
     tests/scripts/mutants.py BUILD [SELECT...]      make mutants [SELECT="..."]
+    tests/scripts/mutants.py --texts                only whether every mutant's text stands once
 
 SELECT: numbers (7, 3-12), names, parts of names or files. The bugs are planted in a copy of the tree, BUILD/mutants,
 which a second call updates; this checkout stays as it is. The unchanged copy has to pass every test named first. A
@@ -136,6 +137,19 @@ class Copy:
         return (failed[1] if failed else said[0] if said else f"exit code {process.returncode}")[:60], seconds
 
 
+def times(mutant, root):
+    """How often a mutant's text stands in its file."""
+    file = root / mutant.file
+    return file.read_text().count("\n".join(mutant.before)) if file.exists() else 0
+
+
+def check_texts():
+    table = read_table(ROOT / "tests/scripts/mutants.txt")
+    unclear = [f"{m.name}: its text stands in {m.file} {times(m, ROOT)} times" for m in table if times(m, ROOT) != 1]
+    print("\n".join(unclear) or f"the texts of {len(table)} mutants stand where they should")
+    return 1 if unclear else 0
+
+
 def judge(copy, mutant, usual):
     """(verdict, by what, seconds)"""
     path = copy.root / mutant.file
@@ -159,6 +173,8 @@ def judge(copy, mutant, usual):
 
 
 def main():
+    if sys.argv[1:] == ["--texts"]:
+        return check_texts()
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     build = pathlib.Path(sys.argv[1]).resolve()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Called by tests alone, and at home where they are.
 FOR_TESTS = {
     "engine_allocate": "both halves of what a run does around its first weights",
+    "program_seconds": "what the seconds of a plan are held against",
     "program_replay_random": "a replay, by the functions that replays are made of",
 }
 
