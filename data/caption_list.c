@@ -44,7 +44,7 @@ static int list_add(const List *l, const char *where, const char *file, const ch
     rc = sample_add(s, &d, fields, err);
   else
     sample_skip(s, where, &skip);
-  free(d.segment);
+  free(d.part);
   return rc;
 }
 

@@ -17,9 +17,8 @@
 #include <stdint.h>
 
 #include "data/image.h"
+#include "data/part.h"
 #include "data/tokenizer.h"
-
-typedef enum PartKind { PART_TEXT, PART_IMAGE } PartKind;
 
 typedef struct Part {
   PartKind kind;
@@ -30,7 +29,7 @@ typedef struct Part {
   float time;           // image: flow time t; 1 for clean ones
   int ordinal;          // image: which noised image of the document, 0, 1, ..; 0 for clean ones
   bool copy;            // image: the clean copy of the noised image just before it, at the same rotary positions
-  int tag;              // image: the caller's name for it (the loader's: the segment of the sample it comes from)
+  int tag;              // image: the caller's name for it (the loader's: the part of the sample it comes from)
   const uint8_t *patch; // image: [tokens, 3p^2], the caller's, or in the pack already, where they go (pack_patches);
                         // NULL = zeros
 } Part;

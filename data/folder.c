@@ -88,7 +88,7 @@ static int pair_add(Folder *folder, const PathList *files, const SampleFiles *f,
     sample_skip(s, path, &skip);
   if (f->twices > 0) sample_skip_twice(s, f, files->path[f->twice]);
   cJSON_Delete(fields);
-  free(d.segment);
+  free(d.part);
   return rc;
 }
 

@@ -1,7 +1,7 @@
 #include "data/image_header.h"
 
 #include "data/orientation.h"
-#include "data/segments.h"
+#include "data/file_chunks.h"
 
 #include <limits.h>
 #include <string.h>
@@ -55,9 +55,9 @@ static const char *image_format_name(const uint8_t *bytes, size_t n) {
 }
 
 // Whether the tables of a DHT segment lie within it and name no more symbols than there can be.
-static bool jpeg_tables_fit(const FilePart *part) {
+static bool jpeg_tables_fit(const FileChunk *chunk) {
   HuffmanTable table;
-  for (const uint8_t *p = part->data, *end = p + part->bytes; p < end;)
+  for (const uint8_t *p = chunk->data, *end = p + chunk->bytes; p < end;)
     if (!huffman_next(&p, end, &table)) return false;
   return true;
 }
@@ -66,17 +66,17 @@ static int jpeg_header(const uint8_t *bytes, size_t n, ImageHeader *out, Error *
   const uint8_t *at = bytes + 2;
   bool frame = false, exif = false;
   for (;;) {
-    FilePart part;
-    PartState state = jpeg_next(&at, bytes + n, &part);
-    if (state == PART_NONE && !frame)
+    FileChunk chunk;
+    ChunkState state = jpeg_next(&at, bytes + n, &chunk);
+    if (state == CHUNK_NONE && !frame)
       return error_set(err, "the file is damaged; get it again", "the JPEG's segment at byte %td makes no sense",
-                       part.start - bytes);
-    if (state != PART_WHOLE || part.type == JPEG_EOI) break;
-    if (part.type >= 0xC0 && part.type <= 0xC2) frame = true;
-    if (part.type == JPEG_DHT && !jpeg_tables_fit(&part))
+                       chunk.start - bytes);
+    if (state != CHUNK_WHOLE || chunk.type == JPEG_EOI) break;
+    if (chunk.type >= 0xC0 && chunk.type <= 0xC2) frame = true;
+    if (chunk.type == JPEG_DHT && !jpeg_tables_fit(&chunk))
       return error_set(err, IMAGE_FORMAT_HINT, "the JPEG has a Huffman table that is too long");
-    bool is_exif = part.type == JPEG_APP1 && part.bytes >= 6 && memcmp(part.data, "Exif\0\0", 6) == 0;
-    if (is_exif && !exif && !frame) out->orientation = exif_orientation(part.data, part.bytes);
+    bool is_exif = chunk.type == JPEG_APP1 && chunk.bytes >= 6 && memcmp(chunk.data, "Exif\0\0", 6) == 0;
+    if (is_exif && !exif && !frame) out->orientation = exif_orientation(chunk.data, chunk.bytes);
     exif |= is_exif;
   }
   if (frame) return 0;
@@ -85,7 +85,7 @@ static int jpeg_header(const uint8_t *bytes, size_t n, ImageHeader *out, Error *
 }
 
 // The size a PNG claims, for the images so large that stb refuses to say.
-static void png_huge_size(const FilePart *header, ImageHeader *out) {
+static void png_huge_size(const FileChunk *header, ImageHeader *out) {
   uint32_t width = read_u32(header->data), height = read_u32(header->data + 4);
   if (width > INT_MAX || height > INT_MAX || (uint64_t)width * height <= IMAGE_MAX_PIXELS) return;
   out->width = (int)width;
@@ -96,13 +96,13 @@ static int png_header(const uint8_t *bytes, size_t n, ImageHeader *out, Error *e
   const uint8_t *at = bytes + 8;
   bool exif = false;
   for (;;) {
-    FilePart part;
-    PartState state = png_next(&at, bytes + n, &part);
-    if (part.type == PNG_IDAT || (state == PART_WHOLE && part.type == PNG_IEND)) return 0;
-    if (state != PART_WHOLE) break;
-    if (part.type == PNG_IHDR && part.bytes == 13) png_huge_size(&part, out);
-    if (part.type == PNG_EXIF && !exif) out->orientation = exif_orientation(part.data, part.bytes);
-    exif |= part.type == PNG_EXIF;
+    FileChunk chunk;
+    ChunkState state = png_next(&at, bytes + n, &chunk);
+    if (chunk.type == PNG_IDAT || (state == CHUNK_WHOLE && chunk.type == PNG_IEND)) return 0;
+    if (state != CHUNK_WHOLE) break;
+    if (chunk.type == PNG_IHDR && chunk.bytes == 13) png_huge_size(&chunk, out);
+    if (chunk.type == PNG_EXIF && !exif) out->orientation = exif_orientation(chunk.data, chunk.bytes);
+    exif |= chunk.type == PNG_EXIF;
   }
   error_set(err, "the file is damaged or incomplete; get it again", "the PNG ends before its pixels begin");
   return 1;

@@ -71,13 +71,12 @@ static bool cache_read_sample(Source *s, Cursor *c, const DataFile *shard) {
   const char *caption = group ? cursor_string(c, r.caption, true) : NULL;
   const char *member = caption ? cursor_string(c, r.member, false) : NULL;
   if (!member) return false;
-  SampleSegment *segment = pool_take(s, 2 * sizeof *segment);
-  segment[0] = (SampleSegment){.kind = SEGMENT_TEXT, .text = caption, .text_bytes = r.caption};
-  segment[1] = (SampleSegment){.kind = SEGMENT_IMAGE, .image = s->images, .width = r.width, .height = r.height};
+  SamplePart *part = pool_take(s, 2 * sizeof *part);
+  part[0] = (SamplePart){.kind = PART_TEXT, .text = caption, .text_bytes = r.caption};
+  part[1] = (SamplePart){.kind = PART_IMAGE, .image = s->images, .width = r.width, .height = r.height};
   *source_image_slot(s) = (ImageRef){.file = shard, .member = member, .offset = r.offset, .size = r.size};
   s->images++;
-  *source_sample_slot(s) =
-      (Sample){.kind = SAMPLE_CAPTIONED, .segments = 2, .segment = segment, .key = key, .group = group};
+  *source_sample_slot(s) = (Sample){.kind = SAMPLE_CAPTIONED, .parts = 2, .part = part, .key = key, .group = group};
   s->count++;
   return true;
 }
@@ -124,7 +123,7 @@ bool index_cache_read(Source *s, const DataFile *shard) {
 // ---- writing
 
 static void cache_print_sample(const Source *s, const Sample *sample, FILE *f) {
-  const SampleSegment *text = &sample->segment[0], *image = &sample->segment[1];
+  const SamplePart *text = &sample->part[0], *image = &sample->part[1];
   const ImageRef *ref = &s->image[image->image];
   CacheRecord r = {.offset = ref->offset,
                    .size = ref->size,

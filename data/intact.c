@@ -1,6 +1,6 @@
 #include "data/intact.h"
 
-#include "data/segments.h"
+#include "data/file_chunks.h"
 
 #include <stdbool.h>
 
@@ -23,8 +23,8 @@ static uint32_t crc32_of(const uint8_t *bytes, size_t n) {
 }
 
 static int png_check(const uint8_t *bytes, size_t n, Error *err) {
-  FilePart chunk;
-  for (const uint8_t *at = bytes + 8; png_next(&at, bytes + n, &chunk) == PART_WHOLE;) {
+  FileChunk chunk;
+  for (const uint8_t *at = bytes + 8; png_next(&at, bytes + n, &chunk) == CHUNK_WHOLE;) {
     if (crc32_of(chunk.data - 4, chunk.bytes + 4) != read_u32(chunk.data + chunk.bytes))
       return error_set(err, DAMAGED, "the checksum of the PNG's chunk at byte %td is wrong", chunk.start - bytes);
     if (chunk.type == PNG_IEND) return 0;
@@ -111,12 +111,12 @@ static int jpeg_check(const uint8_t *bytes, size_t n, Error *err) {
   Jpeg j = {0};
   const uint8_t *at = bytes + 2;
   for (;;) {
-    FilePart part;
-    PartState state = jpeg_next(&at, bytes + n, &part);
-    if (state == PART_CUT) return error_set(err, DAMAGED, "the JPEG ends early: its end marker is missing");
-    if (state == PART_WHOLE && part.type == JPEG_EOI) break;
-    if (state == PART_NONE || !jpeg_segment(&j, part.type, part.data, part.data + part.bytes))
-      return error_set(err, DAMAGED, "the JPEG's segment at byte %td makes no sense", part.start - bytes);
+    FileChunk chunk;
+    ChunkState state = jpeg_next(&at, bytes + n, &chunk);
+    if (state == CHUNK_CUT) return error_set(err, DAMAGED, "the JPEG ends early: its end marker is missing");
+    if (state == CHUNK_WHOLE && chunk.type == JPEG_EOI) break;
+    if (state == CHUNK_NONE || !jpeg_segment(&j, chunk.type, chunk.data, chunk.data + chunk.bytes))
+      return error_set(err, DAMAGED, "the JPEG's segment at byte %td makes no sense", chunk.start - bytes);
     if (j.scans > MAX_SCANS) return error_set(err, DAMAGED, "the JPEG has more than %d scans", MAX_SCANS);
   }
   bool all = j.components > 0;

@@ -14,12 +14,12 @@
 
 enum { BAD_IMAGES_NAMED = 20 }; // of the images that cannot be decoded, the first ones are named
 
-// One step's packs of this process, formed but not decoded. A step is planned whole, since a state is that of the
+// One step's packs of this process, formed but not decoded. A step is formed whole, since a state is that of the
 // stream before a step.
-typedef struct Plan {
+typedef struct StepPacks {
   DraftList *pack; // [per_step]
   DraftList other; // a pack of another process
-} Plan;
+} StepPacks;
 
 // Losses' denominators of a step: what was decoded of all its packs, over all processes.
 typedef struct StepCounts {
@@ -34,11 +34,11 @@ struct Loader {
   pthread_t *thread; // [threads]
   int threads;       // started
 
-  // The planner, which the threads take turns at. Local packs count from the first step of this loader.
-  pthread_mutex_t plan_lock;
+  // Forming packs, which the threads take turns at. Local packs count from the first step of this loader.
+  pthread_mutex_t form_lock;
   Stream *stream;
-  Plan plan;
-  int64_t planned;     // steps planned
+  StepPacks step_packs;
+  int64_t formed;      // steps formed
   int64_t taken;       // local packs a thread has begun
   int64_t first;       // number of the first step's first pack
   StreamState *before; // [snapshots] the stream before step s, at s % snapshots
@@ -120,16 +120,15 @@ static int loader_begin_step(Loader *l, Error *err) {
 
 // Puts the patches of image `id` to `to`, by way of the cache where they are or fit into it. *bad: it cannot be
 // decoded. -1 with *err set when its shard has changed: then no image in it can be trusted.
-static int loader_patches(Loader *l, ImageId id, const SampleSegment *segment, const Part *part, bool mirror,
-                          uint8_t *to, bool *bad, Error *err) {
+static int loader_patches(Loader *l, ImageId id, const SamplePart *from, const Part *part, bool mirror, uint8_t *to,
+                          bool *bad, Error *err) {
   const StreamConfig *c = &l->config.stream;
   size_t bytes = (size_t)part->tokens * (size_t)c->shape.patch;
   const uint8_t *cached = NULL;
   *bad = false;
   if (cache_get(l->cache, id.source, id.image, &cached) == CACHE_UNKNOWN) {
     uint8_t *kept = cache_reserve(l->cache, bytes);
-    int rc =
-        sample_patches(c->source[id.source], segment, &c->fit, c->max_pixels, mirror && !kept, kept ? kept : to, err);
+    int rc = sample_patches(c->source[id.source], from, &c->fit, c->max_pixels, mirror && !kept, kept ? kept : to, err);
     if (rc && kept) cache_return(l->cache, kept, bytes);
     if (rc == SOURCE_CHANGED) return -1;
     *bad = rc != 0;
@@ -161,11 +160,11 @@ static int loader_decode(Loader *l, Draft *draft, Pack *pack, int *row, bool *wh
     if (part->copy) {
       memcpy(to, d->part[i - 1].patch, (size_t)part->tokens * (size_t)c->shape.patch);
     } else {
-      const SampleSegment *segment = &draft->sample->segment[part->tag];
-      ImageId id = {draft->origin.source, segment->image};
+      const SamplePart *from = &draft->sample->part[part->tag];
+      ImageId id = {draft->origin.source, from->image};
       uint32_t stream = STREAM_FLIP | (uint32_t)part->tag << 8;
       bool mirror = l->config.flip && document_chance(c->seed, d->draw, stream, 0.5), bad;
-      if (loader_patches(l, id, segment, part, mirror, to, &bad, err)) return -1;
+      if (loader_patches(l, id, from, part, mirror, to, &bad, err)) return -1;
       pack->met[pack->n_met++] = (MetImage){id, bad};
       *whole = !bad;
       if (bad) return 0;
@@ -177,32 +176,32 @@ static int loader_decode(Loader *l, Draft *draft, Pack *pack, int *row, bool *wh
 }
 
 // Forms all packs of the next step and keeps this process's.
-static int loader_plan_step(Loader *l, Error *err) {
+static int loader_form_step(Loader *l, Error *err) {
   const LoaderConfig *c = &l->config;
-  stream_save(l->stream, &l->before[l->planned % l->snapshots]);
+  stream_save(l->stream, &l->before[l->formed % l->snapshots]);
   for (int i = 0; i < c->packs_per_step; i++) {
-    DraftList *list = i % c->world == c->rank ? &l->plan.pack[i / c->world] : &l->plan.other;
+    DraftList *list = i % c->world == c->rank ? &l->step_packs.pack[i / c->world] : &l->step_packs.other;
     stream_recycle(l->stream, list);
     if (stream_pack(l->stream, list, err)) return -1;
   }
-  stream_recycle(l->stream, &l->plan.other);
-  l->planned++;
+  stream_recycle(l->stream, &l->step_packs.other);
+  l->formed++;
   return 0;
 }
 
 // Takes the next local pack to decode: its documents into *list, whose old ones are given back.
 static int loader_take(Loader *l, DraftList *list, int64_t *n, Error *err) {
-  pthread_mutex_lock(&l->plan_lock);
+  pthread_mutex_lock(&l->form_lock);
   stream_recycle(l->stream, list);
   *n = l->taken;
-  int rc = l->taken == l->planned * l->per_step ? loader_plan_step(l, err) : 0;
+  int rc = l->taken == l->formed * l->per_step ? loader_form_step(l, err) : 0;
   if (!rc) {
-    DraftList *mine = &l->plan.pack[l->taken % l->per_step], empty = *list;
+    DraftList *mine = &l->step_packs.pack[l->taken % l->per_step], empty = *list;
     *list = *mine;
     *mine = empty;
     l->taken++;
   }
-  pthread_mutex_unlock(&l->plan_lock);
+  pthread_mutex_unlock(&l->form_lock);
   return rc;
 }
 
@@ -291,9 +290,9 @@ static void *loader_thread(void *argument) {
     pthread_cond_signal(&l->ready);
     pthread_mutex_unlock(&l->lock);
   }
-  pthread_mutex_lock(&l->plan_lock);
+  pthread_mutex_lock(&l->form_lock);
   stream_recycle(l->stream, &list);
-  pthread_mutex_unlock(&l->plan_lock);
+  pthread_mutex_unlock(&l->form_lock);
   draft_list_free(&list);
   free(docs);
   return NULL;
@@ -334,8 +333,8 @@ static int loader_restore(Loader *l, const char *text, int *skip, Error *err) {
   l->first = state.pack;
   if (state.given == state.packs_per_step) { // a whole step: pass over it, whatever a step is now
     for (int64_t i = 0; i < state.given; i++) {
-      if (stream_pack(l->stream, &l->plan.other, err)) return -1;
-      stream_recycle(l->stream, &l->plan.other);
+      if (stream_pack(l->stream, &l->step_packs.other, err)) return -1;
+      stream_recycle(l->stream, &l->step_packs.other);
     }
     l->first += state.given;
     return 0;
@@ -394,20 +393,20 @@ Loader *loader_open(const LoaderConfig *config, const char *state, Error *err) {
   l->end = INT64_MAX;
   l->per_step = config->packs_per_step / config->world;
   l->depth = (int)loader_packs(l->per_step, config->threads, 0);
-  // Steps between the one being handed out and the one being planned: at most one a queued pack, and these two.
+  // Steps between the one being handed out and the one being formed: at most one a queued pack, and these two.
   l->snapshots = l->depth + 2;
   l->before = xcalloc((size_t)l->snapshots, sizeof *l->before);
-  l->plan.pack = xcalloc((size_t)l->per_step, sizeof *l->plan.pack);
+  l->step_packs.pack = xcalloc((size_t)l->per_step, sizeof *l->step_packs.pack);
   l->queue = xcalloc((size_t)l->depth, sizeof(Pack *));
   l->cache = cache_new((size_t)config->cache_mb << 20);
   l->thread = xcalloc((size_t)config->threads, sizeof *l->thread);
-  pthread_mutex_init(&l->plan_lock, NULL);
+  pthread_mutex_init(&l->form_lock, NULL);
   pthread_mutex_init(&l->lock, NULL);
   pthread_cond_init(&l->room, NULL);
   pthread_cond_init(&l->ready, NULL);
   int skip = 0, rc = loader_allocate(l, err);
   if (!rc && state) rc = loader_restore(l, state, &skip, err);
-  if (!rc) stream_save(l->stream, &l->before[0]); // valid before anything is planned too
+  if (!rc) stream_save(l->stream, &l->before[0]); // valid before anything is formed too
   if (!rc) rc = loader_start_threads(l, err);
   if (!rc) rc = loader_skip(l, skip, err);
   if (!rc) return l;
@@ -425,19 +424,19 @@ void loader_close(Loader *l) {
   for (int i = 0; i < l->depth; i++) pack_free(l, l->queue[i]);
   for (int i = 0; i < l->spares; i++) pack_free(l, l->spare[i]);
   for (int i = 0; i < l->per_step; i++) {
-    stream_recycle(l->stream, &l->plan.pack[i]);
-    draft_list_free(&l->plan.pack[i]);
+    stream_recycle(l->stream, &l->step_packs.pack[i]);
+    draft_list_free(&l->step_packs.pack[i]);
   }
-  stream_recycle(l->stream, &l->plan.other);
-  draft_list_free(&l->plan.other);
+  stream_recycle(l->stream, &l->step_packs.other);
+  draft_list_free(&l->step_packs.other);
   stream_close(l->stream);
   cache_free(l->cache);
   bad_images_free(&l->bad);
-  pthread_mutex_destroy(&l->plan_lock);
+  pthread_mutex_destroy(&l->form_lock);
   pthread_mutex_destroy(&l->lock);
   pthread_cond_destroy(&l->room);
   pthread_cond_destroy(&l->ready);
-  free(l->plan.pack);
+  free(l->step_packs.pack);
   free(l->before);
   free(l->queue);
   free(l->spare);
@@ -506,16 +505,16 @@ char *loader_state(Loader *l) {
                        .sources = c->stream.sources,
                        .bad = l->bad};
   for (int i = 0; i < state.sources; i++) state.samples[i] = stream_samples(l->stream, i);
-  pthread_mutex_lock(&l->plan_lock);
+  pthread_mutex_lock(&l->form_lock);
   state.stream = l->before[step % l->snapshots];
-  pthread_mutex_unlock(&l->plan_lock);
+  pthread_mutex_unlock(&l->form_lock);
   return loader_state_print(&state);
 }
 
 LoaderStats loader_stats(Loader *l) {
-  pthread_mutex_lock(&l->plan_lock);
+  pthread_mutex_lock(&l->form_lock);
   StreamStats stream = stream_stats(l->stream);
-  pthread_mutex_unlock(&l->plan_lock);
+  pthread_mutex_unlock(&l->form_lock);
   pthread_mutex_lock(&l->lock);
   LoaderStats stats = l->stats;
   pthread_mutex_unlock(&l->lock);

@@ -8,6 +8,6 @@
 // Decodes an image of a sample, fits it and cuts it, mirrored left to right if `mirror`, into patches [rows * columns,
 // 3p^2] of the grid that image_fit_grid gives for its size. -1 with *err set, nothing written, when it cannot be
 // decoded or has another size than its header said, SOURCE_CHANGED as source_read_image. Thread-safe.
-int sample_patches(const Source *source, const SampleSegment *segment, const ImageFit *fit, int64_t max_pixels,
-                   bool mirror, uint8_t *patches, Error *err);
+int sample_patches(const Source *source, const SamplePart *part, const ImageFit *fit, int64_t max_pixels, bool mirror,
+                   uint8_t *patches, Error *err);
 #endif

@@ -70,7 +70,7 @@ static int shard_add(const Shard *h, const SampleFiles *f, Error *err) {
     free(where);
   }
   cJSON_Delete(fields);
-  free(d.segment);
+  free(d.part);
   return rc;
 }
 

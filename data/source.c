@@ -62,8 +62,8 @@ int source_limit_pixels(Source *s, int64_t max_pixels, Error *err) {
     const Sample *sample = &s->sample[i];
     Skip skip = {.reason = UNUSED_PIXELS};
     int rc = 0;
-    for (int k = 0; rc == 0 && k < sample->segments; k++)
-      rc = image_check_pixels(sample->segment[k].width, sample->segment[k].height, max_pixels, &skip.why);
+    for (int k = 0; rc == 0 && k < sample->parts; k++)
+      rc = image_check_pixels(sample->part[k].width, sample->part[k].height, max_pixels, &skip.why);
     if (rc == 0) {
       s->sample[kept++] = *sample;
       continue;
@@ -81,7 +81,7 @@ int source_limit_pixels(Source *s, int64_t max_pixels, Error *err) {
 SourceStats source_stats(const Source *s) {
   SourceStats stats = {.samples = s->count, .unused = s->unused};
   for (int64_t i = 0; i < s->count; i++)
-    for (int k = 0; k < s->sample[i].segments; k++) stats.images += s->sample[i].segment[k].kind == SEGMENT_IMAGE;
+    for (int k = 0; k < s->sample[i].parts; k++) stats.images += s->sample[i].part[k].kind == PART_IMAGE;
   return stats;
 }
 

@@ -16,32 +16,31 @@
 #ifndef TESSERA_SOURCE_H
 #define TESSERA_SOURCE_H
 
+#include "data/part.h"
 #include "data/unused.h"
 
 #include <stdbool.h>
 
 typedef enum SampleKind {
-  SAMPLE_CAPTIONED,   // two segments: the caption (text), then the image
-  SAMPLE_TEXT,        // one text segment
-  SAMPLE_INTERLEAVED, // any list of text and image segments
+  SAMPLE_CAPTIONED,   // two parts: the caption (text), then the image
+  SAMPLE_TEXT,        // one text part
+  SAMPLE_INTERLEAVED, // any list of texts and images
 } SampleKind;
 
-typedef enum SegmentKind { SEGMENT_TEXT, SEGMENT_IMAGE } SegmentKind;
-
-typedef struct SampleSegment {
-  SegmentKind kind;
-  const char *text;  // SEGMENT_TEXT: bytes, NUL after them; never empty
-  size_t text_bytes; // SEGMENT_TEXT
-  int64_t image;     // SEGMENT_IMAGE: what source_read_image takes
-  int width, height; // SEGMENT_IMAGE: pixels, from the header; at most IMAGE_MAX_PIXELS together
-} SampleSegment;
+typedef struct SamplePart {
+  PartKind kind;
+  const char *text;  // PART_TEXT: bytes, NUL after them; never empty
+  size_t text_bytes; // PART_TEXT
+  int64_t image;     // PART_IMAGE: what source_read_image takes
+  int width, height; // PART_IMAGE: pixels, from the header; at most IMAGE_MAX_PIXELS together
+} SamplePart;
 
 typedef struct Sample {
   SampleKind kind;
-  int segments;
-  const SampleSegment *segment; // [segments]
-  const char *key;              // folder: the picture's file; webdataset: KEY; text: "key" of the line, else NAME:LINE
-  const char *group;            // value of the field the split goes by: what sample_is_held_out takes
+  int parts;
+  const SamplePart *part; // [parts]
+  const char *key;        // folder: the picture's file; webdataset: KEY; text: "key" of the line, else NAME:LINE
+  const char *group;      // value of the field the split goes by: what sample_is_held_out takes
 } Sample;
 
 typedef struct Source Source;
@@ -73,7 +72,7 @@ const Sample *source_sample(const Source *source, int64_t i);
 // What is wrong with more than one image: the shard it is in is gone, or not the file that was indexed.
 enum { SOURCE_CHANGED = -2 };
 
-// Reads the encoded bytes of an image (SampleSegment.image). Thread-safe. *bytes is malloc'd, *n its size; 0, or -1 or
+// Reads the encoded bytes of an image (SamplePart.image). Thread-safe. *bytes is malloc'd, *n its size; 0, or -1 or
 // SOURCE_CHANGED with *err set, *bytes NULL, when the file is not as it was or cannot be read.
 int source_read_image(const Source *source, int64_t image, uint8_t **bytes, size_t *n, Error *err);
 int64_t source_images(const Source *source); // they are numbered from 0

@@ -1,5 +1,5 @@
 #include "data/image.h"
-#include "data/segments.h"
+#include "data/file_chunks.h"
 #include "data/source_internal.h"
 
 #include "base/utf8.h"
@@ -56,16 +56,16 @@ void source_add_unused(Source *s, const Unused *more) {
   }
 }
 
-static void draft_add(SampleDraft *d, SampleSegment segment) {
-  if (d->segments == d->capacity) {
+static void draft_add(SampleDraft *d, SamplePart part) {
+  if (d->parts == d->capacity) {
     d->capacity = d->capacity ? 2 * d->capacity : 8;
-    d->segment = xrealloc(d->segment, (size_t)d->capacity * sizeof(SampleSegment));
+    d->part = xrealloc(d->part, (size_t)d->capacity * sizeof(SamplePart));
   }
-  d->segment[d->segments++] = segment;
+  d->part[d->parts++] = part;
 }
 
 void draft_add_text(Source *s, SampleDraft *d, const char *text, size_t n) {
-  draft_add(d, (SampleSegment){.kind = SEGMENT_TEXT, .text = pool_string(s, text, n), .text_bytes = n});
+  draft_add(d, (SamplePart){.kind = PART_TEXT, .text = pool_string(s, text, n), .text_bytes = n});
 }
 
 int64_t data_file_read(int fd, int64_t at, void *to, int64_t n, Error *err) {
@@ -123,7 +123,7 @@ int draft_add_image(Source *s, SampleDraft *d, int fd, ImageRef ref, Skip *skip)
   int width, height;
   if (image_read_header(fd, ref.offset, ref.size, &width, &height, skip) != 0) return -1;
   *source_image_slot(s) = ref;
-  draft_add(d, (SampleSegment){.kind = SEGMENT_IMAGE, .image = s->images++, .width = width, .height = height});
+  draft_add(d, (SamplePart){.kind = PART_IMAGE, .image = s->images++, .width = width, .height = height});
   return 0;
 }
 
@@ -153,8 +153,8 @@ bool source_needs_fields(const Source *s) {
 static const char *draft_group(Source *s, const SampleDraft *d, const cJSON *fields) {
   if (strcmp(s->held_out_by, "key") == 0) return d->key;
   if (strcmp(s->held_out_by, "caption") == 0) {
-    for (int i = 0; i < d->segments; i++)
-      if (d->segment[i].kind == SEGMENT_TEXT) return d->segment[i].text;
+    for (int i = 0; i < d->parts; i++)
+      if (d->part[i].kind == PART_TEXT) return d->part[i].text;
     return NULL;
   }
   const cJSON *value = cJSON_GetObjectItemCaseSensitive(fields, s->held_out_by);
@@ -172,10 +172,9 @@ int sample_add(Source *s, const SampleDraft *d, const cJSON *fields, Error *err)
   if (!group)
     return error_set(err, "data.held_out_by is \"key\", \"caption\" or a JSON field that every sample has",
                      "sample %s of %s has no \"%s\" to hold samples out by", d->key, s->path, s->held_out_by);
-  SampleSegment *segment = pool_take(s, (size_t)d->segments * sizeof(SampleSegment));
-  memcpy(segment, d->segment, (size_t)d->segments * sizeof(SampleSegment));
-  *source_sample_slot(s) =
-      (Sample){.kind = d->kind, .segments = d->segments, .segment = segment, .key = d->key, .group = group};
+  SamplePart *part = pool_take(s, (size_t)d->parts * sizeof(SamplePart));
+  memcpy(part, d->part, (size_t)d->parts * sizeof(SamplePart));
+  *source_sample_slot(s) = (Sample){.kind = d->kind, .parts = d->parts, .part = part, .key = d->key, .group = group};
   s->count++;
   return 0;
 }

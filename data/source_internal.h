@@ -18,7 +18,7 @@ typedef struct ImageRef {
   int64_t offset, size;
 } ImageRef;
 
-// Strings and segment lists live as long as the source, in blocks that are never moved.
+// Strings and lists of parts live as long as the source, in blocks that are never moved.
 typedef struct PoolBlock {
   struct PoolBlock *next;
   size_t used, size;
@@ -49,8 +49,8 @@ int shards_index(Source *s, Error *err); // data/shard.c
 typedef struct SampleDraft {
   SampleKind kind;
   const char *key;
-  SampleSegment *segment; // [segments], malloc'd
-  int segments, capacity;
+  SamplePart *part; // [parts], malloc'd
+  int parts, capacity;
 } SampleDraft;
 
 void *pool_take(Source *s, size_t bytes);

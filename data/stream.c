@@ -221,8 +221,8 @@ static void stream_cut_interleaved(Stream *s, bool fresh) {
 }
 
 // Appends the tokens of a text as pieces of at most `longest` tokens; returns where the next text's tokens go.
-static int32_t *stream_add_text(Stream *s, const SampleSegment *segment, int64_t longest, int32_t *ids) {
-  int64_t n = tokenizer_encode(s->config.tokenizer, segment->text, segment->text_bytes, ids);
+static int32_t *stream_add_text(Stream *s, const SamplePart *part, int64_t longest, int32_t *ids) {
+  int64_t n = tokenizer_encode(s->config.tokenizer, part->text, part->text_bytes, ids);
   for (int64_t i = 0; i < n; i += longest)
     stream_add_piece(s, (Piece){.ids = ids + i, .n = (int)min_i64(longest, n - i)});
   return ids + n;
@@ -239,8 +239,8 @@ static void stream_load(Stream *s, int source, uint64_t ordinal, bool fresh) {
   s->pieces = s->cuts = 0;
 
   size_t bytes = 0;
-  for (int i = 0; i < sample->segments; i++)
-    if (sample->segment[i].kind == SEGMENT_TEXT) bytes += sample->segment[i].text_bytes;
+  for (int i = 0; i < sample->parts; i++)
+    if (sample->part[i].kind == PART_TEXT) bytes += sample->part[i].text_bytes;
   if (bytes > s->ids_capacity) {
     s->ids_capacity = 2 * bytes;
     s->ids = xrealloc(s->ids, s->ids_capacity * sizeof *s->ids);
@@ -249,12 +249,12 @@ static void stream_load(Stream *s, int source, uint64_t ordinal, bool fresh) {
   int64_t longest = min_i64(c->max_document, min_i64(room.slots, room.text)) - 2;
   if (sample->kind == SAMPLE_CAPTIONED) longest = INT32_MAX;
   int32_t *ids = s->ids;
-  for (int i = 0; i < sample->segments; i++) {
-    const SampleSegment *segment = &sample->segment[i];
-    if (segment->kind == SEGMENT_TEXT)
-      ids = stream_add_text(s, segment, longest, ids);
+  for (int i = 0; i < sample->parts; i++) {
+    const SamplePart *part = &sample->part[i];
+    if (part->kind == PART_TEXT)
+      ids = stream_add_text(s, part, longest, ids);
     else
-      stream_add_piece(s, (Piece){.grid = image_fit_grid(&c->fit, segment->width, segment->height), .tag = i});
+      stream_add_piece(s, (Piece){.grid = image_fit_grid(&c->fit, part->width, part->height), .tag = i});
   }
 
   if (sample->kind == SAMPLE_TEXT) {

@@ -3,7 +3,7 @@
 //
 // Mixing: the next sample comes from the source with the smallest (samples drawn + 1/2) / weight. Within a source the
 // order is a seeded permutation per epoch. A text longer than max_document - 2 tokens is cut into documents; only the
-// last one ends in eos. An interleaved sample that is too long is cut between its segments. Captions are truncated.
+// last one ends in eos. An interleaved sample that is too long is cut between its parts. Captions are truncated.
 //
 // Packing: documents pass through a window. A pack takes them in order until it is nearly full, then the subset of the
 // window that fills what is left best (pack_choose). Padded, it takes them strictly in order, as many as fit when all
@@ -50,7 +50,7 @@ typedef struct Origin {
 
 // A document on its way into a pack.
 typedef struct Draft {
-  Document document; // image parts: tag is the segment of the sample; patch is to be set
+  Document document; // image parts: tag is the part of the sample; patch is to be set
   DocumentSize size; // without padding
   Origin origin;
   const Sample *sample;

@@ -6,7 +6,7 @@
 #include <string.h>
 
 // {"segments":[{"text":..},{"image":path}]}: 0, or -1 with *skip set when it cannot be used.
-static int draft_add_segments(Source *s, SampleDraft *d, const char *folder, const cJSON *list, Skip *skip) {
+static int draft_add_parts(Source *s, SampleDraft *d, const char *folder, const cJSON *list, Skip *skip) {
   const cJSON *item;
   cJSON_ArrayForEach(item, list) {
     const char *text = json_string(item, "text"), *image = json_string(item, "image");
@@ -15,14 +15,14 @@ static int draft_add_segments(Source *s, SampleDraft *d, const char *folder, con
     if (image && draft_add_listed_image(s, d, folder, image, skip) != 0) return -1;
     if (text && text[0]) draft_add_text(s, d, text, strlen(text));
   }
-  return d->segments > 0 ? 0 : skip_set(skip, UNUSED_EMPTY, "\"segments\" is empty");
+  return d->parts > 0 ? 0 : skip_set(skip, UNUSED_EMPTY, "\"segments\" is empty");
 }
 
 // What one parsed line holds; -1 with *skip set when it cannot be used.
 static int draft_add_line(Source *s, SampleDraft *d, const char *folder, const cJSON *object, Skip *skip) {
   const cJSON *list = cJSON_GetObjectItemCaseSensitive(object, "segments");
   const char *text = json_string(object, "text");
-  if (cJSON_IsArray(list)) return draft_add_segments(s, d, folder, list, skip);
+  if (cJSON_IsArray(list)) return draft_add_parts(s, d, folder, list, skip);
   if (list || !text)
     return skip_set(skip, UNUSED_LINE, "the line is neither {\"text\": \"..\"} nor {\"segments\": [..]}");
   if (!text[0]) return skip_set(skip, UNUSED_EMPTY, "its text is empty");
@@ -43,7 +43,7 @@ static int text_add_json(Source *s, const char *folder, const char *where, const
   else
     sample_skip(s, where, &skip);
   cJSON_Delete(object);
-  free(d.segment);
+  free(d.part);
   return rc;
 }
 
@@ -82,7 +82,7 @@ static int text_index_paragraphs(Source *s, const char *name, char *text, size_t
     free(key);
     draft_add_text(s, &d, start, (size_t)(stop - start));
     int rc = sample_add(s, &d, NULL, err);
-    free(d.segment);
+    free(d.part);
     if (rc != 0) return rc;
   }
   return 0;

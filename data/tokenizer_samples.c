@@ -9,9 +9,9 @@ typedef struct Texts {
 } Texts;
 
 static void texts_add(Texts *t, const Sample *sample) {
-  for (int k = 0; k < sample->segments; k++) {
-    const SampleSegment *s = &sample->segment[k];
-    if (s->kind != SEGMENT_TEXT) continue;
+  for (int k = 0; k < sample->parts; k++) {
+    const SamplePart *s = &sample->part[k];
+    if (s->kind != PART_TEXT) continue;
     if (t->n == t->room) {
       t->room = t->room ? 2 * t->room : 1024;
       t->text = xrealloc(t->text, (size_t)t->room * sizeof *t->text);

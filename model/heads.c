@@ -24,7 +24,7 @@ static void record_image_head(Recording *r, Heads *heads, TensorId h, ModelProgr
   const ParamTable *w = &r->model->params;
   const Dims *d = &r->d;
   out->xhat = linear(r, EXT_IMAGE, h, w->image_head, w->image_head_bias, d->C, d->P, d->T, "xhat");
-  if (r->mode == MODE_DRAW) return;
+  if (r->mode == MODE_GENERATE) return;
   OpArgs a = {.flow = {.t_floor = r->config->flow.t_floor}};
   heads->dxhat = r->train ? rows_tensor(r, d->P, "dxhat") : NO_TENSOR;
   out->seg_error = program_tensor(r->p, DT_REAL, d->segments, "segment error");
@@ -33,7 +33,7 @@ static void record_image_head(Recording *r, Heads *heads, TensorId h, ModelProgr
 
 Heads record_heads(Recording *r, TensorId h, ModelProgram *out) {
   Heads heads = {.dh = NO_TENSOR, .dxhat = NO_TENSOR};
-  if (r->mode != MODE_DRAW) record_text_head(r, &heads, h, out);
+  if (r->mode != MODE_GENERATE) record_text_head(r, &heads, h, out);
   if (r->mode != MODE_WRITE) record_image_head(r, &heads, h, out);
   return heads;
 }

@@ -30,7 +30,7 @@ static TensorId record_embedding(Recording *r, Input *in) {
   const ParamTable *w = &r->model->params;
   const Dims *d = &r->d;
   int B = r->config->model.patch_bottleneck;
-  if (r->mode == MODE_DRAW) {
+  if (r->mode == MODE_GENERATE) {
     in->z = program_external(r->p, SPACE_INPUT, 0, DT_ACT, (int64_t)d->T * d->P, "z");
   } else {
     OpArgs a = {.noise = {.stream = r->mode == MODE_EVAL ? STREAM_EVAL : STREAM_NOISE}};

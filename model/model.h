@@ -21,9 +21,9 @@ typedef enum Mode {
   MODE_TRAIN_FIRST = 1,
   MODE_TRAIN_LAST = 2,
   MODE_TRAIN_ONLY = MODE_TRAIN_FIRST | MODE_TRAIN_LAST,
-  MODE_EVAL, // forward: nll and seg_error, noise from the evaluation stream
-  MODE_DRAW, // forward: xhat of image rows, z fed through SPACE_INPUT
-  MODE_WRITE // forward: logits of the rows with a target, which must be fewer than `segments`
+  MODE_EVAL,     // forward: nll and seg_error, noise from the evaluation stream
+  MODE_GENERATE, // forward: xhat of image rows, z fed through SPACE_INPUT
+  MODE_WRITE     // forward: logits of the rows with a target, which must be fewer than `segments`
 } Mode;
 static inline int mode_trains(Mode m) {
   return m < MODE_EVAL;

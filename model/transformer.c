@@ -32,7 +32,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
                                       [MODE_TRAIN_LAST] = "train last",
                                       [MODE_TRAIN_ONLY] = "train first",
                                       [MODE_EVAL] = "eval",
-                                      [MODE_DRAW] = "draw",
+                                      [MODE_GENERATE] = "generate",
                                       [MODE_WRITE] = "write"};
   const Config *c = model->config;
   ModelProgram out = {.z = NO_TENSOR, .xhat = NO_TENSOR, .nll = NO_TENSOR, .seg_error = NO_TENSOR, .logits = NO_TENSOR};
@@ -68,7 +68,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   if (r->train) record_backward(r, &in, &heads);
   if (apart) record_gradient_sum(r);
 
-  if (mode != MODE_DRAW) out.z = in.z;
+  if (mode != MODE_GENERATE) out.z = in.z;
   const TensorId results[] = {out.z, out.xhat, out.nll, out.seg_error, out.logits};
   for (size_t i = 0; i < sizeof results / sizeof *results; i++)
     if (results[i] != NO_TENSOR) program_output(p, results[i]);

@@ -174,7 +174,7 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   e->bytes[SPACE_INPUT] = (int64_t)d.T * d.P * act;
   if (c->train.ema > 0) e->bytes[SPACE_EMA] = n * real_bytes;
   record_forward(e, MODE_EVAL);
-  record_forward(e, MODE_DRAW);
+  record_forward(e, MODE_GENERATE);
   record_forward(e, MODE_WRITE);
   e->bytes[SPACE_BATCH] = e->bytes[SPACE_STAGING];
   if (c->train.ema > 0) {

@@ -27,7 +27,7 @@ int eval_items_load(const Config *c, Source *const *source, const HeldOut *list,
     const Source *from = source[list[i].source];
     const Sample *sample = source_sample(from, list[i].sample);
     if (sample->kind != SAMPLE_CAPTIONED) continue;
-    const SampleSegment *caption = &sample->segment[0], *image = &sample->segment[1];
+    const SamplePart *caption = &sample->part[0], *image = &sample->part[1];
     ImageGrid grid = image_fit_grid(&fit, image->width, image->height);
     EvalItem item = {.caption = caption->text, .caption_bytes = caption->text_bytes, .grid = grid};
     item.patches = xmalloc((size_t)grid.rows * (size_t)grid.columns * P);
@@ -195,7 +195,7 @@ static int set_run(EvalSet *s, Error *err) {
   return taken < 0 ? -1 : 0;
 }
 
-// Draws every image at its time with the caption of item text[i]: mean squared error and velocity error per element.
+// Predicts every image, noised to its time, with the caption of item text[i]: mean squared error and velocity error per element.
 static int measure_flow(EvalSet *s, const double *time, const int *text, double *mse, double *flow, Error *err) {
   for (int i = 0; i < s->n; i++) set_drawn(s, i, i, text[i], time[i]);
   if (set_run(s, err) != 0) return -1;

@@ -19,7 +19,7 @@ typedef struct Epoch {
 
 // Tokens of a text, by its beginning; a caption is cut as in training, and counted.
 static double text_tokens(Epoch *epoch, const Config *c, const Tokenizer *t, const Sample *sample,
-                          const SampleSegment *text) {
+                          const SamplePart *text) {
   int32_t ids[PROBED_BYTES];
   size_t n = (size_t)min_i64((int64_t)text->text_bytes, PROBED_BYTES);
   double tokens = (double)tokenizer_encode(t, text->text, n, ids) * (double)text->text_bytes / (double)n;
@@ -44,9 +44,9 @@ static void count_source(Epoch *epoch, const Config *c, const Source *source, co
     bool probe = used++ % every == 0;
     probed += probe;
     epoch->tokens += 2; // bos, and eos or boi
-    for (int k = 0; k < sample->segments; k++) {
-      const SampleSegment *s = &sample->segment[k];
-      if (s->kind == SEGMENT_IMAGE) {
+    for (int k = 0; k < sample->parts; k++) {
+      const SamplePart *s = &sample->part[k];
+      if (s->kind == PART_IMAGE) {
         ImageGrid grid = image_fit_grid(&fit, s->width, s->height);
         epoch->images++;
         epoch->tokens += (double)grid.rows * grid.columns + 1; // eoi and one more where it is described, else none

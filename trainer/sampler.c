@@ -93,7 +93,7 @@ static int group_layout(DrawGroup *g, const Engine *e, Error *err) {
   int taken = 0;
   for (int at = 0; at < docs && taken >= 0; at += taken) {
     ForwardPack *p = &g->pack[g->packs++];
-    taken = forward_pack_fill(p, e, MODE_DRAW, list + at, docs - at, 0, err);
+    taken = forward_pack_fill(p, e, MODE_GENERATE, list + at, docs - at, 0, err);
     if (taken < 0) break;
     g->first[g->packs] = at + taken;
     most = (int)max_i64(most, p->program->slots);
@@ -224,8 +224,8 @@ static int draw_check(const Engine *e, const Tokenizer *t, ImageGrid grid, const
                    "an image of %d x %d patches does not fit %lld tokens", grid.rows, grid.columns, (long long)room);
 }
 
-int sampler_draw(Engine *e, const Tokenizer *t, const char *const *captions, int n, ImageGrid grid, uint64_t seed,
-                 const SamplerOptions *options, Image *out, Error *err) {
+int sampler_generate(Engine *e, const Tokenizer *t, const char *const *captions, int n, ImageGrid grid, uint64_t seed,
+                     const SamplerOptions *options, Image *out, Error *err) {
   if (draw_check(e, t, grid, options, err) != 0) return -1;
   int branches = options->guidance != 1 && options->guidance_from < 1 ? 2 : 1, failed = 0;
   Image *drawn = xcalloc((size_t)n + 1, sizeof *drawn);

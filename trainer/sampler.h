@@ -19,13 +19,13 @@ typedef struct SamplerOptions {
 // last step is a whole jump to x^.
 SamplerOptions sampler_options(const Config *c);
 
-// Draws n images of grid.rows x grid.columns patches from their captions (cut to data.max_caption tokens; an empty one
-// draws unconditionally). z starts as normals of (seed, image index, STREAM_SAMPLE) and follows
-// v = (x^ - z) / max(1 - t, t_floor), with Heun's method and a last Euler step, or Euler's. out [n] is filled with new
-// images (free with image_free). -1 with *err set, out untouched, when an image and its caption do not fit the engine,
-// or when a signal asks to stop (trainer/signals.h).
-int sampler_draw(Engine *e, const Tokenizer *t, const char *const *captions, int n, ImageGrid grid, uint64_t seed,
-                 const SamplerOptions *options, Image *out, Error *err);
+// Generates n images of grid.rows x grid.columns patches from their captions (cut to data.max_caption tokens; an empty
+// one generates unconditionally). z starts as normals of (seed, image index, STREAM_SAMPLE) and follows v = (x^ - z) /
+// max(1 - t, t_floor), with Heun's method and a last Euler step, or Euler's. out [n] is filled with new images (free
+// with image_free). -1 with *err set, out untouched, when an image and its caption do not fit the engine, or when a
+// signal asks to stop (trainer/signals.h).
+int sampler_generate(Engine *e, const Tokenizer *t, const char *const *captions, int n, ImageGrid grid, uint64_t seed,
+                     const SamplerOptions *options, Image *out, Error *err);
 
 typedef struct WriterOptions {
   double temperature; // 0: the likeliest token

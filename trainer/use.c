@@ -46,8 +46,8 @@ static Image item_image(const Config *c, const EvalItem *item) {
   return image;
 }
 
-// Draws `n` of the items' captions; images to free.
-static int draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err) {
+// Generates images of `n` items from their captions; free them.
+static int generate_items(Trainer *t, const EvalItem *items, int n, Image *out, Error *err) {
   SamplerOptions options = sampler_options(t->config);
   for (int i = 0; i < n;) {
     // Images of one shape are drawn together.
@@ -57,8 +57,8 @@ static int draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Erro
       same++;
     const char **captions = xcalloc((size_t)same, sizeof *captions);
     for (int k = 0; k < same; k++) captions[k] = items[i + k].caption;
-    int bad =
-        sampler_draw(&t->engine, t->tokenizer, captions, same, items[i].grid, 1 + (uint64_t)i, &options, out + i, err);
+    int bad = sampler_generate(&t->engine, t->tokenizer, captions, same, items[i].grid, 1 + (uint64_t)i, &options,
+                               out + i, err);
     free(captions);
     if (bad) {
       for (int k = 0; k < i; k++) image_free(&out[k]);
@@ -71,7 +71,7 @@ static int draw_items(Trainer *t, const EvalItem *items, int n, Image *out, Erro
 
 // Cells of one section: each drawing, then the real image.
 static int fill_section(Trainer *t, const EvalItem *items, int n, Image *images, GridCell *cells, Error *err) {
-  if (draw_items(t, items, n, images, err) != 0) return -1;
+  if (generate_items(t, items, n, images, err) != 0) return -1;
   for (int i = 0; i < n; i++) {
     images[n + i] = item_image(t->config, &items[i]);
     cells[2 * i] = (GridCell){.image = &images[i], .caption = items[i].caption};
@@ -223,7 +223,7 @@ int trainer_evaluate(Trainer *t, Error *err) {
   const char **captions = xcalloc((size_t)n, sizeof *captions);
   for (int i = 0; i < n; i++) captions[i] = t->held_out[i].caption;
   Drawings d = {.image = xcalloc((size_t)n, sizeof *d.image), .caption = captions, .n = n, .count = 1};
-  int bad = draw_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
+  int bad = generate_items(t, t->held_out, n, d.image, err) || write_drawings(t->options->out, &d, err);
   bool sheet = options_out_is_file(t->options->out);
   if (!bad && !sheet) bad = write_real(t->config, t->held_out, &d, t->options->out, err);
   if (!bad)
@@ -253,7 +253,7 @@ static void name_cut_captions(const Trainer *t, const char *const *captions, int
   }
 }
 
-// Draws captions [n] and writes what came out: drawing k of each is of seed + k, whatever else is drawn.
+// Generates images of captions [n] and writes them: image k of each is of seed + k, whatever else is generated.
 static int draw_captions(Trainer *t, const char *const *captions, int n, uint64_t seed, const char *path, Error *err) {
   const Config *c = t->config;
   ImageGrid grid = {c->data.image_size / c->model.patch, c->data.image_size / c->model.patch};
@@ -267,7 +267,7 @@ static int draw_captions(Trainer *t, const char *const *captions, int n, uint64_
   d.image = xcalloc((size_t)(n * count), sizeof *d.image);
   Image *drawn = xcalloc((size_t)n, sizeof *drawn);
   for (int k = 0; k < count && !bad; k++) {
-    bad = sampler_draw(&t->engine, t->tokenizer, captions, n, grid, seed + (uint64_t)k, &options, drawn, err);
+    bad = sampler_generate(&t->engine, t->tokenizer, captions, n, grid, seed + (uint64_t)k, &options, drawn, err);
     for (int i = 0; i < n && !bad; i++) d.image[i * count + k] = drawn[i];
   }
   if (!bad) bad = write_drawings(path, &d, err);
@@ -306,8 +306,8 @@ static char *next_path(const char *run, int *number) {
   }
 }
 
-// Draws each caption as it is typed. Seeds go on from run.seed, so that a caption typed again is drawn anew, and are
-// said, so that every picture can be had again.
+// Generates an image of each caption as it is typed. Seeds go on from run.seed, so that the same caption again gives
+// another image, and are logged, so that every image can be made again.
 static int draw_typed(Trainer *t, const char *out, Error *err) {
   uint64_t seed = (uint64_t)t->config->run.seed;
   char *line = NULL;

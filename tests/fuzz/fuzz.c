@@ -66,21 +66,21 @@ uint8_t *fuzz_png(size_t *n) {
   return png;
 }
 
-static void check_segment(const Source *s, const SampleSegment *segment) {
-  if (segment->kind == SEGMENT_TEXT) {
-    FUZZ_CHECK(segment->text_bytes > 0 && segment->text[segment->text_bytes] == 0);
+static void check_part(const Source *s, const SamplePart *part) {
+  if (part->kind == PART_TEXT) {
+    FUZZ_CHECK(part->text_bytes > 0 && part->text[part->text_bytes] == 0);
     return;
   }
-  FUZZ_CHECK(segment->width >= 1 && segment->height >= 1);
-  FUZZ_CHECK((int64_t)segment->width * segment->height <= IMAGE_MAX_PIXELS);
+  FUZZ_CHECK(part->width >= 1 && part->height >= 1);
+  FUZZ_CHECK((int64_t)part->width * part->height <= IMAGE_MAX_PIXELS);
   uint8_t *bytes;
   size_t n;
   Error err = {0};
   Image image;
-  char *name = source_image_name(s, segment->image);
+  char *name = source_image_name(s, part->image);
   FUZZ_CHECK(name[0]);
   free(name);
-  if (source_read_image(s, segment->image, &bytes, &n, &err) != 0) {
+  if (source_read_image(s, part->image, &bytes, &n, &err) != 0) {
     FUZZ_CHECK(!bytes && err.text[0]);
     return;
   }
@@ -99,9 +99,9 @@ void fuzz_source(const char *type, const char *path, const char *held_out_by) {
   FUZZ_CHECK(source_count(s) > 0);
   for (int64_t i = 0; i < source_count(s); i++) {
     const Sample *sample = source_sample(s, i);
-    FUZZ_CHECK(sample->segments > 0 && sample->key && sample->group);
-    if (sample->kind == SAMPLE_CAPTIONED) FUZZ_CHECK(sample->segments == 2 && sample->segment[1].kind == SEGMENT_IMAGE);
-    for (int k = 0; k < sample->segments; k++) check_segment(s, &sample->segment[k]);
+    FUZZ_CHECK(sample->parts > 0 && sample->key && sample->group);
+    if (sample->kind == SAMPLE_CAPTIONED) FUZZ_CHECK(sample->parts == 2 && sample->part[1].kind == PART_IMAGE);
+    for (int k = 0; k < sample->parts; k++) check_part(s, &sample->part[k]);
     sample_is_held_out(sample->group, 0.5);
   }
   source_close(s);

@@ -42,12 +42,12 @@ static void expect_samples(const Source *s, const char *want) {
   FILE *f = open_memstream(&text, &n);
   for (int64_t i = 0; i < source_count(s); i++) {
     const Sample *sample = source_sample(s, i);
-    fprintf(f, "%s%s=%s (%dx%d)", i ? "; " : "", sample->key, sample->segment[0].text, sample->segment[1].width,
-            sample->segment[1].height);
+    fprintf(f, "%s%s=%s (%dx%d)", i ? "; " : "", sample->key, sample->part[0].text, sample->part[1].width,
+            sample->part[1].height);
     uint8_t *bytes;
     size_t size;
     Error err;
-    if (source_read_image(s, sample->segment[1].image, &bytes, &size, &err) != 0) fail_msg("%s", err.text);
+    if (source_read_image(s, sample->part[1].image, &bytes, &size, &err) != 0) fail_msg("%s", err.text);
     free(bytes);
   }
   fclose(f);
@@ -321,12 +321,12 @@ static void test_max_pixels(void **state) {
   }
   Source *s = open_good("folder", at("pixels"), NULL);
   Error err;
-  int64_t image = source_sample(s, 2)->segment[1].image;
+  int64_t image = source_sample(s, 2)->part[1].image;
   assert_int_equal(source_limit_pixels(s, 100, &err), 0);
   expect_samples(s, "a.png=x (10x10); c.png=x (2x2)");
   expect_unused(s, (const int[]){UNUSED_PIXELS, 1, -1});
   expect_first(s, UNUSED_PIXELS, "b.png", "10 x 11 pixels");
-  assert_int_equal(source_sample(s, 1)->segment[1].image, image); // runs that go on know images by their numbers
+  assert_int_equal(source_sample(s, 1)->part[1].image, image); // runs that go on know images by their numbers
   assert_int_equal(source_limit_pixels(s, 3, &err), -1);
   assert_non_null(strstr(err.text, "3 with too many pixels"));
   assert_non_null(strstr(err.hint, "data.max_pixels"));
@@ -348,13 +348,13 @@ static void test_turned(void **state) {
   Source *s = open_good("folder", at("turned"), NULL);
   expect_samples(s, "a.jpg=a photo (13x19)");
   // As the loader reads it: rows and columns of patches in the right order.
-  const SampleSegment *segment = &source_sample(s, 0)->segment[1];
+  const SamplePart *part = &source_sample(s, 0)->part[1];
   ImageFit fit = {IMAGE_ASPECT, 12, 4, 0};
-  ImageGrid grid = image_fit_grid(&fit, segment->width, segment->height);
+  ImageGrid grid = image_fit_grid(&fit, part->width, part->height);
   assert_true(grid.rows > grid.columns);
   uint8_t patches[9 * 48];
   Error err;
-  if (sample_patches(s, segment, &fit, 1 << 20, false, patches, &err) != 0) fail_msg("%s", err.text);
+  if (sample_patches(s, part, &fit, 1 << 20, false, patches, &err) != 0) fail_msg("%s", err.text);
   source_close(s);
   free(photo.at);
 }

@@ -142,7 +142,7 @@ static void test_captions(void **state) {
     assert_int_equal(source_count(source[i]), usable[i]);
     assert_int_equal(samples_left_out(source[i]), skipped[i]);
     for (int64_t k = 0; k < usable[i]; k++) {
-      const SampleSegment *text = &source_sample(source[i], k)->segment[0];
+      const SamplePart *text = &source_sample(source[i], k)->part[0];
       bool is_long = text->text_bytes == caption_bytes;
       assert_string_equal(text->text, is_long ? caption_long : odd);
     }
@@ -196,7 +196,7 @@ static void test_climbing_names(void **state) {
   for (int i = 0; i < 4; i++) {
     uint8_t *bytes;
     size_t got;
-    assert_int_equal(source_read_image(s, source_sample(s, i)->segment[1].image, &bytes, &got, &err), 0);
+    assert_int_equal(source_read_image(s, source_sample(s, i)->part[1].image, &bytes, &got, &err), 0);
     assert_int_equal(got, n);
     assert_memory_equal(bytes, png, n);
     free(bytes);
@@ -340,12 +340,12 @@ static void test_changing_folder(void **state) {
   uint8_t *bytes;
   size_t n;
   for (int i = 0; i < IMAGES; i++) {
-    int rc = source_read_image(source[0], source_sample(source[0], i)->segment[1].image, &bytes, &n, &err);
+    int rc = source_read_image(source[0], source_sample(source[0], i)->part[1].image, &bytes, &n, &err);
     assert_int_equal(rc, i < 10 ? -1 : 0);
     free(bytes);
   }
   for (int i = 0; i < SHARD_IMAGES; i++) {
-    assert_int_equal(source_read_image(source[1], source_sample(source[1], i)->segment[1].image, &bytes, &n, &err),
+    assert_int_equal(source_read_image(source[1], source_sample(source[1], i)->part[1].image, &bytes, &n, &err),
                      SOURCE_CHANGED);
     assert_non_null(strstr(err.text, "has changed"));
     assert_non_null(strstr(err.text, "shard.tar"));
@@ -416,20 +416,20 @@ static void expect_same_source(const Source *a, const Source *b) {
     assert_string_equal(x->key, y->key);
     assert_string_equal(x->group, y->group);
     assert_int_equal(x->kind, y->kind);
-    assert_int_equal(x->segments, y->segments);
-    assert_int_equal(x->segment[0].text_bytes, y->segment[0].text_bytes);
-    assert_memory_equal(x->segment[0].text, y->segment[0].text, x->segment[0].text_bytes + 1);
-    assert_int_equal(x->segment[1].width, y->segment[1].width);
-    assert_int_equal(x->segment[1].height, y->segment[1].height);
+    assert_int_equal(x->parts, y->parts);
+    assert_int_equal(x->part[0].text_bytes, y->part[0].text_bytes);
+    assert_memory_equal(x->part[0].text, y->part[0].text, x->part[0].text_bytes + 1);
+    assert_int_equal(x->part[1].width, y->part[1].width);
+    assert_int_equal(x->part[1].height, y->part[1].height);
     if (i % 100) continue;
     uint8_t *p, *q;
     size_t m, n;
     Error err;
-    assert_int_equal(source_read_image(a, x->segment[1].image, &p, &m, &err), 0);
-    assert_int_equal(source_read_image(b, y->segment[1].image, &q, &n, &err), 0);
+    assert_int_equal(source_read_image(a, x->part[1].image, &p, &m, &err), 0);
+    assert_int_equal(source_read_image(b, y->part[1].image, &q, &n, &err), 0);
     assert_int_equal(m, n);
     assert_memory_equal(p, q, n);
-    char *name_x = source_image_name(a, x->segment[1].image), *name_y = source_image_name(b, y->segment[1].image);
+    char *name_x = source_image_name(a, x->part[1].image), *name_y = source_image_name(b, y->part[1].image);
     assert_string_equal(name_x, name_y);
     free(name_x);
     free(name_y);
@@ -490,11 +490,11 @@ static void test_index_cache(void **state) {
   write_bytes("idx/a.tar", tar, tar_bytes);
   set_time(at("idx/a.tar"), 1000000000);
   cached = open_source("webdataset", "idx", NULL);
-  assert_string_equal(source_sample(cached, 0)->segment[0].text, "picture 0");
+  assert_string_equal(source_sample(cached, 0)->part[0].text, "picture 0");
   source_close(cached);
   set_time(at("idx/a.tar"), 1000000001); // another time: walked again
   cached = open_source("webdataset", "idx", NULL);
-  assert_string_equal(source_sample(cached, 0)->segment[0].text, "PICTURE 0");
+  assert_string_equal(source_sample(cached, 0)->part[0].text, "PICTURE 0");
   source_close(cached);
   memcpy(caption, "picture 0", 9);
   write_bytes("idx/a.tar", tar, tar_bytes);

@@ -304,7 +304,7 @@ static void test_pixels(void **state) {
     assert_int_equal(pack->documents, list.count);
     for (int g = 1; g < pack->batch.dims->n_segments; g++) {
       const Draft *draft = list.draft[g - 1]; // one image a document
-      const SampleSegment *segment = &draft->sample->segment[1];
+      const SamplePart *segment = &draft->sample->part[1];
       assert_true(pack->batch.seg_doc[g] == draft->document.draw);
       uint8_t *bytes, plain[24 * VALUES], flipped[24 * VALUES];
       size_t size;
@@ -365,7 +365,7 @@ static bool draft_is_broken(const Data *d, const Draft *draft) {
   for (int i = 0; i < draft->document.parts; i++) {
     const Part *part = &draft->document.part[i];
     if (part->kind != PART_IMAGE) continue;
-    char *name = source_image_name(d->source[draft->origin.source], draft->sample->segment[part->tag].image), end[32];
+    char *name = source_image_name(d->source[draft->origin.source], draft->sample->part[part->tag].image), end[32];
     bool bad = false;
     for (int j = 0; j < BROKEN; j++) {
       snprintf(end, sizeof end, "image%02d.png", broken[j]);
@@ -390,7 +390,7 @@ static Stream *draft_packs(const Data *d, const LoaderConfig *config, DraftList 
         Part *part = &draft->document.part[j];
         if (part->kind != PART_IMAGE) continue;
         uint8_t *patches = malloc((size_t)part->tokens * VALUES);
-        const SampleSegment *segment = &draft->sample->segment[part->tag];
+        const SamplePart *segment = &draft->sample->part[part->tag];
         assert_int_equal(sample_patches(d->source[draft->origin.source], segment, &config->stream.fit,
                                         config->stream.max_pixels, false, patches, &err),
                          0);

@@ -26,7 +26,7 @@ static const SamplerOptions plain = {
 static void draw(World *w, const char *const *captions, int n, ImageGrid grid, uint64_t seed, SamplerOptions o,
                  Image *out) {
   Error err;
-  if (sampler_draw(&w->engine, w->tokenizer, captions, n, grid, seed, &o, out, &err) != 0) fail_msg("%s", err.text);
+  if (sampler_generate(&w->engine, w->tokenizer, captions, n, grid, seed, &o, out, &err) != 0) fail_msg("%s", err.text);
   for (int i = 0; i < n; i++) {
     assert_int_equal(out[i].width, grid.columns * PATCH);
     assert_int_equal(out[i].height, grid.rows * PATCH);
@@ -246,14 +246,17 @@ static void test_refusals(void **state) {
   world_open(&w, 64, 4);
   Error err = {0};
   Image image = {0};
-  assert_int_equal(sampler_draw(&w.engine, w.tokenizer, captions, 1, (ImageGrid){9, 9}, 1, &plain, &image, &err), -1);
-  assert_non_null(strstr(err.text, "9 x 9"));
-  assert_int_equal(sampler_draw(&w.engine, w.tokenizer, captions, 1, (ImageGrid){0, 3}, 1, &plain, &image, &err), -1);
-  assert_int_equal(
-      sampler_draw(&w.engine, w.tokenizer, captions, 1, (ImageGrid){1 << 20, 1 << 20}, 1, &plain, &image, &err), -1);
-  // The picture would fit, its caption as well, both together do not.
-  assert_int_equal(sampler_draw(&w.engine, w.tokenizer, captions + 3, 1, (ImageGrid){10, 6}, 1, &plain, &image, &err),
+  assert_int_equal(sampler_generate(&w.engine, w.tokenizer, captions, 1, (ImageGrid){9, 9}, 1, &plain, &image, &err),
                    -1);
+  assert_non_null(strstr(err.text, "9 x 9"));
+  assert_int_equal(sampler_generate(&w.engine, w.tokenizer, captions, 1, (ImageGrid){0, 3}, 1, &plain, &image, &err),
+                   -1);
+  assert_int_equal(
+      sampler_generate(&w.engine, w.tokenizer, captions, 1, (ImageGrid){1 << 20, 1 << 20}, 1, &plain, &image, &err),
+      -1);
+  // The picture would fit, its caption as well, both together do not.
+  assert_int_equal(
+      sampler_generate(&w.engine, w.tokenizer, captions + 3, 1, (ImageGrid){10, 6}, 1, &plain, &image, &err), -1);
   assert_null(image.rgb);
   char *text = NULL;
   uint8_t pixels[3 * 5 * 4] = {0};
@@ -262,7 +265,7 @@ static void test_refusals(void **state) {
   assert_int_equal(sampler_describe(&w.engine, w.tokenizer, &odd, 1, 1, &o, &text, &err), -1);
   assert_null(text);
   Tokenizer *other = tokenizer_load(NULL, VOCAB + 1, &err);
-  assert_int_equal(sampler_draw(&w.engine, other, captions, 1, (ImageGrid){1, 1}, 1, &plain, &image, &err), -1);
+  assert_int_equal(sampler_generate(&w.engine, other, captions, 1, (ImageGrid){1, 1}, 1, &plain, &image, &err), -1);
   tokenizer_free(other);
   world_close(&w);
 }

@@ -50,18 +50,18 @@ static void expect_captioned(const Source *s, const char *key, const char *capti
   const Sample *sample = find(s, key);
   assert_non_null(sample);
   assert_int_equal(sample->kind, SAMPLE_CAPTIONED);
-  assert_int_equal(sample->segments, 2);
-  assert_int_equal(sample->segment[0].kind, SEGMENT_TEXT);
-  assert_string_equal(sample->segment[0].text, caption);
-  assert_int_equal(sample->segment[0].text_bytes, strlen(caption));
-  assert_int_equal(sample->segment[1].kind, SEGMENT_IMAGE);
-  assert_int_equal(sample->segment[1].width, width);
-  assert_int_equal(sample->segment[1].height, height);
+  assert_int_equal(sample->parts, 2);
+  assert_int_equal(sample->part[0].kind, PART_TEXT);
+  assert_string_equal(sample->part[0].text, caption);
+  assert_int_equal(sample->part[0].text_bytes, strlen(caption));
+  assert_int_equal(sample->part[1].kind, PART_IMAGE);
+  assert_int_equal(sample->part[1].width, width);
+  assert_int_equal(sample->part[1].height, height);
   uint8_t *bytes;
   size_t n;
   Error err;
   Image image;
-  assert_int_equal(source_read_image(s, sample->segment[1].image, &bytes, &n, &err), 0);
+  assert_int_equal(source_read_image(s, sample->part[1].image, &bytes, &n, &err), 0);
   assert_int_equal(image_decode(bytes, n, IMAGE_MAX_PIXELS, &image, &err), 0);
   assert_int_equal(image.width, width);
   assert_int_equal(image.height, height);
@@ -122,20 +122,20 @@ static void test_folder_tsv(void **state) {
   expect_captioned(s, "deep/b.PNG", "tabs\tare text", 31, 2);
   expect_captioned(s, "late.jpg", "late", 19, 13);
   expect_captioned(s, "later.jpg", "later", 19, 13);
-  assert_string_equal(source_sample(s, 4)->segment[0].text, "last, without an end of line");
+  assert_string_equal(source_sample(s, 4)->part[0].text, "last, without an end of line");
   assert_string_equal(source_sample(s, 4)->group, "a.png");
-  char *name = source_image_name(s, source_sample(s, 0)->segment[1].image);
+  char *name = source_image_name(s, source_sample(s, 0)->part[1].image);
   assert_string_equal(name, at("tsv/a.png"));
   free(name);
   // A file that shrinks or goes is an error when it is read, not a crash.
   uint8_t *bytes;
   size_t n;
   write_text("tsv/a.png", "short");
-  assert_int_equal(source_read_image(s, source_sample(s, 0)->segment[1].image, &bytes, &n, &err), -1);
+  assert_int_equal(source_read_image(s, source_sample(s, 0)->part[1].image, &bytes, &n, &err), -1);
   assert_null(bytes);
   assert_non_null(strstr(err.text, "a.png"));
   unlink(at("tsv/a.png"));
-  assert_int_equal(source_read_image(s, source_sample(s, 0)->segment[1].image, &bytes, &n, &err), -1);
+  assert_int_equal(source_read_image(s, source_sample(s, 0)->part[1].image, &bytes, &n, &err), -1);
   source_close(s);
   s = source_open("folder", at("tsv"), "caption", &err);
   assert_non_null(s);
@@ -234,7 +234,7 @@ static void test_webdataset(void **state) {
       snprintf(caption, sizeof(caption), "caption %d", i % 5);
       expect_captioned(s, key, caption, 3 + i % 5, 5 + i / 5);
     }
-    char *name = source_image_name(s, source_sample(s, 0)->segment[1].image);
+    char *name = source_image_name(s, source_sample(s, 0)->part[1].image);
     assert_non_null(strstr(name, "wds/a.tar:set/1-000.png"));
     free(name);
     source_close(s);
@@ -370,9 +370,9 @@ static void test_text(void **state) {
   for (int i = 0; i < 3; i++) {
     const Sample *sample = source_sample(s, i);
     assert_int_equal(sample->kind, SAMPLE_TEXT);
-    assert_int_equal(sample->segments, 1);
-    assert_string_equal(sample->segment[0].text, want[i]);
-    assert_int_equal(sample->segment[0].text_bytes, strlen(want[i]));
+    assert_int_equal(sample->parts, 1);
+    assert_string_equal(sample->part[0].text, want[i]);
+    assert_int_equal(sample->part[0].text_bytes, strlen(want[i]));
     assert_string_equal(sample->key, keys[i]);
     assert_string_equal(sample->group, keys[i]);
   }
@@ -385,11 +385,11 @@ static void test_text(void **state) {
   assert_non_null(s);
   assert_int_equal(source_count(s), 5);
   assert_int_equal(samples_left_out(s), 2);
-  assert_string_equal(source_sample(s, 0)->segment[0].text, " kept as it is\n");
+  assert_string_equal(source_sample(s, 0)->part[0].text, " kept as it is\n");
   assert_string_equal(source_sample(s, 0)->key, "a.jsonl:1");
   assert_string_equal(source_sample(s, 1)->key, "k2");
   assert_string_equal(source_sample(s, 1)->group, "two");
-  assert_string_equal(source_sample(s, 2)->segment[0].text, "first line\nsecond line");
+  assert_string_equal(source_sample(s, 2)->part[0].text, "first line\nsecond line");
   source_close(s);
 }
 
@@ -412,16 +412,16 @@ static void test_interleaved(void **state) {
   const Sample *doc = source_sample(s, 0);
   assert_int_equal(doc->kind, SAMPLE_INTERLEAVED);
   assert_string_equal(doc->key, "doc");
-  assert_int_equal(doc->segments, 5);
-  const SegmentKind kinds[] = {SEGMENT_TEXT, SEGMENT_IMAGE, SEGMENT_TEXT, SEGMENT_IMAGE, SEGMENT_IMAGE};
-  for (int i = 0; i < 5; i++) assert_int_equal(doc->segment[i].kind, kinds[i]);
-  assert_string_equal(doc->segment[2].text, "and");
-  assert_int_equal(doc->segment[1].width, 8);
-  assert_int_equal(doc->segment[1].height, 5);
-  assert_int_equal(doc->segment[4].height, 3);
+  assert_int_equal(doc->parts, 5);
+  const PartKind kinds[] = {PART_TEXT, PART_IMAGE, PART_TEXT, PART_IMAGE, PART_IMAGE};
+  for (int i = 0; i < 5; i++) assert_int_equal(doc->part[i].kind, kinds[i]);
+  assert_string_equal(doc->part[2].text, "and");
+  assert_int_equal(doc->part[1].width, 8);
+  assert_int_equal(doc->part[1].height, 5);
+  assert_int_equal(doc->part[4].height, 3);
   uint8_t *bytes;
   size_t n, png_bytes;
-  assert_int_equal(source_read_image(s, doc->segment[1].image, &bytes, &n, &err), 0);
+  assert_int_equal(source_read_image(s, doc->part[1].image, &bytes, &n, &err), 0);
   uint8_t *png = png_make(8, 5, &png_bytes);
   assert_int_equal(n, png_bytes);
   assert_memory_equal(bytes, png, n);
@@ -463,7 +463,7 @@ static void *read_all(void *argument) {
   Reader *r = argument;
   for (int round = 0; round < 20; round++)
     for (int64_t i = 0; i < source_count(r->source); i++) {
-      const SampleSegment *image = &source_sample(r->source, i)->segment[1];
+      const SamplePart *image = &source_sample(r->source, i)->part[1];
       uint8_t *bytes;
       size_t n;
       Error err;

@@ -132,7 +132,7 @@ static void test_long_texts(void **state) {
     assert_int_equal(stream_pack(stream, &list, &err), 0);
     for (int i = 0; i < list.count; i++) {
       const Draft *draft = list.draft[i];
-      const SampleSegment *text = &draft->sample->segment[0];
+      const SamplePart *text = &draft->sample->part[0];
       const Document *doc = &draft->document;
       int64_t pieces = ((int64_t)text->text_bytes + 47) / 48;
       bool last = draft->origin.piece == pieces - 1;

@@ -1,4 +1,4 @@
-#include "data/segments.h"
+#include "data/file_chunks.h"
 
 #include <string.h>
 
@@ -10,16 +10,16 @@ bool is_jpeg(const uint8_t *bytes, size_t n) {
   return n >= 2 && bytes[0] == 0xFF && bytes[1] == JPEG_SOI;
 }
 
-PartState png_next(const uint8_t **at, const uint8_t *end, FilePart *part) {
+ChunkState png_next(const uint8_t **at, const uint8_t *end, FileChunk *chunk) {
   const uint8_t *p = *at; // length, type, data, CRC of type and data
-  *part = (FilePart){.start = p};
-  if (end - p < 8) return PART_CUT;
-  part->type = read_u32(p + 4);
-  part->data = p + 8;
-  part->bytes = read_u32(p);
-  if (end - p < 12 || part->bytes > (size_t)(end - p) - 12) return PART_CUT;
-  *at = p + 12 + part->bytes;
-  return PART_WHOLE;
+  *chunk = (FileChunk){.start = p};
+  if (end - p < 8) return CHUNK_CUT;
+  chunk->type = read_u32(p + 4);
+  chunk->data = p + 8;
+  chunk->bytes = read_u32(p);
+  if (end - p < 12 || chunk->bytes > (size_t)(end - p) - 12) return CHUNK_CUT;
+  *at = p + 12 + chunk->bytes;
+  return CHUNK_WHOLE;
 }
 
 // The end of the entropy-coded bytes at p: the next marker that is no restart, or `end`.
@@ -29,26 +29,26 @@ static const uint8_t *jpeg_skip_coded(const uint8_t *p, const uint8_t *end) {
   return end;
 }
 
-PartState jpeg_next(const uint8_t **at, const uint8_t *end, FilePart *part) {
+ChunkState jpeg_next(const uint8_t **at, const uint8_t *end, FileChunk *chunk) {
   const uint8_t *p = *at;
-  *part = (FilePart){.start = p};
+  *chunk = (FileChunk){.start = p};
   while (end - p >= 2 && p[0] == 0xFF && p[1] == 0xFF) p++; // fill bytes
-  if (end - p < 2) return PART_CUT;
-  if (p[0] != 0xFF) return PART_NONE;
-  part->type = p[1];
-  if (part->type == JPEG_EOI) {
+  if (end - p < 2) return CHUNK_CUT;
+  if (p[0] != 0xFF) return CHUNK_NONE;
+  chunk->type = p[1];
+  if (chunk->type == JPEG_EOI) {
     *at = p + 2;
-    return PART_WHOLE;
+    return CHUNK_WHOLE;
   }
-  if (end - p < 4) return PART_CUT;
+  if (end - p < 4) return CHUNK_CUT;
   int64_t length = p[2] << 8 | p[3]; // counts itself
-  if (length < 2) return PART_NONE;
-  part->data = p + 4;
-  part->bytes = (size_t)length - 2;
-  if (length > end - p - 2) return PART_CUT;
+  if (length < 2) return CHUNK_NONE;
+  chunk->data = p + 4;
+  chunk->bytes = (size_t)length - 2;
+  if (length > end - p - 2) return CHUNK_CUT;
   *at = p + 2 + length;
-  if (part->type == JPEG_SOS) *at = jpeg_skip_coded(*at, end);
-  return PART_WHOLE;
+  if (chunk->type == JPEG_SOS) *at = jpeg_skip_coded(*at, end);
+  return CHUNK_WHOLE;
 }
 
 bool huffman_next(const uint8_t **at, const uint8_t *end, HuffmanTable *table) {
