@@ -6,7 +6,7 @@ static const int one[MODALITIES] = {1, 1};
 
 // ---- whole spans ----
 
-void run_copies(CudaCase *c, const CudaShape *shape) {
+static void run_copies(CudaCase *c, const CudaShape *shape) {
   if (!c->bench && shape != &cuda_shapes[0]) return; // sizes of their own, here and in run_update
   static const int64_t counts[] = {1, 7, 4099, 1 << 20};
   const int64_t large = (int64_t)256 << 20;
@@ -74,7 +74,7 @@ static void run_linear(CudaCase *c, const char *name, Extent extent, const int i
   }
 }
 
-void run_linears(CudaCase *c, const CudaShape *shape) {
+static void run_linears(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   int qkv = (d->H + 2 * d->G) * d->D, HD = d->H * d->D, bottleneck = d->P > 48 ? d->P / 3 : d->P;
@@ -99,7 +99,7 @@ static int64_t caption_rows(const CudaCase *c) {
   return n;
 }
 
-void run_embedding(CudaCase *c, const CudaShape *shape) {
+static void run_embedding(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   const BatchDims *b = c->ops.batch.dims;
@@ -127,7 +127,7 @@ void run_embedding(CudaCase *c, const CudaShape *shape) {
   }
 }
 
-void run_conditions(CudaCase *c, const CudaShape *shape) {
+static void run_conditions(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   int SEG = d->segments;
@@ -184,7 +184,7 @@ static void run_adaln_site(CudaCase *c, bool branched, bool silu, bool residual,
                  VALUES_OUT(rows, maybe_rows, dmod));
 }
 
-void run_adaln(CudaCase *c, const CudaShape *shape) {
+static void run_adaln(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   for (int option = 0; option < 16; option++) {
     bool branched = option & 1, silu = option & 2, residual = option & 4, x_is_new = option & 8;
@@ -196,7 +196,7 @@ void run_adaln(CudaCase *c, const CudaShape *shape) {
 
 // ---- attention ----
 
-void run_rope(CudaCase *c, const CudaShape *shape) {
+static void run_rope(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   int HD = d->H * d->D, GD = d->G * d->D;
@@ -217,7 +217,7 @@ void run_rope(CudaCase *c, const CudaShape *shape) {
   }
 }
 
-void run_attention(CudaCase *c, const CudaShape *shape) {
+static void run_attention(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   int HD = d->H * d->D, GD = d->G * d->D;
@@ -316,14 +316,14 @@ static void run_router_nan(CudaCase *c, const CudaShape *shape) {
   }
 }
 
-void run_routers(CudaCase *c, const CudaShape *shape) {
+static void run_routers(CudaCase *c, const CudaShape *shape) {
   run_router(c, shape);
   run_router_nan(c, shape);
 }
 
 #define SLOTS(w, std) value_sided(c, DT_ACT, d->K, w, std, false)
 
-void run_experts(CudaCase *c, const CudaShape *shape) {
+static void run_experts(CudaCase *c, const CudaShape *shape) {
   const Dims *d = &c->ops.dims;
   const int two_f[2] = {2 * d->F[0], 2 * d->F[1]}, width[2] = {d->C, d->C};
   Routed r = route_rows(c, shape);
@@ -412,7 +412,7 @@ static void run_combine_backward(CudaCase *c, const Routed *r, OpArgs a, Value m
     compare_bits(c, OP_COMBINE_ADALN_BWD, got, parts);
 }
 
-void run_combine_adaln(CudaCase *c, const CudaShape *shape) {
+static void run_combine_adaln(CudaCase *c, const CudaShape *shape) {
   const Dims *d = &c->ops.dims;
   const Routed r = route_rows(c, shape);
   const int first = 6 * case_int(&c->ops, 0, d->L - 1) * d->C;
@@ -427,7 +427,7 @@ void run_combine_adaln(CudaCase *c, const CudaShape *shape) {
   }
 }
 
-void run_swiglu(CudaCase *c, const CudaShape *shape) {
+static void run_swiglu(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   const int two_s[2] = {2 * d->S[0], 2 * d->S[1]};
@@ -457,7 +457,7 @@ static void bench_head_rows(CudaCase *c, int chunk, Value h, Value wout) {
   c->backend = own;
 }
 
-void run_heads(CudaCase *c, const CudaShape *shape) {
+static void run_heads(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   const BatchDims *b = c->ops.batch.dims;
@@ -486,7 +486,7 @@ void run_heads(CudaCase *c, const CudaShape *shape) {
                    VALUES_OUT(value_out(c, DT_REAL, rows, d->V)));
 }
 
-void run_flow(CudaCase *c, const CudaShape *shape) {
+static void run_flow(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   const Batch *b = &c->ops.batch;
@@ -502,3 +502,47 @@ void run_flow(CudaCase *c, const CudaShape *shape) {
                               value_out(c, DT_REAL, d->segments, 1), value_metrics(c)));
   }
 }
+
+// ---- the table ----
+
+const Family families[FAMILIES] = {
+    {"copies", run_copies, {OP_COPY, OP_ZERO, OP_ADD, OP_CAST}, .n = 4},
+    {"update", run_update, {OP_GRAD_NORM, OP_GRAD_HASH, OP_ADAMW, OP_EMA}, .n = 4},
+    {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, .n = 3, .both_timed = true},
+    {"embedding", run_embedding, {OP_NOISE, OP_EMBED_FWD, OP_EMBED_BWD, OP_POOL_FWD, OP_POOL_BWD}, .n = 5},
+    {"condition",
+     run_conditions,
+     {OP_TIME_FEATURES, OP_SILU_FWD, OP_SILU_BWD, OP_COND_FWD, OP_COND_BWD, OP_MOD_FWD, OP_MOD_BWD},
+     .n = 7},
+    {"adaln", run_adaln, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2},
+    {"adaln_unfused",
+     run_adaln,
+     {OP_ADALN_FWD, OP_ADALN_BWD},
+     .n = 2,
+     .way = "unfused",
+     .act_tolerance = UNFUSED_TOLERANCE,
+     .mark = "unfused"},
+    {"adaln_stability", run_adaln_stability, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2, .mark = "stability", .apart = true},
+    {"rope", run_rope, {OP_QKNORM_ROPE_FWD, OP_QKNORM_ROPE_BWD}, .n = 2},
+    {"attention", run_attention, {OP_ATTENTION_FWD, OP_ATTENTION_BWD}, .n = 2},
+    {"router", run_routers, {OP_ROUTER_FWD, OP_ROUTER_LOSS, OP_ROUTER_BWD}, .n = 3},
+    {"experts",
+     run_experts,
+     {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_COMBINE, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD,
+      OP_EXPERT_UP_DGRAD, OP_EXPERT_UP_WGRAD},
+     .n = 7,
+     .both_timed = true},
+    {"experts_loop",
+     run_experts,
+     {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD, OP_EXPERT_UP_DGRAD,
+      OP_EXPERT_UP_WGRAD},
+     .n = 6,
+     .way = "loop",
+     .act_tolerance = LOOP_TOLERANCE,
+     .mark = "loop",
+     .apart = true},
+    {"combine_adaln", run_combine_adaln, {OP_COMBINE_ADALN_FWD, OP_COMBINE_ADALN_BWD}, .n = 2},
+    {"swiglu", run_swiglu, {OP_SWIGLU_FWD, OP_SWIGLU_BWD}, .n = 2},
+    {"head", run_heads, {OP_HEAD_CE, OP_HEAD_LOGITS}, .n = 2},
+    {"flow", run_flow, {OP_FLOW_LOSS}, .n = 1},
+};

@@ -17,61 +17,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-typedef struct Family {
-  const char *name;
-  void (*run)(CudaCase *c, const CudaShape *shape);
-  OpKind ops[8];
-  int n;
-  const char *way;      // KernelWay.word; NULL: as the backend computes them of itself
-  double act_tolerance; // 0: ACT_TOLERANCE
-  const char *mark;     // of its ops, where another family has them too
-  bool apart;           // not for the ops' own sake: asked for by its name only, and not timed
-  bool both_timed;      // at all of cuda_bench_shapes: products, whose inner dimension decides what bounds them
-} Family;
-
-static const Family families[] = {
-    {"copies", run_copies, {OP_COPY, OP_ZERO, OP_ADD, OP_CAST}, .n = 4},
-    {"update", run_update, {OP_GRAD_NORM, OP_GRAD_HASH, OP_ADAMW, OP_EMA}, .n = 4},
-    {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, .n = 3, .both_timed = true},
-    {"embedding", run_embedding, {OP_NOISE, OP_EMBED_FWD, OP_EMBED_BWD, OP_POOL_FWD, OP_POOL_BWD}, .n = 5},
-    {"condition",
-     run_conditions,
-     {OP_TIME_FEATURES, OP_SILU_FWD, OP_SILU_BWD, OP_COND_FWD, OP_COND_BWD, OP_MOD_FWD, OP_MOD_BWD},
-     .n = 7},
-    {"adaln", run_adaln, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2},
-    {"adaln_unfused",
-     run_adaln,
-     {OP_ADALN_FWD, OP_ADALN_BWD},
-     .n = 2,
-     .way = "unfused",
-     .act_tolerance = UNFUSED_TOLERANCE,
-     .mark = "unfused"},
-    {"adaln_stability", run_adaln_stability, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2, .mark = "stability", .apart = true},
-    {"rope", run_rope, {OP_QKNORM_ROPE_FWD, OP_QKNORM_ROPE_BWD}, .n = 2},
-    {"attention", run_attention, {OP_ATTENTION_FWD, OP_ATTENTION_BWD}, .n = 2},
-    {"router", run_routers, {OP_ROUTER_FWD, OP_ROUTER_LOSS, OP_ROUTER_BWD}, .n = 3},
-    {"experts",
-     run_experts,
-     {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_COMBINE, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD,
-      OP_EXPERT_UP_DGRAD, OP_EXPERT_UP_WGRAD},
-     .n = 7,
-     .both_timed = true},
-    {"experts_loop",
-     run_experts,
-     {OP_EXPERT_UP_FWD, OP_EXPERT_DOWN_FWD, OP_EXPERT_DOWN_BWD, OP_EXPERT_DOWN_WGRAD, OP_EXPERT_UP_DGRAD,
-      OP_EXPERT_UP_WGRAD},
-     .n = 6,
-     .way = "loop",
-     .act_tolerance = LOOP_TOLERANCE,
-     .mark = "loop",
-     .apart = true},
-    {"combine_adaln", run_combine_adaln, {OP_COMBINE_ADALN_FWD, OP_COMBINE_ADALN_BWD}, .n = 2},
-    {"swiglu", run_swiglu, {OP_SWIGLU_FWD, OP_SWIGLU_BWD}, .n = 2},
-    {"head", run_heads, {OP_HEAD_CE, OP_HEAD_LOGITS}, .n = 2},
-    {"flow", run_flow, {OP_FLOW_LOSS}, .n = 1},
-};
-enum { FAMILIES = sizeof families / sizeof *families };
-
 // What was asked for, and what came of it.
 typedef struct Run {
   bool bench, wanted[FAMILIES][OP_COUNT];
