@@ -8,10 +8,14 @@ static const double planned_tile_rate = 5.4e6; // FLOPs a microsecond of one of 
 static const double planned_memory_rate = 3e6; // bytes a microsecond
 static const double narrow_tiles_cost = 1.25;  // times as long for the same FLOPs
 
-static double tile_us(int bn, double inner) {
-  return bn == 256 ? inner * (2.0 * 128 * 256 / planned_tile_rate) + 2
-                   : inner * (narrow_tiles_cost * 2 * 128 * 128 / planned_tile_rate) + 1;
-}
+// The kinds of tiles, GEMM_BM rows each.
+typedef struct TileKind {
+  int bn;                   // columns
+  double inner_us, tile_us; // a tile takes so many microseconds for each of its inner dimension, and to begin and end
+} TileKind;
+static const TileKind tile_kinds[] = {{128, narrow_tiles_cost * 2 * GEMM_BM * 128 / planned_tile_rate, 1},
+                                      {256, 2.0 * GEMM_BM * 256 / planned_tile_rate, 2}};
+enum { TILE_KINDS = sizeof tile_kinds / sizeof *tile_kinds };
 
 bool gemm_side_empty(const GemmSide *s, int kind) {
   return s->groups == 0 || gemm_tile_rows(s, kind) == 0 || s->N == 0 || (kind != GEMM_TN && s->K == 0);
@@ -37,19 +41,19 @@ static int side_parts(const GemmSide *s, int kind, int bn, int parts) {
 }
 
 // What a launch takes. One side: whole rounds of tiles. Two: they fill each other's gaps but for the longest tiles.
-static double launch_us(const Gemm *g, int kind, int bn, int parts) {
+static double launch_us(const Gemm *g, int kind, const TileKind *tile, int parts) {
   double work = 0, longest = 0, rounds = 0;
   int sides = 0;
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
     if (gemm_side_empty(s, kind)) continue;
     int own = s->groups == 1 ? parts : 1;
-    double tile = tile_us(bn, (double)side_inner(s, kind) / own);
-    int64_t tiles = side_tiles(s, kind, bn) * own;
+    double us = (double)side_inner(s, kind) / own * tile->inner_us + tile->tile_us;
+    int64_t tiles = side_tiles(s, kind, tile->bn) * own;
     sides++;
-    work += tiles * tile / GEMM_SHARES;
-    rounds += ceil_div64(tiles, GEMM_SHARES) * tile;
-    if (tile > longest) longest = tile;
+    work += tiles * us / GEMM_SHARES;
+    rounds += ceil_div64(tiles, GEMM_SHARES) * us;
+    if (us > longest) longest = us;
     if (own == 1) continue;
     const double sums = (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / planned_memory_rate;
     work += 2 + sums;
@@ -61,19 +65,20 @@ static double launch_us(const Gemm *g, int kind, int bn, int parts) {
 GemmPlan gemm_plan(const Gemm *g, int kind) {
   enum { MIN_INNER = 512 }; // of a part
   int most = GEMM_MAX_PARTS, best = 1;
-  GemmPlan p = {256, {1, 1}, 0};
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
     if (gemm_side_empty(s, kind) || s->groups > 1) continue;
     int longest = side_inner(s, kind) / MIN_INNER;
     if (longest < most) most = longest;
   }
-  double least = launch_us(g, kind, p.bn, best);
-  for (int bn = 128; bn <= 256; bn += 128)
+  const TileKind *tile = &tile_kinds[TILE_KINDS - 1]; // the widest, where nothing is faster
+  double least = launch_us(g, kind, tile, best);
+  for (int i = 0; i < TILE_KINDS; i++)
     for (int parts = 1; parts == 1 || parts <= most; parts++) {
-      double us = launch_us(g, kind, bn, parts);
-      if (us < least) least = us, p.bn = bn, best = parts;
+      double us = launch_us(g, kind, &tile_kinds[i], parts);
+      if (us < least) least = us, tile = &tile_kinds[i], best = parts;
     }
+  GemmPlan p = {tile->bn, {1, 1}, 0};
   size_t sums = 0; // floats of parts of weight gradients, if all groups were cut as far as they may be
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];

@@ -1,5 +1,6 @@
 // Grouped products on Hopper: the kernel, a main loop (gemm_cooperative.h) x load policy (gemm_load.h) x epilogue
-// (gemm_epilogue.h), and its launch. A new main loop is a struct like Cooperative and its place in launch_planned.
+// (gemm_epilogue.h), and its launch. A new main loop is a struct like Cooperative, its row in tile_kinds (gemm_plan.cu)
+// and its line in launch_planned.
 #include "kernels/cuda/gemm_cooperative.h"
 
 template <int KIND, int LOAD, class Tile, class End>
