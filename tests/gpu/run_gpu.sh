@@ -179,12 +179,17 @@ predicted() {
   demo planned "${flags[@]}" --stop-at 20 --resume || return
   grep -q 'kinds of ops timed' "$work/timed.log" || { echo "no ops were timed" && return 1; }
   grep 'kinds of ops timed' "$work/planned.log" && echo "they were timed twice" && return 1
-  "$python" - "$work/timed.log" "$work/planned.log" <<'P'
-import re, sys
+  "$python" - "$work/planned/costs.json" "$work/timed.log" "$work/planned.log" <<'P'
+import json, re, sys
 
 AT_MOST = 0.05
 worst = 0
-for path in sys.argv[1:]:
+link = json.load(open(sys.argv[1]))["link"]
+print(", ".join(f"{way} {rate / 1e9:.1f} GB/s" for way, rate in link.items() if way != "latency")
+      + f", {link['latency'] * 1e6:.1f} us a copy besides")
+for way in ("d2h", "h2d"):
+    assert 1e9 < link["both_" + way] <= 1.05 * link[way] < 1e12, f"{way}: no link is like that"
+for path in sys.argv[2:]:
     said = re.search(r"a step: predicted ([\d.]+) ms, measured ([\d.]+) ms.*", open(path).read())
     print(said[0])
     worst = max(worst, abs(float(said[2]) / float(said[1]) - 1))
