@@ -96,9 +96,9 @@ void document_image_to_caption(Document *d, uint64_t draw, int vocab, const int3
 
 void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *piece, int n, bool noise, float time) {
   SpecialIds id = special_ids(vocab);
-  int drawn = -1;
+  int noised = -1;
   for (int i = 0; noise && i < n; i++)
-    if (!piece[i].ids) drawn = i;
+    if (!piece[i].ids) noised = i;
   document_reset(d, draw);
   document_add_token(d, id.bos);
   for (int i = 0; i < n; i++) {
@@ -107,13 +107,13 @@ void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *pi
       continue;
     }
     document_add_token(d, id.boi);
-    if (i == drawn) {
+    if (i == noised) {
       document_add_image(d, piece[i].grid, SEGMENT_NOISED, time)->tag = piece[i].tag;
       if (i == n - 1) return;
     }
     Part *clean = document_add_image(d, piece[i].grid, SEGMENT_CLEAN, 1);
     clean->tag = piece[i].tag;
-    clean->copy = i == drawn;
+    clean->copy = i == noised;
     document_add_token(d, id.eoi);
   }
   document_add_token(d, id.eos);

@@ -7,8 +7,8 @@
 //   unconditional      [bos] [boi] noised-image
 //   image to caption   [bos] [boi] clean-image [eoi] caption [eos]
 //   interleaved        [bos] then each text as it is and each image as [boi] clean-image [eoi], and [eos]. Where one
-//                      image is drawn, it is noised and ends the document; with text after it, it appears twice, noised
-//                      and then clean ([boi] noised-image clean-image [eoi]), at the same rotary positions.
+//                      image is noised, it ends the document; with text after it, it appears twice, noised and then
+//                      clean ([boi] noised-image clean-image [eoi]), at the same rotary positions.
 // clang-format on
 #ifndef TESSERA_DOCUMENT_H
 #define TESSERA_DOCUMENT_H
@@ -75,7 +75,7 @@ typedef struct Piece {
   ImageGrid grid;
   int tag;
 } Piece;
-// `noise`: the last image is drawn at flow time `time`; no matter when there is no image.
+// `noise`: the last image is noised to flow time `time`; no matter when there is no image.
 void document_interleaved(Document *d, uint64_t draw, int vocab, const Piece *piece, int n, bool noise, float time);
 
 // Appends padding to a document that has none, up to `slots` tokens in all; a longer one stays as it is. Padding is

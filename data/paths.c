@@ -97,12 +97,12 @@ static bool brace_range(const char *text, size_t n, long long end[2], int *digit
   if (n >= sizeof copy) return false;
   memcpy(copy, text, n);
   copy[n] = 0;
-  char *dots = strstr(copy, ".."), *rest;
+  char *dots = strstr(copy, "..");
   if (!dots || strspn(copy, "0123456789") != (size_t)(dots - copy) || dots == copy) return false;
   if (!dots[2] || strspn(dots + 2, "0123456789") != strlen(dots + 2) || dots - copy > 18 || strlen(dots + 2) > 18)
     return false;
-  end[0] = strtoll(copy, &rest, 10);
-  end[1] = strtoll(dots + 2, &rest, 10);
+  end[0] = strtoll(copy, NULL, 10);
+  end[1] = strtoll(dots + 2, NULL, 10);
   // As in a shell: numbers are as wide as the wider end when one of the two begins with a zero.
   bool padded = (copy[0] == '0' && dots - copy > 1) || (dots[2] == '0' && dots[3]);
   size_t width = (size_t)(dots - copy) > strlen(dots + 2) ? (size_t)(dots - copy) : strlen(dots + 2);

@@ -185,7 +185,7 @@ static DocumentSize piece_size(const Piece *p) {
   return (DocumentSize){.slots = tokens + 2, .text = 2, .images = 1};
 }
 
-// Cuts the pieces of an interleaved sample into documents: as many in a row as surely fit, whichever image is drawn.
+// Cuts the pieces of an interleaved sample into documents: as many in a row as surely fit, whichever image is noised.
 static void stream_cut_interleaved(Stream *s, bool fresh) {
   PackRoom whole = stream_room(s);
   whole.slots -= 2; // bos, eos
@@ -204,10 +204,10 @@ static void stream_cut_interleaved(Stream *s, bool fresh) {
       continue;
     }
     int both = twice > again ? twice : again;
-    PackRoom rest = room;
-    rest.slots -= both;
-    rest.images -= both > 0;
-    if (!pack_room_fits(rest, size)) {
+    PackRoom left = room;
+    left.slots -= both;
+    left.images -= both > 0;
+    if (!pack_room_fits(left, size)) {
       stream_add_cut(s, first, kept - first);
       first = kept;
       room = whole;

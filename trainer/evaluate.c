@@ -143,7 +143,7 @@ static int set_other(const EvalSet *s, int i, int k) {
 // ---- measuring ----
 
 // [bos] caption of item `text` [boi] image of item `image` at time t.
-static void set_drawn(EvalSet *s, int at, int image, int text, double t) {
+static void set_noised(EvalSet *s, int at, int image, int text, double t) {
   const Caption *c = &s->caption[text];
   Document *d = &s->doc[at];
   document_caption_to_image(d, (uint64_t)image, s->engine->config->model.vocab, c->ids, c->n, s->items[image].grid,
@@ -172,7 +172,7 @@ static void pack_collect(EvalSet *s, const ForwardPack *p, int first, const floa
 }
 
 // Runs the n documents of the set: nll [n], summed over caption and eos of a described image; error [n], mean squared
-// error of a drawn one.
+// error of a noised one.
 static int set_run(EvalSet *s, Error *err) {
   ForwardPack pack = {0};
   Engine *e = s->engine;
@@ -197,7 +197,7 @@ static int set_run(EvalSet *s, Error *err) {
 
 // Predicts every image, noised to its time, with the caption of item text[i]: mean squared error and velocity error per element.
 static int measure_flow(EvalSet *s, const double *time, const int *text, double *mse, double *flow, Error *err) {
-  for (int i = 0; i < s->n; i++) set_drawn(s, i, i, text[i], time[i]);
+  for (int i = 0; i < s->n; i++) set_noised(s, i, i, text[i], time[i]);
   if (set_run(s, err) != 0) return -1;
   double elements = 0, squares = 0, weighted = 0;
   for (int i = 0; i < s->n; i++) {
@@ -212,7 +212,7 @@ static int measure_flow(EvalSet *s, const double *time, const int *text, double 
   return 0;
 }
 
-static int measure_draw(EvalSet *s, const int *own, const int *other, Evaluation *out, Error *err) {
+static int measure_noised(EvalSet *s, const int *own, const int *other, Evaluation *out, Error *err) {
   FlowTimes times = flow_times_of(s->engine->config);
   double *time = xmalloc(((size_t)s->n + 1) * sizeof *time), ignored;
   for (int i = 0; i < s->n; i++) { // a quantile's item is a random one
@@ -288,7 +288,7 @@ int evaluate(Engine *e, const Tokenizer *t, const EvalItem *items, int n, Evalua
     own[i] = i;
     if (other) other[i] = set_other(&s, i, 0);
   }
-  int failed = measure_draw(&s, own, other, out, err);
+  int failed = measure_noised(&s, own, other, out, err);
   if (!failed) failed = measure_retrieval(&s, &out->bits_per_byte[EVAL_TRUE], &out->retrieval, err);
   if (!failed && other) {
     for (int i = 0; i < n; i++) set_described(&s, i, other[i], i);
