@@ -13,7 +13,12 @@ static const SourceType types[] = {{"folder", folder_index}, {"webdataset", shar
 static int source_index(Source *s, const char *type, Error *err) {
   for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
     if (strcmp(type, types[i].name) == 0) return types[i].index(s, err);
-  return error_set(err, "data.sources[].type is \"folder\", \"webdataset\" or \"text\"", "no source type \"%s\"", type);
+  char hint[sizeof err->hint] = "data.sources[].type is one of";
+  for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
+    size_t n = strlen(hint);
+    snprintf(hint + n, sizeof hint - n, "%s \"%s\"", i ? "," : "", types[i].name);
+  }
+  return error_set(err, hint, "no source type \"%s\"", type);
 }
 
 // 0 when there are samples; else -1 and *err names why there are none.

@@ -195,7 +195,8 @@ static int set_run(EvalSet *s, Error *err) {
   return taken < 0 ? -1 : 0;
 }
 
-// Predicts every image, noised to its time, with the caption of item text[i]: mean squared error and velocity error per element.
+// Predicts every image, noised to its time, with the caption of item text[i]: mean squared error and velocity error per
+// element.
 static int measure_flow(EvalSet *s, const double *time, const int *text, double *mse, double *flow, Error *err) {
   for (int i = 0; i < s->n; i++) set_noised(s, i, i, text[i], time[i]);
   if (set_run(s, err) != 0) return -1;
