@@ -90,12 +90,21 @@ static void add_layer(ParamTable *t, const Config *c, const Dims *d, int l) {
   }
 }
 
+// What was added since the bucket before is one.
+static void end_bucket(ParamTable *t, int layer) {
+  const ParamBucket *before = t->buckets ? &t->bucket[t->buckets - 1] : NULL;
+  int first = before ? before->first + before->n : 0;
+  t->bucket[t->buckets++] = (ParamBucket){
+      .first = first, .n = t->n - first, .begin = before ? before->end : 0, .end = t->total, .layer = layer};
+}
+
 ParamTable params_build(const Config *c) {
   Dims d = dims_from_config(c, 1, 1);
   ParamTable t = {.head = -1, .patch_down = -1};
   double embed_std = d.C >= 512 ? 0.02 : 0.1;
   int bottleneck = c->model.patch_bottleneck;
   t.layer = xcalloc((size_t)d.L, sizeof *t.layer);
+  t.bucket = xcalloc((size_t)d.L + 3, sizeof *t.bucket);
   t.embed = add(&t, 0, INIT_NORMAL, embed_std, d.V, d.C, 0, "embed.weight");
   if (bottleneck) t.patch_down = add_matrix(&t, c, 1, bottleneck, d.P, 0, "patch.down.weight");
   t.patch_in = add_matrix(&t, c, 1, d.C, bottleneck ? bottleneck : d.P, 0, "patch.in.weight");
@@ -107,11 +116,17 @@ ParamTable params_build(const Config *c) {
   t.cond_pool = add_matrix(&t, c, 1, d.Z, d.C, 0, "cond.pool.weight");
   t.cond_kind = add(&t, 0, INIT_ZERO, 0, 2, d.Z, 0, "cond.kind");
   t.mod_base = add(&t, 0, INIT_TEXT_GATES, 0, 2, d.M, 0, "mod.base");
-  for (int l = 0; l < d.L; l++) add_layer(&t, c, &d, l);
+  end_bucket(&t, -1);
+  for (int l = 0; l < d.L; l++) {
+    add_layer(&t, c, &d, l);
+    end_bucket(&t, l);
+  }
   if (!c->model.tie_embeddings) t.head = add(&t, 0, INIT_NORMAL, 1 / sqrt((double)d.C), d.V, d.C, 0, "head.weight");
   t.image_head = add(&t, 0, INIT_ZERO, 0, d.P, d.C, 0, "image_head.weight");
   t.image_head_bias = add(&t, 0, INIT_ZERO, 0, d.P, 0, 0, "image_head.bias");
+  end_bucket(&t, -1);
   t.mod_weight = add(&t, 1, INIT_ZERO, 0, d.M, d.Z, 0, "mod.weight");
+  end_bucket(&t, -1);
   t.spans = xcalloc((size_t)t.n, sizeof *t.spans);
   for (int i = 0; i < t.n; i++)
     t.spans[i] = (ParamSpan){.offset = t.of[i].offset, .count = t.of[i].count, .decay = t.of[i].decay};
@@ -122,6 +137,7 @@ void params_free(ParamTable *t) {
   free(t->of);
   free(t->layer);
   free(t->spans);
+  free(t->bucket);
   *t = (ParamTable){0};
 }
 

@@ -32,6 +32,14 @@ typedef struct LayerParams {
   int shared2[MODALITIES]; // [C, S]
 } LayerParams;
 
+// Neighbours in the slabs, updated and moved together. In the slabs' order: what stands before the layers, a bucket a
+// layer, the heads, and the modulation table's U alone.
+typedef struct ParamBucket {
+  int first, n;       // parameters
+  int64_t begin, end; // elements, padding included
+  int layer;          // -1: none
+} ParamBucket;
+
 typedef struct ParamTable {
   Param *of;
   int n;
@@ -48,6 +56,8 @@ typedef struct ParamTable {
   int mod_weight;                           // U [M, Z]
   LayerParams *layer;                       // [L]
   ParamSpan *spans;                         // [n], for the update ops
+  ParamBucket *bucket;                      // [buckets]
+  int buckets;
 } ParamTable;
 
 // Sizes of the model at `slots` token slots with `segments` modulation rows.

@@ -196,7 +196,38 @@ static void test_active(void **state) {
   }
 }
 
+// Buckets share out the slabs: a layer's parameters, and no others, are one; the modulation table's U is the last.
+static void test_buckets(void **state) {
+  (void)state;
+  for (int tied = 0; tied < 2; tied++) {
+    Config c = config_of(48, 1);
+    c.model.tie_embeddings = tied;
+    ParamTable t = params_build(&c);
+    int layers = 0;
+    assert_int_equal(t.buckets, LAYERS + 3);
+    for (int b = 0; b < t.buckets; b++) {
+      const ParamBucket *k = &t.bucket[b], *before = b ? k - 1 : NULL;
+      assert_int_equal(k->first, before ? before->first + before->n : 0);
+      assert_int_equal(k->begin, before ? before->end : 0);
+      assert_true(k->n > 0 && k->begin == t.of[k->first].offset);
+      for (int i = k->first; i < k->first + k->n; i++) {
+        int layer = -1;
+        sscanf(t.of[i].name, "layers.%d.", &layer);
+        assert_int_equal(layer, k->layer);
+        assert_true(t.of[i].offset + t.of[i].count <= k->end);
+      }
+      layers += k->layer >= 0;
+    }
+    const ParamBucket *last = &t.bucket[t.buckets - 1];
+    assert_int_equal(layers, LAYERS);
+    assert_int_equal(last->end, t.total);
+    assert_true(last->n == 1 && last->first == t.mod_weight && last->first == t.n - 1);
+    params_free(&t);
+  }
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_initial_values), cmocka_unit_test(test_active)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_initial_values), cmocka_unit_test(test_active),
+                                     cmocka_unit_test(test_buckets)};
   return cmocka_run_group_tests_name("parameters", tests, NULL, NULL);
 }
