@@ -100,7 +100,7 @@ typedef struct StepScalars {
   double norm_limit; // a step whose gradient norm is beyond it is skipped, 0: none
 } StepScalars;
 
-// What GRAD_NORM found; ADAMW and EMA do nothing when `skip` is set.
+// What GRAD_DECIDE found; ADAMW and EMA do nothing when `skip` is set.
 typedef struct UpdateStatus {
   double norm;  // global gradient norm before clipping
   double scale; // what gradients are multiplied by

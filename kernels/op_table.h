@@ -48,12 +48,20 @@ typedef struct OpArgs {
     struct {         // COPY, ZERO, ADD, CAST
       int64_t count; // elements, or bytes for COPY and ZERO
     } span;
-    struct {                  // GRAD_NORM, GRAD_HASH, ADAMW, EMA
+    struct {                  // GRAD_SQUARES, GRAD_DECIDE, GRAD_HASH, ADAMW, EMA
       const ParamSpan *spans; // [n]
       int n;
+      int64_t begin, end; // elements of the slabs that the operands hold, which are all that is covered of the spans
     } params;
   };
 } OpArgs;
+
+// What of a parameter an op covers, with its offset in the operands.
+static inline ParamSpan params_span(const OpArgs *args, int p) {
+  ParamSpan s = args->params.spans[p];
+  int64_t begin = max_i64(s.offset, args->params.begin), end = min_i64(s.offset + s.count, args->params.end);
+  return (ParamSpan){begin - args->params.begin, max_i64(end - begin, 0), s.decay};
+}
 
 // What an op reads of the pack. Its indices are in every op's reach that reads any of it; few read pixels.
 typedef enum PackUse { READS_NONE, READS_PACK, READS_PIXELS } PackUse;
@@ -154,14 +162,15 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
   OP(HEAD_LOGITS, PACK, 2 * d->C * out, IN(h, ROWS) IN(wout, WHOLE), OUT(logits, ROWS))                                \
   OP(FLOW_LOSS, PIXELS, 6 * x->image * d->P, IN(xhat, ROWS),                                                           \
      OUT(dxhat, ROWS, OPTIONAL) OUT(seg_error, SEGMENTS) OUT(metrics, WHOLE, ADDS_ALWAYS))                             \
-  OP(GRAD_NORM, NONE, 2 * params_count(args), IN(grads, WHOLE) IN(metrics, WHOLE) IN(scalars, WHOLE),                  \
-     OUT(status, WHOLE) OUT(partial, WHOLE))                                                                           \
+  OP(GRAD_SQUARES, NONE, 2 * params_count(args), IN(grads, WHOLE), OUT(squares, WHOLE))                                \
+  OP(GRAD_DECIDE, NONE, 0, IN(squares, WHOLE) IN(metrics, WHOLE) IN(scalars, WHOLE), OUT(status, WHOLE))               \
   OP(GRAD_HASH, NONE, 0, IN(grads, WHOLE), OUT(hash, WHOLE))                                                           \
   OP(ADAMW, NONE, 14 * params_count(args), IN(grads, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE),                      \
      OUT(weights, WHOLE, ADDS_ALWAYS) OUT(m, WHOLE, ADDS_ALWAYS) OUT(v, WHOLE, ADDS_ALWAYS)                            \
-     OUT(rest, WHOLE, (OPTIONAL | ADDS_ALWAYS)))                                                                       \
+     OUT(remainder, WHOLE, (OPTIONAL | ADDS_ALWAYS)))                                                                  \
   OP(EMA, NONE, 3 * params_count(args),                                                                                \
-     IN(weights, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE) IN(rest, WHOLE, OPTIONAL), OUT(ema, WHOLE, ADDS_ALWAYS))  \
+     IN(weights, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE) IN(remainder, WHOLE, OPTIONAL),                           \
+     OUT(ema, WHOLE, ADDS_ALWAYS))                                                                                     \
   OP(CAST, NONE, 0, IN(src, WHOLE), OUT(dst, WHOLE))
 
 // COPY            dst[0..count) = src, bytes; the only op of the d2h and h2d lanes.
@@ -246,14 +255,14 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 // FLOW_LOSS       noised image rows: err = xhat - x, w = 1/max(1-t, t_floor)^2; adds sum w err^2 to metrics->flow and
 //                 the number of elements to ->flow_elems; dxhat = 2 flow_scale w err (0 in other rows); seg_error [SEG]
 //                 DT_REAL = mean err^2 over the segment's elements (0 for clean and unused).
-// GRAD_NORM       status from the gradients of all parameters (args.params) and the losses in metrics: norm = sqrt(sum
-//                 g^2), scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says.
-//                 partial [n_params] F64: each parameter's sum of squares.
-// GRAD_HASH       hash [n_params] U64: of each parameter's gradient, the sum modulo 2^64 of bits_mix(bits of g[i], i)
+// GRAD_SQUARES    squares [n] F64: of each parameter's gradient, the sum of g^2. Whole parameters, here and in GRAD_HASH.
+// GRAD_DECIDE     status from the squares of all n parameters and the losses in metrics: norm = sqrt(sum of squares),
+//                 scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says.
+// GRAD_HASH       hash [n] U64: of each parameter's gradient, the sum modulo 2^64 of bits_mix(bits of g[i], i)
 //                 over its elements i (kernels/bits.h). Equal bits, equal hash, in any order of summation.
 // ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
 //                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
-//                 bias1, v^ = v / bias2. w is the weight itself, or with rest [n] U16 the fp32 master that the two
+//                 bias1, v^ = v / bias2. w is the weight itself, or with remainder [n] U16 the fp32 master that the two
 //                 stand for (master_join). Does nothing with status->skip.
 // EMA             ema += (1 - ema_decay) (w - ema), w as in ADAMW. Does nothing with status->skip.
 // CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.

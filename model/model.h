@@ -6,10 +6,14 @@
 #include "model/params.h"
 #include "model/program/program.h"
 
+enum { UPDATE_PART = 1 << 26 }; // what models are made with
+
 typedef struct Model {
   const Config *config;
   const Backend *backend;
   ParamTable params;
+  MemoryState state;   // what lies on the host (placement.h); STATE_AUTO as STATE_DEVICE
+  int64_t update_part; // elements that an op of the update covers at most where state passes through the arena
 } Model;
 
 // What a program computes.
@@ -27,6 +31,9 @@ typedef enum Mode {
 } Mode;
 static inline int mode_trains(Mode m) {
   return m < MODE_EVAL;
+}
+static inline int mode_is_last(Mode m) {
+  return mode_trains(m) && m & MODE_TRAIN_LAST;
 }
 static inline int mode_is_first(Mode m) {
   return mode_trains(m) && m & MODE_TRAIN_FIRST;

@@ -30,7 +30,7 @@ int optimizer_ema_due(const Config *c, int64_t step);
 StepScalars optimizer_scalars(const Config *c, const OptimizerState *s, int64_t step);
 // The gradient norm beyond which a step is a spike: train.spike times the median of s->norm; 0 while there are too few.
 double optimizer_norm_limit(const Config *c, const OptimizerState *s);
-// Counts what GRAD_NORM decided. -1 with *err once max_skipped steps in a row were skipped, the last of them not
+// Counts what GRAD_DECIDE decided. -1 with *err once max_skipped steps in a row were skipped, the last of them not
 // finite; 1 once spike_patience were, the last of them a spike: the run should go back to its newest checkpoint.
 int optimizer_count(const Config *c, OptimizerState *s, const UpdateStatus *status, Error *err);
 #endif

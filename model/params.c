@@ -133,6 +133,16 @@ ParamTable params_build(const Config *c) {
   return t;
 }
 
+const ParamBucket *bucket_of(const ParamTable *t, int param) {
+  const ParamBucket *b = t->bucket;
+  while (param >= b->first + b->n) b++;
+  return b;
+}
+
+const ParamBucket *layer_bucket(const ParamTable *t, int layer) {
+  return bucket_of(t, t->layer[layer].q_norm);
+}
+
 void params_free(ParamTable *t) {
   free(t->of);
   free(t->layer);

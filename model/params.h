@@ -64,6 +64,8 @@ typedef struct ParamTable {
 Dims dims_from_config(const Config *c, int slots, int segments);
 
 ParamTable params_build(const Config *c);
+const ParamBucket *bucket_of(const ParamTable *t, int param);
+const ParamBucket *layer_bucket(const ParamTable *t, int layer);
 void params_free(ParamTable *t);
 
 // Values to begin with, or every parameter random, N(0, scale / sqrt(fan_in)) for matrices and about 1 or 0 +- 0.3

@@ -1,6 +1,8 @@
 // Operands, linear layers and AdaLN sites as every part of the model records them.
 #include "model/recording.h"
 
+#include "model/placement.h"
+
 #include <stdio.h>
 
 const int one_row[MODALITIES] = {1, 1};
@@ -18,7 +20,9 @@ TensorId gradient(Recording *r, int param) {
   int64_t bytes = (int64_t)r->model->backend->dtype_bytes[DT_REAL];
   char name[64];
   snprintf(name, sizeof name, "d %s", w->name);
-  return program_external(r->p, r->grads, w->offset * bytes, DT_REAL, w->count, name);
+  const ParamBucket *b = bucket_of(&r->model->params, param);
+  int64_t begin = r->grads == SPACE_GRADS ? gradients_begin(r->model, b) + w->offset - b->begin : w->offset;
+  return program_external(r->p, r->grads, begin * bytes, DT_REAL, w->count, name);
 }
 
 TensorId rows_tensor(Recording *r, int width, const char *name) {

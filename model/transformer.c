@@ -1,29 +1,63 @@
 // The programs of passes: training, evaluation and sampling (input.c, layer.c and heads.c, in this order and back).
 #include "model/transformer.h"
 
+#include "model/placement.h"
 #include "model/program/compile.h"
 #include "model/recording.h"
 
 #include <stdlib.h>
 
-static void record_backward(Recording *r, const Input *in, const Heads *heads) {
-  const int L = r->d.L;
-  program_layer(r->p, L);
-  SiteGradient g = record_heads_backward(r, heads, r->layer[L - 1].end.h);
-  r->dmod = program_tensor(r->p, DT_ACT, (int64_t)r->d.segments * r->d.M, "d modulation");
-  for (int l = L - 1; l >= 0; l--) g = record_layer_backward(r, l, g);
-  TensorId dx = record_first_site_backward(r, g);
-  program_layer(r->p, -1);
-  record_input_backward(r, in, dx);
+// ---- gradients of a layer ----
+
+static OpArgs bucket_args(const Recording *r, const ParamBucket *b) {
+  return (OpArgs){.params = {.spans = r->model->params.spans + b->first, .n = b->n, .begin = b->begin, .end = b->end}};
 }
 
 // The gradient of a micro-step formed apart is added to the step's.
-static void record_gradient_sum(Recording *r) {
-  int64_t n = r->model->params.total;
-  TensorId micro = program_external(r->p, SPACE_MICRO_GRADS, 0, DT_REAL, n, "micro-step gradients");
-  TensorId total = program_external(r->p, SPACE_GRADS, 0, DT_REAL, n, "gradients");
-  OpArgs a = {.accumulate = 1, .span = {.count = n}};
-  program_op(r->p, OP_ADD, IN(micro), OUT(total), &a);
+static void record_gradient_sum(Recording *r, const ParamBucket *b) {
+  TensorId micro = bucket_gradients(r->p, r->model, b, SPACE_MICRO_GRADS);
+  OpArgs a = {.accumulate = 1, .span = {.count = b->end - b->begin}};
+  program_op(r->p, OP_ADD, IN(micro), OUT(bucket_gradients(r->p, r->model, b, SPACE_GRADS)), &a);
+}
+
+// Where gradients leave (placement.h), later micro-steps add to what was sent: it comes back, a layer ahead.
+static void record_sums_return(Recording *r, int l) {
+  const ParamBucket *b = layer_bucket(&r->model->params, l);
+  if (mode_is_first(r->mode) || !bucket_leaves(r->model, b)) return;
+  program_copy(r->p, LANE_H2D, bucket_gradients(r->p, r->model, b, SPACE_HOST_GRADS),
+               bucket_gradients(r->p, r->model, b, SPACE_GRADS));
+}
+
+// A layer's gradients are there: those that leave do, and the step's are squared while they are at hand.
+static void record_gradients_end(Recording *r, const ParamBucket *b) {
+  if (r->grads == SPACE_MICRO_GRADS) record_gradient_sum(r, b);
+  if (!bucket_leaves(r->model, b)) return;
+  TensorId gradients = bucket_gradients(r->p, r->model, b, SPACE_GRADS);
+  if (mode_is_last(r->mode)) {
+    OpArgs a = bucket_args(r, b);
+    program_op(r->p, OP_GRAD_SQUARES, IN(gradients),
+               OUT(param_sums(r->p, &r->model->params, SUMS_OF_SQUARES, b->first, b->n)), &a);
+  }
+  program_copy(r->p, LANE_D2H, gradients, bucket_gradients(r->p, r->model, b, SPACE_HOST_GRADS));
+}
+
+static void record_backward(Recording *r, const Input *in, const Heads *heads) {
+  const ParamTable *w = &r->model->params;
+  const int L = r->d.L;
+  program_layer(r->p, L);
+  record_sums_return(r, L - 1);
+  SiteGradient g = record_heads_backward(r, heads, r->layer[L - 1].end.h);
+  r->dmod = program_tensor(r->p, DT_ACT, (int64_t)r->d.segments * r->d.M, "d modulation");
+  for (int l = L - 1; l >= 0; l--) {
+    if (l) record_sums_return(r, l - 1);
+    g = record_layer_backward(r, l, g);
+    record_gradients_end(r, layer_bucket(w, l));
+  }
+  TensorId dx = record_first_site_backward(r, g);
+  program_layer(r->p, -1);
+  record_input_backward(r, in, dx);
+  for (int b = 0; b < w->buckets; b++)
+    if (w->bucket[b].layer < 0) record_gradients_end(r, &w->bucket[b]);
 }
 
 ModelProgram transformer_record(const Model *model, Mode mode, int slots, int segments, const PolicyTable *policy) {
@@ -66,7 +100,6 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   program_layer(p, r->d.L);
   Heads heads = record_heads(r, site.h, &out);
   if (r->train) record_backward(r, &in, &heads);
-  if (apart) record_gradient_sum(r);
 
   if (mode != MODE_GENERATE) out.z = in.z;
   const TensorId results[] = {out.z, out.xhat, out.nll, out.seg_error, out.logits};

@@ -1,56 +1,212 @@
 // The programs between passes: the update, hashes of gradients, the EMA in the weights' place and back.
+//
+// What lies on the host passes through the arena part by part: a part travels in while the one before is worked on and
+// the one before that travels back.
 #include "model/update.h"
 
+#include "model/placement.h"
 #include "model/program/compile.h"
 #include "model/recording.h"
 
-Program *update_record(const Model *model, int ema) {
-  const ParamTable *w = &model->params;
-  Dims d = dims_from_config(model->config, 1, 1);
-  Program *p = program_new(ema ? "update with ema" : "update", &d, model->backend, NULL);
-  int64_t n = w->total;
-  TensorId weights = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, n, "weights");
-  TensorId grads = program_external(p, SPACE_GRADS, 0, DT_REAL, n, "gradients");
-  TensorId m = program_external(p, SPACE_ADAM_M, 0, DT_REAL, n, "adam m");
-  TensorId v = program_external(p, SPACE_ADAM_V, 0, DT_REAL, n, "adam v");
-  TensorId scalars = program_external(p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
-  TensorId status = program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
-  TensorId metrics = program_external(p, SPACE_METRICS, 0, DT_F64, metrics_size(&d), "metrics");
-  TensorId partial = program_tensor(p, DT_F64, w->n, "squared norms");
-  OpArgs a = {.params = {.spans = w->spans, .n = w->n}};
-  program_op(p, OP_GRAD_NORM, IN(grads, metrics, scalars), OUT(status, partial), &a);
-  TensorId rest = NO_TENSOR;
-  if (model->backend->remainder_bytes)
-    rest = program_external(p, SPACE_REST, 0, DT_U8, n * model->backend->remainder_bytes, "rest of the weights");
-  program_op(p, OP_ADAMW, IN(grads, status, scalars), OUT(weights, m, v, rest), &a);
-  if (ema)
-    program_op(p, OP_EMA, IN(weights, status, scalars, rest), OUT(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")),
-               &a);
-  program_finish(p);
-  return p;
+#include <stdlib.h>
+
+// Parts in flight: two travelling, one worked on.
+enum { IN_FLIGHT = 3 };
+
+// What an op covers: elements [begin, end) of the slabs, which are of parameters [first, first + n).
+typedef struct Part {
+  const ParamBucket *bucket; // the first of its buckets
+  int first, n;
+  int64_t begin, end;
+} Part;
+
+typedef struct Parts {
+  const Model *model;
+  Program *p;
+  Part *of;
+  int n;
+} Parts;
+
+static void parts_add(Parts *s, Part part) {
+  s->of = xrealloc(s->of, (size_t)(s->n + 1) * sizeof *s->of);
+  s->of[s->n++] = part;
 }
 
-Program *hash_record(const Model *model, TensorId *hash) {
-  const ParamTable *w = &model->params;
+// Buckets, joined where they are small: each further op costs a pause between two kernels. `leaving`: those whose
+// gradients leave, too.
+static void parts_join(Parts *s, int leaving) {
+  const ParamTable *w = &s->model->params;
+  const ParamBucket *before = NULL;
+  for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++) {
+    if (bucket_leaves(s->model, b) && !leaving) continue;
+    Part *last = before && b == before + 1 && !bucket_leaves(s->model, b) ? &s->of[s->n - 1] : NULL;
+    if (last && b->end - last->begin <= s->model->update_part) {
+      last->n += b->n;
+      last->end = b->end;
+    } else {
+      parts_add(s, (Part){b, b->first, b->n, b->begin, b->end});
+    }
+    before = b;
+  }
+}
+
+// Buckets, cut where they are large.
+static void parts_cut(Parts *s) {
+  const ParamTable *w = &s->model->params;
+  for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++)
+    for (int64_t begin = b->begin; begin < b->end; begin += s->model->update_part) {
+      Part part = {b, b->first, 0, begin, min_i64(begin + s->model->update_part, b->end)};
+      while (w->of[part.first].offset + w->of[part.first].count <= begin) part.first++;
+      while (part.first + part.n < b->first + b->n && w->of[part.first + part.n].offset < part.end) part.n++;
+      parts_add(s, part);
+    }
+}
+
+// ---- operands ----
+
+// Elements from `begin` on of a space, as many as the part has.
+static TensorId place(const Parts *s, const Part *part, Space space, int64_t begin) {
+  static const Dtype types[] = {[SPACE_ACT] = DT_ACT, [SPACE_REAL] = DT_REAL, [SPACE_REMAINDERS] = DT_U8};
+  int64_t element = (int64_t)space_element(s->model->backend, space), count = part->end - part->begin;
+  Dtype type = types[space_info[space].element];
+  return program_external(s->p, space, begin * element, type, type == DT_U8 ? count * element : count,
+                          space_info[space].label);
+}
+
+static TensorId part_of(const Parts *s, const Part *part, Space space) {
+  if (space != SPACE_GRADS)
+    return space_element(s->model->backend, space) ? place(s, part, space, part->begin) : NO_TENSOR;
+  return place(s, part, space, gradients_begin(s->model, part->bucket) + part->begin - part->bucket->begin);
+}
+
+// The part of a space as ops take it: where it lies, or what travels in from the host.
+static TensorId part_lend(const Parts *s, const Part *part, Space space) {
+  Space from = space == SPACE_GRADS && bucket_leaves(s->model, part->bucket) ? SPACE_HOST_GRADS : space;
+  if (!state_on_host(s->model->state, from)) return part_of(s, part, from);
+  TensorId t = program_tensor(s->p, DT_REAL, part->end - part->begin, "%s on the way", space_info[from].label);
+  program_copy(s->p, LANE_H2D, part_of(s, part, from), t);
+  return t;
+}
+
+static void part_return(const Parts *s, const Part *part, Space space, TensorId lent) {
+  if (state_on_host(s->model->state, space)) program_copy(s->p, LANE_D2H, lent, part_of(s, part, space));
+}
+
+static OpArgs part_args(const Parts *s, const Part *part) {
+  const ParamTable *w = &s->model->params;
+  return (OpArgs){.params = {.spans = w->spans + part->first, .n = part->n, .begin = part->begin, .end = part->end}};
+}
+
+static Parts parts_open(const Model *model, const char *name) {
   Dims d = dims_from_config(model->config, 1, 1);
-  Program *p = program_new("gradient hash", &d, model->backend, NULL);
-  TensorId grads = program_external(p, SPACE_GRADS, 0, DT_REAL, w->total, "gradients");
-  *hash = program_tensor(p, DT_U8, w->n * (int64_t)sizeof(uint64_t), "hashes"); // [n] U64
-  program_op(p, OP_GRAD_HASH, IN(grads), OUT(*hash), &(OpArgs){.params = {.spans = w->spans, .n = w->n}});
-  program_output(p, *hash);
-  program_finish(p);
-  return p;
+  return (Parts){.model = model, .p = program_new(name, &d, model->backend, NULL)};
+}
+
+static Program *parts_close(Parts *s) {
+  free(s->of);
+  program_finish(s->p);
+  return s->p;
+}
+
+// ---- the update ----
+
+// Sums of squares of the gradients that are on the device, and the decision of the step.
+static TensorId record_decision(const Model *model, Program *p, TensorId scalars) {
+  Parts s = {.model = model, .p = p};
+  parts_join(&s, 0);
+  for (const Part *part = s.of; part < s.of + s.n; part++) {
+    OpArgs a = part_args(&s, part);
+    program_op(p, OP_GRAD_SQUARES, IN(part_of(&s, part, SPACE_GRADS)),
+               OUT(param_sums(p, &model->params, SUMS_OF_SQUARES, part->first, part->n)), &a);
+  }
+  free(s.of);
+  TensorId status = program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
+  TensorId metrics = program_external(p, SPACE_METRICS, 0, DT_F64, metrics_size(&p->dims), "metrics");
+  OpArgs a = {.params = {.spans = model->params.spans, .n = model->params.n, .end = model->params.total}};
+  program_op(p, OP_GRAD_DECIDE,
+             IN(param_sums(p, &model->params, SUMS_OF_SQUARES, 0, model->params.n), metrics, scalars), OUT(status), &a);
+  return status;
+}
+
+// What the update of a part takes, lent to it.
+typedef struct Lent {
+  TensorId grads, m, v, ema;
+} Lent;
+
+static Lent update_lend(const Parts *s, const Part *part, int ema) {
+  return (Lent){.grads = part_lend(s, part, SPACE_GRADS),
+                .m = part_lend(s, part, SPACE_ADAM_M),
+                .v = part_lend(s, part, SPACE_ADAM_V),
+                .ema = ema ? part_lend(s, part, SPACE_EMA) : NO_TENSOR};
+}
+
+static void update_return(const Parts *s, const Part *part, Lent lent, int ema) {
+  part_return(s, part, SPACE_ADAM_M, lent.m);
+  part_return(s, part, SPACE_ADAM_V, lent.v);
+  if (ema) part_return(s, part, SPACE_EMA, lent.ema);
+}
+
+static void record_part(const Parts *s, const Part *part, Lent lent, TensorId status, TensorId scalars, int ema) {
+  TensorId weights = part_of(s, part, SPACE_WEIGHTS), remainders = part_of(s, part, SPACE_REMAINDER);
+  OpArgs a = part_args(s, part);
+  program_op(s->p, OP_ADAMW, IN(lent.grads, status, scalars), OUT(weights, lent.m, lent.v, remainders), &a);
+  if (ema) program_op(s->p, OP_EMA, IN(weights, status, scalars, remainders), OUT(lent.ema), &a);
+}
+
+Program *update_record(const Model *model, int ema) {
+  Parts s = parts_open(model, ema ? "update with ema" : "update");
+  TensorId scalars = program_external(s.p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
+  TensorId status = record_decision(model, s.p, scalars);
+  if (state_on_host(model->state, SPACE_ADAM_M) || (ema && state_on_host(model->state, SPACE_EMA)))
+    parts_cut(&s);
+  else
+    parts_join(&s, 1);
+  Lent *lent = xcalloc((size_t)s.n, sizeof *lent);
+  // A part is sent for before the one that makes room for it travels back: by addresses alone it waits for the one
+  // before that.
+  for (int i = 0, sent = 0; i < s.n; i++) {
+    for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) lent[sent] = update_lend(&s, &s.of[sent], ema);
+    record_part(&s, &s.of[i], lent[i], status, scalars, ema);
+    if (sent < s.n) lent[sent] = update_lend(&s, &s.of[sent], ema), sent++;
+    update_return(&s, &s.of[i], lent[i], ema);
+  }
+  free(lent);
+  return parts_close(&s);
+}
+
+// ---- others ----
+
+Program *hash_record(const Model *model) {
+  Parts s = parts_open(model, "gradient hash");
+  parts_join(&s, 1);
+  for (const Part *part = s.of; part < s.of + s.n; part++) {
+    OpArgs a = part_args(&s, part);
+    program_op(s.p, OP_GRAD_HASH, IN(part_lend(&s, part, SPACE_GRADS)),
+               OUT(param_sums(s.p, &model->params, SUMS_OF_BITS, part->first, part->n)), &a);
+  }
+  return parts_close(&s);
 }
 
 Program *ema_record(const Model *model, int enter) {
-  Dims d = dims_from_config(model->config, 1, 1);
-  Program *p = program_new(enter ? "ema in" : "ema out", &d, model->backend, NULL);
-  int64_t n = model->params.total, bytes = n * (int64_t)model->backend->dtype_bytes[DT_ACT];
-  TensorId weights = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, n, "weights");
-  TensorId aside = program_external(p, SPACE_GRADS, 0, DT_ACT, n, "weights laid aside");
-  OpArgs copy = {.span = {.count = bytes}}, cast = {.span = {.count = n}};
-  program_op(p, OP_COPY, IN(enter ? weights : aside), OUT(enter ? aside : weights), &copy);
-  if (enter) program_op(p, OP_CAST, IN(program_external(p, SPACE_EMA, 0, DT_REAL, n, "ema")), OUT(weights), &cast);
-  program_finish(p);
-  return p;
+  Parts s = parts_open(model, enter ? "ema in" : "ema out");
+  const Part all = {.bucket = model->params.bucket, .n = model->params.n, .end = model->params.total};
+  int away = model->state == STATE_GRADIENTS; // the gradients' slab has no room
+  TensorId weights = part_of(&s, &all, SPACE_WEIGHTS);
+  TensorId aside =
+      program_external(s.p, away ? SPACE_HOST_GRADS : SPACE_GRADS, 0, DT_ACT, all.end, "weights laid aside");
+  TensorId from = enter ? weights : aside, to = enter ? aside : weights;
+  program_copy(s.p, !away ? LANE_COMPUTE : enter ? LANE_D2H : LANE_H2D, from, to);
+  if (!enter) return parts_close(&s);
+  if (state_on_host(model->state, SPACE_EMA))
+    parts_cut(&s);
+  else
+    parts_add(&s, all);
+  TensorId *ema = xcalloc((size_t)s.n, sizeof *ema);
+  for (int i = 0, sent = 0; i < s.n; i++) {
+    for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) ema[sent] = part_lend(&s, &s.of[sent], SPACE_EMA);
+    OpArgs cast = {.span = {.count = s.of[i].end - s.of[i].begin}};
+    program_op(s.p, OP_CAST, IN(ema[i]), OUT(part_of(&s, &s.of[i], SPACE_WEIGHTS)), &cast);
+  }
+  free(ema);
+  return parts_close(&s);
 }

@@ -4,12 +4,14 @@
 
 #include "model/model.h"
 
-// The update: gradient norm and decision, AdamW, and with `ema` the moving average.
+// The update: squares of the gradients that are on the device, the step's decision, AdamW, and with `ema` the moving
+// average. What lies on the host passes through the arena.
 Program *update_record(const Model *model, int ema);
-// GRAD_HASH of all gradients; *hash is its output [params.n].
-Program *hash_record(const Model *model, TensorId *hash);
+// Hashes of all gradients, into SPACE_PARAM_SUMS (SUMS_OF_BITS).
+Program *hash_record(const Model *model);
 
-// Puts the EMA in the place of the weights and saves the weights in the gradients' slab; the program with `enter` 0
-// restores them, bit for bit. Only between steps: a step's first micro-step overwrites the gradients.
+// Puts the EMA in the place of the weights and saves the weights in the gradients' slab, on the host where gradients
+// leave; the program with `enter` 0 restores them, bit for bit. Only between steps: a step's first micro-step overwrites
+// the gradients.
 Program *ema_record(const Model *model, int enter);
 #endif

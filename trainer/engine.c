@@ -4,12 +4,14 @@
 #include "base/thread.h"
 #include "data/loader.h"
 #include "kernels/backends.h"
+#include "model/placement.h"
 #include "model/program/expected.h"
 #include "model/program/planner.h"
 #include "model/program/policy.h"
 #include "model/program/replay.h"
 #include "model/update.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,7 +49,8 @@ static void record_forward(Engine *e, Mode mode) {
 static void free_train_programs(Engine *e) {
   program_free(e->first.program);
   program_free(e->later.program);
-  e->first = e->later = (ModelProgram){0};
+  program_free(e->last.program);
+  e->first = e->later = e->last = (ModelProgram){0};
   policy_table_free(&e->policy);
 }
 
@@ -61,17 +64,29 @@ static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
     const TensorPolicy *t = &c->memory.per_tensor[i];
     if (policy_table_set(&e->policy, t->name, t->policy, err) != 0) return -1;
   }
-  int several = c->train.micro_batches > 1;
-  e->first =
-      transformer_record(&e->model, several ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY, e->slots, e->segments, &e->policy);
-  if (several) e->later = transformer_record(&e->model, MODE_TRAIN_MIDDLE, e->slots, e->segments, &e->policy);
+  // The last of several micro-steps is as those in the middle, unless gradients leave in it.
+  int n = c->train.micro_batches, last = n > 1 && e->model.state == STATE_GRADIENTS;
+  const struct {
+    ModelProgram *to;
+    Mode mode;
+    int needed;
+  } variants[] = {{&e->first, n > 1 ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY, 1},
+                  {&e->later, MODE_TRAIN_MIDDLE, n > 1 + last},
+                  {&e->last, MODE_TRAIN_LAST, last}};
+  for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+    if (variants[i].needed)
+      *variants[i].to = transformer_record(&e->model, variants[i].mode, e->slots, e->segments, &e->policy);
   return 0;
+}
+
+int engine_on_host(const Engine *e, Space space) {
+  return e->model.backend->queues && state_on_host(e->model.state, space);
 }
 
 // Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
 // and device memory are one.
 static int counts(const Engine *e, Space space) {
-  return !space_has(space, SPACE_ON_HOST) || !e->model.backend->queues;
+  return !engine_on_host(e, space);
 }
 
 static int64_t total_bytes(const Engine *e) {
@@ -87,6 +102,7 @@ static int try_policy(Engine *e, MemoryPolicy policy, const int64_t others[SPACE
   memcpy(e->bytes, others, sizeof e->bytes);
   measure(e, e->first.program);
   if (e->later.program) measure(e, e->later.program);
+  if (e->last.program) measure(e, e->last.program);
   return 0;
 }
 
@@ -104,12 +120,19 @@ static int choose_policy(Engine *e, Error *err) {
 static const char *const memory_policy_name[] = {
     [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
 
+// What lies on the host.
+static const char *const state_text[] = {[STATE_AUTO] = "",
+                                         [STATE_DEVICE] = "",
+                                         [STATE_EMA] = ", EMA on the host",
+                                         [STATE_MOMENTS] = ", EMA and moments on the host",
+                                         [STATE_GRADIENTS] = ", EMA, moments and gradients on the host"};
+
 // "the largest: 8 x expert h, 0.201 GB", of what fills the arena.
 static void name_largest(const Engine *e, char *text, size_t size) {
   const Program *fullest = NULL;
-  const Program *all[ENGINE_FORWARD_PROGRAMS + 2] = {e->first.program, e->later.program};
-  for (int i = 0; i < e->n_forward; i++) all[2 + i] = e->forward[i].m.program;
-  for (int i = 0; i < e->n_forward + 2; i++)
+  const Program *all[ENGINE_FORWARD_PROGRAMS + 3] = {e->first.program, e->later.program, e->last.program};
+  for (int i = 0; i < e->n_forward; i++) all[3 + i] = e->forward[i].m.program;
+  for (int i = 0; i < e->n_forward + 3; i++)
     if (all[i] && (!fullest || all[i]->arena_bytes > fullest->arena_bytes)) fullest = all[i];
   Peak peak = planner_peak(fullest);
   snprintf(text, size, "the largest: %d x %s, %.3f GB", peak.share[0].count, peak.share[0].name,
@@ -121,8 +144,8 @@ int64_t engine_device_bytes(const Engine *e) {
 }
 
 char *engine_memory_text(const Engine *e) {
-  return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s", (double)total_bytes(e) / 1e9,
-                   (double)e->budget / 1e9, memory_policy_name[e->chosen]);
+  return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s", (double)total_bytes(e) / 1e9,
+                   (double)e->budget / 1e9, memory_policy_name[e->chosen], state_text[e->model.state]);
 }
 
 int engine_check_budget(const Engine *e, Error *err) {
@@ -146,12 +169,81 @@ int engine_check_budget(const Engine *e, Error *err) {
 }
 
 int engine_check_host(const Engine *e, Error *err) {
-  int64_t there = backend_of_host()->memory();
-  if (counts(e, SPACE_HOST) || e->bytes[SPACE_HOST] <= there) return 0;
-  return error_set(err,
-                   "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; --plan shows the table",
-                   "%.3f GB of activations are to be offloaded to this machine, which has %.3f GB for that",
-                   (double)e->bytes[SPACE_HOST] / 1e9, (double)there / 1e9);
+  int64_t there = backend_of_host()->memory(), need = 0;
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (engine_on_host(e, (Space)s)) need += e->bytes[s];
+  if (need <= there) return 0;
+  return error_set(
+      err,
+      "lower data.micro_batch_tokens (--tokens), train with --memory recompute or raise memory.budget_gb; --plan "
+      "shows the table",
+      "%.3f GB are to lie in this machine's memory (%.3f GB of activations, %.3f GB of the optimizer's state), which "
+      "has %.3f GB for that",
+      (double)need / 1e9, (double)e->bytes[SPACE_HOST] / 1e9, (double)(need - e->bytes[SPACE_HOST]) / 1e9,
+      (double)there / 1e9);
+}
+
+// ---- the optimizer's state ----
+
+static void free_state_programs(Engine *e) {
+  Program **all[] = {&e->update, &e->update_ema, &e->ema_in, &e->ema_out, &e->hash};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+    program_free(*all[i]);
+    *all[i] = NULL;
+  }
+}
+
+static void set_state_bytes(Engine *e, int train) {
+  const Config *c = e->config;
+  const Backend *b = e->model.backend;
+  int64_t n = e->model.params.total, real_bytes = (int64_t)b->dtype_bytes[DT_REAL];
+  int away = e->model.state == STATE_GRADIENTS;
+  if (c->train.ema > 0) e->bytes[SPACE_EMA] = n * real_bytes;
+  // Where the weights lie while the EMA is in their place.
+  if (c->train.ema > 0) e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n * (int64_t)b->dtype_bytes[DT_ACT];
+  if (!train) return;
+  e->bytes[SPACE_REMAINDER] = n * b->remainder_bytes;
+  e->bytes[SPACE_ADAM_M] = e->bytes[SPACE_ADAM_V] = n * real_bytes;
+  e->bytes[SPACE_GRADS] = gradients_count(&e->model) * real_bytes;
+  if (away) e->bytes[SPACE_HOST_GRADS] = n * real_bytes;
+  if (c->train.micro_batches > 1 && b->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
+  e->bytes[SPACE_PARAM_SUMS] = (int64_t)PARAM_SUMS * e->model.params.n * (int64_t)sizeof(double);
+  e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
+  e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
+}
+
+// Records all programs but the forward-only ones for a place of the state, on top of `forward`, the bytes of those.
+static int try_state(Engine *e, MemoryState state, const int64_t forward[SPACE_COUNT], int train, Error *err) {
+  const Config *c = e->config;
+  int has_ema = c->train.ema > 0;
+  free_state_programs(e);
+  memcpy(e->bytes, forward, sizeof e->bytes);
+  e->model.state = state;
+  set_state_bytes(e, train);
+  if (has_ema) {
+    e->ema_in = ema_record(&e->model, 1);
+    e->ema_out = ema_record(&e->model, 0);
+  }
+  if (train) e->update = update_record(&e->model, 0);
+  if (train && has_ema) e->update_ema = update_record(&e->model, 1);
+  if (train && c->train.verify_every) e->hash = hash_record(&e->model);
+  const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->hash};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    if (all[i]) measure(e, all[i]);
+  return train ? choose_policy(e, err) : 0;
+}
+
+// memory.state: what it names, or as "auto" the least that fits into the budget beside a device.
+static int choose_state(Engine *e, int train, Error *err) {
+  MemoryState want = e->config->memory.state, least = want == STATE_AUTO ? STATE_DEVICE : want;
+  int64_t forward[SPACE_COUNT];
+  memcpy(forward, e->bytes, sizeof forward);
+  if (!e->model.backend->queues) return try_state(e, STATE_DEVICE, forward, train, err);
+  for (MemoryState s = least; s <= STATE_GRADIENTS; s++) {
+    if (try_state(e, s, forward, train, err) != 0) return -1;
+    if (want != STATE_AUTO || total_bytes(e) <= e->budget) break;
+  }
+  return 0;
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
@@ -164,53 +256,32 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   e->backend = *backend;
   e->budget = budget_bytes(c, backend);
   backend_choose(&e->backend, c);
-  e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c)};
-  int64_t n = e->model.params.total;
-  int64_t act = (int64_t)backend->dtype_bytes[DT_ACT], real_bytes = (int64_t)backend->dtype_bytes[DT_REAL];
+  e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
+  int64_t act = (int64_t)backend->dtype_bytes[DT_ACT];
   Dims d = dims_from_config(c, e->slots, e->segments);
-  e->bytes[SPACE_WEIGHTS] = n * act;
+  e->bytes[SPACE_WEIGHTS] = e->model.params.total * act;
   e->bytes[SPACE_METRICS] = metrics_size(&d) * (int64_t)sizeof(double);
   e->bytes[SPACE_STAGING] = pack_bytes(c, e->slots, e->segments);
   e->bytes[SPACE_INPUT] = (int64_t)d.T * d.P * act;
-  if (c->train.ema > 0) e->bytes[SPACE_EMA] = n * real_bytes;
   record_forward(e, MODE_EVAL);
   record_forward(e, MODE_GENERATE);
   record_forward(e, MODE_WRITE);
   e->bytes[SPACE_BATCH] = e->bytes[SPACE_STAGING];
-  if (c->train.ema > 0) {
-    e->bytes[SPACE_GRADS] = n * act; // where the weights lie while the EMA is in their place
-    e->ema_in = ema_record(&e->model, 1);
-    e->ema_out = ema_record(&e->model, 0);
-  }
-  if (!train) return 0;
-
-  e->bytes[SPACE_REST] = n * backend->remainder_bytes;
-  e->bytes[SPACE_GRADS] = e->bytes[SPACE_ADAM_M] = e->bytes[SPACE_ADAM_V] = n * real_bytes;
-  if (c->train.micro_batches > 1 && backend->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
-  e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
-  e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
-  e->update = update_record(&e->model, 0);
-  measure(e, e->update);
-  if (c->train.ema > 0) {
-    e->update_ema = update_record(&e->model, 1);
-    measure(e, e->update_ema);
-  }
-  if (c->train.verify_every) {
-    e->hash = hash_record(&e->model, &e->hashes);
-    measure(e, e->hash);
-  }
-  return choose_policy(e, err);
+  return choose_state(e, train, err);
 }
 
-static void *space_allocate(const Backend *b, Space space, int64_t bytes) {
-  return space_has(space, SPACE_ON_HOST) ? b->host_alloc((size_t)bytes) : b->alloc((size_t)bytes);
+static void *space_allocate(const Engine *e, Space space) {
+  const Backend *b = e->model.backend;
+  size_t bytes = (size_t)e->bytes[space];
+  return space_has(space, SPACE_ON_HOST) || engine_on_host(e, space) ? b->host_alloc(bytes) : b->alloc(bytes);
 }
 
-static void space_release(const Backend *b, Space space, void *at) {
-  if (space_has(space, SPACE_ON_HOST))
-    b->host_release(at);
+static void space_release(const Engine *e, Space space) {
+  const Backend *b = e->model.backend;
+  if (space_has(space, SPACE_ON_HOST) || engine_on_host(e, space))
+    b->host_release(e->bases.of[space]);
   else
-    b->release(at);
+    b->release(e->bases.of[space]);
 }
 
 static void bind(Engine *e, Program *p) {
@@ -239,6 +310,7 @@ static void unpin(Engine *e) {
 static void name_idle_queues(const Engine *e) {
   const Backend *b = e->model.backend;
   const Config *c = e->config;
+  if (!b->queues && c->memory.state > STATE_DEVICE) log_info("memory.state changes nothing on the %s", b->name);
   if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph))
     log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
 }
@@ -279,11 +351,11 @@ int engine_allocate_begin(Engine *e, Error *err) {
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bytes[s] || (space_has((Space)s, SPACE_LAID_OUT) && !e->config->memory.arena)) continue;
     if (s == SPACE_HOST && b->queues) continue; // last
-    e->bases.of[s] = space_allocate(b, (Space)s, e->bytes[s]);
+    e->bases.of[s] = space_allocate(e, (Space)s);
     if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
   }
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (e->bases.of[s] && space_has((Space)s, SPACE_CLEARED)) b->clear(e->bases.of[s], (size_t)e->bytes[s]);
+    if (space_has((Space)s, SPACE_CLEARED)) engine_slab_clear(e, (Space)s);
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory");
   if (b->queues && e->bytes[SPACE_HOST] && e->config->memory.arena) {
@@ -300,6 +372,7 @@ int engine_allocate_end(Engine *e, Error *err) {
   e->bases.separate = !e->config->memory.arena;
   bind(e, e->first.program);
   bind(e, e->later.program);
+  bind(e, e->last.program);
   bind(e, e->update);
   bind(e, e->update_ema);
   bind(e, e->hash);
@@ -322,14 +395,10 @@ void engine_use_ema(Engine *e, int ema) {
 void engine_free(Engine *e) {
   await_host_slab(e);
   free_train_programs(e);
-  program_free(e->update);
-  program_free(e->update_ema);
-  program_free(e->hash);
-  program_free(e->ema_in);
-  program_free(e->ema_out);
+  free_state_programs(e);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (e->bases.of[s]) space_release(e->model.backend, (Space)s, e->bases.of[s]);
+    if (e->bases.of[s]) space_release(e, (Space)s);
   unpin(e);
   params_free(&e->model.params);
   costs_free(&e->costs);
@@ -362,7 +431,8 @@ static void stage_pack(Engine *e, const void *pack, size_t bytes) {
 }
 
 const ModelProgram *engine_micro_step(const Engine *e, int k) {
-  return k ? &e->later : &e->first;
+  int last = k == e->config->train.micro_batches - 1 && e->last.program;
+  return !k ? &e->first : last ? &e->last : &e->later;
 }
 
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times) {
@@ -413,8 +483,9 @@ double engine_results(Engine *e, UpdateStatus *status, double *metrics) {
 }
 
 void engine_hash(Engine *e, uint64_t *hash) {
+  size_t bytes = (size_t)e->model.params.n * sizeof *hash;
   program_replay(e->hash, NULL);
-  e->model.backend->download(hash, program_address(e->hash, e->hashes), (size_t)e->model.params.n * sizeof *hash);
+  e->model.backend->download(hash, (char *)e->bases.of[SPACE_PARAM_SUMS] + SUMS_OF_BITS * bytes, bytes);
 }
 
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out) {
@@ -438,11 +509,59 @@ void *engine_slab(const Engine *e, Space space) {
   return e->bases.of[space];
 }
 
+void engine_await(const Engine *e) {
+  const Queues *q = e->model.backend->queues;
+  if (!q) return;
+  q->record(LANE_COMPUTE, EVENT_SLAB_FREE);
+  q->finish(EVENT_SLAB_FREE);
+}
+
+void engine_slab_clear(Engine *e, Space space) {
+  size_t bytes = (size_t)e->bytes[space];
+  if (!e->bases.of[space]) return;
+  if (!engine_on_host(e, space)) {
+    e->model.backend->clear(e->bases.of[space], bytes);
+    return;
+  }
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  engine_await(e);
+  backend_of_host()->fn[OP_ZERO](&(KernelCall){.out.ZERO.dst = e->bases.of[space], .args = &args});
+}
+
 #define OF_HOST " of the host, not in the total"
 
 // A row of the memory table; `note` is text behind it.
 static void print_row(FILE *f, const char *label, int64_t bytes, const char *note) {
   fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", label, (long long)bytes, (double)bytes / 1e6, note);
+}
+
+// Bytes that a program's copies carry between the state on the host and the device.
+static double state_traffic(const Program *p, Lane lane) {
+  double bytes = 0;
+  for (int i = 0; p && i < p->n_ops; i++) {
+    const Op *op = &p->ops[i];
+    Space host = p->tensors[lane == LANE_D2H ? op->out[0] : op->in[0]].space;
+    if (op->lane == lane && host != SPACE_HOST) bytes += (double)op->args.span.count;
+  }
+  return bytes;
+}
+
+// What of the state is on the host, and what that costs a step in the update, where nothing hides it.
+static void print_state(const Engine *e, FILE *f) {
+  const LinkRates *link = &e->costs.link;
+  const Program *updates[] = {e->update, e->update_ema};
+  static const char *const names[] = {"a step", "a step with EMA"};
+  if (e->model.state <= STATE_DEVICE) return;
+  fprintf(f, "state: %s\n", state_text[e->model.state] + strlen(", "));
+  for (int i = 0; i < 2; i++) {
+    double in = state_traffic(updates[i], LANE_H2D), out = state_traffic(updates[i], LANE_D2H);
+    if (in + out == 0) continue;
+    fprintf(f, "  the update of %-16s %9.3f GB to the device, %9.3f GB back", names[i], in / 1e9, out / 1e9);
+    if (link->both_h2d > 0) fprintf(f, ": %.0f ms", 1e3 * fmax(in / link->both_h2d, out / link->both_d2h));
+    fputc('\n', f);
+  }
+  double away = state_traffic(engine_micro_step(e, e->config->train.micro_batches - 1)->program, LANE_D2H);
+  if (away > 0) fprintf(f, "  gradients                  %9.3f GB to the host in each backward pass\n", away / 1e9);
 }
 
 void engine_print_plan(const Engine *e, FILE *f) {
@@ -461,5 +580,6 @@ void engine_print_plan(const Engine *e, FILE *f) {
   if (e->bytes[SPACE_ADAM_M] && copy != COPY_NEVER)
     print_row(f, "copy for checkpoints", state_bytes(e),
               copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
+  print_state(e, f);
   if (e->first.program) planner_print(e->first.program, f);
 }

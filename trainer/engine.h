@@ -27,11 +27,11 @@ typedef struct Engine {
   PolicyTable policy;
   MemoryPolicy chosen;       // the policy, or what "auto" came to
   int slots, segments;       // capacities of a training pack
-  ModelProgram first, later; // later: only with several micro-batches a step
+  ModelProgram first, later; // micro-steps; later: those of several that no other is for
+  ModelProgram last;         // the last of several, where gradients leave in it
   Program *update, *update_ema;
   Program *ema_in, *ema_out; // with an EMA: puts it in the weights' place, and the weights back
   Program *hash;             // with train.verify_every
-  TensorId hashes;           // its output
   int uses_ema;
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
@@ -113,6 +113,12 @@ int64_t engine_device_bytes(const Engine *e);
 
 // Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
 void *engine_slab(const Engine *e, Space space);
+// Whether it lies in the host's memory, beside a device.
+int engine_on_host(const Engine *e, Space space);
+// Fills one with zeros, if it is there, after what was replayed before.
+void engine_slab_clear(Engine *e, Space space);
+// Waits until all that was replayed has been done.
+void engine_await(const Engine *e);
 
 // The memory table of --plan.
 void engine_print_plan(const Engine *e, FILE *f);

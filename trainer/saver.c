@@ -110,7 +110,7 @@ static void fill(void *context, int i, size_t at, size_t n, void *out) {
   if (s->at[space]) {
     const Backend *b = e->model.backend;
     b->weights_read(s->at[SPACE_WEIGHTS] + (size_t)first * b->dtype_bytes[DT_ACT],
-                    s->at[SPACE_REST] + first * b->remainder_bytes, count, out);
+                    s->at[SPACE_REMAINDER] + first * b->remainder_bytes, count, out);
     return;
   }
   pthread_mutex_lock(&s->device);
@@ -191,8 +191,9 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
   }
-  for (int i = 0; !s->copy && !e->model.backend->queues && i < SPACE_COUNT; i++) // host memory, as it is
-    if (space_has((Space)i, SPACE_SAVED)) s->at[i] = engine_slab(e, (Space)i);
+  for (int i = 0; !s->copy && i < SPACE_COUNT; i++) // host memory, as it is
+    if (space_has((Space)i, SPACE_SAVED) && (!e->model.backend->queues || engine_on_host(e, (Space)i)))
+      s->at[i] = engine_slab(e, (Space)i);
   if (bad || open_files(s, err) != 0) {
     saver_close(s);
     return NULL;
@@ -218,7 +219,10 @@ void saver_begin(Saver *s, const RunState *state, double began) {
   for (int i = 0; s->copy && i < SPACE_COUNT; i++)
     if (s->at[i]) engine_slab_copy(s->engine, (Space)i, s->at[i]);
   s->started = s->copy && thread_start(&s->thread, write_checkpoint, s) == 0;
-  if (!s->started) write_checkpoint(s);
+  if (!s->started) {
+    engine_await(s->engine);
+    write_checkpoint(s);
+  }
   s->stood = time_now() - began;
 }
 

@@ -2,6 +2,7 @@
 
 #include "base/base.h"
 #include "kernels/backends.h"
+#include "model/placement.h"
 
 #include <stdlib.h>
 
@@ -17,15 +18,48 @@ static char *stored(const Engine *e, Space space, int64_t first) {
   return e->bases.of[space] ? (char *)e->bases.of[space] + (size_t)first * element : NULL;
 }
 
-void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch) {
-  const Backend *b = e->model.backend;
-  size_t element = b->dtype_bytes[DT_REAL], n = (size_t)count;
-  const char *from = e->bases.of[space];
-  if (!engine_converts(e, space)) {
-    b->download(out, from + (size_t)first * element, n * element);
+static void host_copy(void *to, const void *from, size_t bytes) {
+  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  backend_of_host()->fn[OP_COPY](&(KernelCall){.in.COPY.src = from, .out.COPY.dst = to, .args = &args});
+}
+
+// Elements of a slab of DT_REAL.
+static void read_real(const Engine *e, Space space, int64_t first, int64_t count, void *out) {
+  size_t element = e->model.backend->dtype_bytes[DT_REAL], bytes = (size_t)count * element;
+  const char *from = (const char *)e->bases.of[space] + (size_t)first * element;
+  if (!engine_on_host(e, space)) {
+    e->model.backend->download(out, from, bytes);
     return;
   }
-  const char *remainder = stored(e, SPACE_REST, first);
+  engine_await(e);
+  host_copy(out, from, bytes);
+}
+
+// Elements of the gradients, which may lie in two places (model/placement.h).
+static void read_gradients(const Engine *e, int64_t first, int64_t count, char *out) {
+  const ParamTable *t = &e->model.params;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  for (const ParamBucket *b = t->bucket; b < t->bucket + t->buckets; b++) {
+    int64_t begin = max_i64(first, b->begin), end = min_i64(first + count, b->end);
+    if (begin >= end) continue;
+    int away = bucket_leaves(&e->model, b);
+    int64_t at = away ? begin : gradients_begin(&e->model, b) + begin - b->begin;
+    read_real(e, away ? SPACE_HOST_GRADS : SPACE_GRADS, at, end - begin, out + (size_t)(begin - first) * element);
+  }
+}
+
+void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch) {
+  const Backend *b = e->model.backend;
+  size_t n = (size_t)count;
+  if (space == SPACE_GRADS) {
+    read_gradients(e, first, count, out);
+    return;
+  }
+  if (!engine_converts(e, space)) {
+    read_real(e, space, first, count, out);
+    return;
+  }
+  const char *remainder = stored(e, SPACE_REMAINDER, first);
   char *weights = scratch, *remainders = weights + n * b->dtype_bytes[DT_ACT];
   b->download(weights, stored(e, SPACE_WEIGHTS, first), n * b->dtype_bytes[DT_ACT]);
   if (remainder) b->download(remainders, remainder, n * (size_t)b->remainder_bytes);
@@ -54,11 +88,6 @@ int engine_stage_open(Engine *e, int64_t bytes, Error *err) {
   return 0;
 }
 
-static void host_copy(void *to, const void *from, size_t bytes) {
-  OpArgs args = {.span = {.count = (int64_t)bytes}};
-  backend_of_host()->fn[OP_COPY](&(KernelCall){.in.COPY = {from}, .out.COPY = {to}, .args = &args});
-}
-
 // While one piece travels to the host, the one before is copied to its place: memory of this size cannot be pinned
 // within a run's first steps, and the processors keep up with the link.
 void engine_slab_copy(Engine *e, Space space, void *out) {
@@ -66,7 +95,8 @@ void engine_slab_copy(Engine *e, Space space, void *out) {
   const Queues *q = b->queues;
   const char *from = e->bases.of[space];
   int64_t bytes = e->bytes[space], piece = e->pinned.stage_bytes;
-  if (!q) {
+  if (!q || engine_on_host(e, space)) {
+    engine_await(e);
     host_copy(out, from, (size_t)bytes);
     return;
   }
@@ -112,8 +142,7 @@ SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err) {
               SLAB_SLOTS, (double)piece * (double)b->dtype_bytes[DT_REAL] / 1e6);
     return NULL;
   }
-  b->queues->record(LANE_COMPUTE, EVENT_SLAB_FREE);
-  b->queues->wait(LANE_H2D, EVENT_SLAB_FREE);
+  engine_await(e);
   return w;
 }
 
@@ -127,13 +156,17 @@ void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, c
     b->upload(to, values, n * element);
     return;
   }
+  if (engine_on_host(e, space)) {
+    host_copy(to, values, n * element);
+    return;
+  }
   int event = EVENT_SLAB_SENT + w->next;
   char *slot = w->slot[w->next];
   w->next = (w->next + 1) % SLAB_SLOTS;
   b->queues->finish(event);
   if (engine_converts(e, space)) {
     size_t weight_bytes = n * b->dtype_bytes[DT_ACT];
-    char *remainder = stored(e, SPACE_REST, first);
+    char *remainder = stored(e, SPACE_REMAINDER, first);
     b->weights_write(values, count, slot, slot + weight_bytes);
     queue_copy(b, LANE_H2D, stored(e, SPACE_WEIGHTS, first), slot, weight_bytes);
     if (remainder) queue_copy(b, LANE_H2D, remainder, slot + weight_bytes, n * (size_t)b->remainder_bytes);

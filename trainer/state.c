@@ -212,15 +212,11 @@ static void put_part(void *context, int i, size_t at, size_t n, const void *data
   if (t->ema_too) slab_writer_put(t->writer, SPACE_EMA, first, (int64_t)(n / element), data);
 }
 
-// Padding between parameters is zero, as in a slab that begins.
-static void clear_slab(Engine *e, Space space) {
-  if (e->bases.of[space]) e->model.backend->clear(e->bases.of[space], (size_t)e->bytes[space]);
-}
-
 // Reads the files of all targets, each once.
 static int read_slabs(Engine *e, Target *targets, int n, const Checkpoint *c, Error *err) {
+  // Padding between parameters is zero, as in a slab that begins.
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (space_has((Space)s, SPACE_SAVED)) clear_slab(e, (Space)s);
+    if (space_has((Space)s, SPACE_SAVED)) engine_slab_clear(e, (Space)s);
   SlabWriter *writer = slab_writer_open(e, FILE_IN_CHUNK / (int64_t)e->model.backend->dtype_bytes[DT_REAL], err);
   if (!writer) return -1;
   void *memory = xmalloc(checkpoint_memory(c));

@@ -47,10 +47,12 @@ static double sum_of_squares(const real *x, int64_t n) {
   return sum;
 }
 
-// partial[p] = sum of squares of parameter p. Blocks of all parameters are gathered into rounds, each one parallel
-// loop.
-static void square_sums(const real *grads, const ParamSpan *spans, int n, double *partial) {
+// Blocks of all parameters are gathered into rounds, each one parallel loop.
+void cpu_GRAD_SQUARES(const KernelCall *c) {
   enum { ROUND = 512 };
+  const real *grads = c->in.GRAD_SQUARES.grads;
+  double *squares = c->out.GRAD_SQUARES.squares; // [n]
+  int n = c->args->params.n;
   struct {
     const real *x;
     int64_t count;
@@ -59,12 +61,13 @@ static void square_sums(const real *grads, const ParamSpan *spans, int n, double
   } block[ROUND];
   int param = 0, filled = 0;
   int64_t at = 0;
-  for (int p = 0; p < n; p++) partial[p] = 0;
+  for (int p = 0; p < n; p++) squares[p] = 0;
   while (param < n) {
     for (filled = 0; param < n && filled < ROUND;) {
-      int64_t left = spans[param].count - at;
+      ParamSpan span = params_span(c->args, param);
+      int64_t left = span.count - at;
       if (left > 0) {
-        block[filled].x = grads + spans[param].offset + at;
+        block[filled].x = grads + span.offset + at;
         block[filled].count = left < BLOCK ? left : BLOCK;
         block[filled++].param = param;
         at += BLOCK;
@@ -76,24 +79,22 @@ static void square_sums(const real *grads, const ParamSpan *spans, int n, double
     }
 #pragma omp parallel for schedule(dynamic, 4)
     for (int i = 0; i < filled; i++) block[i].sum = sum_of_squares(block[i].x, block[i].count);
-    for (int i = 0; i < filled; i++) partial[block[i].param] += block[i].sum;
+    for (int i = 0; i < filled; i++) squares[block[i].param] += block[i].sum;
   }
 }
 
-void cpu_GRAD_NORM(const KernelCall *c) {
-  const real *grads = c->in.GRAD_NORM.grads;
-  const Metrics *metrics = c->in.GRAD_NORM.metrics;
-  const StepScalars *scalars = c->in.GRAD_NORM.scalars;
-  UpdateStatus *status = c->out.GRAD_NORM.status;
-  double *partial = c->out.GRAD_NORM.partial; // [n_params]
+void cpu_GRAD_DECIDE(const KernelCall *c) {
+  const double *squares = c->in.GRAD_DECIDE.squares; // [n]
+  const Metrics *metrics = c->in.GRAD_DECIDE.metrics;
+  const StepScalars *scalars = c->in.GRAD_DECIDE.scalars;
+  UpdateStatus *status = c->out.GRAD_DECIDE.status;
   int n = c->args->params.n;
-  square_sums(grads, c->args->params.spans, n, partial);
   // The loss first: where it is not finite, all the gradients behind it are not either.
   double total = 0, loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z;
   int bad = isfinite(loss) ? -1 : n;
   for (int p = 0; p < n; p++) {
-    total += partial[p];
-    if (bad < 0 && !isfinite(partial[p])) bad = p;
+    total += squares[p];
+    if (bad < 0 && !isfinite(squares[p])) bad = p;
   }
   double norm = sqrt(total);
   int clipped = scalars->clip > 0 && norm > scalars->clip;
@@ -104,9 +105,9 @@ void cpu_GRAD_NORM(const KernelCall *c) {
 
 void cpu_GRAD_HASH(const KernelCall *c) {
   const real *grads = c->in.GRAD_HASH.grads;
-  uint64_t *hash = c->out.GRAD_HASH.hash; // [n_params]
+  uint64_t *hash = c->out.GRAD_HASH.hash; // [n]
   for (int p = 0; p < c->args->params.n; p++) {
-    ParamSpan span = c->args->params.spans[p];
+    ParamSpan span = params_span(c->args, p);
     uint64_t sum = 0;
 #pragma omp parallel for schedule(static) reduction(+ : sum) if (span.count > BLOCK)
     for (int64_t i = 0; i < span.count; i++) {
@@ -124,11 +125,11 @@ void cpu_ADAMW(const KernelCall *c) {
   const StepScalars *s = c->in.ADAMW.scalars;
   real *weights = c->out.ADAMW.weights, *ms = c->out.ADAMW.m, *vs = c->out.ADAMW.v;
   if (status->skip) return;
-  real beta1 = (real)s->beta1, beta2 = (real)s->beta2, rest1 = (real)(1 - s->beta1), rest2 = (real)(1 - s->beta2);
+  real beta1 = (real)s->beta1, beta2 = (real)s->beta2, fresh1 = (real)(1 - s->beta1), fresh2 = (real)(1 - s->beta2);
   real step = (real)(s->lr / s->bias1), unbias2 = (real)(1 / s->bias2), eps = (real)s->eps, scale = (real)status->scale;
 #pragma omp parallel
   for (int p = 0; p < c->args->params.n; p++) {
-    ParamSpan span = c->args->params.spans[p];
+    ParamSpan span = params_span(c->args, p);
     real shrink = span.decay ? (real)(s->lr * s->weight_decay) : 0;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t at = 0; at < span.count; at += BLOCK) {
@@ -138,7 +139,7 @@ void cpu_ADAMW(const KernelCall *c) {
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) {
         real g = scale * grad[i];
-        real mi = beta1 * m[i] + rest1 * g, vi = beta2 * v[i] + rest2 * g * g;
+        real mi = beta1 * m[i] + fresh1 * g, vi = beta2 * v[i] + fresh2 * g * g;
         m[i] = mi;
         v[i] = vi;
         w[i] -= step * mi / (real_sqrt(vi * unbias2) + eps) + shrink * w[i];
@@ -156,7 +157,7 @@ void cpu_EMA(const KernelCall *c) {
   real rate = (real)(1 - scalars->ema_decay);
 #pragma omp parallel
   for (int p = 0; p < c->args->params.n; p++) {
-    ParamSpan span = c->args->params.spans[p];
+    ParamSpan span = params_span(c->args, p);
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t at = 0; at < span.count; at += BLOCK) {
       int64_t n = block_length(span.count, at, BLOCK);

@@ -308,10 +308,7 @@ static const KernelWay own_ways[] = {
     OWN(ROUTER_BWD, router_scratch),
     OWN(NOISE, flow_scratch),
     OWN(FLOW_LOSS, flow_scratch),
-    OWN(GRAD_NORM, update_scratch),
-    OWN(GRAD_HASH, update_scratch),
-    OWN(ADAMW, update_scratch),
-    OWN(EMA, update_scratch),
+    OWN(GRAD_SQUARES, update_scratch),
 };
 
 static const KernelWay other_ways[] = {

@@ -98,12 +98,14 @@ static int span_chunks(ParamSpan span) {
   return span.count ? (int)ceil_div64(span.offset + span.count - span_start(span), CHUNK) : 0;
 }
 
-static SpanBatch batch_of(const ParamSpan *spans, int n) {
+// The parameters from `first` on, as many as fit.
+static SpanBatch batch_of(const OpArgs *args, int first) {
   SpanBatch batch = {};
+  int n = args->params.n - first;
   batch.n = n < BATCH_SPANS ? n : BATCH_SPANS;
   for (int p = 0; p < batch.n; p++) {
-    batch.span[p] = spans[p];
-    batch.first_chunk[p + 1] = batch.first_chunk[p] + span_chunks(spans[p]);
+    batch.span[p] = params_span(args, first + p);
+    batch.first_chunk[p + 1] = batch.first_chunk[p] + span_chunks(batch.span[p]);
   }
   return batch;
 }
@@ -143,7 +145,7 @@ static __device__ inline int64_t chunk_single(Chunk c, Eights e) {
   return at < c.end ? at : -1;
 }
 
-// ---- GRAD_NORM ----
+// ---- GRAD_SQUARES ----
 
 // sums[chunk] = sum of squares of a chunk. In fp64 from the first product on: the square of a finite gradient can
 // exceed fp32, and only a gradient that is not finite itself may look so.
@@ -165,18 +167,41 @@ static __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// Block p: partial[p] = sum over the chunks of parameter p.
+// Block p: squares[p] = sum over the chunks of parameter p.
 static __global__ void __launch_bounds__(THREADS)
-    square_total_kernel(const __grid_constant__ SpanBatch batch, const double *sums, double *partial) {
+    square_total_kernel(const __grid_constant__ SpanBatch batch, const double *sums, double *squares) {
   __shared__ double shared[THREADS / 32];
   int p = blockIdx.x, end = batch.first_chunk[p + 1];
   double sum = 0;
   for (int i = batch.first_chunk[p] + threadIdx.x; i < end; i += THREADS) sum += sums[i];
   sum = block_sum_double<THREADS>(sum, shared);
-  if (threadIdx.x == 0) partial[p] = sum;
+  if (threadIdx.x == 0) squares[p] = sum;
 }
 
-static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const double *partial, const Metrics *metrics,
+size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  (void)dims;
+  if (kind != OP_GRAD_SQUARES) return 0;
+  int64_t chunks = 0;
+  for (int p = 0; p < args->params.n; p++) chunks += span_chunks(params_span(args, p));
+  return (size_t)chunks * sizeof(double);
+}
+
+extern "C" void cuda_GRAD_SQUARES(const KernelCall *c) {
+  const float *grads = (const float *)c->in.GRAD_SQUARES.grads;
+  double *squares = (double *)c->out.GRAD_SQUARES.squares; // [n]
+  double *sums = (double *)c->scratch;                     // [chunks of all parameters]
+  for (int p = 0; p < c->args->params.n; p += BATCH_SPANS) {
+    SpanBatch batch = batch_of(c->args, p);
+    int chunks = batch.first_chunk[batch.n];
+    if (chunks) CUDA_LAUNCH(square_kernel, chunks, THREADS, 0, call_stream(c), grads, batch, sums);
+    CUDA_LAUNCH(square_total_kernel, batch.n, THREADS, 0, call_stream(c), batch, sums, squares + p);
+    sums += chunks;
+  }
+}
+
+// ---- GRAD_DECIDE ----
+
+static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const double *squares, const Metrics *metrics,
                                                                 const StepScalars *scalars, UpdateStatus *status) {
   __shared__ double shared[THREADS / 32];
   __shared__ int first_bad;
@@ -184,8 +209,8 @@ static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const dou
   __syncthreads();
   double total = 0;
   for (int p = threadIdx.x; p < n; p += THREADS) {
-    total += partial[p];
-    if (!isfinite(partial[p])) atomicMin(&first_bad, p);
+    total += squares[p];
+    if (!isfinite(squares[p])) atomicMin(&first_bad, p);
   }
   total = block_sum_double<THREADS>(total, shared); // its barriers order first_bad too
   if (threadIdx.x) return;
@@ -198,28 +223,10 @@ static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const dou
   status->bad = bad;
 }
 
-size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
-  (void)dims;
-  if (kind != OP_GRAD_NORM) return 0;
-  int64_t chunks = 0;
-  for (int p = 0; p < args->params.n; p++) chunks += span_chunks(args->params.spans[p]);
-  return (size_t)chunks * sizeof(double);
-}
-
-extern "C" void cuda_GRAD_NORM(const KernelCall *c) {
-  const float *grads = (const float *)c->in.GRAD_NORM.grads;
-  double *partial = (double *)c->out.GRAD_NORM.partial; // [n]
-  double *sums = (double *)c->scratch;                  // [chunks of all parameters]
-  int n = c->args->params.n;
-  for (int p = 0; p < n; p += BATCH_SPANS) {
-    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
-    int chunks = batch.first_chunk[batch.n];
-    if (chunks) CUDA_LAUNCH(square_kernel, chunks, THREADS, 0, call_stream(c), grads, batch, sums);
-    CUDA_LAUNCH(square_total_kernel, batch.n, THREADS, 0, call_stream(c), batch, sums, partial + p);
-    sums += chunks;
-  }
-  CUDA_LAUNCH(status_kernel, 1, THREADS, 0, call_stream(c), n, partial, (const Metrics *)c->in.GRAD_NORM.metrics,
-              (const StepScalars *)c->in.GRAD_NORM.scalars, (UpdateStatus *)c->out.GRAD_NORM.status);
+extern "C" void cuda_GRAD_DECIDE(const KernelCall *c) {
+  CUDA_LAUNCH(status_kernel, 1, THREADS, 0, call_stream(c), c->args->params.n,
+              (const double *)c->in.GRAD_DECIDE.squares, (const Metrics *)c->in.GRAD_DECIDE.metrics,
+              (const StepScalars *)c->in.GRAD_DECIDE.scalars, (UpdateStatus *)c->out.GRAD_DECIDE.status);
 }
 
 // ---- GRAD_HASH ----
@@ -254,7 +261,7 @@ extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
   int n = c->args->params.n;
   CUDA_CHECK(cudaMemsetAsync(hash, 0, (size_t)n * sizeof *hash, call_stream(c)));
   for (int p = 0; p < n; p += BATCH_SPANS) {
-    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    SpanBatch batch = batch_of(c->args, p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
       CUDA_LAUNCH(hash_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in.GRAD_HASH.grads, batch,
@@ -265,7 +272,7 @@ extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
 // ---- ADAMW ----
 
 typedef struct AdamConstants {
-  float beta1, beta2, rest1, rest2; // rest: 1 - beta
+  float beta1, beta2, fresh1, fresh2; // fresh: 1 - beta
   float step, unbias2, eps, scale;
 } AdamConstants;
 
@@ -279,14 +286,15 @@ static __device__ inline AdamConstants adam_constants(const StepScalars *s, cons
 static __device__ inline float adam_update(const AdamConstants &k, float shrink, float grad, float *m, float *v,
                                            float w) {
   float g = k.scale * grad;
-  *m = k.beta1 * *m + k.rest1 * g;
-  *v = k.beta2 * *v + k.rest2 * g * g;
+  *m = k.beta1 * *m + k.fresh1 * g;
+  *v = k.beta2 * *v + k.fresh2 * g * g;
   return w - (k.step * *m / (sqrtf(*v * k.unbias2) + k.eps) + shrink * w);
 }
 
-// Eight weights from 16 bytes of bf16 and 16 bytes of rests, and back.
-static __device__ inline void join8(uint4 weight, uint4 rest, float w[8]) {
-  const uint32_t a[4] = {weight.x, weight.y, weight.z, weight.w}, b[4] = {rest.x, rest.y, rest.z, rest.w};
+// Eight weights from 16 bytes of bf16 and 16 bytes of remainders, and back.
+static __device__ inline void join8(uint4 weight, uint4 remainder, float w[8]) {
+  const uint32_t a[4] = {weight.x, weight.y, weight.z, weight.w},
+                 b[4] = {remainder.x, remainder.y, remainder.z, remainder.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     w[2 * i] = master_join((uint16_t)a[i], (uint16_t)b[i]);
@@ -294,36 +302,36 @@ static __device__ inline void join8(uint4 weight, uint4 rest, float w[8]) {
   }
 }
 
-static __device__ inline void split8(const float w[8], uint4 *weight, uint4 *rest) {
+static __device__ inline void split8(const float w[8], uint4 *weight, uint4 *remainder) {
   uint32_t a[4], b[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    uint16_t weight0, rest0, weight1, rest1;
-    master_split(w[2 * i], &weight0, &rest0);
-    master_split(w[2 * i + 1], &weight1, &rest1);
+    uint16_t weight0, remainder0, weight1, remainder1;
+    master_split(w[2 * i], &weight0, &remainder0);
+    master_split(w[2 * i + 1], &weight1, &remainder1);
     a[i] = weight0 | (uint32_t)weight1 << 16;
-    b[i] = rest0 | (uint32_t)rest1 << 16;
+    b[i] = remainder0 | (uint32_t)remainder1 << 16;
   }
   *weight = make_uint4(a[0], a[1], a[2], a[3]);
-  *rest = make_uint4(b[0], b[1], b[2], b[3]);
+  *remainder = make_uint4(b[0], b[1], b[2], b[3]);
 }
 
 static __device__ inline void adam_eight(const AdamConstants &k, float shrink, int64_t at, const float *grads,
-                                         uint16_t *weights, float *ms, float *vs, uint16_t *rests) {
+                                         uint16_t *weights, float *ms, float *vs, uint16_t *remainders) {
   float g[8], m[8], v[8], w[8];
-  uint4 weight = __ldcs((const uint4 *)(weights + at)), rest = make_uint4(0, 0, 0, 0);
-  if (rests) rest = __ldcs((const uint4 *)(rests + at));
+  uint4 weight = __ldcs((const uint4 *)(weights + at)), remainder = make_uint4(0, 0, 0, 0);
+  if (remainders) remainder = __ldcs((const uint4 *)(remainders + at));
   load_floats(grads + at, g);
   load_floats(ms + at, m);
   load_floats(vs + at, v);
-  join8(weight, rest, w); // without rests: the weights as they are
+  join8(weight, remainder, w); // without remainders: the weights as they are
 #pragma unroll
   for (int i = 0; i < 8; i++) w[i] = adam_update(k, shrink, g[i], &m[i], &v[i], w[i]);
   store_floats(ms + at, m);
   store_floats(vs + at, v);
-  if (rests) {
-    split8(w, &weight, &rest);
-    __stcs((uint4 *)(rests + at), rest);
+  if (remainders) {
+    split8(w, &weight, &remainder);
+    __stcs((uint4 *)(remainders + at), remainder);
   } else {
     weight = pack8(w);
   }
@@ -331,20 +339,21 @@ static __device__ inline void adam_eight(const AdamConstants &k, float shrink, i
 }
 
 static __device__ inline void adam_one(const AdamConstants &k, float shrink, int64_t at, const float *grads,
-                                       uint16_t *weights, float *ms, float *vs, uint16_t *rests) {
-  float m = ms[at], v = vs[at], w = master_join(weights[at], rests ? rests[at] : 0);
+                                       uint16_t *weights, float *ms, float *vs, uint16_t *remainders) {
+  float m = ms[at], v = vs[at], w = master_join(weights[at], remainders ? remainders[at] : 0);
   w = adam_update(k, shrink, grads[at], &m, &v, w);
   ms[at] = m;
   vs[at] = v;
-  if (rests)
-    master_split(w, &weights[at], &rests[at]);
+  if (remainders)
+    master_split(w, &weights[at], &remainders[at]);
   else
     weights[at] = __bfloat16_as_ushort(__float2bfloat16_rn(w));
 }
 
 static __global__ void __launch_bounds__(THREADS)
     adamw_kernel(const float *grads, const UpdateStatus *status, const StepScalars *scalars,
-                 const __grid_constant__ SpanBatch batch, uint16_t *weights, float *ms, float *vs, uint16_t *rests) {
+                 const __grid_constant__ SpanBatch batch, uint16_t *weights, float *ms, float *vs,
+                 uint16_t *remainders) {
   if (status->skip) return;
   AdamConstants k = adam_constants(scalars, status);
   float decay = (float)(scalars->lr * scalars->weight_decay);
@@ -352,29 +361,29 @@ static __global__ void __launch_bounds__(THREADS)
   float shrink = batch.span[c.param].decay ? decay : 0;
   Eights e = chunk_eights(c);
   for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8)
-    adam_eight(k, shrink, at, grads, weights, ms, vs, rests);
+    adam_eight(k, shrink, at, grads, weights, ms, vs, remainders);
   int64_t single = chunk_single(c, e);
-  if (single >= 0) adam_one(k, shrink, single, grads, weights, ms, vs, rests);
+  if (single >= 0) adam_one(k, shrink, single, grads, weights, ms, vs, remainders);
 }
 
 extern "C" void cuda_ADAMW(const KernelCall *c) {
   int n = c->args->params.n;
   for (int p = 0; p < n; p += BATCH_SPANS) {
-    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    SpanBatch batch = batch_of(c->args, p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
       CUDA_LAUNCH(adamw_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in.ADAMW.grads,
                   (const UpdateStatus *)c->in.ADAMW.status, (const StepScalars *)c->in.ADAMW.scalars, batch,
                   (uint16_t *)c->out.ADAMW.weights, (float *)c->out.ADAMW.m, (float *)c->out.ADAMW.v,
-                  (uint16_t *)c->out.ADAMW.rest);
+                  (uint16_t *)c->out.ADAMW.remainder);
   }
 }
 
 // ---- EMA ----
 
 static __global__ void __launch_bounds__(THREADS)
-    ema_kernel(const uint16_t *weights, const UpdateStatus *status, const StepScalars *scalars, const uint16_t *rests,
-               const __grid_constant__ SpanBatch batch, float *emas) {
+    ema_kernel(const uint16_t *weights, const UpdateStatus *status, const StepScalars *scalars,
+               const uint16_t *remainders, const __grid_constant__ SpanBatch batch, float *emas) {
   if (status->skip) return;
   float rate = (float)(1 - scalars->ema_decay);
   Chunk c = chunk_of(batch, blockIdx.x);
@@ -383,24 +392,24 @@ static __global__ void __launch_bounds__(THREADS)
   for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8) {
     float ema[8], w[8];
     load_floats(emas + at, ema);
-    join8(__ldcs((const uint4 *)(weights + at)), rests ? __ldcs((const uint4 *)(rests + at)) : make_uint4(0, 0, 0, 0),
-          w);
+    join8(__ldcs((const uint4 *)(weights + at)),
+          remainders ? __ldcs((const uint4 *)(remainders + at)) : make_uint4(0, 0, 0, 0), w);
 #pragma unroll
     for (int j = 0; j < 8; j++) ema[j] += rate * (w[j] - ema[j]);
     store_floats(emas + at, ema);
   }
   int64_t at = chunk_single(c, e);
-  if (at >= 0) emas[at] += rate * (master_join(weights[at], rests ? rests[at] : 0) - emas[at]);
+  if (at >= 0) emas[at] += rate * (master_join(weights[at], remainders ? remainders[at] : 0) - emas[at]);
 }
 
 extern "C" void cuda_EMA(const KernelCall *c) {
   int n = c->args->params.n;
   for (int p = 0; p < n; p += BATCH_SPANS) {
-    SpanBatch batch = batch_of(c->args->params.spans + p, n - p);
+    SpanBatch batch = batch_of(c->args, p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
       CUDA_LAUNCH(ema_kernel, chunks, THREADS, 0, call_stream(c), (const uint16_t *)c->in.EMA.weights,
                   (const UpdateStatus *)c->in.EMA.status, (const StepScalars *)c->in.EMA.scalars,
-                  (const uint16_t *)c->in.EMA.rest, batch, (float *)c->out.EMA.ema);
+                  (const uint16_t *)c->in.EMA.remainder, batch, (float *)c->out.EMA.ema);
   }
 }

@@ -31,6 +31,9 @@ typedef enum Packing { PACKING_VARLEN, PACKING_PADDED } Packing;
 
 // What happens to activations that the backward pass needs.
 typedef enum MemoryPolicy { MEMORY_AUTO, MEMORY_KEEP, MEMORY_RECOMPUTE, MEMORY_OFFLOAD } MemoryPolicy;
+// What of the optimizer's state lies in the host's memory and is streamed through the update; each has what those before
+// it have. In the order of what they cost.
+typedef enum MemoryState { STATE_AUTO, STATE_DEVICE, STATE_EMA, STATE_MOMENTS, STATE_GRADIENTS } MemoryState;
 typedef enum DeviceKind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } DeviceKind;
 typedef enum SamplerKind { SAMPLER_HEUN, SAMPLER_EULER } SamplerKind;
 // What a checkpoint that cannot be written does to the run.
@@ -148,6 +151,7 @@ typedef struct Config {
   } checkpoint;
   struct {
     MemoryPolicy policy;
+    MemoryState state; // auto: what must, where activations' smallest need does not fit
     double budget_gb; // 10^9 bytes, 0 = "auto": what the device has
     int per_tensors;  // how many of per_tensor[]
     TensorPolicy per_tensor[CONFIG_PER_TENSOR];

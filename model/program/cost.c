@@ -34,7 +34,7 @@ static double expert_flops(const Dims *d, const Extents *x) {
 
 static double params_count(const OpArgs *args) {
   double n = 0;
-  for (int i = 0; i < args->params.n; i++) n += (double)args->params.spans[i].count;
+  for (int i = 0; i < args->params.n; i++) n += (double)params_span(args, i).count;
   return n;
 }
 

@@ -182,7 +182,7 @@ int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpA
   return op_add(p, LANE_COMPUTE, kind, in, out, args);
 }
 
-static void copy_add(Program *p, Lane lane, TensorId from, TensorId to) {
+void program_copy(Program *p, Lane lane, TensorId from, TensorId to) {
   OpArgs args = {.span = {.count = p->tensors[from].bytes}};
   op_add(p, lane, OP_COPY, TENSORS(from), TENSORS(to), &args);
 }
@@ -220,7 +220,7 @@ void program_save(Program *p, TensorId t, Saved saved) {
   if (policy != POLICY_OFFLOAD) return;
   TensorId host = tensor_like(p, t, SPACE_HOST, " (host)");
   s->revival[t].host = host;
-  copy_add(p, LANE_D2H, t, host);
+  program_copy(p, LANE_D2H, t, host);
 }
 
 void program_save_rebuild(Program *p, TensorList t_of_out, OpKind kind, TensorList in, const OpArgs *args) {
@@ -312,7 +312,7 @@ static TensorId tensor_need(Program *p, TensorId t, int nested) {
   if (is_rebuilt(p, t)) return tensor_rebuild(p, t);
   if (s->revival[t].policy == POLICY_KEEP) return t;
   TensorId again = tensor_like(p, t, SPACE_ARENA, " (reload)");
-  copy_add(p, LANE_H2D, s->revival[t].host, again);
+  program_copy(p, LANE_H2D, s->revival[t].host, again);
   return s->revival[t].again = again;
 }
 

@@ -126,6 +126,9 @@ typedef struct TensorList {
 // not optional, an output that is an input too.
 int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpArgs *args);
 
+// Appends a copy of all of a tensor on any lane.
+void program_copy(Program *p, Lane lane, TensorId from, TensorId to);
+
 // Ops and tensors recorded from here on belong to this layer (-1: none). A change of layer is a scheduling mark too:
 // reloads move to the mark before (schedule.h).
 void program_layer(Program *p, int layer);

@@ -40,7 +40,7 @@ static Share kind_share(OpKind kind) {
   case OP_ROUTER_FWD:
   case OP_ROUTER_BWD:
     return (Share){.05, .6};
-  case OP_GRAD_NORM:
+  case OP_GRAD_SQUARES:
   case OP_GRAD_HASH:
   case OP_ADAMW:
   case OP_EMA:
@@ -113,12 +113,13 @@ uint64_t op_class(const Program *p, const Op *op) {
   case OP_CAST:
     mix(&h, op->args.span.count);
     break;
-  case OP_GRAD_NORM:
+  case OP_GRAD_SQUARES:
+  case OP_GRAD_DECIDE:
   case OP_GRAD_HASH:
   case OP_ADAMW:
   case OP_EMA:
     mix(&h, op->args.params.n);
-    for (int i = 0; i < op->args.params.n; i++) mix(&h, op->args.params.spans[i].count);
+    for (int i = 0; i < op->args.params.n; i++) mix(&h, params_span(&op->args, i).count);
     break;
   default:
     break;

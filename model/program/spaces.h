@@ -11,9 +11,11 @@ typedef enum Space {
   SPACE_ARENA,
   SPACE_HOST, // where offloaded tensors go
   SPACE_WEIGHTS,
-  SPACE_REST, // what the weights lack of their fp32 masters
+  SPACE_REMAINDER, // what the weights lack of their fp32 masters
   SPACE_GRADS,
   SPACE_MICRO_GRADS, // the gradient of one micro-step, where it is formed apart and then added
+  SPACE_HOST_GRADS,  // gradients of layers, where they leave the device
+  SPACE_PARAM_SUMS,  // a number or two a parameter: sums over its gradient
   SPACE_ADAM_M,
   SPACE_ADAM_V,
   SPACE_EMA,

@@ -36,8 +36,8 @@ static Value make_slab(CudaCase *c, Dtype type, const ParamSpan *spans, int64_t 
   return v;
 }
 
-// fp32 masters as the backend holds them: weights [n] DT_ACT and the rest [n] U16.
-static void split_masters(CudaCase *c, Value master, Value *weights, Value *rest) {
+// fp32 masters as the backend holds them: weights [n] DT_ACT and remainders [n] U16.
+static void split_masters(CudaCase *c, Value master, Value *weights, Value *remainder) {
   uint16_t *low = case_bytes(&c->ops, (size_t)master.count * 2, 0);
   *weights = value_copy(c, master);
   weights->dtype = DT_ACT;
@@ -47,15 +47,15 @@ static void split_masters(CudaCase *c, Value master, Value *weights, Value *rest
     uint32_t bits = (uint32_t)high << 16;
     memcpy((float *)weights->data + i, &bits, sizeof bits);
   }
-  *rest = value_bytes(c, low, (size_t)master.count * 2);
+  *remainder = value_bytes(c, low, (size_t)master.count * 2);
 }
 
-static Value join_masters(CudaCase *c, Value like, Value weights, Value rest) {
+static Value join_masters(CudaCase *c, Value like, Value weights, Value remainder) {
   Value master = value_copy(c, like);
   for (int64_t i = 0; i < master.count; i++) {
     uint32_t bits;
     memcpy(&bits, (float *)weights.data + i, sizeof bits);
-    ((float *)master.data)[i] = master_join((uint16_t)(bits >> 16), ((const uint16_t *)rest.data)[i]);
+    ((float *)master.data)[i] = master_join((uint16_t)(bits >> 16), ((const uint16_t *)remainder.data)[i]);
   }
   return master;
 }
@@ -66,7 +66,7 @@ static void judge_status(CudaCase *c, const Value *got, const UpdateStatus *want
   bool norm = isfinite(want->norm) ? fabs(s.norm - want->norm) <= 1e-6 * want->norm : !isfinite(s.norm);
   bool scale = isfinite(want->norm) ? fabs(s.scale - want->scale) <= 1e-6 * want->scale : true;
   if (norm && scale && s.skip == want->skip && s.bad == want->bad) return;
-  cuda_case_fail(c, OP_GRAD_NORM, "status: expected norm %.9g scale %.9g skip %d bad %d, got %.9g %.9g %d %d",
+  cuda_case_fail(c, OP_GRAD_DECIDE, "status: expected norm %.9g scale %.9g skip %d bad %d, got %.9g %.9g %d %d",
                  want->norm, want->scale, want->skip, want->bad, s.norm, s.scale, s.skip, s.bad);
 }
 
@@ -74,7 +74,7 @@ static void judge_status(CudaCase *c, const Value *got, const UpdateStatus *want
 static void run_update_step(CudaCase *c, int spoil, double clip) {
   ParamSpan spans[PARAMS];
   int64_t n = make_spans(c, spans);
-  OpArgs a = {.params = {.spans = spans, .n = PARAMS}};
+  OpArgs a = {.params = {.spans = spans, .n = PARAMS, .end = n}};
   Value grads = make_slab(c, DT_REAL, spans, n), metrics = value_metrics(c), master = make_slab(c, DT_REAL, spans, n);
   Value m = make_slab(c, DT_REAL, spans, n), v = make_slab(c, DT_REAL, spans, n), ema = make_slab(c, DT_REAL, spans, n);
   for (int64_t i = 0; i < n; i++) ((real *)v.data)[i] *= ((real *)v.data)[i];
@@ -83,23 +83,23 @@ static void run_update_step(CudaCase *c, int spoil, double clip) {
   StepScalars scalars_now = step;
   scalars_now.clip = clip;
   if (spoil == 3) scalars_now.norm_limit = 1e-3;
-  Value scalars = value_bytes(c, &scalars_now, sizeof scalars_now), partial = value_out(c, DT_F64, 1, PARAMS);
+  Value scalars = value_bytes(c, &scalars_now, sizeof scalars_now), squares = value_out(c, DT_F64, 1, PARAMS);
   UpdateStatus unset = {0};
   Value status = value_bytes(c, &unset, sizeof unset), got[OP_MAX_OUT], empty_status = status;
-  Value want[OP_MAX_OUT] = {status, value_copy(c, partial)};
+  Value want_squares[OP_MAX_OUT] = {value_copy(c, squares)}, want_status[OP_MAX_OUT] = {status};
   static const char *const spoils[] = {"", ", a gradient is infinite", ", the loss is not a number",
                                        ", the norm is beyond its limit"};
   empty_status.fresh = true;
-  partial.tolerance = want[1].tolerance = 1e-6;
+  want_squares[0].tolerance = 1e-6;
   cuda_case_variant(c, "%lld numbers, clip %g%s", (long long)n, clip, spoils[spoil]);
-  cuda_case_cpu(c, OP_GRAD_NORM, a, VALUES_IN(grads, metrics, scalars), want);
+  cuda_case_cpu(c, OP_GRAD_SQUARES, a, VALUES_IN(grads), want_squares);
+  cuda_case_expect(c, OP_GRAD_SQUARES, a, VALUES_IN(grads), VALUES_OUT(squares), want_squares);
+  cuda_case_cpu(c, OP_GRAD_DECIDE, a, VALUES_IN(want_squares[0], metrics, scalars), want_status);
   if (c->bench)
-    cuda_case_call(c, OP_GRAD_NORM, a, VALUES_IN(grads, metrics, scalars), VALUES_OUT(empty_status, partial));
-  else if (cuda_case_run(c, OP_GRAD_NORM, a, VALUES_IN(grads, metrics, scalars), VALUES_OUT(empty_status, partial),
-                         got)) {
+    cuda_case_call(c, OP_GRAD_DECIDE, a, VALUES_IN(want_squares[0], metrics, scalars), VALUES_OUT(empty_status));
+  else if (cuda_case_run(c, OP_GRAD_DECIDE, a, VALUES_IN(want_squares[0], metrics, scalars), VALUES_OUT(empty_status),
+                         got))
     judge_status(c, &got[0], status.data);
-    cuda_case_judge(c, OP_GRAD_NORM, 1, "partial", &got[1], &want[1]);
-  }
   Value hash = value_out(c, DT_U8, 1, 8 * PARAMS), want_hash[OP_MAX_OUT] = {value_copy(c, hash)};
   cuda_case_cpu(c, OP_GRAD_HASH, a, VALUES_IN(grads), want_hash);
   if (c->bench)
@@ -107,27 +107,28 @@ static void run_update_step(CudaCase *c, int spoil, double clip) {
   else if (cuda_case_run(c, OP_GRAD_HASH, a, VALUES_IN(grads), VALUES_OUT(hash), got) &&
            memcmp(got[0].data, want_hash[0].data, 8 * PARAMS) != 0)
     cuda_case_fail(c, OP_GRAD_HASH, "the hashes differ from the CPU's");
-  for (int resting = 0; resting < 2; resting++) { // the master is weight and rest, or the weight alone
-    if (!cuda_case_wants(c, resting)) continue;
-    Value weights = value_copy(c, master), rest = none, reference = master;
+  for (int split = 0; split < 2; split++) { // the master is weight and remainder, or the weight alone
+    if (!cuda_case_wants(c, split)) continue;
+    Value weights = value_copy(c, master), remainder = none, reference = master;
     weights.dtype = DT_ACT;
     value_round(weights);
-    if (resting) split_masters(c, master, &weights, &rest);
-    if (!resting) reference = weights;
+    if (split) split_masters(c, master, &weights, &remainder);
+    if (!split) reference = weights;
     Value after[OP_MAX_OUT] = {value_copy(c, reference), value_copy(c, m), value_copy(c, v)};
-    after[0].tolerance = resting ? 1e-6 : ACT_TOLERANCE;
+    after[0].tolerance = split ? 1e-6 : ACT_TOLERANCE;
     cuda_case_cpu(c, OP_ADAMW, a, VALUES_IN(grads, status, scalars), after);
-    cuda_case_variant(c, "%lld numbers, clip %g%s%s", (long long)n, clip, spoils[spoil], resting ? ", rest" : "");
+    cuda_case_variant(c, "%lld numbers, clip %g%s%s", (long long)n, clip, spoils[spoil], split ? ", remainder" : "");
     if (c->bench)
-      cuda_case_call(c, OP_ADAMW, a, VALUES_IN(grads, status, scalars), VALUES_OUT(weights, m, v, rest));
-    else if (cuda_case_run(c, OP_ADAMW, a, VALUES_IN(grads, status, scalars), VALUES_OUT(weights, m, v, rest), got)) {
-      if (resting) got[0] = join_masters(c, master, got[0], got[3]);
+      cuda_case_call(c, OP_ADAMW, a, VALUES_IN(grads, status, scalars), VALUES_OUT(weights, m, v, remainder));
+    else if (cuda_case_run(c, OP_ADAMW, a, VALUES_IN(grads, status, scalars), VALUES_OUT(weights, m, v, remainder),
+                           got)) {
+      if (split) got[0] = join_masters(c, master, got[0], got[3]);
       static const char *const names[] = {"weights", "m", "v"};
       for (int i = 0; i < 3; i++) cuda_case_judge(c, OP_ADAMW, i, names[i], &got[i], &after[i]);
     }
     Value average[OP_MAX_OUT] = {value_copy(c, ema)};
     cuda_case_cpu(c, OP_EMA, a, VALUES_IN(reference, status, scalars), average);
-    cuda_case_expect(c, OP_EMA, a, VALUES_IN(weights, status, scalars, rest), VALUES_OUT(ema), average);
+    cuda_case_expect(c, OP_EMA, a, VALUES_IN(weights, status, scalars, remainder), VALUES_OUT(ema), average);
   }
 }
 

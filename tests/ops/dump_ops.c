@@ -92,7 +92,8 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
   case OP_NOISE:
     NUMBER(noise, stream);
     break;
-  case OP_GRAD_NORM:
+  case OP_GRAD_SQUARES:
+  case OP_GRAD_DECIDE:
   case OP_GRAD_HASH:
   case OP_ADAMW:
   case OP_EMA:

@@ -49,7 +49,8 @@ void model_case_fit_pack(ModelCase *c) {
 void model_case_init(ModelCase *c, uint64_t seed, int variant) {
   memset(c, 0, sizeof *c);
   config_for(c, variant);
-  c->model = (Model){.config = &c->config, .backend = &backend_cpu, .params = params_build(&c->config)};
+  c->model = (Model){
+      .config = &c->config, .backend = &backend_cpu, .params = params_build(&c->config), .update_part = UPDATE_PART};
   op_case_init(&c->ops, seed);
   c->ops.dims = dims_from_config(&c->config, c->config.data.micro_batch_tokens, config_max_images(&c->config) + 1);
   op_case_pack(&c->ops, PACK_MIXED);

@@ -277,9 +277,9 @@ static void call_update(OpCalls *w, int spoil) {
     spans[i] = (ParamSpan){.offset = n, .count = case_int(&w->c, 1, 3000), .decay = coin(w)};
     n += (spans[i].count + 15) / 16 * 16;
   }
-  OpArgs a = {.params = {.spans = spans, .n = PARAMS}};
+  OpArgs a = {.params = {.spans = spans, .n = PARAMS, .end = n}};
   Value grads = random_value(w, n), weights = random_value(w, n), m = random_value(w, n), v = random_value(w, n);
-  Value ema = random_value(w, n), metrics = metrics_value(w), partial = double_value(w, PARAMS);
+  Value ema = random_value(w, n), metrics = metrics_value(w), squares = double_value(w, PARAMS);
   // Gaps between spans are 0 in every slab.
   Value slabs[5] = {grads, weights, m, v, ema};
   for (int s = 0; s < 5; s++)
@@ -303,7 +303,8 @@ static void call_update(OpCalls *w, int spoil) {
   if (spoil == 1) ((Metrics *)metrics.data)->flow = NAN;
   Value status = {case_bytes(&w->c, sizeof(UpdateStatus), 0x55), sizeof(UpdateStatus), "U8"};
   Value hash = {case_bytes(&w->c, PARAMS * 8, 0x55), PARAMS * 8, "U8"};
-  call(w, OP_GRAD_NORM, a, IN(grads, metrics, scalars), OUT(status, partial));
+  call(w, OP_GRAD_SQUARES, a, IN(grads), OUT(squares));
+  call(w, OP_GRAD_DECIDE, a, IN(squares, metrics, scalars), OUT(status));
   call(w, OP_GRAD_HASH, a, IN(grads), OUT(hash));
   call(w, OP_ADAMW, a, IN(grads, status, scalars), OUT(weights, m, v));
   call(w, OP_EMA, a, IN(weights, status, scalars), OUT(ema));

@@ -15,4 +15,7 @@ void slab_make(OpCase *c, Slab *s);
 int slab_param(const Slab *s, int64_t i);
 // A tensor [size], NaN in the gaps.
 real *slab_random(OpCase *c, const Slab *s, double std);
+// GRAD_SQUARES and GRAD_DECIDE.
+void slab_norm(const OpCase *c, OpArgs args, const real *grads, const Metrics *metrics, const StepScalars *scalars,
+               UpdateStatus *status, double *squares); // [n]
 #endif

@@ -654,8 +654,13 @@ def spans(r):
     return [(slice(int(at), int(at + count)), bool(decay)) for at, count, decay in arguments]
 
 
-def op_grad_norm(c, r):
-    sums = [r.i["grads"][at].square().sum() for at, _ in spans(r)]
+def op_grad_squares(c, r):
+    sums = torch.stack([r.i["grads"][at].square().sum() for at, _ in spans(r)])
+    return {"squares": sums if bool(torch.isfinite(sums).all()) else None}
+
+
+def op_grad_decide(c, r):
+    sums = r.i["squares"].tolist()
     norm, scale, skip, bad = status(r.out["status"])
     broken = [i for i, v in enumerate(sums) if not math.isfinite(v)]
     lost = not all(math.isfinite(v) for v in r.i["metrics"][: len(METRICS)])
@@ -663,14 +668,11 @@ def op_grad_norm(c, r):
     limit = scalars(r)["norm_limit"]
     beyond = limit > 0 and math.sqrt(sum(sums)) > limit
     assert (skip != 0, bad) == (want_bad >= 0 or beyond, want_bad), f"skip {skip}, bad {bad}, expected bad {want_bad}"
-    out = {"status": None, "partial": torch.stack(sums)}
-    if broken:
-        out["partial"] = None
-    else:
+    if not broken:
         want, clip = math.sqrt(sum(sums)), scalars(r)["clip"]
         assert abs(norm / want - 1) < 1e-6, f"norm {norm}, expected {want}"
         assert lost or abs(scale / (min(1, clip / want) if clip else 1) - 1) < 1e-6, f"scale {scale}"
-    return out
+    return {"status": None}
 
 
 def op_grad_hash(c, r):

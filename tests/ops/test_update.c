@@ -58,7 +58,7 @@ static void test_grad_norm(void **state) {
     StepScalars scalars = {.clip = clips[k]};
     memset(&status, 0x7f, sizeof status);
     memset(partial, 0x7f, sizeof partial);
-    op_run(&c, OP_GRAD_NORM, s.args, OP_IN(grads, &metrics, &scalars), OP_OUT(&status, partial));
+    slab_norm(&c, s.args, grads, &metrics, &scalars, &status, partial);
     for (int p = 0; p < PARAMS; p++) assert_true(fabs(partial[p] - want[p]) <= 1e-12 * want[p]);
     assert_true(fabs(status.norm - sqrt(total)) < 1e-12 * sqrt(total));
     assert_true(fabs(status.scale - scales[k]) < 1e-12);
@@ -67,7 +67,7 @@ static void test_grad_norm(void **state) {
   // A limit on the norm skips the step, and names no parameter.
   for (int beyond = 0; beyond < 2; beyond++) {
     StepScalars scalars = {.clip = 1, .norm_limit = sqrt(total) * (beyond ? 0.999 : 1.001)};
-    op_run(&c, OP_GRAD_NORM, s.args, OP_IN(grads, &metrics, &scalars), OP_OUT(&status, partial));
+    slab_norm(&c, s.args, grads, &metrics, &scalars, &status, partial);
     assert_true(status.skip == beyond && status.bad == -1 && fabs(status.norm - sqrt(total)) < 1e-12 * sqrt(total));
   }
   // Something not finite: the loss, which is named whatever the gradients are; without it a gradient; then an earlier
@@ -78,15 +78,15 @@ static void test_grad_norm(void **state) {
     real *bad = case_copy(&c, grads, s.size);
     double *loss[] = {&metrics.nll[0], &metrics.nll[1], &metrics.flow, &metrics.balance, &metrics.z};
     *loss[k] = bad_values[k % 3];
-    op_run(&c, OP_GRAD_NORM, s.args, OP_IN(bad, &metrics, &scalars), OP_OUT(&status, partial));
+    slab_norm(&c, s.args, bad, &metrics, &scalars, &status, partial);
     assert_true(status.skip == 1 && status.bad == PARAMS);
     const int params[] = {7, 5, 1};
     for (int j = 0; j < 3; j++) {
       const ParamSpan *span = &s.span[params[j]];
       bad[span->offset + span->count - 1] = (real)bad_values[(j + k) % 3];
-      op_run(&c, OP_GRAD_NORM, s.args, OP_IN(bad, &metrics, &scalars), OP_OUT(&status, partial));
+      slab_norm(&c, s.args, bad, &metrics, &scalars, &status, partial);
       assert_true(status.skip == 1 && status.bad == PARAMS);
-      op_run(&c, OP_GRAD_NORM, s.args, OP_IN(bad, &fine, &scalars), OP_OUT(&status, partial));
+      slab_norm(&c, s.args, bad, &fine, &scalars, &status, partial);
       assert_true(status.skip == 1 && status.bad == params[j]);
     }
     metrics = (Metrics){0};
@@ -94,7 +94,7 @@ static void test_grad_norm(void **state) {
   // A huge but finite gradient is no reason to skip.
   real *huge = case_copy(&c, grads, s.size);
   huge[s.span[3].offset] = (real)1e30;
-  op_run(&c, OP_GRAD_NORM, s.args, OP_IN(huge, &metrics, &(StepScalars){.clip = 1}), OP_OUT(&status, partial));
+  slab_norm(&c, s.args, huge, &metrics, &(StepScalars){.clip = 1}, &status, partial);
   assert_true(status.skip == 0 && fabs(status.norm / 1e30 - 1) < 1e-6);
   op_case_free(&c);
 }
@@ -116,8 +116,8 @@ static void test_grad_norm_rounds(void **state) {
   Metrics metrics = {0};
   StepScalars scalars = {0};
   UpdateStatus status;
-  OpArgs args = {.params = {.spans = span, .n = MANY}};
-  op_run(&c, OP_GRAD_NORM, args, OP_IN(grads, &metrics, &scalars), OP_OUT(&status, partial));
+  OpArgs args = {.params = {.spans = span, .n = MANY, .end = size}};
+  slab_norm(&c, args, grads, &metrics, &scalars, &status, partial);
   double total = 0;
   for (int p = 0; p < MANY; p++) {
     double want = 0;

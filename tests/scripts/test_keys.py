@@ -66,7 +66,7 @@ def _():
 @key("run.device")
 def _():  # a build without a GPU says so; one with it keeps its weights in two bytes and a rest
     r = run({"run.device": "cuda", "model.head_dim": 32, "model.patch": 8}, "--plan", rc=None)
-    assert "cuda" in r.log.lower() if r.rc else "rest of the weights" in r.out, r.log
+    assert "cuda" in r.log.lower() if r.rc else "remainders of the weights" in r.out, r.log
 
 
 @key("run.threads")
@@ -578,6 +578,13 @@ def _():  # auto keeps everything where it fits, else recomputes, else says what
     assert "policy recompute" in plan(budget((keep + least) / 2))
     r = run(budget(least / 2), rc=None)
     assert r.rc != 0 and "are needed" in r.log and "memory.budget_gb" in r.log, r.log
+
+
+@key("memory.state")
+def _():  # the CPU has no memory of its own that anything could leave, which a run says
+    plain, moved = (run({"train.steps": 2, "memory.state": s}) for s in ("auto", "gradients"))
+    assert "memory.state changes nothing on the cpu" in moved.log and "memory.state" not in plain.log
+    assert plain.rows[1]["loss"] == moved.rows[1]["loss"]
 
 
 @key("memory.per_tensor")

@@ -10,6 +10,7 @@
 #include "model/program/policy.h"
 #include "tests/ops/model_case.h"
 #include "tests/unit/queued_cpu.h"
+#include "model/update.h"
 #include "trainer/measure.h"
 #include "trainer/predict.h"
 #include "trainer/slab.h"
@@ -30,6 +31,7 @@ typedef struct World {
   ModelCase c; // its config, weights and pack sizes
   void *pack[PACKS];
   size_t pack_bytes;
+  int64_t part; // elements that an op of the update covers at most; 0: as models are made
   int measured; // ops are timed before the first step
 } World;
 
@@ -114,6 +116,17 @@ static void measure(World *w, Engine *e) {
   policy_table_free(&policy);
 }
 
+// Records the updates again, in small parts.
+static void cut_updates(Engine *e, int64_t part) {
+  e->model.update_part = part;
+  Program **updates[] = {&e->update, &e->update_ema};
+  for (int ema = 0; ema < 2; ema++) {
+    program_free(*updates[ema]);
+    *updates[ema] = update_record(&e->model, ema);
+    e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], (*updates[ema])->arena_bytes);
+  }
+}
+
 // The steps as the trainer runs them: with queues, a step's results are read when the passes of the next are under way.
 // The memory of each pack is overwritten by another one as soon as the device has the pack. `profiled`: that step is
 // timed op by op; -1: none.
@@ -123,7 +136,9 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   Error err;
   Outcome o = {0};
   OptimizerState state = {0};
-  if (engine_record(&e, c, backend, 1, &err) != 0 || engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
+  if (engine_record(&e, c, backend, 1, &err) != 0) fail_msg("%s", err.text);
+  if (w->part) cut_updates(&e, w->part);
+  if (engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
   slab_upload(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
   slab_upload(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
   o.elements = (size_t)e.model.params.total;
@@ -259,6 +274,56 @@ static void test_measured(void **state) {
   world_close(&w);
 }
 
+// What of the state lies on the host changes no bit, whatever passes through the update at once; and the host is told
+// of it before the device needs it.
+static void test_state_on_host(void **state) {
+  (void)state;
+  static const Space device[] = {SPACE_EMA, SPACE_ADAM_M, SPACE_ADAM_V};
+  for (int v = 0; v < 3; v++) {
+    World w;
+    world_open(&w, 50 + (uint64_t)v, v);
+    Config *c = &w.c.config;
+    c->memory.policy = MEMORY_KEEP;
+    Outcome want = run(&w, &backend_cpu, -1);
+    for (int i = 0; i < 15; i++) {
+      c->memory.state = (MemoryState)(STATE_EMA + i % 3);
+      c->memory.policy = memory_policies[i / 3 % 3];
+      c->kernels.graph = i % 2;
+      c->kernels.streams = i < 12 ? STREAMS_MULTI : STREAMS_SINGLE;
+      w.part = (int64_t[]){0, 4096, 20 * 1000 * 64}[i % 5 % 3];
+      queued_cpu_start((uint64_t)(500 + 20 * v + i), FAULT_NONE);
+      Outcome got = run(&w, &backend_queued_cpu, -1);
+      if (!outcomes_equal(&got, &want)) fail_msg("variant %d, state %d, order %d: other bits", v, c->memory.state, i);
+      assert_int_equal(got.last.allocations, got.first.allocations);
+      assert_int_equal(got.last.uploads, got.first.uploads);
+      assert_int_equal(got.last.downloads, got.first.downloads);
+      outcome_free(&got);
+    }
+    outcome_free(&want);
+    world_close(&w);
+  }
+  // Each further state takes less of the device.
+  World w;
+  Error err;
+  int64_t before = INT64_MAX;
+  world_open(&w, 50, 0);
+  w.c.config.memory.policy = MEMORY_KEEP;
+  for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+    Engine e;
+    int64_t sum = 0;
+    w.c.config.memory.state = s;
+    queued_cpu_start(1, FAULT_NONE);
+    assert_int_equal(engine_record(&e, &w.c.config, &backend_queued_cpu, 1, &err), 0);
+    for (int k = 0; k < 3; k++) assert_int_equal(engine_on_host(&e, device[k]), s >= (k ? STATE_MOMENTS : STATE_EMA));
+    for (int k = 0; k < SPACE_COUNT; k++)
+      if (k != SPACE_ARENA && !engine_on_host(&e, (Space)k)) sum += e.bytes[k];
+    assert_true(s == STATE_GRADIENTS ? sum <= before : sum < before); // it has not more layers than slots
+    before = sum;
+    engine_free(&e);
+  }
+  world_close(&w);
+}
+
 // Equal bits are no matter of course: where lanes do not wait for each other, or the host not for the device, some
 // order gives other bits.
 static void test_faults_show(void **state) {
@@ -348,14 +413,14 @@ static void test_host_slab(void **state) {
   assert_int_equal(engine_check_host(&e, &err), 0);
   e.bytes[SPACE_HOST] = (int64_t)1 << 50;
   assert_int_equal(engine_check_host(&e, &err), -1);
-  assert_non_null(strstr(err.text, "are to be offloaded"));
+  assert_non_null(strstr(err.text, "are to lie in this machine's memory"));
   engine_free(&e);
   world_close(&w);
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits), cmocka_unit_test(test_measured),
-                                     cmocka_unit_test(test_faults_show), cmocka_unit_test(test_slab_writer),
-                                     cmocka_unit_test(test_host_slab)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_measured),
+                                     cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_faults_show),
+                                     cmocka_unit_test(test_slab_writer),   cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -31,7 +31,7 @@ static void test_elements(void **state) {
   assert_int_equal(saved, 16); // weight, remainder, two moments, EMA
   assert_int_equal(space_element(&half, SPACE_WEIGHTS), 2);
   assert_int_equal(space_element(&half, SPACE_METRICS), 0);
-  assert_int_equal(space_element(&backend_cpu, SPACE_REST), 0);
+  assert_int_equal(space_element(&backend_cpu, SPACE_REMAINDER), 0);
 }
 
 int main(void) {

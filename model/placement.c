@@ -1,0 +1,61 @@
+#include "model/placement.h"
+
+int state_on_host(MemoryState state, Space space) {
+  if (space_has(space, SPACE_ON_HOST)) return 1;
+  switch (space) {
+  case SPACE_EMA:
+    return state >= STATE_EMA;
+  case SPACE_ADAM_M:
+  case SPACE_ADAM_V:
+    return state >= STATE_MOMENTS;
+  default:
+    return 0;
+  }
+}
+
+int bucket_leaves(const Model *m, const ParamBucket *b) {
+  return m->state == STATE_GRADIENTS && b->layer >= 0;
+}
+
+// Elements of the buckets before `end` that stay.
+static int64_t staying(const Model *m, const ParamBucket *end) {
+  int64_t sum = 0;
+  for (const ParamBucket *b = m->params.bucket; b < end; b++)
+    if (!bucket_leaves(m, b)) sum += b->end - b->begin;
+  return sum;
+}
+
+// Elements of the largest that leaves.
+static int64_t slot_count(const Model *m) {
+  int64_t most = 0;
+  for (int i = 0; i < m->params.buckets; i++) {
+    const ParamBucket *b = &m->params.bucket[i];
+    if (bucket_leaves(m, b)) most = max_i64(most, b->end - b->begin);
+  }
+  return most;
+}
+
+static int slots(const Model *m) {
+  return (int)min_i64(GRADIENT_SLOTS, m->config->model.layers);
+}
+
+int64_t gradients_count(const Model *m) {
+  return staying(m, m->params.bucket + m->params.buckets) + slots(m) * slot_count(m);
+}
+
+int64_t gradients_begin(const Model *m, const ParamBucket *b) {
+  if (!bucket_leaves(m, b)) return staying(m, b);
+  return staying(m, m->params.bucket + m->params.buckets) + b->layer % slots(m) * slot_count(m);
+}
+
+TensorId bucket_gradients(Program *p, const Model *m, const ParamBucket *b, Space space) {
+  int64_t begin = space == SPACE_GRADS ? gradients_begin(m, b) : b->begin,
+          bytes = (int64_t)m->backend->dtype_bytes[DT_REAL];
+  return program_external(p, space, begin * bytes, DT_REAL, b->end - b->begin, "gradients of a bucket");
+}
+
+TensorId param_sums(Program *p, const ParamTable *t, ParamSums which, int first, int n) {
+  static const char *const names[PARAM_SUMS] = {"squared norms", "hashes"};
+  int64_t offset = ((int64_t)which * t->n + first) * (int64_t)sizeof(double);
+  return program_external(p, SPACE_PARAM_SUMS, offset, DT_F64, n, names[which]);
+}

@@ -1,0 +1,27 @@
+// Where the slabs with an element a parameter lie: what memory.state moves to the host, and where on the device the
+// gradients of layers lie while they are formed if they leave.
+#ifndef TESSERA_PLACEMENT_H
+#define TESSERA_PLACEMENT_H
+
+#include "model/model.h"
+
+// Whether a space of the optimizer's state lies on the host: what is computed with it passes through the arena.
+int state_on_host(MemoryState state, Space space);
+
+// With STATE_GRADIENTS the gradients of a layer are formed in one of at most so many slots in turn, and leave for
+// SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
+enum { GRADIENT_SLOTS = 3 };
+int bucket_leaves(const Model *m, const ParamBucket *b);
+// Elements of SPACE_GRADS: gradients that stay, in the slabs' order, then the slots.
+int64_t gradients_count(const Model *m);
+// The element of SPACE_GRADS that a bucket's gradients begin at while they are formed.
+int64_t gradients_begin(const Model *m, const ParamBucket *b);
+// Gradients [begin, end) of a bucket in SPACE_GRADS, in SPACE_HOST_GRADS.
+TensorId bucket_gradients(Program *p, const Model *m, const ParamBucket *b, Space space);
+
+// A number for each of n parameters from `first` on, in SPACE_PARAM_SUMS: sums of squares of gradients (F64), or of
+// their mixed bits (U64; GRAD_HASH).
+typedef enum ParamSums { SUMS_OF_SQUARES, SUMS_OF_BITS, PARAM_SUMS } ParamSums;
+TensorId param_sums(Program *p, const ParamTable *t, ParamSums which, int first, int n);
+
+#endif
