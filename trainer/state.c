@@ -179,7 +179,7 @@ typedef struct Target {
 } Target;
 
 // Which of the file's tensors is which of ours. A file with exactly the tensors that a model of this config has, shapes
-// included: one with fewer layers would otherwise take what it finds and leave the rest.
+// included: one with fewer layers would otherwise take what it finds and ignore all else.
 static int match_tensors(Target *t, const Checkpoint *c, Error *err) {
   const StateFile *want = t->file;
   const SafeFile *have = checkpoint_file(c, want->name);

@@ -96,8 +96,8 @@ static __device__ inline void parts_add(float sum[8], const Parts &parts, const 
 }
 
 // The parts of a row's k picks after those in p; all is waited for, in turn.
-static __device__ inline void parts_add_rest(float sum[8], const Combine &s, const float *weights, const bf16 *y,
-                                             Picks p, int64_t r, int k, int C, int column) {
+static __device__ inline void parts_add_others(float sum[8], const Combine &s, const float *weights, const bf16 *y,
+                                               Picks p, int64_t r, int k, int C, int column) {
   for (int left = k - TOGETHER; left > 0; left -= TOGETHER) {
     p = picks_next(s, weights, r, k, p.slot[TOGETHER - 1]);
     Parts parts;
@@ -137,7 +137,7 @@ static __global__ void __launch_bounds__(L::THREADS)
     float b[8];
     unpack8(add[v], b);
     parts_add(b, parts[v], picks, k);
-    if (k > TOGETHER) parts_add_rest(b, s, s.weights, y, picks, row.r, k, f.C, adaln_column<L>(row, v));
+    if (k > TOGETHER) parts_add_others(b, s, s.weights, y, picks, row.r, k, f.C, adaln_column<L>(row, v));
     uint4 branch = pack8(b);
     if (b2) adaln_row_store<L>(b2, row, v, branch);
     sum = adaln_row_residual<L>(f, row, v, x[v], gate[v], branch, sum);
@@ -191,7 +191,7 @@ typedef struct CombinedGradient {
     float sum[8];
     unpack8(ahead.add, sum);
     parts_add(sum, ahead.parts, ahead.picks, k);
-    if (k > TOGETHER) parts_add_rest(sum, s, NULL, combine_slots(s, r, n_text), ahead.picks, r, k, C, column);
+    if (k > TOGETHER) parts_add_others(sum, s, NULL, combine_slots(s, r, n_text), ahead.picks, r, k, C, column);
     return pack8(sum);
   }
 } CombinedGradient;

@@ -19,7 +19,7 @@ static __device__ inline void store_zeros(bf16 *p) {
 // ---- features of the flow time ----
 
 // Thread i of a block: frequency i of segment blockIdx.x. The angle reaches 1000, where fp32 would be off by 3e-5; it
-// is formed and brought into [-pi, pi] in fp64, and the rest needs no more than fp32.
+// is formed and brought into [-pi, pi] in fp64, and all after it needs no more than fp32.
 static __global__ void __launch_bounds__(FREQUENCIES)
     time_features_kernel(const BatchDims *n, const float *seg_time, bf16 *features) {
   int g = blockIdx.x, i = threadIdx.x;

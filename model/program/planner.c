@@ -63,14 +63,14 @@ static void peak_print(const Program *p, FILE *out) {
 
 void planner_print(const Program *p, void *out_file) {
   FILE *out = out_file;
-  double bytes[SAVED_COUNT][POLICY_COUNT] = {{0}}, total[POLICY_COUNT] = {0}, rest = 0;
+  double bytes[SAVED_COUNT][POLICY_COUNT] = {{0}}, total[POLICY_COUNT] = {0}, others = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
     if (x->space != SPACE_ARENA || x->first < 0) continue;
     Revival revival = p->state->revival[t];
     // What nobody asks for again dies where the forward pass is done with it.
     if (x->saved < 0 || (revival.policy != POLICY_OFFLOAD && !revival.needed))
-      rest += (double)x->bytes;
+      others += (double)x->bytes;
     else
       bytes[x->saved][revival.policy] += (double)x->bytes;
   }
@@ -88,7 +88,7 @@ void planner_print(const Program *p, void *out_file) {
   fprintf(out, "  %-14s", "sum");
   for (int k = 0; k < POLICY_COUNT; k++) bytes_print(out, total[k]);
   fprintf(out, "\n  %-14s", "passing");
-  bytes_print(out, rest);
+  bytes_print(out, others);
   fprintf(out, "  (gradients, reloads, rebuilt and other passing tensors, which share memory)\n  %-14s", "arena");
   bytes_print(out, (double)p->arena_bytes);
   fprintf(out, "  %.3f x the largest sum alive at once\n  %-14s",

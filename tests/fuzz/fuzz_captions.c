@@ -1,5 +1,5 @@
-// Captions and texts in every form a source takes them: byte 0 says which, byte 1 what held-out samples go by, the rest
-// is the file.
+// Captions and texts in every form a source takes them: byte 0 says which, byte 1 what held-out samples go by, the
+// others are the file.
 #include "tests/fuzz/fuzz.h"
 
 #include <stdbool.h>

@@ -1,5 +1,5 @@
-// The way of an image: header, decoding, fitting, patches. Four bytes say how it is fitted, the rest is the file; a PNG
-// is tried again with its checksums made right, since no fuzzer guesses them.
+// The way of an image: header, decoding, fitting, patches. Four bytes say how it is fitted, the others are the file; a
+// PNG is tried again with its checksums made right, since no fuzzer guesses them.
 #include "data/sample_patches.h"
 #include "tests/fuzz/fuzz.h"
 

@@ -1,4 +1,4 @@
-// The tokenizer: byte 0 says how large the vocabulary may be, bytes 1 and 2 how much of the rest is a vocab.bpe; what
+// The tokenizer: byte 0 says how large the vocabulary may be, bytes 1 and 2 how much of the others is a vocab.bpe; what
 // remains is text. Any bytes come back as they were, whatever the merges, loaded or learnt.
 #include "data/tokenizer.h"
 #include "tests/fuzz/fuzz.h"

@@ -64,7 +64,7 @@ def _():
 
 
 @key("run.device")
-def _():  # a build without a GPU says so; one with it keeps its weights in two bytes and a rest
+def _():  # a build without a GPU says so; one with it keeps its weights in two bytes and a remainder of two
     r = run({"run.device": "cuda", "model.head_dim": 32, "model.patch": 8}, "--plan", rc=None)
     assert "cuda" in r.log.lower() if r.rc else "remainders of the weights" in r.out, r.log
 
