@@ -30,11 +30,15 @@ static char *build_hash(void) {
 // What ops' times depend on besides what their classes say. malloc'd.
 static char *sizes_text(const Config *c) {
   Dims d = dims_from_config(c, c->data.micro_batch_tokens, config_max_images(c) + 1);
+  ConfigWay way[CONFIG_WAYS];
+  char ways[CONFIG_WAYS * (sizeof way->word + 2)] = "";
+  for (int i = 0, n = config_ways(c, way); i < n; i++)
+    snprintf(ways + strlen(ways), sizeof ways - strlen(ways), ", %s", way[i].word);
   return xasprintf(
       "T %d, %d modulation rows, C %d, H %d, G %d, D %d, P %d, V %d, Z %d, L %d, text %d x %d of %d shared "
-      "%d, image %d x %d of %d shared %d, adaln %d, packing %d, moe_gemm %d, graph %d",
+      "%d, image %d x %d of %d shared %d, packing %d, graph %d%s",
       d.T, d.segments, d.C, d.H, d.G, d.D, d.P, d.V, d.Z, d.L, d.K[TEXT], d.F[TEXT], d.E[TEXT], d.S[TEXT], d.K[IMAGE],
-      d.F[IMAGE], d.E[IMAGE], d.S[IMAGE], c->kernels.adaln, c->kernels.packing, c->kernels.moe_gemm, c->kernels.graph);
+      d.F[IMAGE], d.E[IMAGE], d.S[IMAGE], c->kernels.packing, c->kernels.graph, ways);
 }
 
 typedef struct OwnKey {
