@@ -106,5 +106,5 @@ size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // 
 size_t attention_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_*
 size_t router_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // ROUTER_*
 size_t flow_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // NOISE, FLOW_LOSS
-size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // GRAD_SQUARES, GRAD_DECIDE, GRAD_HASH, ADAMW, EMA
+size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // GRAD_*, ADAMW, EMA
 #endif
