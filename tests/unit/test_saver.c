@@ -21,19 +21,20 @@
 #include <unistd.h>
 
 static const Space spaces[] = {SPACE_WEIGHTS, SPACE_EMA, SPACE_ADAM_M, SPACE_ADAM_V};
-enum { SPACES = sizeof spaces / sizeof *spaces, KINDS = 3 };
+enum { SPACES = sizeof spaces / sizeof *spaces, KINDS = 4 };
 static const char *const files[] = {"model.safetensors", "optimizer-0x1.safetensors", "ema.safetensors", "config.json",
                                     "state.json"};
 enum { FILES = sizeof files / sizeof *files };
 
-// The plain CPU, one behind queues, and one behind queues that keeps a weight as bf16 and a remainder, as a GPU does.
+// The plain CPU, one behind queues, and one behind queues that keeps a weight as bf16 and a remainder, as a GPU does,
+// with its state on the device or on the host.
 static Backend backend_of(int kind) {
   Backend b = kind ? backend_queued_cpu : backend_cpu;
-  if (kind == 2) backend_store_bf16(&b);
+  if (kind >= 2) backend_store_bf16(&b);
   return b;
 }
 
-static void config_open(Config *c, const char *copy, const char *layers) {
+static void config_open(Config *c, int kind, const char *copy, const char *layers) {
   const char *const sets[] = {"model.dim=32",
                               "model.heads=2",
                               "model.kv_heads=1",
@@ -43,6 +44,7 @@ static void config_open(Config *c, const char *copy, const char *layers) {
                               "train.ema=0.9",
                               "data.micro_batch_tokens=256",
                               "checkpoint.every=10",
+                              kind == 3 ? "memory.state=gradients" : "memory.state=device",
                               copy,
                               layers};
   Error err;
@@ -108,7 +110,7 @@ static void save(const char *name, int kind, const char *copy, uint64_t seed, Qu
   RunState state = state_of();
   char *run = xasprintf("%s/%s", folder, name);
   Backend backend = backend_of(kind);
-  config_open(c, copy, "model.layers=2");
+  config_open(c, kind, copy, "model.layers=2");
   assert_int_equal(mkdir(run, 0700), 0);
   queued_cpu_start(seed, FAULT_NONE);
   engine_open(&e, c, &backend);
@@ -154,7 +156,7 @@ static void load(const char *name, int kind) {
   Engine e;
   Error err;
   Backend backend = backend_of(kind);
-  config_open(c, "checkpoint.copy=auto", "model.layers=2");
+  config_open(c, kind, "checkpoint.copy=auto", "model.layers=2");
   queued_cpu_start(5, FAULT_NONE);
   engine_open(&e, c, &backend);
   char *dir = xasprintf("%s/%s/ckpt-7", folder, name);
@@ -220,8 +222,8 @@ static void damage_is_not_another_model(void **state) {
   Engine e, other;
   Error err;
   save("run", 0, "checkpoint.copy=never", 0, FAULT_NONE);
-  config_open(c, "checkpoint.copy=never", "model.layers=2");
-  config_open(deeper, "checkpoint.copy=never", "model.layers=3");
+  config_open(c, 0, "checkpoint.copy=never", "model.layers=2");
+  config_open(deeper, 0, "checkpoint.copy=never", "model.layers=3");
   engine_open(&e, c, &backend_cpu);
   engine_open(&other, deeper, &backend_cpu);
   RunState run = {.step = 3, .tokenizer = xstrdup("00ff")}, stranger = {.tokenizer = xstrdup("00fe")};

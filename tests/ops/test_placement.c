@@ -1,0 +1,199 @@
+// The optimizer's state on the host: what passes through the arena is ordered against all that touches it, whatever is
+// not is caught, and no legal order changes a bit.
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "base/philox.h"
+#include "model/placement.h"
+#include "model/program/policy.h"
+#include "model/update.h"
+#include "tests/ops/model_case.h"
+#include "tests/unit/order_check.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { PART = 2048 }; // elements that travel at once
+static const Space results[] = {SPACE_WEIGHTS, SPACE_ADAM_M, SPACE_ADAM_V, SPACE_EMA};
+enum { RESULTS = sizeof results / sizeof *results };
+
+// Slabs of random numbers, as they are before an update.
+typedef struct World {
+  ModelCase c;
+  void *begin[RESULTS];
+  real *gradients; // in the slabs' order
+  size_t slab;
+  StepScalars scalars;
+} World;
+
+static void *fresh(ModelCase *c, Space space, size_t bytes) {
+  free(c->bases.of[space]);
+  c->bytes[space] = (bytes + 255) / 256 * 256;
+  return c->bases.of[space] = aligned_alloc(256, c->bytes[space]);
+}
+
+static void world_open(World *w, int variant) {
+  memset(w, 0, sizeof *w);
+  ModelCase *c = &w->c;
+  model_case_init(c, 900 + (uint64_t)variant, variant);
+  int64_t n = c->model.params.total;
+  w->slab = (size_t)n * sizeof(real);
+  w->scalars = (StepScalars){.lr = .01,
+                             .beta1 = .9,
+                             .beta2 = .95,
+                             .eps = 1e-8,
+                             .weight_decay = .1,
+                             .clip = 1,
+                             .bias1 = .1,
+                             .bias2 = .05,
+                             .ema_decay = .9};
+  w->gradients = xmalloc(w->slab);
+  for (int64_t i = 0; i < n; i++) {
+    Philox4 r = philox4(5, (uint64_t)i, 0, 0);
+    w->gradients[i] = (real)((double)r.v[0] / 4294967296. - .5);
+    for (int s = 0; s < RESULTS; s++) model_case_slab(c, results[s])[i] = (real)((double)r.v[s] / 4294967296.);
+  }
+  for (int s = 0; s < RESULTS; s++) w->begin[s] = memcpy(xmalloc(w->slab), c->bases.of[results[s]], w->slab);
+  memset(c->bases.of[SPACE_METRICS], 0, c->bytes[SPACE_METRICS]);
+  memcpy(c->bases.of[SPACE_SCALARS], &w->scalars, sizeof w->scalars);
+  fresh(c, SPACE_HOST_GRADS, w->slab);
+  fresh(c, SPACE_PARAM_SUMS, (size_t)PARAM_SUMS * (size_t)c->model.params.n * sizeof(double));
+}
+
+static void world_close(World *w) {
+  for (int s = 0; s < RESULTS; s++) free(w->begin[s]);
+  free(w->gradients);
+  model_case_free(&w->c);
+}
+
+// Everything as before the update; gradients and their squares where the state says.
+static void world_reset(World *w) {
+  ModelCase *c = &w->c;
+  const ParamTable *t = &c->model.params;
+  double *squares = c->bases.of[SPACE_PARAM_SUMS];
+  for (int s = 0; s < RESULTS; s++) memcpy(c->bases.of[results[s]], w->begin[s], w->slab);
+  memset(c->bases.of[SPACE_GRADS], 0xFF, c->bytes[SPACE_GRADS]);
+  memset(c->bases.of[SPACE_HOST_GRADS], 0xFF, w->slab);
+  memset(squares, 0xFF, c->bytes[SPACE_PARAM_SUMS]);
+  for (const ParamBucket *b = t->bucket; b < t->bucket + t->buckets; b++) {
+    int away = bucket_leaves(&c->model, b);
+    real *to = model_case_slab(c, away ? SPACE_HOST_GRADS : SPACE_GRADS);
+    memcpy(to + (away ? b->begin : gradients_begin(&c->model, b)), w->gradients + b->begin,
+           (size_t)(b->end - b->begin) * sizeof *to);
+    if (!away) continue; // as the last micro-step leaves them
+    OpArgs a = {.params = {t->spans + b->first, b->n, b->begin, b->end}};
+    op_run(&c->ops, OP_GRAD_SQUARES, a, OP_IN(w->gradients + b->begin), OP_OUT(squares + b->first));
+  }
+}
+
+static void bind(World *w, Program *p) {
+  ModelCase *c = &w->c;
+  if (c->bytes[SPACE_ARENA] < (size_t)p->arena_bytes) fresh(c, SPACE_ARENA, (size_t)p->arena_bytes);
+  Bases b = c->bases;
+  program_bind(p, &b);
+}
+
+static void test_random_orders_same_bits(void **state) {
+  (void)state;
+  for (int v = 0; v < 3; v++) {
+    World w;
+    world_open(&w, v);
+    void *want[RESULTS];
+    for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+      w.c.model.state = s;
+      w.c.model.update_part = s == STATE_DEVICE ? UPDATE_PART : PART;
+      Program *p = update_record(&w.c.model, 1);
+      bind(&w, p);
+      for (uint64_t seed = 0; seed < 12; seed++) {
+        world_reset(&w);
+        program_replay_random(p, seed);
+        for (int k = 0; k < RESULTS && s == STATE_DEVICE && seed == 0; k++)
+          want[k] = memcpy(xmalloc(w.slab), w.c.bases.of[results[k]], w.slab);
+        for (int k = 0; k < RESULTS; k++)
+          if (memcmp(w.c.bases.of[results[k]], want[k], w.slab) != 0)
+            fail_msg("variant %d, state %d, order %d: other %s", v, s, (int)seed, space_info[results[k]].label);
+      }
+      program_free(p);
+    }
+    for (int k = 0; k < RESULTS; k++) {
+      assert_true(memcmp(want[k], w.begin[k], w.slab) != 0);
+      free(want[k]);
+    }
+    world_close(&w);
+  }
+}
+
+// Any two ops that touch the same bytes, of whatever space, are ordered; without any one of the waits some are not.
+static void check_order(Program *p, int *waits) {
+  Error err;
+  if (order_check(p, &err) != 0) fail_msg("%s", err.text);
+  for (int i = 0; i < p->n_ops; i++) {
+    Op kept = p->ops[i];
+    for (int k = 0; k < kept.n_waits; k++) {
+      p->ops[i].waits[k] = kept.waits[--p->ops[i].n_waits];
+      if (order_check(p, &err) == 0) fail_msg("program %s: nobody misses wait %d of op %d", p->name, k, i);
+      p->ops[i] = kept;
+      (*waits)++;
+    }
+  }
+  program_free(p);
+}
+
+static void test_every_wait_is_needed(void **state) {
+  (void)state;
+  ModelCase c;
+  model_case_init(&c, 910, 3); // three layers
+  c.model.update_part = PART;
+  for (MemoryState s = STATE_EMA; s <= STATE_GRADIENTS; s++) {
+    int waits = 0;
+    c.model.state = s;
+    for (int k = 0; k < 2; k++) {
+      check_order(update_record(&c.model, k), &waits);
+      check_order(ema_record(&c.model, k), &waits);
+    }
+    check_order(hash_record(&c.model), &waits);
+    for (Mode m = MODE_TRAIN_MIDDLE; m <= MODE_TRAIN_ONLY; m++) {
+      PolicyTable t = policy_table_new(c.config.model.layers, MEMORY_OFFLOAD);
+      check_order(transformer_record(&c.model, m, c.ops.dims.T, c.ops.dims.segments, &t).program, &waits);
+      policy_table_free(&t);
+    }
+    assert_true(waits > 20);
+  }
+  model_case_free(&c);
+}
+
+// Gradients that stay, and slots for those that leave: nothing lies on anything else but layers in turn.
+static void test_places(void **state) {
+  (void)state;
+  ModelCase c;
+  model_case_init(&c, 920, 3);
+  const ParamTable *t = &c.model.params;
+  for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+    c.model.state = s;
+    int64_t count = gradients_count(&c.model);
+    assert_true(s == STATE_GRADIENTS || count == t->total);
+    for (int i = 0; i < t->buckets; i++) {
+      const ParamBucket *a = &t->bucket[i];
+      int64_t begin = gradients_begin(&c.model, a), end = begin + a->end - a->begin;
+      assert_int_equal(bucket_leaves(&c.model, a), s == STATE_GRADIENTS && a->layer >= 0);
+      assert_true(begin >= 0 && begin % 64 == 0 && end <= count);
+      if (!bucket_leaves(&c.model, a) && s != STATE_GRADIENTS) assert_int_equal(begin, a->begin);
+      for (int k = 0; k < i; k++) {
+        const ParamBucket *b = &t->bucket[k];
+        int64_t at = gradients_begin(&c.model, b);
+        int in_turn = s == STATE_GRADIENTS && a->layer >= 0 && b->layer >= 0 && a->layer - b->layer >= GRADIENT_SLOTS;
+        assert_true(in_turn || end <= at || at + b->end - b->begin <= begin);
+      }
+    }
+  }
+  model_case_free(&c);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random_orders_same_bits),
+                                     cmocka_unit_test(test_every_wait_is_needed), cmocka_unit_test(test_places)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
