@@ -132,15 +132,6 @@ static void test_late_device(void **state) {
     if (memcmp(got, want, STEPS * n * sizeof *want) != 0) fail_msg("order %d: other gradients", i);
     free(got);
   }
-  // A host that does not wait for the device gives packs back too early, and their memory is used again.
-  int differ = 0;
-  for (int i = 0; i < 20 && !differ; i++) {
-    queued_cpu_start((uint64_t)i, FAULT_FINISH);
-    real *got = run(*state, &c, &backend_queued_cpu, &n);
-    differ = memcmp(got, want, STEPS * n * sizeof *want) != 0;
-    free(got);
-  }
-  assert_true(differ);
   free(want);
 }
 
