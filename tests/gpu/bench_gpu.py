@@ -7,8 +7,8 @@
 Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
 engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
 measured first. Ops: captured graphs over operands beyond the L2 cache, medians of rounds that take turns; the engine's
-come from tests/gpu/cuda_peer.c. Steps: the engine, PyTorch (tests/gpu/peer_model.py says how it is written) and the engine
-again, medians over steps.
+come from tests/gpu/cuda_peer.c. Steps: the engine, PyTorch (tests/gpu/peer_model.py says how it is written) and the
+engine again, medians over steps.
 Exit code 77 without a GPU or PyTorch.
 """
 import argparse

@@ -3,7 +3,7 @@
 
     tests/gpu/peer_model.py configs/small.json --tokens 16384 --steps 40      one line of JSON on standard output
 
-It is the model of tests/ops/reference.py, formula for formula (tests/gpu/test_peer.py holds the two together), written for
+It is the model of tests/ops/reference.py, formula for formula (tests/gpu/test_peer.py compares the two), written for
 speed: bf16 weights, gradients and optimiser states; torch.compile on the block that all layers share, on the input and
 on the heads; FlexAttention over the packed sequence with its block mask; torch._grouped_mm for experts, rows sorted on
 the device; fused AdamW with the clipping folded in; the whole step captured as one CUDA graph, no host
