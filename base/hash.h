@@ -1,5 +1,5 @@
-// XXH64 (Yann Collet's xxHash, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): a fast 64-bit checksum.
-// It detects damage; it is no protection against someone who means to deceive.
+// Hashes. XXH64 (Yann Collet's xxHash, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): a fast 64-bit
+// checksum. It detects damage; it is no protection against someone who means to deceive.
 #ifndef TESSERA_HASH_H
 #define TESSERA_HASH_H
 
@@ -96,5 +96,21 @@ static inline uint64_t hash64(const void *data, size_t n, uint64_t seed) {
   Hash64 h = hash64_begin(seed);
   hash64_add(&h, data, n);
   return hash64_end(&h);
+}
+
+// ---- hashes of short keys, for tables and for splits that must stay the same ----
+
+// The finaliser of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+static inline uint64_t hash_u64(uint64_t v) {
+  v = (v ^ v >> 30) * 0xbf58476d1ce4e5b9u;
+  v = (v ^ v >> 27) * 0x94d049bb133111ebu;
+  return v ^ v >> 31;
+}
+
+// FNV-1a of n bytes, finalised.
+static inline uint64_t hash_bytes(const void *data, size_t n) {
+  uint64_t h = 0xcbf29ce484222325u;
+  for (const uint8_t *p = (const uint8_t *)data, *end = p + n; p < end; p++) h = (h ^ *p) * 0x100000001b3u;
+  return hash_u64(h);
 }
 #endif

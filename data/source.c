@@ -1,3 +1,4 @@
+#include "base/hash.h"
 #include "data/image.h"
 #include "data/paths.h"
 #include "data/source_internal.h"
@@ -166,10 +167,5 @@ char *source_image_name(const Source *s, int64_t image) {
 }
 
 bool sample_is_held_out(const char *value, double fraction) {
-  uint64_t h = 0xcbf29ce484222325u;
-  for (const unsigned char *p = (const unsigned char *)value; *p; p++) h = (h ^ *p) * 0x100000001b3u;
-  h = (h ^ h >> 30) * 0xbf58476d1ce4e5b9u;
-  h = (h ^ h >> 27) * 0x94d049bb133111ebu;
-  h ^= h >> 31;
-  return (double)(h >> 11) * 0x1p-53 < fraction;
+  return (double)(hash_bytes(value, strlen(value)) >> 11) * 0x1p-53 < fraction;
 }

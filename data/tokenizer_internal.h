@@ -2,6 +2,7 @@
 #ifndef TESSERA_TOKENIZER_INTERNAL_H
 #define TESSERA_TOKENIZER_INTERNAL_H
 
+#include "base/hash.h"
 #include "data/tokenizer.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
@@ -44,18 +45,6 @@ Pieces pieces_begin(const Tokenizer *t, const char *text, size_t n);
 // The next word, *n bytes long; NULL at the end. A byte that is not UTF-8 is a word of its own.
 const uint8_t *pieces_next(Pieces *p, size_t *n);
 void pieces_end(Pieces *p);
-
-static inline uint64_t hash_u64(uint64_t v) {
-  v = (v ^ v >> 30) * 0xbf58476d1ce4e5b9u;
-  v = (v ^ v >> 27) * 0x94d049bb133111ebu;
-  return v ^ v >> 31;
-}
-
-static inline uint64_t hash_bytes(const uint8_t *p, size_t n) {
-  uint64_t h = 0xcbf29ce484222325u;
-  for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
-  return hash_u64(h);
-}
 
 static inline uint64_t pair_of(int32_t left, int32_t right) {
   return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
