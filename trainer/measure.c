@@ -92,17 +92,21 @@ static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again,
 }
 
 int measure_train(Engine *e, const void *pack, const Extents *extents, int again) {
-  const ModelProgram *const own[] = {&e->first, &e->later};
-  const Mode modes[] = {e->later.program ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY, MODE_TRAIN_MIDDLE};
+  const struct {
+    const ModelProgram *of;
+    Mode mode;
+  } own[] = {{&e->first, e->config->train.micro_batches > 1 ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY},
+             {&e->later, MODE_TRAIN_MIDDLE},
+             {&e->last, MODE_TRAIN_LAST}};
   double began = time_now(), gap = 3e-6; // of an H200 and its host
   int n = 0;
   if (!e->model.backend->queues || e->bases.separate) return 0;
   e->costs.extents = *extents;
-  for (int i = 0; i < 2; i++) {
-    if (!own[i]->program) continue;
-    if (e->config->memory.policy == MEMORY_AUTO) n += measure_recomputed(e, modes[i], pack, again, &gap);
-    if (!again && measure_has(&e->costs, own[i]->program)) continue;
-    measure_program(e, own[i], pack, &gap, &e->costs);
+  for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
+    if (!own[i].of->program) continue;
+    if (e->config->memory.policy == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again, &gap);
+    if (!again && measure_has(&e->costs, own[i].of->program)) continue;
+    measure_program(e, own[i].of, pack, &gap, &e->costs);
     n++;
   }
   if (n) log_info("%d kinds of ops timed in %.1f s", e->costs.n_classes, time_now() - began);
