@@ -179,7 +179,7 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
 static int print_plan(const Config *c, const char *run, Error *err) {
   Engine e = {0};
   const Backend *b = backend_for_plan(c, err);
-  int bad = !b || engine_record_with(&e, c, b, 1, costs_open_plan(c, b, run), err) != 0;
+  int bad = !b || engine_record_with(&e, c, b, 1, costs_open_plan(c, b, run), NULL, err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
     if (b->link) predict_print(&e, stdout);

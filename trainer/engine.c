@@ -7,9 +7,9 @@
 #include "model/placement.h"
 #include "model/program/expected.h"
 #include "model/program/planner.h"
-#include "model/program/policy.h"
 #include "model/program/replay.h"
 #include "model/update.h"
+#include "trainer/engine_internal.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -27,7 +27,19 @@ static int64_t budget_bytes(const Config *c, const Backend *b) {
   return c->memory.budget_gb > 0 ? (int64_t)(c->memory.budget_gb * 1e9) : b->memory();
 }
 
-static void measure(Engine *e, const Program *p) {
+int64_t engine_state_on_host(const Engine *e) {
+  int64_t sum = 0;
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (s != SPACE_HOST && engine_on_host(e, (Space)s)) sum += e->bytes[s];
+  return sum;
+}
+
+int64_t engine_host_budget(const Engine *e) {
+  double given = e->config->memory.host_gb;
+  return given > 0 ? (int64_t)(given * 1e9) : max_i64(0, e->host_left - engine_state_on_host(e)) / 2;
+}
+
+void engine_measure(Engine *e, const Program *p) {
   e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], p->arena_bytes);
   e->bytes[SPACE_HOST] = max_i64(e->bytes[SPACE_HOST], p->host_bytes);
   e->bytes[SPACE_SCRATCH] = max_i64(e->bytes[SPACE_SCRATCH], p->scratch_bytes);
@@ -40,43 +52,10 @@ static void record_forward(Engine *e, Mode mode) {
     ForwardProgram *f = &e->forward[e->n_forward++];
     *f = (ForwardProgram){.mode = mode, .slots = slots, .segments = (int)min_i64(e->segments, slots / 2 + 1)};
     f->m = transformer_record(&e->model, mode, slots, f->segments, NULL);
-    measure(e, f->m.program);
+    engine_measure(e, f->m.program);
     e->bytes[SPACE_STAGING] = max_i64(e->bytes[SPACE_STAGING], pack_bytes(c, slots, f->segments));
     if (slots == e->slots) break;
   }
-}
-
-static void free_train_programs(Engine *e) {
-  program_free(e->first.program);
-  program_free(e->later.program);
-  program_free(e->last.program);
-  e->first = e->later = e->last = (ModelProgram){0};
-  policy_table_free(&e->policy);
-}
-
-// Records the training programs under one policy.
-static int record_train(Engine *e, MemoryPolicy policy, Error *err) {
-  const Config *c = e->config;
-  free_train_programs(e);
-  e->chosen = policy;
-  e->policy = policy_table_new(c->model.layers, policy);
-  for (int i = 0; i < c->memory.per_tensors; i++) {
-    const TensorPolicy *t = &c->memory.per_tensor[i];
-    if (policy_table_set(&e->policy, t->name, t->policy, err) != 0) return -1;
-  }
-  // The last of several micro-steps is as those in the middle, unless gradients leave in it.
-  int n = c->train.micro_batches, last = n > 1 && e->model.state == STATE_GRADIENTS;
-  const struct {
-    ModelProgram *to;
-    Mode mode;
-    int needed;
-  } variants[] = {{&e->first, n > 1 ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY, 1},
-                  {&e->later, MODE_TRAIN_MIDDLE, n > 1 + last},
-                  {&e->last, MODE_TRAIN_LAST, last}};
-  for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
-    if (variants[i].needed)
-      *variants[i].to = transformer_record(&e->model, variants[i].mode, e->slots, e->segments, &e->policy);
-  return 0;
 }
 
 int engine_on_host(const Engine *e, Space space) {
@@ -85,36 +64,15 @@ int engine_on_host(const Engine *e, Space space) {
 
 // Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
 // and device memory are one.
-static int counts(const Engine *e, Space space) {
+int engine_counts(const Engine *e, Space space) {
   return !engine_on_host(e, space);
 }
 
-static int64_t total_bytes(const Engine *e) {
+int64_t engine_device_bytes(const Engine *e) {
   int64_t sum = 0;
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (counts(e, (Space)s)) sum += e->bytes[s];
+    if (engine_counts(e, (Space)s)) sum += e->bytes[s];
   return sum;
-}
-
-// Records the training programs under a policy and measures them on top of `others`, the bytes of all other programs.
-static int try_policy(Engine *e, MemoryPolicy policy, const int64_t others[SPACE_COUNT], Error *err) {
-  if (record_train(e, policy, err) != 0) return -1;
-  memcpy(e->bytes, others, sizeof e->bytes);
-  measure(e, e->first.program);
-  if (e->later.program) measure(e, e->later.program);
-  if (e->last.program) measure(e, e->last.program);
-  return 0;
-}
-
-// "auto" takes the first policy that fits: everything kept, then per-layer checkpoints; on the CPU the host slab is the
-// same memory, so offloading never helps there.
-static int choose_policy(Engine *e, Error *err) {
-  MemoryPolicy want = e->config->memory.policy;
-  int64_t others[SPACE_COUNT];
-  memcpy(others, e->bytes, sizeof others);
-  if (want != MEMORY_AUTO) return try_policy(e, want, others, err);
-  if (try_policy(e, MEMORY_KEEP, others, err) != 0) return -1;
-  return total_bytes(e) <= e->budget ? 0 : try_policy(e, MEMORY_RECOMPUTE, others, err);
 }
 
 static const char *const memory_policy_name[] = {
@@ -139,18 +97,14 @@ static void name_largest(const Engine *e, char *text, size_t size) {
            (double)peak.share[0].bytes / 1e9);
 }
 
-int64_t engine_device_bytes(const Engine *e) {
-  return total_bytes(e);
-}
-
 char *engine_memory_text(const Engine *e) {
-  return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s", (double)total_bytes(e) / 1e9,
+  return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s", (double)engine_device_bytes(e) / 1e9,
                    (double)e->budget / 1e9, memory_policy_name[e->chosen], state_text[e->model.state]);
 }
 
 int engine_check_budget(const Engine *e, Error *err) {
-  int64_t budget = e->budget, need = total_bytes(e);
-  int64_t activations = e->bytes[SPACE_ARENA] + (counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
+  int64_t budget = e->budget, need = engine_device_bytes(e);
+  int64_t activations = e->bytes[SPACE_ARENA] + (engine_counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
   if (need <= budget) return 0;
   char largest[128];
   const char *limit;
@@ -169,18 +123,21 @@ int engine_check_budget(const Engine *e, Error *err) {
 }
 
 int engine_check_host(const Engine *e, Error *err) {
-  int64_t there = backend_of_host()->memory(), need = 0;
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (engine_on_host(e, (Space)s)) need += e->bytes[s];
-  if (need <= there) return 0;
-  return error_set(
-      err,
-      "lower data.micro_batch_tokens (--tokens), train with --memory recompute or raise memory.budget_gb; --plan "
-      "shows the table",
-      "%.3f GB are to lie in this machine's memory (%.3f GB of activations, %.3f GB of the optimizer's state), which "
-      "has %.3f GB for that",
-      (double)need / 1e9, (double)e->bytes[SPACE_HOST] / 1e9, (double)(need - e->bytes[SPACE_HOST]) / 1e9,
-      (double)there / 1e9);
+  int64_t there = backend_of_host()->memory(), state = engine_state_on_host(e), may = engine_host_budget(e);
+  int64_t offloaded = engine_on_host(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0;
+  static const char *const hint =
+      "lower data.micro_batch_tokens (--tokens), train with --memory recompute or raise memory.budget_gb; --plan shows "
+      "the table";
+  if (offloaded + state > there)
+    return error_set(err, hint,
+                     "%.3f GB are to lie in this machine's memory (%.3f GB of activations, %.3f GB of the optimizer's "
+                     "state), which has %.3f GB for that",
+                     (double)(offloaded + state) / 1e9, (double)offloaded / 1e9, (double)state / 1e9,
+                     (double)there / 1e9);
+  if (offloaded > may && e->config->memory.host_gb > 0)
+    return error_set(err, hint, "%.3f GB of activations are to be offloaded, %.3f GB more than memory.host_gb",
+                     (double)offloaded / 1e9, (double)(offloaded - may) / 1e9);
+  return 0;
 }
 
 // ---- the optimizer's state ----
@@ -229,8 +186,8 @@ static int try_state(Engine *e, MemoryState state, const int64_t forward[SPACE_C
   if (train && c->train.verify_every) e->hash = hash_record(&e->model);
   const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->hash};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-    if (all[i]) measure(e, all[i]);
-  return train ? choose_policy(e, err) : 0;
+    if (all[i]) engine_measure(e, all[i]);
+  return train ? engine_choose_policy(e, err) : 0;
 }
 
 // memory.state: what it names, or as "auto" the least that fits into the budget beside a device.
@@ -241,20 +198,23 @@ static int choose_state(Engine *e, int train, Error *err) {
   if (!e->model.backend->queues) return try_state(e, STATE_DEVICE, forward, train, err);
   for (MemoryState s = least; s <= STATE_GRADIENTS; s++) {
     if (try_state(e, s, forward, train, err) != 0) return -1;
-    if (want != STATE_AUTO || total_bytes(e) <= e->budget) break;
+    if (want != STATE_AUTO || engine_device_bytes(e) <= e->budget) break;
   }
   return 0;
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
   Extents extents = extents_expected(c, c->data.micro_batch_tokens);
-  return engine_record_with(e, c, backend, train, costs_new(backend, &extents), err);
+  return engine_record_with(e, c, backend, train, costs_new(backend, &extents), NULL, err);
 }
 
-int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs, Error *err) {
+int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs,
+                       const PolicyTable *given, Error *err) {
   *e = (Engine){.config = c, .costs = costs, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
+  e->given = given;
   e->backend = *backend;
   e->budget = budget_bytes(c, backend);
+  e->host_left = machine_memory_left("");
   backend_choose(&e->backend, c);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
   int64_t act = (int64_t)backend->dtype_bytes[DT_ACT];
@@ -270,13 +230,13 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   return choose_state(e, train, err);
 }
 
-static void *space_allocate(const Engine *e, Space space) {
+void *engine_space_allocate(const Engine *e, Space space) {
   const Backend *b = e->model.backend;
   size_t bytes = (size_t)e->bytes[space];
   return space_has(space, SPACE_ON_HOST) || engine_on_host(e, space) ? b->host_alloc(bytes) : b->alloc(bytes);
 }
 
-static void space_release(const Engine *e, Space space) {
+void engine_space_release(const Engine *e, Space space) {
   const Backend *b = e->model.backend;
   if (space_has(space, SPACE_ON_HOST) || engine_on_host(e, space))
     b->host_release(e->bases.of[space]);
@@ -351,7 +311,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bytes[s] || (space_has((Space)s, SPACE_LAID_OUT) && !e->config->memory.arena)) continue;
     if (s == SPACE_HOST && b->queues) continue; // last
-    e->bases.of[s] = space_allocate(e, (Space)s);
+    e->bases.of[s] = engine_space_allocate(e, (Space)s);
     if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
   }
   for (int s = 0; s < SPACE_COUNT; s++)
@@ -365,10 +325,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
   return 0;
 }
 
-int engine_allocate_end(Engine *e, Error *err) {
-  await_host_slab(e);
-  if (e->bytes[SPACE_HOST] && e->config->memory.arena && !e->bases.of[SPACE_HOST])
-    return refuse_space(e, SPACE_HOST, err);
+void engine_bind(Engine *e) {
   e->bases.separate = !e->config->memory.arena;
   bind(e, e->first.program);
   bind(e, e->later.program);
@@ -379,6 +336,13 @@ int engine_allocate_end(Engine *e, Error *err) {
   bind(e, e->ema_in);
   bind(e, e->ema_out);
   for (int i = 0; i < e->n_forward; i++) bind(e, e->forward[i].m.program);
+}
+
+int engine_allocate_end(Engine *e, Error *err) {
+  await_host_slab(e);
+  if (e->bytes[SPACE_HOST] && e->config->memory.arena && !e->bases.of[SPACE_HOST])
+    return refuse_space(e, SPACE_HOST, err);
+  engine_bind(e);
   engine_begin_step(e);
   return 0;
 }
@@ -394,11 +358,11 @@ void engine_use_ema(Engine *e, int ema) {
 
 void engine_free(Engine *e) {
   await_host_slab(e);
-  free_train_programs(e);
+  engine_free_train_programs(e);
   free_state_programs(e);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (e->bases.of[s]) space_release(e, (Space)s);
+    if (e->bases.of[s]) engine_space_release(e, (Space)s);
   unpin(e);
   params_free(&e->model.params);
   costs_free(&e->costs);
@@ -570,12 +534,12 @@ void engine_print_plan(const Engine *e, FILE *f) {
           (double)e->model.params.parameters / 1e6, e->slots, e->segments, c->train.micro_batches,
           memory_policy_name[e->chosen]);
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], counts(e, (Space)s) ? "" : OF_HOST);
+    if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], engine_counts(e, (Space)s) ? "" : OF_HOST);
   if (e->first.program)
     print_row(f, "packs decoded ahead",
               loader_packs(c->train.micro_batches, c->data.threads, engine_packs_sent(e) + 1) * e->bytes[SPACE_STAGING],
               OF_HOST);
-  print_row(f, "total", total_bytes(e), "");
+  print_row(f, "total", engine_device_bytes(e), "");
   SaveCopy copy = config_save_copy(c);
   if (e->bytes[SPACE_ADAM_M] && copy != COPY_NEVER)
     print_row(f, "copy for checkpoints", state_bytes(e),

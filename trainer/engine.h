@@ -3,6 +3,8 @@
 #ifndef TESSERA_ENGINE_H
 #define TESSERA_ENGINE_H
 
+#include "model/program/choose.h"
+#include "model/program/policy_file.h"
 #include "model/program/replay.h"
 #include "model/program/seconds.h"
 #include "model/transformer.h"
@@ -19,13 +21,22 @@ typedef struct ForwardProgram {
   ModelProgram m;
 } ForwardProgram;
 
+typedef struct EnginePlan {
+  int was_given; // rather than chosen
+  double bound;  // seconds of a micro-step: by the costs no plan that fits is shorter
+  double took;   // seconds of choosing
+  int tried;     // plans recorded for it
+} EnginePlan;
+
 typedef struct Engine {
   const Config *config;
   Backend backend; // as kernels.* chose
   Model model;
   Costs costs; // what a plan reckons with
   PolicyTable policy;
-  MemoryPolicy chosen;       // the policy, or what "auto" came to
+  MemoryPolicy chosen;       // the policy; of "auto" keep where everything is kept
+  const PolicyTable *given;  // a plan of before that "auto" goes by where it fits, or NULL; borrowed
+  EnginePlan plan;           // how "auto" came to its plan, where something had to be chosen
   int slots, segments;       // capacities of a training pack
   ModelProgram first, later; // micro-steps; later: those of several that no other is for
   ModelProgram last;         // the last of several, where gradients leave in it
@@ -36,6 +47,7 @@ typedef struct Engine {
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
   int64_t budget;             // bytes that all of them may take
+  int64_t host_left;          // bytes of host memory that were left when the programs were recorded
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;
   int next_pack;     // with queues: which EVENT_PACK_READY the next pack records
@@ -53,11 +65,16 @@ typedef struct Engine {
 } Engine;
 
 // Records every program for the config: training when `train` is set, and the forward-only ones. Allocates no slab. The
-// config is borrowed. memory.policy auto becomes the first policy within the budget, or recompute where none is. -1
-// with *err when memory.per_tensor names something wrongly.
+// config is borrowed. memory.policy auto keeps everything where that fits, and else chooses for each tensor of each
+// layer (model/program/choose.h). -1 with *err when memory.per_tensor names something wrongly. The engine must stay
+// where it is from here on.
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err);
-// The same with costs to plan with, which the engine takes over; engine_record's are the model's.
-int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs, Error *err);
+// The same with costs to plan with, which the engine takes over; engine_record's are the model's. given: a plan for
+// "auto" to go by where it fits, borrowed, or NULL.
+int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs,
+                       const PolicyTable *given, Error *err);
+// What choose is asked for an engine that was recorded for training, whose memory that is no arena stays as it is.
+ChooseTask engine_choose_task(const Engine *e);
 // -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
 int engine_check_budget(const Engine *e, Error *err);
 // The same for the host slab beside a device: memory of this machine that is not there is noticed by nobody until the
@@ -73,6 +90,11 @@ int engine_allocate(Engine *e, Error *err);
 int engine_allocate_begin(Engine *e, Error *err);
 int engine_allocate_end(Engine *e, Error *err);
 void engine_free(Engine *e);
+
+// Where memory.policy auto chose, chooses again by the costs as they are now, between steps whose results were read.
+// Returns 1 where another plan is worth it: the training programs are others then, in memory as large as they need; 0
+// where nothing changed; -1 with *err when the memory could not be had.
+int engine_plan_again(Engine *e, Error *err);
 
 // The smallest forward-only program with room for this many tokens and image segments; NULL when none has.
 const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int images);

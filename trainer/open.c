@@ -2,6 +2,7 @@
 #include "trainer/trainer_internal.h"
 
 #include "kernels/backends.h"
+#include "model/program/policy.h"
 #include "trainer/costs.h"
 #include "trainer/run_folder.h"
 #include "trainer/run_tokenizer.h"
@@ -112,10 +113,21 @@ static int plan_memory(Trainer *t, Error *err) {
   const Backend *backend = backend_for_run(t->config, err);
   if (!backend) return -1;
   start_mark(&t->start, START_DEVICE);
-  int trains = !uses_checkpoint(t->options);
-  if ((trains ? engine_record_with(e, t->config, backend, 1, costs_open(t->config, backend, t->run), err)
-              : engine_record(e, t->config, backend, 0, err)) != 0)
-    return -1;
+  int trains = !uses_checkpoint(t->options), bad, goes_on = 0;
+  PolicyTable plan; // of the run so far
+  if (trains && t->options->resume) {
+    char *path = xasprintf("%s/" PLAN_FILE, t->run);
+    goes_on = policy_file_load(&plan, t->config->model.layers, path);
+    free(path);
+  }
+  if (trains)
+    bad = engine_record_with(e, t->config, backend, 1, costs_open(t->config, backend, t->run), goes_on ? &plan : NULL,
+                             err);
+  else
+    bad = engine_record(e, t->config, backend, 0, err);
+  e->given = NULL;
+  if (goes_on) policy_table_free(&plan);
+  if (bad) return -1;
   start_mark(&t->start, START_PLAN);
   if (engine_check_budget(e, err) == 0 && engine_check_host(e, err) == 0) return 0;
   engine_print_plan(e, stderr);

@@ -52,10 +52,11 @@ enum {
 };
 
 // Before a step, no other being under way.
-static void time_ops(Trainer *t, const void *pack, const Extents *extents) {
+static int time_ops(Trainer *t, const void *pack, const Extents *extents, Error *err) {
   if (!t->start.ended) start_mark(&t->start, START_LAUNCH);
-  watch_pack(&t->watch, &t->engine, pack, extents, t->state.step);
+  int bad = watch_pack(&t->watch, &t->engine, pack, extents, t->state.step, err);
   if (!t->start.ended) start_mark(&t->start, START_TIMES);
+  return bad;
 }
 
 // The micro-steps: uploads and replays `micro_batches` packs. Counts go into *s. -1 or DATA_ENDED with *err set.
@@ -74,7 +75,7 @@ static int run_micro_steps(Trainer *t, Feed *feed, Profile *profile, StepSums *s
     // What the model needs: padding is work, but no use.
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
     s->slots += e->slots;
-    if (k == 0 && watch_due(&t->watch)) time_ops(t, pack->block, &extents);
+    if (k == 0 && watch_due(&t->watch) && time_ops(t, pack->block, &extents, err) != 0) return -1;
     OpTime *times = profile_times(profile, t->state.step);
     engine_run(e, m, pack->block, times);
     int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&

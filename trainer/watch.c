@@ -32,15 +32,27 @@ static void keep_costs(const Watch *w, const Engine *e) {
     log_warn("%s: the next start times ops again", err.text);
 }
 
-void watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step) {
-  if (!w->due) return;
+// For a resume.
+static void keep_plan(const Watch *w, const Engine *e) {
+  Error err;
+  if (e->chosen != MEMORY_AUTO) return;
+  char *path = xasprintf("%s/" PLAN_FILE, w->run);
+  if (policy_file_save(&e->policy, path, &err) != 0) log_warn("%s: a resume plans again", err.text);
+  free(path);
+}
+
+int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step, Error *err) {
+  if (!w->due) return 0;
   if (measure_train(e, pack, extents, w->rounds > 0)) keep_costs(w, e);
+  if (engine_plan_again(e, err) < 0) return -1;
+  keep_plan(w, e);
   for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
   w->due = 0;
   w->rounds++;
   w->first = step + 1;
   w->n = 0;
   engine_begin_step(e);
+  return 0;
 }
 
 OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t step) {

@@ -29,8 +29,9 @@ void watch_close(Watch *w);
 
 // Whether watch_pack has something to do: the steps before must be collected then.
 int watch_due(const Watch *w);
-// Before the first micro-step of `step`, with its pack: times ops where that is due.
-void watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step);
+// Before the first micro-step of `step`, with its pack: where that is due times ops, and where memory.policy auto chose
+// plans again by what they take, and keeps the plan. -1 with *err where there was no memory for another plan.
+int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step, Error *err);
 // Where the update of this step leaves its ops' times, for watch_update; NULL: it need not.
 OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t step);
 void watch_update(Watch *w, Engine *e, const Program *update);

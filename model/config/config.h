@@ -153,6 +153,7 @@ typedef struct Config {
     MemoryPolicy policy;
     MemoryState state; // auto: what must, where activations' smallest need does not fit
     double budget_gb; // 10^9 bytes, 0 = "auto": what the device has
+    double host_gb;   // 10^9 bytes of pinned host memory, 0 = "auto": half of what the machine has left
     int per_tensors;  // how many of per_tensor[]
     TensorPolicy per_tensor[CONFIG_PER_TENSOR];
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound

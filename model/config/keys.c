@@ -143,6 +143,8 @@ const Key config_keys[] = {
      "device memory to plan for, 10^9 bytes; auto: all there is"},
     {"memory.state", KEY_ENUM, AT(memory.state), "auto", 0, 0, "auto|device|ema|moments|gradients", NULL,
      "what lies in host memory and passes through the update: EMA; Adam's moments too; gradients too; auto: what must"},
+    {"memory.host_gb", KEY_FLOAT, AT(memory.host_gb), "auto", 0, 1e6, "auto", NULL,
+     "host memory that activations may be offloaded to, 10^9 bytes; auto: half of what is left"},
     {"memory.per_tensor", KEY_POLICIES, AT(memory.per_tensor), "{}", 0, 0, "keep|recompute|offload", NULL,
      "exceptions, {\"qkv\": \"offload\", ...}; an unknown name is answered with the list"},
     {"memory.arena", KEY_BOOL, AT(memory.arena), "true", 0, 0, NULL, NULL,

@@ -18,12 +18,12 @@ static const double planned_slack = .1;
 
 // ---- what a plan comes to ----
 
-Outcome outcome_of(const ChooseTask *task, const PolicyTable *policy) {
+PlanOutcome outcome_of(const ChooseTask *task, const PolicyTable *policy) {
   Program *p = task->record(task->model, policy);
   double *seconds = xmalloc((size_t)p->n_ops * sizeof *seconds);
   for (int i = 0; i < p->n_ops; i++)
     seconds[i] = p->state->seconds ? p->state->seconds[i] : op_seconds(task->costs, p, &p->ops[i]);
-  Outcome o = {.time = simulate(p, seconds, task->costs, NULL), .arena = p->arena_bytes, .host = p->host_bytes};
+  PlanOutcome o = {.time = simulate(p, seconds, task->costs, NULL), .arena = p->arena_bytes, .host = p->host_bytes};
   free(seconds);
   program_free(p);
   return o;
@@ -37,7 +37,7 @@ typedef struct Search {
   int corners;     // of the menu, the first items (prices.h)
   int *item;       // [layers] of the plan at hand
   int *best;       // [layers] of the best plan so far
-  Outcome outcome; // of it
+  PlanOutcome outcome; // of it
   int tried, ops;  // plans, and about how many ops each had
 } Search;
 
@@ -51,18 +51,18 @@ static PolicyTable table_of(const Search *s, const int *item) {
 }
 
 // How far a plan is from what may be used.
-static int64_t excess(const ChooseTask *t, const Outcome *o) {
+static int64_t excess(const ChooseTask *t, const PlanOutcome *o) {
   return max_i64(0, o->arena - t->arena) + max_i64(0, o->host - t->host);
 }
 
-static int is_better(const Search *s, const Outcome *o) {
+static int is_better(const Search *s, const PlanOutcome *o) {
   if (!s->tried) return 1;
   int64_t over = excess(s->task, o), best = excess(s->task, &s->outcome);
   return over != best ? over < best : o->time.seconds < s->outcome.time.seconds * (1 - 1e-6);
 }
 
 // Records and plays the plan at hand; 1: it is the best so far, and kept.
-static int try_plan(Search *s, Outcome *o) {
+static int try_plan(Search *s, PlanOutcome *o) {
   PolicyTable t = table_of(s, s->item);
   *o = outcome_of(s->task, &t);
   policy_table_free(&t);
@@ -109,9 +109,9 @@ static double search_copied(Search *s, double copied, double other) {
               .layers = t->layers};
   for (int round = 0; round < ROUNDS; round++) {
     Mix x;
-    Outcome o;
+    PlanOutcome o;
     l.resident = fmax(0, (double)t->arena - other);
-    while (!prices_mix(&s->menu, s->corners, &l, &x)) l.resident += .02 * (double)t->arena + 1; // how much is missing
+    while (!prices_mix(&s->menu, s->corners, &l, &x)) l.resident += .02 * (double)s->outcome.arena + 1; // how much is missing
     mix_lay(s, x);
     try_plan(s, &o);
     double found = (double)o.arena - plan_resident(s);
@@ -122,7 +122,7 @@ static double search_copied(Search *s, double copied, double other) {
 }
 
 static void try_all(Search *s, int item) {
-  Outcome o;
+  PlanOutcome o;
   for (int l = 0; l < s->task->layers; l++) s->item[l] = item;
   try_plan(s, &o);
 }
@@ -186,7 +186,7 @@ static int improve(Search *s, int pairs) {
   }
   qsort(moves, (size_t)n, sizeof *moves, move_compare);
   for (int i = 0; i < n && s->tried * s->ops < RECORDED; i++) {
-    Outcome o;
+    PlanOutcome o;
     memcpy(s->item, s->best, (size_t)L * sizeof *s->item);
     for (int k = 0; k < 2 && moves[i].layer[k] >= 0; k++) s->item[moves[i].layer[k]] = moves[i].to[k];
     if (try_plan(s, &o)) return 1;
@@ -234,11 +234,11 @@ static double plan_bound(const Search *s, const Program *kept) {
 
 // ---- all of it ----
 
-Choice choose(const ChooseTask *task) {
+Chosen choose(const ChooseTask *task) {
   Search s = {.task = task};
   PolicyTable keep = policy_table_new(task->layers, MEMORY_KEEP);
   Program *kept = task->record(task->model, &keep);
-  Outcome o;
+  PlanOutcome o;
   double now = 0, peak = 0; // seconds of the step, and of them before the arena is fullest
   for (int i = 0; i < kept->n_ops; i++) {
     if (i == kept->fullest) peak = now;
@@ -258,7 +258,7 @@ Choice choose(const ChooseTask *task) {
     for (int copies = 0; copies < 2 && excess(task, &s.outcome); copies++) try_all(&s, prices_leanest(&s.menu, copies));
     while (improve(&s, 0) || improve(&s, 1)) continue;
   }
-  Choice c = {.policy = table_of(&s, s.best),
+  Chosen c = {.policy = table_of(&s, s.best),
               .outcome = s.outcome,
               .fits = excess(task, &s.outcome) == 0,
               .bound = plan_bound(&s, kept),

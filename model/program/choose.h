@@ -22,22 +22,22 @@ typedef struct ChooseTask {
 } ChooseTask;
 
 // What a plan comes to.
-typedef struct Outcome {
+typedef struct PlanOutcome {
   Simulation time;
   int64_t arena, host;                 // bytes
   int64_t kept, recomputed, offloaded; // bytes of saved tensors
   double rebuilding;                   // seconds of ops that run again
-} Outcome;
+} PlanOutcome;
 
-typedef struct Choice {
+typedef struct Chosen {
   PolicyTable policy; // with the task's costs; free with policy_table_free
-  Outcome outcome;
+  PlanOutcome outcome;
   int fits;     // 0: nothing does, and this is what needs the least memory of all that was tried
   double bound; // seconds: no plan that fits is shorter, by these costs
   int tried;    // plans recorded
-} Choice;
+} Chosen;
 
-Choice choose(const ChooseTask *task);
+Chosen choose(const ChooseTask *task);
 // What one plan comes to.
-Outcome outcome_of(const ChooseTask *task, const PolicyTable *policy);
+PlanOutcome outcome_of(const ChooseTask *task, const PolicyTable *policy);
 #endif

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const policy_name[POLICY_COUNT] = {"keep", "recompute", "offload"};
+const char *const policy_name[POLICY_COUNT] = {"keep", "recompute", "offload"};
 
 int policy_allowed(Saved saved, Policy policy) {
   if (policy == POLICY_RECOMPUTE) return saved != SAVED_X;
@@ -32,6 +32,13 @@ PolicyTable policy_table_new(int layers, MemoryPolicy policy) {
   for (int l = 0; l < layers; l++)
     for (int s = 0; s < SAVED_COUNT; s++) t.of[l * SAVED_COUNT + s] = (uint8_t)policy_of(policy, (Saved)s);
   return t;
+}
+
+PolicyTable policy_table_copy(const PolicyTable *t) {
+  PolicyTable copy = *t;
+  size_t bytes = (size_t)t->layers * SAVED_COUNT;
+  copy.of = memcpy(xmalloc(bytes), t->of, bytes);
+  return copy;
 }
 
 void policy_table_free(PolicyTable *t) {

@@ -569,15 +569,23 @@ def _():
 
 
 @key("memory.budget_gb")
-def _():  # auto keeps everything where it fits, else recomputes, else says what is missing
+def _():  # auto keeps everything where it fits, else chooses, else says what is missing
     total = lambda sets: int(re.search(r"^  total +(\d+)", plan(sets), re.M)[1])
     keep, least = (total({**MEMORY, "memory.policy": p}) for p in ("keep", "recompute"))
     assert least < keep
     budget = lambda b: {**MEMORY, "memory.budget_gb": b / 1e9}
     assert "policy keep" in plan(budget(keep + 1000))
-    assert "policy recompute" in plan(budget((keep + least) / 2))
+    between = budget((keep + least) / 2)
+    assert "policy auto" in plan(between) and least < total(between) <= (keep + least) / 2
+    assert "policy auto" in plan(budget(least + 1000))
     r = run(budget(least / 2), rc=None)
     assert r.rc != 0 and "are needed" in r.log and "memory.budget_gb" in r.log, r.log
+
+
+@key("memory.host_gb")
+def _():  # the CPU has no memory beside its own that anything could be offloaded to
+    total = lambda sets: re.search(r"^  total +(\d+)", plan(sets), re.M)[1]
+    assert total(MEMORY) == total({**MEMORY, "memory.host_gb": 1e-6})
 
 
 @key("memory.state")

@@ -58,10 +58,10 @@ void paper_close(Paper *p) {
   params_free(&p->model.params);
 }
 
-Outcome paper_outcome(const Paper *p, MemoryPolicy policy) {
+PlanOutcome paper_outcome(const Paper *p, MemoryPolicy policy) {
   PolicyTable t = policy_table_new(p->task.layers, policy);
   t.least_copy = p->task.rules.least_copy;
-  Outcome o = outcome_of(&p->task, &t);
+  PlanOutcome o = outcome_of(&p->task, &t);
   policy_table_free(&t);
   return o;
 }

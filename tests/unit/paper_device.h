@@ -20,5 +20,5 @@ typedef struct Paper {
 void paper_open(Paper *p, const char *file, const char *const *sets, int n_sets);
 void paper_close(Paper *p);
 // What one policy for all tensors comes to.
-Outcome paper_outcome(const Paper *p, MemoryPolicy policy);
+PlanOutcome paper_outcome(const Paper *p, MemoryPolicy policy);
 #endif

@@ -24,9 +24,9 @@ static double cpu_seconds(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static Choice choose_within(Paper *p, double arena) {
+static Chosen choose_within(Paper *p, double arena) {
   p->task.arena = (int64_t)arena;
-  Choice c = choose(&p->task);
+  Chosen c = choose(&p->task);
   if (c.fits) {
     assert_true(c.outcome.arena <= p->task.arena && c.outcome.host <= p->task.host);
     assert_true(c.outcome.time.seconds >= c.bound * (1 - 1e-9));
@@ -91,8 +91,8 @@ static void test_keep_wins_ties(void **state) {
   (void)state;
   Paper p;
   paper_open(&p, "configs/base.json", bytes_only, 1);
-  Outcome keep = paper_outcome(&p, MEMORY_KEEP);
-  Choice c = choose_within(&p, (double)keep.arena);
+  PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP);
+  Chosen c = choose_within(&p, (double)keep.arena);
   assert_true(c.fits && c.tried == 1);
   for (int i = 0; i < c.policy.layers * SAVED_COUNT; i++) assert_int_equal(c.policy.of[i], POLICY_KEEP);
   policy_table_free(&c.policy);
@@ -108,10 +108,10 @@ static void test_base_beats_the_hand(void **state) {
   (void)state;
   Paper p;
   paper_open(&p, "configs/base.json", bytes_only, 1);
-  Outcome keep = paper_outcome(&p, MEMORY_KEEP), recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
+  PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP), recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
   static const double less[] = {4.5e9, 5.6e9}, more[] = {2.1e-3, 2.9e-3};
   for (int i = 0; i < 2; i++) {
-    Choice c = choose_within(&p, (double)keep.arena - less[i]);
+    Chosen c = choose_within(&p, (double)keep.arena - less[i]);
     assert_true(c.fits && c.outcome.time.seconds < keep.time.seconds + more[i]);
     policy_table_free(&c.policy);
   }
@@ -120,7 +120,7 @@ static void test_base_beats_the_hand(void **state) {
   double before = 0;
   for (int i = 0; i <= 8; i++) {
     double arena = (double)keep.arena + (double)(recompute.arena - keep.arena) * i / 8;
-    Choice c = choose_within(&p, arena);
+    Chosen c = choose_within(&p, arena);
     assert_true(c.fits);
     assert_true(c.outcome.time.seconds < c.bound * 1.03);
     assert_true(simulation_hidden(&c.outcome.time) >= .99);
@@ -140,9 +140,9 @@ static void test_other_sizes(void **state) {
   for (int f = 0; f < 3; f++) {
     Paper p;
     paper_open(&p, files[f], bytes_only, 1);
-    Outcome keep = paper_outcome(&p, MEMORY_KEEP), recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
-    Choice least = choose_within(&p, (double)recompute.arena);
-    Choice half = choose_within(&p, .5 * (double)(keep.arena + recompute.arena));
+    PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP), recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
+    Chosen least = choose_within(&p, (double)recompute.arena);
+    Chosen half = choose_within(&p, .5 * (double)(keep.arena + recompute.arena));
     assert_true(least.fits && half.fits);
     print_message("%s: keep %.2f ms, half %.2f, recompute %.2f, in its memory %.2f\n", files[f],
                   1e3 * keep.time.seconds, 1e3 * half.outcome.time.seconds, 1e3 * recompute.time.seconds,
@@ -161,21 +161,21 @@ static void test_limits_hold(void **state) {
   (void)state;
   Paper p;
   paper_open(&p, "configs/base.json", bytes_only, 1);
-  Outcome recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
+  PlanOutcome recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
   p.task.rules.offload = 0;
-  Choice none = choose_within(&p, (double)recompute.arena);
+  Chosen none = choose_within(&p, (double)recompute.arena);
   assert_true(none.fits && none.outcome.host == 0 && none.outcome.time.busy[LANE_D2H] == 0);
   assert_true(none.outcome.time.seconds <= recompute.time.seconds);
   p.task.rules.offload = 1;
   p.task.host = 1000000000;
-  Choice some = choose_within(&p, (double)recompute.arena);
+  Chosen some = choose_within(&p, (double)recompute.arena);
   assert_true(some.fits && some.outcome.host > 0);
   assert_true(some.outcome.time.seconds < none.outcome.time.seconds);
   // A pinned tensor keeps its policy in every layer.
   p.task.host = INT64_MAX / 4;
   p.task.rules.pinned[SAVED_B2] = POLICY_KEEP;
   p.task.rules.pinned[SAVED_H1] = POLICY_OFFLOAD;
-  Choice pinned = choose_within(&p, 10e9);
+  Chosen pinned = choose_within(&p, 10e9);
   assert_true(pinned.fits);
   for (int l = 0; l < pinned.policy.layers; l++) {
     assert_int_equal(pinned.policy.of[l * SAVED_COUNT + SAVED_B2], POLICY_KEEP);
@@ -183,7 +183,7 @@ static void test_limits_hold(void **state) {
   }
   // Where nothing fits, what needs least is told.
   memset(p.task.rules.pinned, POLICY_COUNT, sizeof p.task.rules.pinned);
-  Choice nothing = choose_within(&p, 1e9);
+  Chosen nothing = choose_within(&p, 1e9);
   assert_true(!nothing.fits && nothing.outcome.arena < recompute.arena);
   policy_table_free(&none.policy);
   policy_table_free(&some.policy);
@@ -198,7 +198,7 @@ static void test_takes_little_time(void **state) {
   const char *sets[] = {"data.tokenizer=bytes", "model.layers=64"};
   paper_open(&p, "configs/base.json", sets, 2);
   double before = cpu_seconds();
-  Choice c = choose_within(&p, 30e9), again;
+  Chosen c = choose_within(&p, 30e9), again;
   double took = cpu_seconds() - before;
   print_message("64 layers: %d plans tried in %.2f s of one core\n", c.tried, took);
   assert_true(c.fits && took < 4); // .4 s as measured; sanitizers take many times that
@@ -230,7 +230,7 @@ static double best_of_all(const Paper *p, const Saved *kinds, int64_t arena) {
       t.of[i / FREE * SAVED_COUNT + (int)kinds[i % FREE]] = (uint8_t)policy;
     }
     if (allowed) {
-      Outcome o = outcome_of(&p->task, &t);
+      PlanOutcome o = outcome_of(&p->task, &t);
       if (o.arena <= arena) best = fmin(best, o.time.seconds);
     }
     policy_table_free(&t);
@@ -248,11 +248,11 @@ static void test_against_all_plans(void **state) {
     paper_open(&p, "configs/wide.json", sets, 2);
     memset(p.task.rules.pinned, POLICY_KEEP, sizeof p.task.rules.pinned);
     for (int i = 0; i < FREE; i++) p.task.rules.pinned[kinds[k][i]] = POLICY_COUNT;
-    Outcome keep = paper_outcome(&p, MEMORY_KEEP);
+    PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP);
     for (int i = 1; i <= 3; i++) {
       int64_t arena = keep.arena - (int64_t)(.08 * i * (double)keep.arena);
       double best = best_of_all(&p, kinds[k], arena);
-      Choice c = choose_within(&p, (double)arena);
+      Chosen c = choose_within(&p, (double)arena);
       if (c.fits != isfinite(best)) fail_msg("kinds %d, %d: fits %d, best %g", k, i, c.fits, best);
       if (c.fits) {
         worst = fmax(worst, c.outcome.time.seconds / best);

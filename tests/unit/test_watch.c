@@ -49,7 +49,7 @@ static void ready_open(Ready *r, int profiled) {
   queued_cpu_start(50, FAULT_NONE);
   Costs costs = costs_open(c, &r->backend, folder);
   assert_true(costs.link.d2h == 2e9); // measured, or as it was
-  if (engine_record_with(&r->e, c, &r->backend, 1, costs, &err) != 0 || engine_allocate(&r->e, &err) != 0)
+  if (engine_record_with(&r->e, c, &r->backend, 1, costs, NULL, &err) != 0 || engine_allocate(&r->e, &err) != 0)
     fail_msg("%s", err.text);
   int64_t n = r->e.model.params.total;
   SlabWriter *writer = slab_writer_open(&r->e, n, &err);
@@ -67,7 +67,8 @@ static void ready_close(Ready *r) {
 // Ops timed before step `step`, and its update after it as the trainer does both.
 static void pack_and_update(Ready *r, int64_t step, int ema, int expect_times) {
   const Program *update = ema ? r->e.update_ema : r->e.update;
-  watch_pack(&r->w, &r->e, r->c.ops.batch.dims, &extents, step);
+  Error err;
+  assert_int_equal(watch_pack(&r->w, &r->e, r->c.ops.batch.dims, &extents, step, &err), 0);
   OpTime *times = watch_times(&r->w, &r->e, update, step);
   assert_int_equal(times != NULL, expect_times);
   if (!times) return;
@@ -110,6 +111,7 @@ static void test_as_predicted(void **state) {
 static void test_off(void **state) {
   (void)state;
   Ready r;
+  Error err;
   ready_open(&r, 1);
   pack_and_update(&r, 10, 0, 0);
   for (int round = 0; round < 2; round++) {
@@ -119,7 +121,7 @@ static void test_off(void **state) {
       watch_step(&r.w, &r.e, first + i, .9 * r.w.predicted[(first + i) % 2]);
     }
     assert_int_equal(watch_due(&r.w), !round);
-    watch_pack(&r.w, &r.e, r.c.ops.batch.dims, &extents, first + 9);
+    assert_int_equal(watch_pack(&r.w, &r.e, r.c.ops.batch.dims, &extents, first + 9, &err), 0);
     assert_int_equal(queued_cpu_counts().captures > captures, !round);
   }
   ready_close(&r);

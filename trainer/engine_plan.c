@@ -1,0 +1,148 @@
+#include "model/program/choose.h"
+#include "model/program/policy.h"
+#include "trainer/engine_internal.h"
+
+#include <string.h>
+
+void engine_free_train_programs(Engine *e) {
+  program_free(e->first.program);
+  program_free(e->later.program);
+  program_free(e->last.program);
+  e->first = e->later = e->last = (ModelProgram){0};
+  policy_table_free(&e->policy);
+}
+
+// One policy for all tensors but those that memory.per_tensor names. -1 with *err where it names one wrongly; then
+// *table is none.
+static int policy_of_config(const Config *c, MemoryPolicy policy, PolicyTable *table, Error *err) {
+  *table = policy_table_new(c->model.layers, policy);
+  for (int i = 0; i < c->memory.per_tensors; i++) {
+    const TensorPolicy *t = &c->memory.per_tensor[i];
+    if (policy_table_set(table, t->name, t->policy, err) == 0) continue;
+    policy_table_free(table);
+    return -1;
+  }
+  return 0;
+}
+
+// A copy of fewer bytes is mostly its latency.
+static int64_t least_copy(const Costs *c) {
+  return (int64_t)(4 * c->link.latency * c->link.d2h);
+}
+
+static Mode first_mode(const Engine *e) {
+  return e->config->train.micro_batches > 1 ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY;
+}
+
+// Records the training programs under a policy table, which the engine takes over.
+static void record_train(Engine *e, MemoryPolicy policy, PolicyTable table) {
+  engine_free_train_programs(e);
+  e->chosen = policy;
+  e->policy = table;
+  e->policy.least_copy = least_copy(&e->costs);
+  // The last of several micro-steps is as those in the middle, unless gradients leave in it.
+  int n = e->config->train.micro_batches, last = n > 1 && e->model.state == STATE_GRADIENTS;
+  const struct {
+    ModelProgram *to;
+    Mode mode;
+    int needed;
+  } variants[] = {
+      {&e->first, first_mode(e), 1}, {&e->later, MODE_TRAIN_MIDDLE, n > 1 + last}, {&e->last, MODE_TRAIN_LAST, last}};
+  for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+    if (variants[i].needed)
+      *variants[i].to = transformer_record(&e->model, variants[i].mode, e->slots, e->segments, &e->policy);
+}
+
+// Records the training programs and measures them on top of `others`, the bytes of all other programs. 1: they fit.
+static int try_policy(Engine *e, MemoryPolicy policy, PolicyTable table, const int64_t others[SPACE_COUNT]) {
+  record_train(e, policy, table);
+  memcpy(e->bytes, others, sizeof e->bytes);
+  engine_measure(e, e->first.program);
+  if (e->later.program) engine_measure(e, e->later.program);
+  if (e->last.program) engine_measure(e, e->last.program);
+  return engine_device_bytes(e) <= e->budget &&
+         (engine_counts(e, SPACE_HOST) || e->bytes[SPACE_HOST] <= engine_host_budget(e));
+}
+
+static Program *record_plan(const void *engine, const PolicyTable *table) {
+  const Engine *e = engine;
+  Program *p = transformer_record(&e->model, first_mode(e), e->slots, e->segments, table).program;
+  p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
+  return p;
+}
+
+ChooseTask engine_choose_task(const Engine *e) {
+  const Config *c = e->config;
+  PolicyTable keep, recompute;
+  Error never; // memory.per_tensor was looked at when the programs were recorded
+  ChooseTask t = {.record = record_plan,
+                  .model = e,
+                  .layers = c->model.layers,
+                  .costs = &e->costs,
+                  .rules = {.offload = !engine_counts(e, SPACE_HOST), .least_copy = least_copy(&e->costs)},
+                  .arena = max_i64(0, e->budget - engine_device_bytes(e) + e->bytes[SPACE_ARENA]),
+                  .host = engine_host_budget(e)};
+  if (policy_of_config(c, MEMORY_KEEP, &keep, &never) != 0) panic("%s", never.text);
+  if (policy_of_config(c, MEMORY_RECOMPUTE, &recompute, &never) != 0) panic("%s", never.text);
+  for (int s = 0; s < SAVED_COUNT; s++) // what no policy for all changes is pinned; x is kept by both, and free
+    t.rules.pinned[s] = keep.of[s] == recompute.of[s] && (s != SAVED_X || keep.of[s]) ? keep.of[s] : POLICY_COUNT;
+  policy_table_free(&keep);
+  policy_table_free(&recompute);
+  return t;
+}
+
+// "auto" keeps everything where that fits. Else it takes the plan that was given, where that still does, or chooses.
+int engine_choose_policy(Engine *e, Error *err) {
+  MemoryPolicy want = e->config->memory.policy;
+  int64_t others[SPACE_COUNT];
+  PolicyTable table;
+  memcpy(others, e->bytes, sizeof others);
+  if (policy_of_config(e->config, want, &table, err) != 0) return -1;
+  e->plan = (EnginePlan){0};
+  if (try_policy(e, want == MEMORY_AUTO ? MEMORY_KEEP : want, table, others) || want != MEMORY_AUTO) return 0;
+  if (e->given) {
+    table = policy_table_copy(e->given);
+    table.costs = &e->costs;
+    e->plan.was_given = 1;
+    if (try_policy(e, MEMORY_AUTO, table, others)) return 0;
+    log_info("the run's plan (" PLAN_FILE ") needs %.3f GB more than there are: planning again",
+             (double)max_i64(engine_device_bytes(e) - e->budget, 0) / 1e9);
+  }
+  double began = time_now();
+  const ChooseTask task = engine_choose_task(e);
+  Chosen c = choose(&task);
+  try_policy(e, MEMORY_AUTO, c.policy, others);
+  e->plan = (EnginePlan){.bound = c.bound, .tried = c.tried, .took = time_now() - began};
+  return 0;
+}
+
+// Gives a laid out space as many bytes as it needs now.
+static int space_fit(Engine *e, Space space, int64_t had) {
+  if (e->bytes[space] <= had || !e->config->memory.arena) return 0;
+  if (e->bases.of[space]) engine_space_release(e, space);
+  e->bases.of[space] = engine_space_allocate(e, space);
+  return e->bases.of[space] ? 0 : -1;
+}
+
+int engine_plan_again(Engine *e, Error *err) {
+  if (e->chosen != MEMORY_AUTO) return 0;
+  const double worth = .997; // of a micro-step's time: below that graphs need not be captured again
+  const ChooseTask task = engine_choose_task(e);
+  PlanOutcome present = outcome_of(&task, &e->policy);
+  double began = time_now();
+  Chosen c = choose(&task);
+  if (!c.fits || c.outcome.time.seconds > worth * present.time.seconds) {
+    policy_table_free(&c.policy);
+    return 0;
+  }
+  int64_t had[SPACE_COUNT];
+  memcpy(had, e->bytes, sizeof had);
+  try_policy(e, MEMORY_AUTO, c.policy, had);
+  e->plan = (EnginePlan){.bound = c.bound, .tried = c.tried, .took = time_now() - began};
+  if (space_fit(e, SPACE_ARENA, had[SPACE_ARENA]) != 0 || space_fit(e, SPACE_HOST, had[SPACE_HOST]) != 0)
+    return error_set(err, "lower memory.budget_gb or memory.host_gb", "out of memory for the plan by measured times");
+  engine_bind(e);
+  log_info("planned again by measured times: %.2f ms a micro-step instead of %.2f ms", 1e3 * c.outcome.time.seconds,
+           1e3 * present.time.seconds);
+  return 1;
+}
