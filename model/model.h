@@ -6,14 +6,14 @@
 #include "model/params.h"
 #include "model/program/program.h"
 
-enum { UPDATE_PART = 1 << 26 }; // what models are made with
+enum { UPDATE_PART = 1 << 24 }; // what models are made with: 64 MB of fp32
 
 typedef struct Model {
   const Config *config;
   const Backend *backend;
   ParamTable params;
   MemoryState state;   // what lies on the host (placement.h); STATE_AUTO as STATE_DEVICE
-  int64_t update_part; // elements that an op of the update covers at most where state passes through the arena
+  int64_t update_part; // elements that travel at once, at most, where state passes through the arena
 } Model;
 
 // What a program computes.

@@ -35,8 +35,10 @@ static int64_t slot_count(const Model *m) {
   return most;
 }
 
+// Where sums come back one travels each way beside the one that is worked on; else only there.
 static int slots(const Model *m) {
-  return (int)min_i64(GRADIENT_SLOTS, m->config->model.layers);
+  int most = m->config->train.micro_batches > 1 ? GRADIENT_SLOTS : GRADIENT_SLOTS - 1;
+  return (int)min_i64(most, m->config->model.layers);
 }
 
 int64_t gradients_count(const Model *m) {

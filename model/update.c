@@ -10,8 +10,10 @@
 
 #include <stdlib.h>
 
-// Parts in flight: two travelling, one worked on.
-enum { IN_FLIGHT = 3 };
+enum {
+  IN_FLIGHT = 3,    // parts: two travelling, one worked on
+  JOINED = 1 << 26, // elements that buckets are joined up to: each further op costs a pause between two kernels
+};
 
 // What an op covers: elements [begin, end) of the slabs, which are of parameters [first, first + n).
 typedef struct Part {
@@ -32,15 +34,14 @@ static void parts_add(Parts *s, Part part) {
   s->of[s->n++] = part;
 }
 
-// Buckets, joined where they are small: each further op costs a pause between two kernels. `leaving`: those whose
-// gradients leave, too.
+// Buckets, joined where they are small. `leaving`: those whose gradients leave, too.
 static void parts_join(Parts *s, int leaving) {
   const ParamTable *w = &s->model->params;
   const ParamBucket *before = NULL;
   for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++) {
     if (bucket_leaves(s->model, b) && !leaving) continue;
     Part *last = before && b == before + 1 && !bucket_leaves(s->model, b) ? &s->of[s->n - 1] : NULL;
-    if (last && b->end - last->begin <= s->model->update_part) {
+    if (last && b->end - last->begin <= JOINED) {
       last->n += b->n;
       last->end = b->end;
     } else {

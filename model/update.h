@@ -11,7 +11,7 @@ Program *update_record(const Model *model, int ema);
 Program *hash_record(const Model *model);
 
 // Puts the EMA in the place of the weights and saves the weights in the gradients' slab, on the host where gradients
-// leave; the program with `enter` 0 restores them, bit for bit. Only between steps: a step's first micro-step overwrites
-// the gradients.
+// leave; the program with `enter` 0 restores them, bit for bit. Only between steps: a step's first micro-step
+// overwrites the gradients.
 Program *ema_record(const Model *model, int enter);
 #endif

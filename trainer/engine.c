@@ -288,14 +288,25 @@ static int refuse_space(const Engine *e, Space space, Error *err) {
   char largest[128];
   name_largest(e, largest, sizeof largest);
   engine_print_plan(e, stderr);
-  return error_set(err, "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
-                   "out of memory: %s needs %.3f GB%s%s", space_info[space].label, (double)e->bytes[space] / 1e9,
-                   space == SPACE_ARENA ? "; " : "", space == SPACE_ARENA ? largest : "");
+  return error_set(
+      err,
+      engine_on_host(e, space)
+          ? "close what else uses this machine's memory, or raise memory.budget_gb; the table is above"
+          : "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
+      "out of memory: %s needs %.3f GB%s%s", space_info[space].label, (double)e->bytes[space] / 1e9,
+      space == SPACE_ARENA ? "; " : "", space == SPACE_ARENA ? largest : "");
 }
 
-static void *pin_host_slab(void *engine) {
+// Slabs that nothing is written to before a step.
+static int pinned_last(const Engine *e, Space space) {
+  return e->model.backend->queues && space_has(space, SPACE_ON_HOST) && e->bytes[space] &&
+         (!space_has(space, SPACE_LAID_OUT) || e->config->memory.arena);
+}
+
+static void *pin_host_slabs(void *engine) {
   Engine *e = engine;
-  e->bases.of[SPACE_HOST] = e->model.backend->host_alloc((size_t)e->bytes[SPACE_HOST]);
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (pinned_last(e, (Space)s)) e->bases.of[s] = engine_space_allocate(e, (Space)s);
   return NULL;
 }
 
@@ -306,11 +317,15 @@ static void await_host_slab(Engine *e) {
 
 int engine_allocate_begin(Engine *e, Error *err) {
   const Backend *b = e->model.backend;
+  int later = 0;
   if (backend_check_ways(b, e->config, err) != 0) return -1;
   name_idle_queues(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bytes[s] || (space_has((Space)s, SPACE_LAID_OUT) && !e->config->memory.arena)) continue;
-    if (s == SPACE_HOST && b->queues) continue; // last
+    if (pinned_last(e, (Space)s)) {
+      later = 1;
+      continue;
+    }
     e->bases.of[s] = engine_space_allocate(e, (Space)s);
     if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
   }
@@ -318,9 +333,9 @@ int engine_allocate_begin(Engine *e, Error *err) {
     if (space_has((Space)s, SPACE_CLEARED)) engine_slab_clear(e, (Space)s);
   if (b->queues && !pin(e))
     return error_set(err, "close what else uses this machine's memory", "out of pinned host memory");
-  if (b->queues && e->bytes[SPACE_HOST] && e->config->memory.arena) {
-    e->is_pinning = thread_start(&e->pinning, pin_host_slab, e) == 0;
-    if (!e->is_pinning) pin_host_slab(e);
+  if (later) {
+    e->is_pinning = thread_start(&e->pinning, pin_host_slabs, e) == 0;
+    if (!e->is_pinning) pin_host_slabs(e);
   }
   return 0;
 }
@@ -340,8 +355,8 @@ void engine_bind(Engine *e) {
 
 int engine_allocate_end(Engine *e, Error *err) {
   await_host_slab(e);
-  if (e->bytes[SPACE_HOST] && e->config->memory.arena && !e->bases.of[SPACE_HOST])
-    return refuse_space(e, SPACE_HOST, err);
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (pinned_last(e, (Space)s) && !e->bases.of[s]) return refuse_space(e, (Space)s, err);
   engine_bind(e);
   engine_begin_step(e);
   return 0;

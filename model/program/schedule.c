@@ -60,7 +60,11 @@ static int clock_position(const Clock *c, int n, double then) {
   return low ? low - 1 : 0;
 }
 
-// A reload: a copy of what this program has offloaded.
+// What this program offloads is copied to the host slab and back; other copies stay where they were recorded.
+static int is_drain(const Program *p, int i) {
+  return p->ops[i].lane == LANE_D2H && p->tensors[p->ops[i].out[0]].space == SPACE_HOST;
+}
+
 static int is_reload(const Program *p, int i) {
   return p->ops[i].lane == LANE_H2D && p->tensors[p->ops[i].in[0]].space == SPACE_HOST;
 }
@@ -152,7 +156,7 @@ static void drains_extend(Program *p) {
   Clock clock = {0};
   if (p->policy.costs) clock = clock_new(p);
   for (int i = 0; i < p->n_ops; i++) {
-    if (p->ops[i].lane != LANE_D2H) continue;
+    if (!is_drain(p, i)) continue;
     int next = stretch_of(s, i) + 2;
     int until = next < s->n_marks ? s->marks[next] - 1 : p->n_ops - 1;
     if (p->policy.costs) until = clock_position(&clock, p->n_ops, clock.drained[i]);

@@ -106,6 +106,12 @@ static void test_random_orders_same_bits(void **state) {
       w.c.model.state = s;
       w.c.model.update_part = s == STATE_DEVICE ? UPDATE_PART : PART;
       Program *p = update_record(&w.c.model, 1);
+      const int travel[] = {[STATE_EMA] = 1, [STATE_MOMENTS] = 3, [STATE_GRADIENTS] = 4};
+      if (s == STATE_DEVICE)
+        assert_int_equal(p->arena_bytes, 0);
+      else // three parts are in flight
+        assert_in_range(p->live_bytes, 1, 3 * travel[s] * PART * (int)sizeof(real));
+      assert_true(p->arena_bytes <= p->live_bytes * 4 / 3);
       bind(&w, p);
       for (uint64_t seed = 0; seed < 12; seed++) {
         world_reset(&w);
@@ -181,10 +187,11 @@ static void test_places(void **state) {
       assert_int_equal(bucket_leaves(&c.model, a), s == STATE_GRADIENTS && a->layer >= 0);
       assert_true(begin >= 0 && begin % 64 == 0 && end <= count);
       if (!bucket_leaves(&c.model, a) && s != STATE_GRADIENTS) assert_int_equal(begin, a->begin);
+      const int slots = c.config.train.micro_batches > 1 ? GRADIENT_SLOTS : GRADIENT_SLOTS - 1;
       for (int k = 0; k < i; k++) {
         const ParamBucket *b = &t->bucket[k];
         int64_t at = gradients_begin(&c.model, b);
-        int in_turn = s == STATE_GRADIENTS && a->layer >= 0 && b->layer >= 0 && a->layer - b->layer >= GRADIENT_SLOTS;
+        int in_turn = s == STATE_GRADIENTS && a->layer >= 0 && b->layer >= 0 && (a->layer - b->layer) % slots == 0;
         assert_true(in_turn || end <= at || at + b->end - b->begin <= begin);
       }
     }
