@@ -5,6 +5,7 @@
 #include "model/config/config.h"
 #include "model/config/history.h"
 #include "model/config/load.h"
+#include "trainer/alternatives.h"
 #include "trainer/costs.h"
 #include "trainer/engine.h"
 #include "trainer/options.h"
@@ -182,7 +183,10 @@ static int print_plan(const Config *c, const char *run, Error *err) {
   int bad = !b || engine_record_with(&e, c, b, 1, costs_open_plan(c, b, run), NULL, err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
-    if (b->link) predict_print(&e, stdout);
+    if (b->link) {
+      alternatives_print(&e, stdout);
+      predict_print(&e, stdout);
+    }
     bad = standard_flush(err) != 0 || engine_check_budget(&e, err) != 0;
   }
   engine_free(&e);

@@ -102,16 +102,34 @@ char *engine_memory_text(const Engine *e) {
                    (double)e->budget / 1e9, memory_policy_name[e->chosen], state_text[e->model.state]);
 }
 
+// The smallest changes with which what needs too much would fit. `activations`: those bytes of it that fewer slots
+// save.
+static void name_ways_out(const Engine *e, int64_t need, int64_t activations, char *text, size_t size) {
+  enum { STEP = 64 };
+  double left = (double)(e->budget - (need - activations)), share = .97 * left / (double)activations;
+  int tokens = share > 0 ? (int)(share * e->slots) / STEP * STEP : 0;
+  int n = snprintf(text, size, "memory.budget_gb=%.3f is enough", ceil((double)need / 1e6) / 1e3);
+  if (tokens)
+    n += snprintf(text + n, size - (size_t)n, ", or about --tokens %d (--tokens max finds the most)", tokens);
+  else
+    n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state alone needs %.3f GB",
+                  (double)(need - activations) / 1e9);
+  if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] > 4 * engine_host_budget(e))
+    n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb may help");
+  snprintf(text + n, size - (size_t)n, "; --plan shows the table");
+}
+
 int engine_check_budget(const Engine *e, Error *err) {
   int64_t budget = e->budget, need = engine_device_bytes(e);
   int64_t activations = e->bytes[SPACE_ARENA] + (engine_counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
   if (need <= budget) return 0;
-  char largest[128];
+  char largest[128], ways[256];
   const char *limit;
   name_largest(e, largest, sizeof largest);
+  name_ways_out(e, need, activations, ways, sizeof ways);
   machine_memory("", &limit);
   int given = e->config->memory.budget_gb > 0, device = !given && e->model.backend->queues;
-  return error_set(err, "lower data.micro_batch_tokens (--tokens) or raise memory.budget_gb; --plan shows the table",
+  return error_set(err, ways,
                    "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s; %s), %.3f GB "
                    "more than the %.3f GB of memory.budget_gb%s%s",
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,

@@ -97,3 +97,64 @@ void planner_print(const Program *p, void *out_file) {
   fputc('\n', out);
   peak_print(p, out);
 }
+
+// ---- what policies cost ----
+
+typedef struct KindCosts {
+  int layers[POLICY_COUNT];
+  double again, copied; // seconds
+} KindCosts;
+
+// Seconds of the ops that make tensors again, by the kind they are made for; [SAVED_COUNT]: what is made on the way.
+static void again_costs(const Program *p, const Costs *costs, KindCosts kind[SAVED_COUNT + 1]) {
+  int *made_for = xmalloc((size_t)p->n_ops * sizeof *made_for);
+  for (int i = 0; i < p->n_ops; i++) made_for[i] = -1;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Revival *r = &p->state->revival[t];
+    int saved = p->tensors[t].saved;
+    if (r->again == NO_TENSOR) continue;
+    int op = p->tensors[r->again].producer;
+    if (p->ops[op].lane == LANE_COMPUTE && (made_for[op] < 0 || made_for[op] == SAVED_COUNT))
+      made_for[op] = saved < 0 ? SAVED_COUNT : saved;
+  }
+  for (int i = 0; i < p->n_ops; i++)
+    if (made_for[i] >= 0) kind[made_for[i]].again += op_seconds(costs, p, &p->ops[i]);
+  free(made_for);
+}
+
+// Layers by policy, where something of the kind is asked for again; and seconds of copies.
+static void layer_counts(const Program *p, const Costs *costs, KindCosts kind[SAVED_COUNT + 1]) {
+  int last[SAVED_COUNT];
+  for (int s = 0; s < SAVED_COUNT; s++) last[s] = -1;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    const Revival *r = &p->state->revival[t];
+    if (x->saved < 0 || x->first < 0 || (r->policy != POLICY_OFFLOAD && !r->needed)) continue;
+    double bytes = (double)x->bytes;
+    if (r->policy == POLICY_OFFLOAD) kind[x->saved].copied += copy_seconds(costs, LANE_D2H, bytes, 0);
+    if (x->layer == last[x->saved]) continue; // several tensors are one kind: the first says which policy it is
+    last[x->saved] = x->layer;
+    kind[x->saved].layers[r->policy]++;
+  }
+}
+
+void planner_print_costs(const Program *p, const Costs *costs, void *out_file) {
+  FILE *out = out_file;
+  KindCosts kind[SAVED_COUNT + 1] = {{{0}, 0, 0}};
+  double again = 0, copied = 0;
+  layer_counts(p, costs, kind);
+  again_costs(p, costs, kind);
+  fprintf(out, "  %-14s %6s %10s %9s %8s %9s\n", "layers", "keep", "recompute", "ms", "offload", "ms a way");
+  for (int s = 0; s <= SAVED_COUNT; s++) {
+    const KindCosts *k = &kind[s];
+    again += k->again;
+    copied += k->copied;
+    if (s == SAVED_COUNT && k->again > 0)
+      fprintf(out, "  %-14s %6s %10s %9.3f\n", "on the way", "", "", 1e3 * k->again);
+    if (s == SAVED_COUNT || k->layers[POLICY_KEEP] + k->layers[POLICY_RECOMPUTE] + k->layers[POLICY_OFFLOAD] == 0)
+      continue;
+    fprintf(out, "  %-14s %6d %10d %9.3f %8d %9.3f\n", saved_name[s], k->layers[POLICY_KEEP],
+            k->layers[POLICY_RECOMPUTE], 1e3 * k->again, k->layers[POLICY_OFFLOAD], 1e3 * k->copied);
+  }
+  fprintf(out, "  %-14s %6s %10s %9.3f %8s %9.3f\n", "sum", "", "", 1e3 * again, "", 1e3 * copied);
+}
