@@ -37,12 +37,15 @@ demo() { # NAME FLAG...
 # ---- the same bits ----
 
 # However the step is run: twice; op by op; with copies in the kernels' own queue; whatever is kept, computed again or
-# offloaded; each tensor in memory of its own.
+# offloaded; each tensor in memory of its own; whatever of the optimizer's state lies on the host.
 same_bits() {
   local steps=20 file name
   local -A ways=([again]="" [graph_off]="--graph off" [single]="--streams single" [recompute]="--memory recompute"
     [offload]="--memory offload" [offload_single]="--memory offload --streams single"
-    [no_arena]="--memory offload --set memory.arena=false")
+    [no_arena]="--memory offload --set memory.arena=false" [ema]="--set memory.state=ema"
+    [moments]="--set memory.state=moments" [gradients]="--set memory.state=gradients"
+    [gradients_offload]="--memory offload --set memory.state=gradients"
+    [gradients_single]="--graph off --streams single --set memory.state=gradients")
   local flags=(--device cuda --stop-at "$steps" --memory keep --set train.micro_batches=2 --set eval.every=0
     --set eval.documents=0)
   demo first "${flags[@]}" || return
@@ -54,6 +57,28 @@ same_bits() {
     done
   done
   echo "$steps steps, $((${#ways[@]} + 1)) ways (${!ways[*]}): the same weights, EMA and moments"
+}
+
+# With state on the host: evaluations with the EMA, hashes of gradients, a resume and --eval say the same as without.
+state_on_host() {
+  local state flags=(--device cuda --memory keep --set train.micro_batches=3 --set train.verify_every=2
+    --set eval.every=5 --set eval.documents=32)
+  for state in device gradients; do
+    demo "state_$state" "${flags[@]}" --set memory.state=$state --stop-at 5 || return
+    demo "state_$state" "${flags[@]}" --set memory.state=$state --stop-at 10 --resume || return
+    limited 60 "$train" "$work/state_$state" --device cuda --eval --set memory.state=$state >"$work/eval.$state" \
+      2>"$work/log" || { tail -5 "$work/log" && return 1; }
+  done
+  cmp "$work/eval.device" "$work/eval.gradients" || return
+  cmp "$work/state_device/ckpt-10/optimizer-0x1.safetensors" "$work/state_gradients/ckpt-10/optimizer-0x1.safetensors" ||
+    return
+  for state in device gradients; do
+    grep '"eval"' "$work/state_$state/metrics.jsonl" >"$work/evals.$state"
+  done
+  cmp "$work/evals.device" "$work/evals.gradients" || return
+  [ "$(wc -l <"$work/evals.device")" = 2 ] || { echo "there are not two evaluations" && return 1; }
+  grep -q 'EMA, moments and gradients on the host' "$work/state_gradients.log" || { echo "nothing left" && return 1; }
+  echo "two evaluations, a resume and --eval: the same with EMA, moments and gradients on the host"
 }
 
 # Other kernels for the same ops: the same losses within rounding.
@@ -294,6 +319,7 @@ check ops limited 240 "$build/tests/cuda_ops"
 check model limited 120 "$build/tests/cuda_model"
 check large limited 200 "$build/tests/cuda_large"
 check same_bits same_bits
+check state_on_host state_on_host
 check resume limited 120 tests/scripts/resume.sh "$build" --device cuda
 check same_curves same_curves
 check use_run use_run
