@@ -18,6 +18,7 @@ Backend paper_device(void) {
   Backend b = backend_cpu;
   b.name = "paper";
   b.dtype_bytes[DT_ACT] = 2;
+  b.remainder_bytes = 2;
   b.gradient_per_micro = 0;
   b.head_chunk = 8192;
   b.queues = &none;

@@ -40,7 +40,8 @@ static struct {
   Work *capture; // the graph that is being captured
   uint64_t seed, draws;
   QueuedFault fault;
-  int favoured;
+  int favoured, held_back;    // held_back: 0 none, else the lane + 1
+  int64_t forced;             // items of the lane held back that ran
   double clock, time[EVENTS]; // items run so far, and how many there were when an event was last recorded
   QueuedCounts counts;
 } device;
@@ -80,9 +81,11 @@ static void item_run(Work *w, const Item *item) {
 // sometimes runs far ahead of the others.
 static int work_step(Work *w) {
   if (draw(4) == 0) device.favoured = (int)draw(LANE_COUNT);
-  for (int i = 0; i < LANE_COUNT; i++) {
-    List *lane = &w->lane[(device.favoured + i) % LANE_COUNT];
-    if (lane->next == lane->n || !item_ready(w, &lane->of[lane->next])) continue;
+  for (int i = 0; i < 2 * LANE_COUNT; i++) { // the second time round also the lane held back
+    int number = (device.favoured + i) % LANE_COUNT, held_back = number + 1 == device.held_back;
+    List *lane = &w->lane[number];
+    if (lane->next == lane->n || !item_ready(w, &lane->of[lane->next]) || (held_back && i < LANE_COUNT)) continue;
+    device.forced += held_back;
     item_run(w, &lane->of[lane->next++]);
     if (lane->next == lane->n && w == &device.work) lane->next = lane->n = 0; // a graph keeps what it has run
     return 1;
@@ -116,7 +119,7 @@ static void push(Lane lane, Item item) {
     l->of = xrealloc(l->of, (size_t)l->capacity * sizeof *l->of);
   }
   l->of[l->n++] = item;
-  if (device.capture || draw(3)) return;
+  if (device.capture || device.held_back || draw(3)) return; // all is given before a lane is the last to run
   for (uint32_t steps = draw(12); steps && work_step(&device.work); steps--) {
   }
 }
@@ -234,6 +237,13 @@ void queued_cpu_start(uint64_t seed, QueuedFault fault) {
 
 void queued_cpu_fault(QueuedFault fault) {
   device.fault = fault;
+}
+
+int64_t queued_cpu_hold_back(Lane lane) {
+  int64_t forced = device.forced;
+  device.held_back = lane == LANE_COUNT ? 0 : (int)lane + 1;
+  device.forced = 0;
+  return forced;
 }
 
 void queued_cpu_drain(void) {
