@@ -104,7 +104,7 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
   e->costs.extents = *extents;
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
     if (!own[i].of->program) continue;
-    if (e->config->memory.policy == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again, &gap);
+    if (e->chosen == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again, &gap);
     if (!again && measure_has(&e->costs, own[i].of->program)) continue;
     measure_program(e, own[i].of, pack, &gap, &e->costs);
     n++;

@@ -6,8 +6,8 @@
 #include "trainer/engine.h"
 
 // Times the training programs' ops on a pack with these extents, after engine_allocate and between steps: each program
-// as it is and, with memory.policy auto and where that fits in the same memory, with everything recomputed, so that
-// every op that a plan may add is there. Only what e->costs lack, or with `again` all. Replays leave gradients and
+// as it is and, where there is a plan to be made again and that fits in the same memory, with everything recomputed, so
+// that every op that a plan may add is there. Only what e->costs lack, or with `again` all. Replays leave gradients and
 // metrics, which the next step overwrites. Returns how many programs were timed; none where an op is done when its
 // function returns, since nothing is planned by times there.
 int measure_train(Engine *e, const void *pack, const Extents *extents, int again);

@@ -68,7 +68,7 @@ def main():
         assert not list((out / "curve.svg").parent.glob("run/*"))
         said, calls = curve()
         runs = [call for call in calls if call.startswith("run")]
-        assert len(runs) == 6 + 3 and runs[0] == "run auto 10.0", runs
+        assert len(runs) == 6 + 3 and runs[0] == "run auto 7.0", runs
         assert "needed, GB: recompute 4.000, offload 3.000, keep 10.000" in said, said
         assert "step time, predicted against measured in 8 runs: median 1.00%, worst 1.00%" in said, said
         assert "device memory, predicted against measured in 8 runs: median 0.20%" in said, said

@@ -91,11 +91,11 @@ static double device_time(void) {
   return queued_cpu_counts().seconds;
 }
 
-// Afterwards the time of every op of the training programs is known, and with memory.policy auto of every op that a
-// plan may add: those of everything recomputed.
+// Afterwards the time of every op of the training programs is known, and where a plan was chosen of every op that
+// another may add: those of everything recomputed.
 static void measure(World *w, Engine *e) {
   const Extents extents = {.text = 3, .image = 4, .segments = 1, .targets = 2, .pairs = 20};
-  int is_auto = w->c.config.memory.policy == MEMORY_AUTO;
+  int is_chosen = e->chosen == MEMORY_AUTO;
   PolicyTable policy = policy_table_new(w->c.config.model.layers, MEMORY_RECOMPUTE);
   ModelProgram m = transformer_record(&e->model, MODE_TRAIN_MIDDLE, e->slots, e->segments, &policy);
   int timed = measure_train(e, w->pack[1], &extents, 0);
@@ -104,7 +104,8 @@ static void measure(World *w, Engine *e) {
   } else {
     assert_true(timed >= 2 && e->costs.extents.pairs == extents.pairs);
     assert_true(measure_has(&e->costs, e->first.program) && measure_has(&e->costs, e->later.program));
-    assert_true(!is_auto || measure_has(&e->costs, m.program));
+    assert_true(is_chosen == (w->c.config.memory.policy == MEMORY_AUTO));
+    assert_true(!is_chosen || measure_has(&e->costs, m.program));
     assert_false(measure_has(&e->costs, e->update));
     assert_true(predict_step(e, 0) > 0 && predict_step(e, 1) > predict_step(e, 0));
     int64_t captures = queued_cpu_counts().captures;
@@ -252,6 +253,17 @@ static void test_same_bits(void **state) {
   }
 }
 
+// Gigabytes of the device under one policy.
+static double needs(World *w, MemoryPolicy policy) {
+  Engine e;
+  Error err;
+  w->c.config.memory.policy = policy;
+  if (engine_record(&e, &w->c.config, &backend_queued_cpu, 1, &err) != 0) fail_msg("%s", err.text);
+  double bytes = (double)engine_device_bytes(&e);
+  engine_free(&e);
+  return bytes / 1e9;
+}
+
 // Ops that are timed before the first step leave nothing behind.
 static void test_measured(void **state) {
   (void)state;
@@ -260,10 +272,12 @@ static void test_measured(void **state) {
   Config *c = &w.c.config;
   c->memory.policy = MEMORY_KEEP;
   Outcome want = run(&w, &backend_cpu, -1);
+  double least = needs(&w, MEMORY_RECOMPUTE), most = needs(&w, MEMORY_KEEP);
   w.measured = 1;
   const MemoryPolicy policies[] = {MEMORY_AUTO, MEMORY_OFFLOAD, MEMORY_RECOMPUTE};
   for (int i = 0; i < 6; i++) {
     c->memory.policy = policies[i % 3];
+    c->memory.budget_gb = i % 3 ? 0 : least + .7 * (most - least);
     c->kernels.graph = i / 3;
     queued_cpu_start((uint64_t)(300 + i), FAULT_NONE);
     Outcome got = run(&w, &backend_queued_cpu, -1);

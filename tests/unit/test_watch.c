@@ -115,14 +115,14 @@ static void test_off(void **state) {
   ready_open(&r, 1);
   pack_and_update(&r, 10, 0, 0);
   for (int round = 0; round < 2; round++) {
-    int64_t first = 11 + 10 * round, captures = queued_cpu_counts().captures;
+    int64_t first = 11 + 10 * round, launches = queued_cpu_counts().launches;
     for (int i = 0; i < 2; i++) { // the third step is a profile's
       assert_false(watch_due(&r.w));
       watch_step(&r.w, &r.e, first + i, .9 * r.w.predicted[(first + i) % 2]);
     }
     assert_int_equal(watch_due(&r.w), !round);
     assert_int_equal(watch_pack(&r.w, &r.e, r.c.ops.batch.dims, &extents, first + 9, &err), 0);
-    assert_int_equal(queued_cpu_counts().captures > captures, !round);
+    assert_int_equal(queued_cpu_counts().launches > launches, !round);
   }
   ready_close(&r);
 }
