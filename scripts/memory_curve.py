@@ -252,6 +252,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
     parser.add_argument("--budgets", type=float, nargs="+", metavar="GB", help="to measure auto in")
+    parser.add_argument("--least", type=float, metavar="GB", help="where the curve begins (default: in what just runs)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--steps", type=int, default=12, help=f"of a run, behind {WARM_UP} (default 12)")
     parser.add_argument("--limit", type=float, default=240, help="seconds of a run (default 240)")
@@ -268,7 +269,7 @@ def main():
     fixed = {p: train.plan(p, plenty) for p in POLICIES[1:]}
     needed = {p: math.ceil(float(row["needed_gb"]) * 1e3) / 1e3 for p, row in fixed.items()}
     print("needed, GB: " + ", ".join(f"{p} {gb:.3f}" for p, gb in needed.items()), flush=True)
-    low = smallest_budget(train, needed["keep"])
+    low = args.least or smallest_budget(train, needed["keep"])
     span = needed["keep"] - low
     budgets = args.budgets or [low + span * i / (BUDGETS - 1) for i in range(BUDGETS)]
     # The first run times the ops that all plans after it go by: one that has both to keep and to recompute.
