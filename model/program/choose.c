@@ -34,11 +34,11 @@ PlanOutcome outcome_of(const ChooseTask *task, const PolicyTable *policy) {
 typedef struct Search {
   const ChooseTask *task;
   Menu menu;
-  int corners;     // of the menu, the first items (prices.h)
-  int *item;       // [layers] of the plan at hand
-  int *best;       // [layers] of the best plan so far
+  int corners;         // of the menu, the first items (prices.h)
+  int *item;           // [layers] of the plan at hand
+  int *best;           // [layers] of the best plan so far
   PlanOutcome outcome; // of it
-  int tried, ops;  // plans, and about how many ops each had
+  int tried, ops;      // plans, and about how many ops each had
 } Search;
 
 static PolicyTable table_of(const Search *s, const int *item) {
@@ -111,7 +111,8 @@ static double search_copied(Search *s, double copied, double other) {
     Mix x;
     PlanOutcome o;
     l.resident = fmax(0, (double)t->arena - other);
-    while (!prices_mix(&s->menu, s->corners, &l, &x)) l.resident += .02 * (double)s->outcome.arena + 1; // how much is missing
+    while (!prices_mix(&s->menu, s->corners, &l, &x))
+      l.resident += .02 * (double)s->outcome.arena + 1; // how much is missing
     mix_lay(s, x);
     try_plan(s, &o);
     double found = (double)o.arena - plan_resident(s);

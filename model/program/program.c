@@ -58,6 +58,7 @@ void program_free(Program *p) {
   free(s->marks);
   free(s->recipes);
   free(s->revival);
+  free(s->external);
   free(s);
   free(p->tensors);
   free(p->ops);
@@ -109,14 +110,43 @@ TensorId program_tensor(Program *p, Dtype dtype, int64_t count, const char *fmt,
   return tensor_add(p, SPACE_ARENA, 0, dtype, count, name);
 }
 
+// Where in `external` such a tensor is, or would have to be put.
+static int external_at(const Program *p, Space space, int64_t offset, Dtype dtype, int64_t count) {
+  const ProgramState *s = p->state;
+  uint64_t h =
+      (uint64_t)offset * 0x9E3779B97F4A7C15u ^ (uint64_t)count * 0xC2B2AE3D27D4EB4Fu ^ (uint64_t)space << 8 ^ dtype;
+  int at = (int)((h ^ h >> 29) % (uint64_t)s->cap_external);
+  for (;; at = (at + 1) % s->cap_external) {
+    if (s->external[at] == NO_TENSOR) return at;
+    const Tensor *x = &p->tensors[s->external[at]];
+    if (x->space == space && x->offset == offset && x->count == count && x->dtype == dtype) return at;
+  }
+}
+
+static void external_grow(Program *p) {
+  ProgramState *s = p->state;
+  TensorId *old = s->external;
+  int n = s->cap_external;
+  s->cap_external = n ? 2 * n : 256;
+  s->external = xmalloc((size_t)s->cap_external * sizeof *s->external);
+  for (int i = 0; i < s->cap_external; i++) s->external[i] = NO_TENSOR;
+  for (int i = 0; i < n; i++) {
+    if (old[i] == NO_TENSOR) continue;
+    const Tensor *x = &p->tensors[old[i]];
+    s->external[external_at(p, x->space, x->offset, x->dtype, x->count)] = old[i];
+  }
+  free(old);
+}
+
 TensorId program_external(Program *p, Space space, int64_t offset, Dtype dtype, int64_t count, const char *name) {
+  ProgramState *s = p->state;
   if (space_has(space, SPACE_LAID_OUT))
     panic("program %s: tensor %s: the program itself lays out this space", p->name, name);
-  for (TensorId t = 0; t < p->n_tensors; t++) {
-    const Tensor *x = &p->tensors[t];
-    if (x->space == space && x->offset == offset && x->count == count && x->dtype == dtype) return t;
-  }
-  return tensor_add(p, space, offset, dtype, count, name);
+  if (2 * s->n_external >= s->cap_external) external_grow(p);
+  int at = external_at(p, space, offset, dtype, count);
+  if (s->external[at] != NO_TENSOR) return s->external[at];
+  s->n_external++;
+  return s->external[at] = tensor_add(p, space, offset, dtype, count, name);
 }
 
 // A tensor of the arena or the host slab shaped like another.

@@ -24,7 +24,9 @@ typedef struct Recipe {
 
 struct ProgramState {
   int cap_tensors, cap_ops;
-  Revival *revival; // [n_tensors]
+  Revival *revival;   // [n_tensors]
+  TensorId *external; // [cap_external] tensors of other spaces by hash of where they lie, NO_TENSOR where there is none
+  int n_external, cap_external;
   Recipe *recipes;
   int n_recipes, cap_recipes;
   double *seconds; // [n_ops] of each op by the policy table's costs, or NULL
