@@ -1,20 +1,19 @@
 #include "model/placement.h"
 
-int state_on_host(MemoryState state, Space space) {
-  if (space_has(space, SPACE_ON_HOST)) return 1;
-  switch (space) {
-  case SPACE_EMA:
-    return state >= STATE_EMA;
-  case SPACE_ADAM_M:
-  case SPACE_ADAM_V:
-    return state >= STATE_MOMENTS;
-  default:
-    return 0;
-  }
+// Of what the state names last: elements that do not stay.
+static int64_t away_count(const Model *m) {
+  const ParamTable *t = &m->params;
+  return m->kept ? t->bucket[t->buckets - m->kept].begin : t->total;
+}
+
+int64_t state_host_count(const Model *m, Space space) {
+  MemoryState leaves_with = space == SPACE_EMA ? STATE_EMA : STATE_MOMENTS;
+  if (space != SPACE_EMA && space != SPACE_ADAM_M && space != SPACE_ADAM_V) return 0;
+  return m->state < leaves_with ? 0 : m->state == leaves_with ? away_count(m) : m->params.total;
 }
 
 int bucket_leaves(const Model *m, const ParamBucket *b) {
-  return m->state == STATE_GRADIENTS && b->layer >= 0;
+  return m->state == STATE_GRADIENTS && b->layer >= 0 && b->end <= away_count(m);
 }
 
 // Elements of the buckets before `end` that stay.

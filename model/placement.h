@@ -5,11 +5,12 @@
 
 #include "model/model.h"
 
-// Whether a space of the optimizer's state lies on the host: what is computed with it passes through the arena.
-int state_on_host(MemoryState state, Space space);
+// Elements of a slab of the optimizer's state that lie on the host, from its beginning on: whole buckets, which pass
+// through the arena where they are computed with.
+int64_t state_host_count(const Model *m, Space space);
 
-// With STATE_GRADIENTS the gradients of a layer are formed in one of at most so many slots in turn, and leave for
-// SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
+// With STATE_GRADIENTS the gradients of a layer that is not kept are formed in one of at most so many slots in turn,
+// and leave for SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
 enum { GRADIENT_SLOTS = 3 };
 int bucket_leaves(const Model *m, const ParamBucket *b);
 // Elements of SPACE_GRADS: gradients that stay, in the slabs' order, then the slots.

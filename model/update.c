@@ -40,7 +40,8 @@ static void parts_join(Parts *s, int leaving) {
   const ParamBucket *before = NULL;
   for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++) {
     if (bucket_leaves(s->model, b) && !leaving) continue;
-    Part *last = before && b == before + 1 && !bucket_leaves(s->model, b) ? &s->of[s->n - 1] : NULL;
+    int joins = before && b == before + 1 && !bucket_leaves(s->model, b) && !bucket_leaves(s->model, before);
+    Part *last = joins ? &s->of[s->n - 1] : NULL;
     if (last && b->end - last->begin <= JOINED) {
       last->n += b->n;
       last->end = b->end;
@@ -80,17 +81,21 @@ static TensorId part_of(const Parts *s, const Part *part, Space space) {
   return place(s, part, space, gradients_begin(s->model, part->bucket) + part->begin - part->bucket->begin);
 }
 
+static int is_away(const Parts *s, const Part *part, Space space) {
+  return space == SPACE_HOST_GRADS || part->end <= state_host_count(s->model, space);
+}
+
 // The part of a space as ops take it: where it lies, or what travels in from the host.
 static TensorId part_lend(const Parts *s, const Part *part, Space space) {
   Space from = space == SPACE_GRADS && bucket_leaves(s->model, part->bucket) ? SPACE_HOST_GRADS : space;
-  if (!state_on_host(s->model->state, from)) return part_of(s, part, from);
+  if (!is_away(s, part, from)) return part_of(s, part, from);
   TensorId t = program_tensor(s->p, DT_REAL, part->end - part->begin, "%s on the way", space_info[from].label);
   program_copy(s->p, LANE_H2D, part_of(s, part, from), t);
   return t;
 }
 
 static void part_return(const Parts *s, const Part *part, Space space, TensorId lent) {
-  if (state_on_host(s->model->state, space)) program_copy(s->p, LANE_D2H, lent, part_of(s, part, space));
+  if (is_away(s, part, space)) program_copy(s->p, LANE_D2H, lent, part_of(s, part, space));
 }
 
 static OpArgs part_args(const Parts *s, const Part *part) {
@@ -158,7 +163,7 @@ Program *update_record(const Model *model, int ema) {
   Parts s = parts_open(model, ema ? "update with ema" : "update");
   TensorId scalars = program_external(s.p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
   TensorId status = record_decision(model, s.p, scalars);
-  if (state_on_host(model->state, SPACE_ADAM_M) || (ema && state_on_host(model->state, SPACE_EMA)))
+  if (state_host_count(model, SPACE_ADAM_M) || (ema && state_host_count(model, SPACE_EMA)))
     parts_cut(&s);
   else
     parts_join(&s, 1);
@@ -198,7 +203,7 @@ Program *ema_record(const Model *model, int enter) {
   TensorId from = enter ? weights : aside, to = enter ? aside : weights;
   program_copy(s.p, !away ? LANE_COMPUTE : enter ? LANE_D2H : LANE_H2D, from, to);
   if (!enter) return parts_close(&s);
-  if (state_on_host(model->state, SPACE_EMA))
+  if (state_host_count(model, SPACE_EMA))
     parts_cut(&s);
   else
     parts_add(&s, all);

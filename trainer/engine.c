@@ -29,8 +29,10 @@ static int64_t budget_bytes(const Config *c, const Backend *b) {
 
 int64_t engine_state_on_host(const Engine *e) {
   int64_t sum = 0;
-  for (int s = 0; s < SPACE_COUNT; s++)
+  for (int s = 0; s < SPACE_COUNT; s++) {
+    sum += e->bases.host_bytes[s];
     if (s != SPACE_HOST && engine_on_host(e, (Space)s)) sum += e->bytes[s];
+  }
   return sum;
 }
 
@@ -59,7 +61,7 @@ static void record_forward(Engine *e, Mode mode) {
 }
 
 int engine_on_host(const Engine *e, Space space) {
-  return e->model.backend->queues && state_on_host(e->model.state, space);
+  return e->model.backend->queues && space_has(space, SPACE_ON_HOST);
 }
 
 // Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
@@ -168,17 +170,25 @@ static void free_state_programs(Engine *e) {
   }
 }
 
+// A slab with a real a parameter, part of which may lie on the host.
+static void set_slab_bytes(Engine *e, Space space) {
+  int64_t real_bytes = (int64_t)e->model.backend->dtype_bytes[DT_REAL];
+  e->bases.host_bytes[space] = state_host_count(&e->model, space) * real_bytes;
+  e->bytes[space] = e->model.params.total * real_bytes - e->bases.host_bytes[space];
+}
+
 static void set_state_bytes(Engine *e, int train) {
   const Config *c = e->config;
   const Backend *b = e->model.backend;
   int64_t n = e->model.params.total, real_bytes = (int64_t)b->dtype_bytes[DT_REAL];
   int away = e->model.state == STATE_GRADIENTS;
-  if (c->train.ema > 0) e->bytes[SPACE_EMA] = n * real_bytes;
+  if (c->train.ema > 0) set_slab_bytes(e, SPACE_EMA);
   // Where the weights lie while the EMA is in their place.
   if (c->train.ema > 0) e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n * (int64_t)b->dtype_bytes[DT_ACT];
   if (!train) return;
   e->bytes[SPACE_REMAINDER] = n * b->remainder_bytes;
-  e->bytes[SPACE_ADAM_M] = e->bytes[SPACE_ADAM_V] = n * real_bytes;
+  set_slab_bytes(e, SPACE_ADAM_M);
+  set_slab_bytes(e, SPACE_ADAM_V);
   e->bytes[SPACE_GRADS] = gradients_count(&e->model) * real_bytes;
   if (away) e->bytes[SPACE_HOST_GRADS] = n * real_bytes;
   if (c->train.micro_batches > 1 && b->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
@@ -187,13 +197,15 @@ static void set_state_bytes(Engine *e, int train) {
   e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
 }
 
-// Records all programs but the forward-only ones for a place of the state, on top of `forward`, the bytes of those.
-static int try_state(Engine *e, MemoryState state, const int64_t forward[SPACE_COUNT], int train, Error *err) {
+// Records all programs but training's and the forward-only ones for a place of the state, on top of `forward`, the
+// bytes of those.
+static void record_state(Engine *e, MemoryState state, int kept, const int64_t forward[SPACE_COUNT], int train) {
   const Config *c = e->config;
   int has_ema = c->train.ema > 0;
   free_state_programs(e);
   memcpy(e->bytes, forward, sizeof e->bytes);
   e->model.state = state;
+  e->model.kept = kept;
   set_state_bytes(e, train);
   if (has_ema) {
     e->ema_in = ema_record(&e->model, 1);
@@ -205,20 +217,36 @@ static int try_state(Engine *e, MemoryState state, const int64_t forward[SPACE_C
   const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->hash};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
     if (all[i]) engine_measure(e, all[i]);
-  return train ? engine_choose_policy(e, err) : 0;
 }
 
-// memory.state: what it names, or as "auto" the least that fits into the budget beside a device.
+// The most buckets that can stay without it being too much with the smallest need of activations.
+static int most_kept(Engine *e, int train) {
+  int64_t bytes[SPACE_COUNT], host_bytes[SPACE_COUNT], others = engine_least_bytes(e, train) - engine_device_bytes(e);
+  int kept = 0;
+  memcpy(bytes, e->bytes, sizeof bytes);
+  memcpy(host_bytes, e->bases.host_bytes, sizeof host_bytes);
+  for (int k = 1; k < e->model.params.buckets; k++) {
+    e->model.kept = k;
+    set_state_bytes(e, train);
+    if (engine_device_bytes(e) + others <= e->budget) kept = k;
+  }
+  memcpy(e->bytes, bytes, sizeof bytes);
+  memcpy(e->bases.host_bytes, host_bytes, sizeof host_bytes);
+  e->model.kept = 0;
+  return kept;
+}
+
+// memory.state: what it names, or as "auto" the least that lets the smallest need of activations fit beside it.
 static int choose_state(Engine *e, int train, Error *err) {
-  MemoryState want = e->config->memory.state, least = want == STATE_AUTO ? STATE_DEVICE : want;
+  MemoryState want = e->config->memory.state, state = want == STATE_AUTO ? STATE_DEVICE : want;
   int64_t forward[SPACE_COUNT];
   memcpy(forward, e->bytes, sizeof forward);
-  if (!e->model.backend->queues) return try_state(e, STATE_DEVICE, forward, train, err);
-  for (MemoryState s = least; s <= STATE_GRADIENTS; s++) {
-    if (try_state(e, s, forward, train, err) != 0) return -1;
-    if (want != STATE_AUTO || engine_device_bytes(e) <= e->budget) break;
-  }
-  return 0;
+  if (!e->model.backend->queues) state = want = STATE_DEVICE;
+  record_state(e, state, 0, forward, train);
+  while (want == STATE_AUTO && state < STATE_GRADIENTS && engine_least_bytes(e, train) > e->budget)
+    record_state(e, ++state, 0, forward, train);
+  if (want == STATE_AUTO && state > STATE_DEVICE) record_state(e, state, most_kept(e, train), forward, train);
+  return train ? engine_choose_policy(e, err) : 0;
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
@@ -251,12 +279,12 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
 void *engine_space_allocate(const Engine *e, Space space) {
   const Backend *b = e->model.backend;
   size_t bytes = (size_t)e->bytes[space];
-  return space_has(space, SPACE_ON_HOST) || engine_on_host(e, space) ? b->host_alloc(bytes) : b->alloc(bytes);
+  return space_has(space, SPACE_ON_HOST) ? b->host_alloc(bytes) : b->alloc(bytes);
 }
 
 void engine_space_release(const Engine *e, Space space) {
   const Backend *b = e->model.backend;
-  if (space_has(space, SPACE_ON_HOST) || engine_on_host(e, space))
+  if (space_has(space, SPACE_ON_HOST))
     b->host_release(e->bases.of[space]);
   else
     b->release(e->bases.of[space]);
@@ -347,6 +375,14 @@ int engine_allocate_begin(Engine *e, Error *err) {
     e->bases.of[s] = engine_space_allocate(e, (Space)s);
     if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
   }
+  for (int s = 0; s < SPACE_COUNT; s++) {
+    if (!e->bases.host_bytes[s]) continue;
+    e->bases.host[s] = b->host_alloc((size_t)e->bases.host_bytes[s]);
+    if (!e->bases.host[s])
+      return error_set(err, "close what else uses this machine's memory, or raise memory.budget_gb",
+                       "out of pinned host memory: %s needs %.3f GB", space_info[s].label,
+                       (double)e->bases.host_bytes[s] / 1e9);
+  }
   for (int s = 0; s < SPACE_COUNT; s++)
     if (space_has((Space)s, SPACE_CLEARED)) engine_slab_clear(e, (Space)s);
   if (b->queues && !pin(e))
@@ -394,8 +430,10 @@ void engine_free(Engine *e) {
   engine_free_train_programs(e);
   free_state_programs(e);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
-  for (int s = 0; s < SPACE_COUNT; s++)
+  for (int s = 0; s < SPACE_COUNT; s++) {
     if (e->bases.of[s]) engine_space_release(e, (Space)s);
+    if (e->bases.host[s]) e->model.backend->host_release(e->bases.host[s]);
+  }
   unpin(e);
   params_free(&e->model.params);
   costs_free(&e->costs);
@@ -498,8 +536,12 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
 static int64_t state_bytes(const Engine *e) {
   int64_t sum = 0;
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (space_has((Space)s, SPACE_SAVED)) sum += e->bytes[s];
+    if (space_has((Space)s, SPACE_SAVED)) sum += engine_slab_bytes(e, (Space)s);
   return sum;
+}
+
+int64_t engine_slab_bytes(const Engine *e, Space space) {
+  return e->bytes[space] + e->bases.host_bytes[space];
 }
 
 void *engine_slab(const Engine *e, Space space) {
@@ -514,15 +556,11 @@ void engine_await(const Engine *e) {
 }
 
 void engine_slab_clear(Engine *e, Space space) {
-  size_t bytes = (size_t)e->bytes[space];
-  if (!e->bases.of[space]) return;
-  if (!engine_on_host(e, space)) {
-    e->model.backend->clear(e->bases.of[space], bytes);
-    return;
-  }
-  OpArgs args = {.span = {.count = (int64_t)bytes}};
+  if (e->bases.of[space]) e->model.backend->clear(e->bases.of[space], (size_t)e->bytes[space]);
+  if (!e->bases.host[space]) return;
+  OpArgs args = {.span = {.count = e->bases.host_bytes[space]}};
   engine_await(e);
-  backend_of_host()->fn[OP_ZERO](&(KernelCall){.out.ZERO.dst = e->bases.of[space], .args = &args});
+  backend_of_host()->fn[OP_ZERO](&(KernelCall){.out.ZERO.dst = e->bases.host[space], .args = &args});
 }
 
 #define OF_HOST " of the host, not in the total"
@@ -566,15 +604,17 @@ void engine_print_plan(const Engine *e, FILE *f) {
   fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s\n",
           (double)e->model.params.parameters / 1e6, e->slots, e->segments, c->train.micro_batches,
           memory_policy_name[e->chosen]);
-  for (int s = 0; s < SPACE_COUNT; s++)
+  for (int s = 0; s < SPACE_COUNT; s++) {
     if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], engine_counts(e, (Space)s) ? "" : OF_HOST);
+    if (e->bases.host_bytes[s]) print_row(f, space_info[s].label, e->bases.host_bytes[s], OF_HOST);
+  }
   if (e->first.program)
     print_row(f, "packs decoded ahead",
               loader_packs(c->train.micro_batches, c->data.threads, engine_packs_sent(e) + 1) * e->bytes[SPACE_STAGING],
               OF_HOST);
   print_row(f, "total", engine_device_bytes(e), "");
   SaveCopy copy = config_save_copy(c);
-  if (e->bytes[SPACE_ADAM_M] && copy != COPY_NEVER)
+  if (engine_slab_bytes(e, SPACE_ADAM_M) && copy != COPY_NEVER)
     print_row(f, "copy for checkpoints", state_bytes(e),
               copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
   print_state(e, f);

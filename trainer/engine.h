@@ -133,9 +133,11 @@ void engine_use_ema(Engine *e, int ema);
 // Bytes of the device that all slabs take.
 int64_t engine_device_bytes(const Engine *e);
 
-// Slab of SPACE_WEIGHTS, SPACE_EMA, .. as allocated.
+// What of a space is on the device, as allocated.
 void *engine_slab(const Engine *e, Space space);
-// Whether it lies in the host's memory, beside a device.
+// Bytes of one in all: on the device and, of the optimizer's state, on the host (engine.bases).
+int64_t engine_slab_bytes(const Engine *e, Space space);
+// Whether a space is memory of the host, beside a device.
 int engine_on_host(const Engine *e, Space space);
 // Fills one with zeros, if it is there, after what was replayed before.
 void engine_slab_clear(Engine *e, Space space);

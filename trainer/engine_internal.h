@@ -20,4 +20,6 @@ void engine_bind(Engine *e);
 // *err when memory.per_tensor names something wrongly.
 int engine_choose_policy(Engine *e, Error *err);
 void engine_free_train_programs(Engine *e);
+// What the engine would need of the device with the smallest training programs that memory.policy allows.
+int64_t engine_least_bytes(Engine *e, int train);
 #endif

@@ -91,6 +91,23 @@ ChooseTask engine_choose_task(const Engine *e) {
   return t;
 }
 
+int64_t engine_least_bytes(Engine *e, int train) {
+  MemoryPolicy want = e->config->memory.policy;
+  PolicyTable table;
+  Error named_wrongly; // engine_choose_policy says it
+  int64_t bytes[SPACE_COUNT], least;
+  if (!train || policy_of_config(e->config, want == MEMORY_AUTO ? MEMORY_RECOMPUTE : want, &table, &named_wrongly) != 0)
+    return engine_device_bytes(e);
+  memcpy(bytes, e->bytes, sizeof bytes);
+  Program *p = transformer_record(&e->model, first_mode(e), e->slots, e->segments, &table).program;
+  engine_measure(e, p);
+  least = engine_device_bytes(e);
+  memcpy(e->bytes, bytes, sizeof bytes);
+  program_free(p);
+  policy_table_free(&table);
+  return least;
+}
+
 // "auto" keeps everything where that fits. Else it takes the plan that was given, where that still does, or chooses.
 int engine_choose_policy(Engine *e, Error *err) {
   MemoryPolicy want = e->config->memory.policy;

@@ -99,7 +99,7 @@ static void put_values(void *arg, int64_t offset, int64_t count, const void *val
 // Fills the weights (and EMA) of a run that begins: initial values, or random ones for --dump.
 static int fill_weights(Trainer *t, Error *err) {
   Engine *e = &t->engine;
-  Filling f = {slab_writer_open(e, PARAMS_PIECE, err), engine_slab(e, SPACE_EMA) != NULL};
+  Filling f = {slab_writer_open(e, PARAMS_PIECE, err), engine_slab_bytes(e, SPACE_EMA) > 0};
   if (!f.writer) return -1;
   params_stream(&e->model.params, t->options->dump ? PARAMS_RANDOM : PARAMS_INITIAL, (uint64_t)t->config->run.seed,
                 e->model.backend->dtype_bytes[DT_REAL], put_values, &f);

@@ -72,10 +72,10 @@ static void join_thread(Saver *s) {
 
 // Takes memory for all slabs and says where each goes. 0, or -1 with *err when there is not enough.
 static int take_copy(Saver *s, Error *err) {
-  const int64_t *bytes = s->engine->bytes;
+  const Engine *e = s->engine;
   size_t need = 0;
   for (int i = 0; i < SPACE_COUNT; i++)
-    if (space_has((Space)i, SPACE_SAVED)) need += page_round((size_t)bytes[i]);
+    if (space_has((Space)i, SPACE_SAVED)) need += page_round((size_t)engine_slab_bytes(e, (Space)i));
   int64_t room = machine_memory_left("");
   // An eighth is left for the data, its decoding and everybody else.
   void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
@@ -89,9 +89,10 @@ static int take_copy(Saver *s, Error *err) {
   s->copy_bytes = need;
   char *at = s->copy;
   for (int i = 0; i < SPACE_COUNT; i++) {
-    if (!bytes[i] || !space_has((Space)i, SPACE_SAVED)) continue;
+    size_t bytes = (size_t)engine_slab_bytes(e, (Space)i);
+    if (!bytes || !space_has((Space)i, SPACE_SAVED)) continue;
     s->at[i] = at;
-    at += page_round((size_t)bytes[i]);
+    at += page_round(bytes);
   }
   return 0;
 }
@@ -191,9 +192,11 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
   }
-  for (int i = 0; !s->copy && i < SPACE_COUNT; i++) // host memory, as it is
-    if (space_has((Space)i, SPACE_SAVED) && (!e->model.backend->queues || engine_on_host(e, (Space)i)))
-      s->at[i] = engine_slab(e, (Space)i);
+  for (int i = 0; !s->copy && i < SPACE_COUNT; i++) { // host memory, as it is
+    if (!space_has((Space)i, SPACE_SAVED)) continue;
+    if (!e->model.backend->queues) s->at[i] = engine_slab(e, (Space)i);
+    if (e->bases.host_bytes[i] && !e->bytes[i]) s->at[i] = e->bases.host[i];
+  }
   if (bad || open_files(s, err) != 0) {
     saver_close(s);
     return NULL;

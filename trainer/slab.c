@@ -23,16 +23,23 @@ static void host_copy(void *to, const void *from, size_t bytes) {
   backend_of_host()->fn[OP_COPY](&(KernelCall){.in.COPY.src = from, .out.COPY.dst = to, .args = &args});
 }
 
-// Elements of a slab of DT_REAL.
+// Elements of a slab of DT_REAL, the first of which may lie on the host.
+static int64_t count_on_host(const Engine *e, Space space) {
+  if (engine_on_host(e, space)) return INT64_MAX;
+  return e->bases.host_bytes[space] / (int64_t)e->model.backend->dtype_bytes[DT_REAL];
+}
+
 static void read_real(const Engine *e, Space space, int64_t first, int64_t count, void *out) {
-  size_t element = e->model.backend->dtype_bytes[DT_REAL], bytes = (size_t)count * element;
-  const char *from = (const char *)e->bases.of[space] + (size_t)first * element;
-  if (!engine_on_host(e, space)) {
-    e->model.backend->download(out, from, bytes);
-    return;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  int64_t on_host = max_i64(0, min_i64(count, count_on_host(e, space) - first));
+  char *others = (char *)out + (size_t)on_host * element;
+  if (on_host) {
+    engine_await(e);
+    host_copy(out, bases_at(&e->bases, space, first * (int64_t)element), (size_t)on_host * element);
   }
-  engine_await(e);
-  host_copy(out, from, bytes);
+  if (on_host < count)
+    e->model.backend->download(others, bases_at(&e->bases, space, (first + on_host) * (int64_t)element),
+                               (size_t)(count - on_host) * element);
 }
 
 // Elements of the gradients, which may lie in two places (model/placement.h).
@@ -94,11 +101,15 @@ void engine_slab_copy(Engine *e, Space space, void *out) {
   const Backend *b = e->model.backend;
   const Queues *q = b->queues;
   const char *from = e->bases.of[space];
-  int64_t bytes = e->bytes[space], piece = e->pinned.stage_bytes;
-  if (!q || engine_on_host(e, space)) {
-    engine_await(e);
+  int64_t bytes = e->bytes[space], piece = e->pinned.stage_bytes, on_host = e->bases.host_bytes[space];
+  if (!q) {
     host_copy(out, from, (size_t)bytes);
     return;
+  }
+  if (on_host) {
+    engine_await(e);
+    host_copy(out, e->bases.host[space], (size_t)on_host);
+    out = (char *)out + on_host;
   }
   q->record(LANE_COMPUTE, EVENT_SLAB_FREE);
   q->wait(LANE_D2H, EVENT_SLAB_FREE);
@@ -150,13 +161,19 @@ void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, c
   const Engine *e = w->e;
   const Backend *b = e->model.backend;
   size_t element = b->dtype_bytes[DT_REAL], n = (size_t)count;
-  char *to = (char *)e->bases.of[space] + (size_t)first * element;
+  int64_t on_host = max_i64(0, min_i64(count, count_on_host(e, space) - first));
+  if (on_host && on_host < count) {
+    slab_writer_put(w, space, first, on_host, values);
+    slab_writer_put(w, space, first + on_host, count - on_host, (const char *)values + (size_t)on_host * element);
+    return;
+  }
+  char *to = bases_at(&e->bases, space, first * (int64_t)element);
   if (n * element > w->slot_bytes) panic("slab writer: a piece of %zu elements", n);
   if (!b->queues) {
     b->upload(to, values, n * element);
     return;
   }
-  if (engine_on_host(e, space)) {
+  if (on_host) {
     host_copy(to, values, n * element);
     return;
   }

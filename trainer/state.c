@@ -33,7 +33,7 @@ StateLayout state_layout(const Engine *e) {
   StateLayout l = {.params = p->n, .names = xcalloc((size_t)(4 * p->n), sizeof *l.names)};
   char(*name)[72] = l.names;
   for (int f = 0; f < STATE_FILES; f++) {
-    if (!engine_slab(e, files[f].space[0])) continue;
+    if (!engine_slab_bytes(e, files[f].space[0])) continue;
     StateFile *file = &l.file[l.n++];
     *file = (StateFile){.name = files[f].name, .spaces = files[f].spaces, .n = files[f].spaces * p->n};
     memcpy(file->space, files[f].space, sizeof file->space);
@@ -233,7 +233,7 @@ static int read_slabs(Engine *e, Target *targets, int n, const Checkpoint *c, Er
 // The targets of a load; their number, or -1 with *err where the checkpoint has not what this engine needs.
 static int choose_targets(Engine *e, const StateLayout *l, const Checkpoint *c, int weights_only, Target *targets,
                           Error *err) {
-  int n = 0, has_ema = 0, wants_ema = engine_slab(e, SPACE_EMA) != NULL;
+  int n = 0, has_ema = 0, wants_ema = engine_slab_bytes(e, SPACE_EMA) > 0;
   for (int f = 0; f < l->n; f++) {
     const StateFile *file = &l->file[f];
     int is_ema = file->space[0] == SPACE_EMA;

@@ -48,9 +48,8 @@ static void tensors_bind(Program *p, const Bases *bases) {
       s->address[t] = s->owned[t] = tensor_allocate(p, x);
       continue;
     }
-    if (!bases->of[x->space])
-      panic("program %s: tensor %s: %s is not bound", p->name, x->name, space_info[x->space].label);
-    s->address[t] = (char *)bases->of[x->space] + x->offset;
+    s->address[t] = bases_at(bases, x->space, x->offset);
+    if (!s->address[t]) panic("program %s: tensor %s: %s is not bound", p->name, x->name, space_info[x->space].label);
   }
 }
 

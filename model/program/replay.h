@@ -6,10 +6,20 @@
 
 // Memory of a program's spaces. A NULL arena with `separate` set: each arena tensor gets its own allocation
 // (memory.arena: false), so that sanitizers see every bound.
+//
+// A slab may lie in two memories: its first host_bytes in host[], all others in of[].
 typedef struct Bases {
-  void *of[SPACE_COUNT];
+  void *of[SPACE_COUNT], *host[SPACE_COUNT];
+  int64_t host_bytes[SPACE_COUNT];
   int separate;
 } Bases;
+// Where the byte at an offset of a space is; NULL: the space is not bound.
+static inline char *bases_at(const Bases *b, Space space, int64_t offset) {
+  int64_t first = b->host_bytes[space];
+  char *base = offset < first ? b->host[space] : b->of[space];
+  return base ? base + (offset < first ? offset : offset - first) : NULL;
+}
+
 // Gives every operand its address. The arena and the host slab need arena_bytes and host_bytes, aligned to 256. May be
 // called again with other bases. Panics when a space the program uses has no base.
 void program_bind(Program *p, const Bases *bases);

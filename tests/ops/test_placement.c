@@ -101,9 +101,11 @@ static void test_random_orders_same_bits(void **state) {
   for (int v = 0; v < 3; v++) {
     World w;
     world_open(&w, v);
-    void *want[RESULTS];
-    for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+    void *want[RESULTS], *want_hashes = NULL;
+    for (int i = 0; i < 7; i++) {
+      MemoryState s = i ? (MemoryState)(STATE_EMA + (i - 1) / 2) : STATE_DEVICE;
       w.c.model.state = s;
+      w.c.model.kept = i && i % 2 == 0 ? 2 + v : 0; // of what is named last
       w.c.model.update_part = s == STATE_DEVICE ? UPDATE_PART : PART;
       Program *p = update_record(&w.c.model, 1);
       const int travel[] = {[STATE_EMA] = 1, [STATE_MOMENTS] = 3, [STATE_GRADIENTS] = 4};
@@ -120,10 +122,20 @@ static void test_random_orders_same_bits(void **state) {
           want[k] = memcpy(xmalloc(w.slab), w.c.bases.of[results[k]], w.slab);
         for (int k = 0; k < RESULTS; k++)
           if (memcmp(w.c.bases.of[results[k]], want[k], w.slab) != 0)
-            fail_msg("variant %d, state %d, order %d: other %s", v, s, (int)seed, space_info[results[k]].label);
+            fail_msg("variant %d, state %d, order %d: other %s", v, i, (int)seed, space_info[results[k]].label);
       }
       program_free(p);
+      Program *h = hash_record(&w.c.model);
+      const uint64_t *hashes = (const uint64_t *)w.c.bases.of[SPACE_PARAM_SUMS] + SUMS_OF_BITS * w.c.model.params.n;
+      size_t bytes = (size_t)w.c.model.params.n * sizeof *hashes;
+      bind(&w, h);
+      world_reset(&w);
+      program_replay_random(h, (uint64_t)i);
+      if (i == 0) want_hashes = memcpy(xmalloc(bytes), hashes, bytes);
+      assert_memory_equal(hashes, want_hashes, bytes);
+      program_free(h);
     }
+    free(want_hashes);
     for (int k = 0; k < RESULTS; k++) {
       assert_true(memcmp(want[k], w.begin[k], w.slab) != 0);
       free(want[k]);
@@ -156,6 +168,7 @@ static void test_every_wait_is_needed(void **state) {
   for (MemoryState s = STATE_EMA; s <= STATE_GRADIENTS; s++) {
     int waits = 0;
     c.model.state = s;
+    c.model.kept = s == STATE_MOMENTS ? 3 : 0;
     for (int k = 0; k < 2; k++) {
       check_order(update_record(&c.model, k), &waits);
       check_order(ema_record(&c.model, k), &waits);
@@ -177,21 +190,27 @@ static void test_places(void **state) {
   ModelCase c;
   model_case_init(&c, 920, 3);
   const ParamTable *t = &c.model.params;
-  for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+  for (int round = 0; round < 8; round++) {
+    MemoryState s = (MemoryState)(STATE_DEVICE + round / 2);
     c.model.state = s;
+    c.model.kept = round % 2 ? 3 : 0; // U, the heads and a layer
     int64_t count = gradients_count(&c.model);
     assert_true(s == STATE_GRADIENTS || count == t->total);
     for (int i = 0; i < t->buckets; i++) {
       const ParamBucket *a = &t->bucket[i];
       int64_t begin = gradients_begin(&c.model, a), end = begin + a->end - a->begin;
-      assert_int_equal(bucket_leaves(&c.model, a), s == STATE_GRADIENTS && a->layer >= 0);
+      int last = i >= t->buckets - c.model.kept;
+      assert_int_equal(bucket_leaves(&c.model, a), s == STATE_GRADIENTS && a->layer >= 0 && !last);
+      assert_int_equal(a->end <= state_host_count(&c.model, SPACE_EMA), s > STATE_EMA || (s == STATE_EMA && !last));
+      assert_int_equal(a->end <= state_host_count(&c.model, SPACE_ADAM_V),
+                       s > STATE_MOMENTS || (s == STATE_MOMENTS && !last));
       assert_true(begin >= 0 && begin % 64 == 0 && end <= count);
       if (!bucket_leaves(&c.model, a) && s != STATE_GRADIENTS) assert_int_equal(begin, a->begin);
       const int slots = c.config.train.micro_batches > 1 ? GRADIENT_SLOTS : GRADIENT_SLOTS - 1;
       for (int k = 0; k < i; k++) {
         const ParamBucket *b = &t->bucket[k];
         int64_t at = gradients_begin(&c.model, b);
-        int in_turn = s == STATE_GRADIENTS && a->layer >= 0 && b->layer >= 0 && (a->layer - b->layer) % slots == 0;
+        int in_turn = bucket_leaves(&c.model, a) && bucket_leaves(&c.model, b) && (a->layer - b->layer) % slots == 0;
         assert_true(in_turn || end <= at || at + b->end - b->begin <= begin);
       }
     }

@@ -288,11 +288,9 @@ static void test_measured(void **state) {
   world_close(&w);
 }
 
-// What of the state lies on the host changes no bit, whatever passes through the update at once; and the host is told
-// of it before the device needs it.
+// What of the state lies on the host changes no bit, whatever passes through the update at once.
 static void test_state_on_host(void **state) {
   (void)state;
-  static const Space device[] = {SPACE_EMA, SPACE_ADAM_M, SPACE_ADAM_V};
   for (int v = 0; v < 3; v++) {
     World w;
     world_open(&w, 50 + (uint64_t)v, v);
@@ -316,25 +314,47 @@ static void test_state_on_host(void **state) {
     outcome_free(&want);
     world_close(&w);
   }
-  // Each further state takes less of the device.
+}
+
+// Each further state takes less of the device; auto takes the first with which a budget holds, and of what leaves no
+// more than must: the bits are the same.
+static void test_state_auto(void **state) {
+  (void)state;
   World w;
+  Engine e;
   Error err;
-  int64_t before = INT64_MAX;
-  world_open(&w, 50, 0);
-  w.c.config.memory.policy = MEMORY_KEEP;
+  int64_t need[STATE_GRADIENTS + 1];
+  world_open(&w, 53, 3); // three layers
+  Config *c = &w.c.config;
+  c->memory.policy = MEMORY_KEEP;
+  Outcome want = run(&w, &backend_cpu, -1);
   for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
-    Engine e;
-    int64_t sum = 0;
-    w.c.config.memory.state = s;
+    c->memory.state = s;
     queued_cpu_start(1, FAULT_NONE);
-    assert_int_equal(engine_record(&e, &w.c.config, &backend_queued_cpu, 1, &err), 0);
-    for (int k = 0; k < 3; k++) assert_int_equal(engine_on_host(&e, device[k]), s >= (k ? STATE_MOMENTS : STATE_EMA));
-    for (int k = 0; k < SPACE_COUNT; k++)
-      if (k != SPACE_ARENA && !engine_on_host(&e, (Space)k)) sum += e.bytes[k];
-    assert_true(s == STATE_GRADIENTS ? sum <= before : sum < before); // it has not more layers than slots
-    before = sum;
+    assert_int_equal(engine_record(&e, c, &backend_queued_cpu, 1, &err), 0);
+    need[s] = engine_device_bytes(&e);
+    assert_int_equal(e.bases.host_bytes[SPACE_EMA] > 0, s >= STATE_EMA);
+    assert_int_equal(e.bases.host_bytes[SPACE_ADAM_M] > 0, s >= STATE_MOMENTS);
+    assert_int_equal(e.bytes[SPACE_HOST_GRADS] > 0, s == STATE_GRADIENTS);
+    assert_int_equal(engine_slab_bytes(&e, SPACE_ADAM_V), e.model.params.total * (int64_t)sizeof(real));
     engine_free(&e);
   }
+  c->memory.state = STATE_AUTO;
+  for (MemoryState s = STATE_DEVICE; s <= STATE_MOMENTS; s++)
+    for (int most = 0; most < 2; most++) {
+      int64_t before = s == STATE_DEVICE ? need[s] : need[s - 1], budget = most ? (need[s] + before) / 2 : need[s];
+      c->memory.budget_gb = ((double)budget + 100) / 1e9;
+      queued_cpu_start((uint64_t)(600 + 2 * s + most), FAULT_NONE);
+      assert_int_equal(engine_record(&e, c, &backend_queued_cpu, 1, &err), 0);
+      assert_int_equal(e.model.state, s);
+      assert_true(engine_device_bytes(&e) <= e.budget);
+      if (s > STATE_DEVICE && most) assert_true(e.model.kept > 0);
+      engine_free(&e);
+      Outcome got = run(&w, &backend_queued_cpu, -1);
+      if (!outcomes_equal(&got, &want)) fail_msg("state %d, %d: other bits", s, most);
+      outcome_free(&got);
+    }
+  outcome_free(&want);
   world_close(&w);
 }
 
@@ -434,7 +454,8 @@ static void test_host_slab(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_measured),
-                                     cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_faults_show),
-                                     cmocka_unit_test(test_slab_writer),   cmocka_unit_test(test_host_slab)};
+                                     cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_state_auto),
+                                     cmocka_unit_test(test_faults_show),   cmocka_unit_test(test_slab_writer),
+                                     cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -77,10 +77,10 @@ static void fill(Engine *e, float *given[SPACES]) {
   const Backend *b = e->model.backend;
   for (int s = 0; s < SPACES; s++) {
     given[s] = values_of(e, spaces[s]);
-    if (!b->queues || engine_converts(e, spaces[s])) slab_upload(e, spaces[s], given[s]);
+    if (!b->queues || engine_converts(e, spaces[s]) || e->bases.host[spaces[s]]) slab_upload(e, spaces[s], given[s]);
   }
   for (int s = SPACES - 1; b->queues && s >= 0; s--) {
-    if (engine_converts(e, spaces[s])) continue;
+    if (engine_converts(e, spaces[s]) || e->bases.host[spaces[s]]) continue;
     OpArgs args = {.span = {.count = e->bytes[spaces[s]]}};
     b->fn[OP_COPY](&(KernelCall){.in.COPY = {given[s]},
                                  .out.COPY = {engine_slab(e, spaces[s])},
