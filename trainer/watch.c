@@ -43,8 +43,9 @@ static void keep_plan(const Watch *w, const Engine *e) {
 
 int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step, Error *err) {
   if (!w->due) return 0;
-  if (measure_train(e, pack, extents, w->rounds > 0)) keep_costs(w, e);
-  if (engine_plan_again(e, err) < 0) return -1;
+  int timed = measure_train(e, pack, extents, w->rounds > 0);
+  if (timed) keep_costs(w, e);
+  if (timed && engine_plan_again(e, err) < 0) return -1; // by the same times the plan is the same
   keep_plan(w, e);
   for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
   w->due = 0;
