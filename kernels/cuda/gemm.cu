@@ -29,18 +29,18 @@ template <int KIND, class End>
 static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ GemmLaunch<End> launch) {
   __shared__ GemmTiles t;
   const GemmWork &l = launch.work;
-  gemm_tiles_build<KIND>(l, l.bn, &t);
+  gemm_tiles_load<KIND>(l, l.bn, &t);
   int64_t first = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
   float scale = GemmEpilogue<End>::scale(launch.end[0]); // both sides' is one
-  for (int g = 0; g < gemm_groups(l); g++) {
-    int parts = t.parts[g], m = gemm_group_side(l, g);
+  for (int g = 0; g < gemm_groups(&l.shape); g++) {
+    int parts = t.parts[g], m = gemm_group_side(&l.shape, g);
     if (parts < 2) continue;
     const GemmSide &s = l.g.side[m];
     const End &end = launch.end[m];
     const float *from = l.partial + (g > 0 ? t.partial[g - 1] : 0);
-    int64_t stride = (int64_t)gemm_tile_rows(&s, KIND) * s.N; // from part to part
+    int64_t stride = gemm_part_size(KIND, &l.shape, m); // from part to part
     if constexpr (KIND == GEMM_TN) {
-      int e = g - (m == IMAGE ? l.g.side[TEXT].groups : 0);
+      int e = g - (m == IMAGE ? l.shape.groups[TEXT] : 0);
       float4 *dw = (float4 *)(end.dw + e * stride);
       for (int64_t i = first; i < stride / 4; i += step) {
         float4 sum = parts_sum<float4>(from + 4 * i, stride, parts);
@@ -66,8 +66,12 @@ static GemmWork work_make(const Gemm *g, int kind, bool splits) {
   GemmPlan p = gemm_plan(g, kind);
   l.bn = p.bn;
   for (int m = 0; m < MODALITIES; m++) {
-    if (gemm_side_empty(&l.g.side[m], kind)) l.g.side[m].groups = 0;
-    l.parts[m] = g->scratch && splits ? p.parts[m] : 1;
+    GemmSide *s = &l.g.side[m];
+    if (gemm_side_empty(s, kind)) s->groups = 0;
+    l.shape.groups[m] = s->groups;
+    l.shape.rows[m] = s->rows;
+    l.shape.M[m] = s->M, l.shape.N[m] = s->N, l.shape.K[m] = s->K;
+    l.shape.parts[m] = g->scratch && splits ? p.parts[m] : 1;
   }
   l.partial = (float *)g->scratch;
   // With 2^shift >= divisor, 2^(31 + shift) / divisor rounded up fits in 32 bits and is exact for indices below 2^31.
@@ -92,10 +96,22 @@ static int load_of(const GemmWork *l) {
   return load;
 }
 
+// Whether the sides' products are added to what is there.
+template <class End> static int adds_of(const End *, const GemmShape *) {
+  return 0;
+}
+static int adds_of(const GemmStoreWeights *end, const GemmShape *s) {
+  const int adds = end[s->groups[TEXT] ? TEXT : IMAGE].accumulate;
+  if (s->groups[IMAGE] && !end[IMAGE].accumulate != !adds)
+    panic("grouped product: one side's gradient is added to, the other's is not");
+  return adds;
+}
+
 template <class End> static void gemm_launch(const Gemm *g, const End *end, int kind, cudaStream_t stream) {
   GemmLaunch<End> l = {work_make(g, kind, End::SPLITS), {end[TEXT], end[IMAGE]}};
   GemmWork *work = &l.work;
-  if (work->g.side[TEXT].groups + work->g.side[IMAGE].groups == 0) return;
+  if (gemm_groups(&work->shape) == 0) return;
+  work->shape.adds = adds_of(end, &work->shape);
   if (gemm_sm90_usable()) {
     gemm_sm90(&l, kind, load_of(work), stream);
   } else {
@@ -103,7 +119,7 @@ template <class End> static void gemm_launch(const Gemm *g, const End *end, int 
     gemm_portable(&l, kind, stream);
   }
   bool whole = true;
-  for (int m = 0; m < MODALITIES; m++) whole &= work->g.side[m].groups == 0 || work->parts[m] == 1;
+  for (int m = 0; m < MODALITIES; m++) whole &= work->shape.groups[m] == 0 || work->shape.parts[m] == 1;
   if (whole) return;
   if constexpr (End::SPLITS) {
     constexpr int KIND = std::is_same<End, GemmStoreWeights>::value ? GEMM_TN : GEMM_NT; // rows are counted alike

@@ -52,11 +52,11 @@ static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Con
   int half = threadIdx.x / GEMM_GROUP - 1; // rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`
   bool speaks = (threadIdx.x & 31) == 0;
   Ring<Tile::STAGES> ring;
-  int total = control->tiles.first[gemm_groups(l)];
+  const int total = gemm_tiles_total(&control->tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
-    int number = gemm_tile_number(round);
+    int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break;
-    GemmTile t = gemm_tile_at<KIND>(l, &control->tiles, number, BN, GEMM_BK);
+    GemmTile t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, BN, GEMM_BK);
     bool idle = t.m + 64 * half >= t.m_end; // nothing to multiply: the other warpgroup has the tensor cores to itself
     float acc[BN / 2];
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
     }
     barrier_init_fence();
   }
-  gemm_tiles_build<KIND>(l.work, Tile::BN, &control->tiles); // ends with a __syncthreads()
+  gemm_tiles_load<KIND>(l.work, Tile::BN, &control->tiles); // ends with a __syncthreads()
   if (threadIdx.x < GEMM_GROUP) {
     registers_give<GATHER ? 56 : 40>();
     if (GATHER || threadIdx.x == 0) produce<KIND, LOAD, Tile>(l, maps, control, shared_address(memory));

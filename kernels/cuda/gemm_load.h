@@ -117,11 +117,11 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
   static_assert(GATHER || !GemmEpilogue<End>::PREFETCHES, "one thread does not prefetch for an epilogue");
   const GemmWork &l = launch.work;
   Ring<Tile::STAGES> ring;
-  int total = control->tiles.first[gemm_groups(l)];
+  const int total = gemm_tiles_total(&control->tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
-    int number = gemm_tile_number(round);
+    int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break; // only the last round can be short
-    GemmTile t = gemm_tile_at<KIND>(l, &control->tiles, number, Tile::BN, GEMM_BK);
+    GemmTile t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, Tile::BN, GEMM_BK);
     const GemmSide &s = l.g.side[t.side];
     bool second = false;
     const bf16 *rows[8];

@@ -17,8 +17,13 @@ static const TileKind tile_kinds[] = {{128, narrow_tiles_cost * 2 * GEMM_BM * 12
                                       {256, 2.0 * GEMM_BM * 256 / planned_tile_rate, 2}};
 enum { TILE_KINDS = sizeof tile_kinds / sizeof *tile_kinds };
 
+// gemm_weights' tiles are rows of dW, gemm_rows' are rows of C.
+static int tile_rows(const GemmSide *s, int kind) {
+  return kind == GEMM_TN ? s->M : s->rows;
+}
+
 bool gemm_side_empty(const GemmSide *s, int kind) {
-  return s->groups == 0 || gemm_tile_rows(s, kind) == 0 || s->N == 0 || (kind != GEMM_TN && s->K == 0);
+  return s->groups == 0 || tile_rows(s, kind) == 0 || s->N == 0 || (kind != GEMM_TN && s->K == 0);
 }
 
 // The counts are on the device: groups are thought of as equal, both sides as full.
@@ -55,7 +60,7 @@ static double launch_us(const Gemm *g, int kind, const TileKind *tile, int parts
     rounds += ceil_div64(tiles, GEMM_SHARES) * us;
     if (us > longest) longest = us;
     if (own == 1) continue;
-    const double sums = (double)gemm_tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / planned_memory_rate;
+    const double sums = (double)tile_rows(s, kind) * s->N * sizeof(float) * (2 * own + 1) / planned_memory_rate;
     work += 2 + sums;
     rounds += 4 + sums;
   }
@@ -84,7 +89,7 @@ GemmPlan gemm_plan(const Gemm *g, int kind) {
     const GemmSide *s = &g->side[m];
     if (gemm_side_empty(s, kind)) continue;
     p.parts[m] = side_parts(s, kind, p.bn, best);
-    if (p.parts[m] > 1) p.scratch += (size_t)best * gemm_tile_rows(s, kind) * s->N * sizeof(float);
+    if (p.parts[m] > 1) p.scratch += (size_t)best * tile_rows(s, kind) * s->N * sizeof(float);
     if (p.parts[m] == 0) sums += (size_t)(s->rows / GEMM_SHARE_DEPTH + s->groups) / GEMM_SHORTEST_PART * s->M * s->N;
   }
   const size_t most_sums = (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn;
