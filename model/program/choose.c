@@ -10,11 +10,12 @@
 
 enum {
   SHARES = 6,      // of what the link carries, up to a half more
+  FINER = 3,       // times that the best share is looked for with half the step
   ROUNDS = 3,      // of learning what else needs memory
   MOVES = 24,      // changes tried before giving up
   RECORDED = 60000 // ops recorded in search of better plans, about: what bounds the time
 };
-static const double planned_slack = .1;
+static const double planned_slack = .05;
 
 // ---- what a plan comes to ----
 
@@ -99,9 +100,10 @@ static void mix_lay(Search *s, Mix x) {
 }
 
 // Plans that copy up to so many bytes. `other`: bytes of the arena that are of no item, which each plan teaches the
-// next; returned.
-static double search_copied(Search *s, double copied, double other) {
+// next. 1: one of them is the best so far.
+static int search_copied(Search *s, double copied, double *other) {
   const ChooseTask *t = s->task;
+  int improved = 0;
   int64_t pinned = INT64_MAX; // bytes that a layer copies at least
   for (int i = 0; i < s->menu.n; i++) pinned = min_i64(pinned, s->menu.item[i].copied);
   Limits l = {.copied = fmax(fmin(copied, (double)t->host), (double)(t->layers * pinned)),
@@ -110,16 +112,16 @@ static double search_copied(Search *s, double copied, double other) {
   for (int round = 0; round < ROUNDS; round++) {
     Mix x;
     PlanOutcome o;
-    l.resident = fmax(0, (double)t->arena - other);
+    l.resident = fmax(0, (double)t->arena - *other);
     while (!prices_mix(&s->menu, s->corners, &l, &x))
       l.resident += .02 * (double)s->outcome.arena + 1; // how much is missing
     mix_lay(s, x);
-    try_plan(s, &o);
+    improved |= try_plan(s, &o);
     double found = (double)o.arena - plan_resident(s);
-    if (fabs(found - other) < 1e-3 * (double)t->arena) break;
-    other = found;
+    if (fabs(found - *other) < 1e-3 * (double)t->arena) break;
+    *other = found;
   }
-  return other;
+  return improved;
 }
 
 static void try_all(Search *s, int item) {
@@ -197,40 +199,45 @@ static int improve(Search *s, int pairs) {
 
 // ---- a bound ----
 
-// Bytes that lie in the arena at op i whatever the plan: what is no saved tensor, and what of the last layer or the
-// heads the op itself uses.
-static double bytes_anyway(const Program *kept, int i, int layers) {
+// Bytes that lie in the arena at op i whatever the plan: what is no saved tensor, and what the op itself uses of layers
+// from `layer` on.
+static double bytes_anyway(const Program *kept, int i, int layer) {
   const Op *op = &kept->ops[i];
   double sum = 0;
   for (TensorId t = 0; t < kept->n_tensors; t++) {
     const Tensor *x = &kept->tensors[t];
     if (x->space != SPACE_ARENA || x->first < 0 || x->first > i || x->last < i) continue;
     int used = x->saved < 0;
-    for (int k = 0; k < OP_MAX_IN; k++) used |= op->in[k] == t && x->layer >= layers - 1;
-    for (int k = 0; k < OP_MAX_OUT; k++) used |= op->out[k] == t && x->layer >= layers - 1;
+    for (int k = 0; k < OP_MAX_IN; k++) used |= op->in[k] == t && x->layer >= layer;
+    for (int k = 0; k < OP_MAX_OUT; k++) used |= op->out[k] == t && x->layer >= layer;
     if (used) sum += (double)x->bytes;
   }
   return sum;
 }
 
-// No plan that fits is shorter: at an op of the last layer, forward or backward, lies what lies there anyway, and what
-// stays of the layers before; and only so much can have been copied by then. The op that leaves least for both.
+// No plan that fits is shorter. At an op of the last layer, forward or backward, lies what lies there anyway and what
+// stays of the layers before; at one of the heads, what stays of all layers; and only so much can have been copied by
+// then. Of both, the op that leaves least.
 static double plan_bound(const Search *s, const Program *kept) {
   const ChooseTask *t = s->task;
-  double now = 0, least = INFINITY;
-  Limits l = {.link = t->costs->link.d2h, .layers = t->layers - 1};
+  double now = 0, best = 0;
+  Limits least[2] = {{.resident = INFINITY}, {.resident = INFINITY}}; // of all layers but the last, of all
   for (int i = 0; i < kept->n_ops; i++) {
     const Op *op = &kept->ops[i];
-    double resident = (double)t->arena - bytes_anyway(kept, i, t->layers);
-    double copied = t->rules.offload ? fmin(now * l.link, (double)t->host) : 0;
-    if (op->layer >= t->layers - 1 && resident + copied < least) {
-      least = resident + copied;
-      l.resident = resident;
-      l.copied = copied;
+    for (int all = 0; all < 2; all++) {
+      if (op->layer < t->layers - 1 + all) continue;
+      Limits l = {.resident = (double)t->arena - bytes_anyway(kept, i, t->layers - 1 + all),
+                  .copied = t->rules.offload ? fmin(now * t->costs->link.d2h, (double)t->host) : 0,
+                  .link = t->costs->link.d2h,
+                  .layers = t->layers - 1 + all};
+      if (l.resident + l.copied < least[all].resident + least[all].copied) least[all] = l;
     }
     if (op->lane == LANE_COMPUTE) now += op_seconds(t->costs, kept, op);
   }
-  return now + (l.layers ? prices_bound(&s->menu, s->corners, &l) : 0);
+  for (int all = 0; all < 2; all++)
+    if (least[all].layers && isfinite(least[all].resident))
+      best = fmax(best, prices_bound(&s->menu, s->corners, &least[all]));
+  return now + best;
 }
 
 // ---- all of it ----
@@ -254,8 +261,16 @@ Chosen choose(const ChooseTask *task) {
   if (excess(task, &o)) {
     double carried = task->rules.offload ? peak * task->costs->link.d2h : 0,
            other = (double)o.arena - plan_resident(&s);
+    double best = 0, step = carried * 1.5 / SHARES;
     for (int share = 0; share <= (carried > 0 ? SHARES : 0); share++)
-      other = search_copied(&s, carried * 1.5 * share / SHARES, other);
+      if (search_copied(&s, share * step, &other)) best = share * step;
+    for (int finer = 0; finer < FINER && carried > 0 && s.tried * s.ops < RECORDED; finer++) {
+      step /= 2;
+      if (search_copied(&s, best + step, &other))
+        best += step;
+      else if (best > 0 && search_copied(&s, best - step, &other))
+        best -= step;
+    }
     for (int copies = 0; copies < 2 && excess(task, &s.outcome); copies++) try_all(&s, prices_leanest(&s.menu, copies));
     while (improve(&s, 0) || improve(&s, 1)) continue;
   }
