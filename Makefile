@@ -21,7 +21,7 @@ CUDA_SOURCES := $(if $(SANITIZE)$(COVERAGE)$(filter 0,$(CUDA)),,$(wildcard kerne
 ifeq ($(filter deps clean format help,$(MAKECMDGOALS)),)
 PROBES := $(BUILD)/probes.mk
 PROBE_KEY := $(CC) $(shell $(CC) -dumpfullversion 2>/dev/null) $(CFLAGS)
-PROBE_KEY := $(strip $(PROBE_KEY) $(if $(CUDA_SOURCES),$(shell command -v nvcc)))
+PROBE_KEY := $(strip $(PROBE_KEY) $(shell command -v mpicc) $(if $(CUDA_SOURCES),$(shell command -v nvcc)))
 $(eval $(file < $(PROBES)))
 ifneq ($(PROBED)$(PROBES_INCOMPLETE),$(PROBE_KEY))
 $(shell CC='$(CC) $(CFLAGS)' CUDA='$(if $(CUDA_SOURCES),yes)' scripts/probe.sh '$(PROBE_KEY)' $(PROBES))
@@ -38,7 +38,8 @@ else \
 fi
 endef
 FOUND := openblas $(or $(HAVE_OPENBLAS),NO), cjson $(or $(HAVE_CJSON),NO), pcre2 $(or $(HAVE_PCRE2),NO),
-FOUND += stb $(or $(HAVE_STB),NO), openmp $(or $(HAVE_OPENMP),NO), cuda $(or $(HAVE_CUDA),no),
+FOUND += stb $(or $(HAVE_STB),NO), openmp $(or $(HAVE_OPENMP),NO), mpi $(or $(HAVE_MPI),no),
+FOUND += cuda $(or $(HAVE_CUDA),no),
 FOUND += cmocka $(or $(HAVE_CMOCKA),NO) (tests only)
 LIBRARIES_MISSING := $(strip $(foreach library,OPENBLAS CJSON PCRE2 STB OPENMP,$(if $(HAVE_$(library)),,$(library))))
 probes:
@@ -68,7 +69,7 @@ else ifdef SANITIZE
 INSTRUMENT += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 endif
 CFLAGS_ALL := -std=gnu11 -D_GNU_SOURCE -I. -MMD -MP -g -fopenmp $(WARN) $(INSTRUMENT) $(CFLAGS)
-LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread
+LIBS := -lopenblas -lcjson -lpcre2-8 -lm -lpthread -ldl
 # Compute capabilities to build for: 90a is Hopper (H100, H200); plain 90 has none of Hopper's matrix instructions. make
 # CUDA_ARCH="80 89 90a" adds others.
 CUDA_ARCH ?= 90a
@@ -115,6 +116,10 @@ $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu | probes
 $(BUILD)/f64/%.o: CFLAGS_ALL += $(REAL64)
 $(BUILD)/kernels/cpu/%.o $(BUILD)/f64/kernels/cpu/%.o: OPT := $(KERNEL_OPT)
 $(BUILD)/model/params.o $(BUILD)/kernels/master.o: OPT := $(WEIGHTS_OPT)
+# The one file that knows MPI, whose library it loads by name.
+ifdef HAVE_MPI
+$(BUILD)/base/ranks.o $(BUILD)/f64/base/ranks.o: CFLAGS_ALL += -DTESSERA_MPI='"$(HAVE_MPI)"' $(MPI_FLAGS)
+endif
 
 include tests/Makefile.inc
 

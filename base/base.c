@@ -1,6 +1,8 @@
 #include "base/base.h"
 
 #include <errno.h>
+#include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +13,26 @@
 
 // Used under the lock of stderr, and as an atomic for ThreadSanitizer, which does not see that lock.
 static void (*before_log_line)(void);
+
+static int log_rank;
+
+void log_set_rank(int rank) {
+  log_rank = rank;
+}
+
+// "rank 3: ", or nothing. Into `text`.
+static const char *rank_prefix(char text[32]) {
+  text[0] = 0;
+  if (log_rank) snprintf(text, 32, "rank %d: ", log_rank);
+  return text;
+}
+
+static void await_lower_ranks(void) {
+  if (!log_rank) return;
+  signal(SIGTERM, SIG_DFL); // by which the end of another ends this one
+  double seconds = fmin(10, 0.5 + 0.25 * log_rank);
+  nanosleep(&(struct timespec){.tv_sec = (time_t)seconds, .tv_nsec = (long)(1e9 * (seconds - floor(seconds)))}, NULL);
+}
 
 static void run_hook(void) {
   void (*hook)(void) = __atomic_load_n(&before_log_line, __ATOMIC_RELAXED);
@@ -38,9 +60,11 @@ int error_prefix(Error *err, const char *fmt, ...) {
 }
 
 void fatal_code(const Error *err, int code) {
+  char rank[32];
+  await_lower_ranks();
   flockfile(stderr);
   run_hook();
-  fprintf(stderr, "error: %s\n", err->text);
+  fprintf(stderr, "error: %s%s\n", rank_prefix(rank), err->text);
   if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
   funlockfile(stderr);
   exit(code);
@@ -51,9 +75,10 @@ void fatal(const Error *err) {
 }
 
 static void log_line(const char *prefix, const char *fmt, va_list ap) {
+  char rank[32];
   flockfile(stderr);
   run_hook();
-  fputs(prefix, stderr);
+  fprintf(stderr, "%s%s", prefix, rank_prefix(rank));
   vfprintf(stderr, fmt, ap);
   fputc('\n', stderr);
   funlockfile(stderr);
@@ -61,6 +86,7 @@ static void log_line(const char *prefix, const char *fmt, va_list ap) {
 
 void panic(const char *fmt, ...) {
   va_list ap;
+  await_lower_ranks();
   va_start(ap, fmt);
   log_line("error: ", fmt, ap);
   va_end(ap);
@@ -69,6 +95,7 @@ void panic(const char *fmt, ...) {
 
 void log_info(const char *fmt, ...) {
   va_list ap;
+  if (log_rank) return;
   va_start(ap, fmt);
   log_line("", fmt, ap);
   va_end(ap);

@@ -30,6 +30,10 @@ void log_warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 // Sets a hook that is called before a log line is printed (the progress bar erases itself); NULL: none. No other line
 // comes between the hook and its line, and the former hook does not run once this has returned.
 void log_set_hook(void (*before_line)(void));
+// This process is one of several, of this rank (0: as if alone). Of others, log_info says nothing, warnings and errors
+// carry the rank, and an error that ends the process waits a moment for the lower ranks: what is wrong in all of them
+// is said by one, whose end ends the others.
+void log_set_rank(int rank);
 
 // Allocation that cannot fail: out of memory ends the process with a message naming the size. Free with free().
 void *xmalloc(size_t bytes);

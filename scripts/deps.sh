@@ -59,6 +59,12 @@ END
 #include <pcre2.h>
 int main(void) { return pcre2_config(PCRE2_CONFIG_JIT, 0) < 0; }
 END
+  libopenmpi-dev)
+    # shellcheck disable=SC2046 # its flags
+    printf '#include <mpi.h>\nint main(void) { return MPI_Init(0, 0); }\n' |
+      gcc -x c - -o "$work/program" $(mpicc --showme:compile) $(mpicc --showme:link) >"$work/log" 2>&1
+    ;;
+  openmpi-bin) mpirun --version >"$work/log" 2>&1 ;;
   libcmocka-dev) links -lcmocka <<'END' ;;
 #include <stdarg.h>
 #include <stddef.h>
@@ -127,7 +133,7 @@ for argument in "$@"; do
 done
 purpose=${purpose:-all}
 
-build="gcc libc6-dev make libopenblas-pthread-dev libcjson-dev libstb-dev libpcre2-dev python3 python3-numpy"
+build="gcc libc6-dev make libopenblas-pthread-dev libcjson-dev libstb-dev libpcre2-dev libopenmpi-dev openmpi-bin python3 python3-numpy"
 emoji="python3-fonttools"
 icons="npm librsvg2-bin"
 test="libcmocka-dev python3-torch"

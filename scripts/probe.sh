@@ -35,6 +35,19 @@ probe_cuda() {
   fi
 }
 
+# HAVE_MPI is the name of its library, which is loaded at run time. MPI is the one whose mpicc says how it is built with:
+# Open MPI, or MPICH. Without it the engine is whole for one process, so that nothing is asked again.
+# shellcheck disable=SC2086
+probe_mpi() {
+  local flags libraries library=
+  flags=$(mpicc --showme:compile 2>/dev/null || mpicc -compile_info 2>/dev/null | cut -d' ' -f2-)
+  libraries=$(mpicc --showme:link 2>/dev/null || mpicc -link_info 2>/dev/null | cut -d' ' -f2-)
+  if builds '#include <mpi.h>\nint main(void) { return MPI_Init(0, 0); }' $flags $libraries -lpthread; then
+    library=$(ldd "$work/probe" | sed -n 's/^[[:space:]]*\(lib[^ ]*mpi[^ ]*\.so[^ ]*\) => .*/\1/p' | grep -Ev 'rte|pal|mpicxx' | head -1)
+  fi
+  if [ -n "$library" ]; then printf 'HAVE_MPI := %s\nMPI_FLAGS := %s\n' "$library" "$flags"; else printf 'HAVE_MPI :=\nMPI_FLAGS :=\n'; fi
+}
+
 {
   echo "# Made by scripts/probe.sh, and again when the compiler, its flags or nvcc change."
   echo "PROBED := $key"
@@ -48,6 +61,7 @@ probe_cuda() {
   probe HAVE_OPENMP '#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }' -fopenmp
   probe HAVE_CMOCKA '#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <stdint.h>\n#include <cmocka.h>\nint main(void) { return 0; }' \
     -lcmocka
+  probe_mpi
   if [ -n "${CUDA:-}" ] && command -v nvcc >/dev/null; then probe_cuda; else printf 'CUDA_LIBS :=\nHAVE_CUDA :=\n'; fi
   echo "PROBES_INCOMPLETE := $incomplete"
 } >"$work/probes.mk"
