@@ -1,5 +1,7 @@
 // ./train CONFIG.json: arguments, config, threads, and the one thing that the command is for.
+#include "base/hash.h"
 #include "base/machine.h"
+#include "base/ranks.h"
 #include "base/standard.h"
 #include "kernels/backends.h"
 #include "model/config/config.h"
@@ -205,6 +207,47 @@ static int check_memory(const Config *c, Error *err) {
   return bad ? -1 : 0;
 }
 
+// ---- several processes ----
+
+// What is asked for once: rank 0 does it as if alone, the others wait for it.
+static bool is_for_one(const Options *o) {
+  return o->help || !o->config || o->print_config || o->plan || o->dump || o->sample || o->describe || o->eval;
+}
+
+// --dump is of a step, whose packs are those of all processes. What a plan and --print-config show is each process's.
+static void take_all(const Options *o, Config *c) {
+  if (o->print_config || o->plan) return;
+  if (o->dump) c->train.micro_batches *= c->processes;
+  c->processes = 1;
+}
+
+// Steps only agree where programs and settings do. -1 with *err naming who has others.
+static int check_group(const Options *o, const Config *c, Error *err) {
+  if (c->processes == 1) return 0;
+  size_t bytes;
+  char *program = file_read("/proc/self/exe", SIZE_MAX, &bytes, err);
+  if (!program) return -1;
+  uint64_t build = hash64(program, bytes, 0);
+  char *config = config_to_json(c);
+  char *text = xasprintf("%s %d %s %s %lld", config, o->resume, o->from ? o->from : "", o->init ? o->init : "",
+                         (long long)o->stop_at);
+  uint64_t settings = hash64(text, strlen(text), 0);
+  free(text);
+  free(config);
+  free(program);
+  return ranks_agree(build, "another build of this program", "start the same ./train on every host", err) != 0
+             ? -1
+             : ranks_agree(settings, "other settings", "start all of them with the same config and flags", err);
+}
+
+// The end of a process that did what it should.
+static int leave(void) {
+  ranks_wait();
+  ranks_close();
+  signals_die();
+  return 0;
+}
+
 int main(int argc, char **argv) {
   Options o;
   Config c;
@@ -212,16 +255,20 @@ int main(int argc, char **argv) {
   char *run = NULL;
   standard_open();
   set_environment(argv); // again, for C libraries that call nothing before
-  if (options_parse(&o, argc, argv, &err) != 0) fatal(&err);
+  if (ranks_open(&err) != 0 || options_parse(&o, argc, argv, &err) != 0) fatal(&err);
+  bool waits = ranks_rank() > 0 && is_for_one(&o);
   if (o.help || (!o.config && !o.print_config)) {
+    if (waits) return leave();
     fputs(options_help, stdout);
     fputs("\n", stdout);
     config_help(stdout);
     if (standard_flush(&err) != 0) fatal(&err);
     options_free(&o);
-    return o.help ? 0 : 2;
+    return o.help ? leave() : 2;
   }
-  if (load_config(&o, &c, &run, &err) != 0) fatal(&err);
+  if (load_config(&o, &c, &run, &err) != 0 || check_group(&o, &c, &err) != 0) fatal(&err);
+  if (waits) return leave();
+  if (is_for_one(&o)) take_all(&o, &c);
   int bad = 0, code = 2;
   if (o.print_config) {
     config_print(&c, stdout);
@@ -249,6 +296,5 @@ int main(int argc, char **argv) {
   if (standard_flush(&err) != 0) fatal(&err);
   free(run);
   options_free(&o);
-  signals_die();
-  return 0;
+  return leave();
 }

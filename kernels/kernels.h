@@ -161,7 +161,7 @@ typedef struct KernelCall {
 typedef void (*KernelFn)(const KernelCall *call);
 
 // Queues of work, each in order. Nothing is ordered between them but by events.
-typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COUNT } Lane;
+typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMM, LANE_COUNT } Lane;
 
 enum { SLAB_SLOTS = 4 };
 

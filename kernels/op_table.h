@@ -48,6 +48,10 @@ typedef struct OpArgs {
     struct {         // COPY, ZERO, ADD, CAST
       int64_t count; // elements, or bytes for COPY and ZERO
     } span;
+    struct {         // ALL_REDUCE
+      int64_t count; // elements
+      int is_f64;    // of F64, rather than DT_REAL
+    } group;
     struct {                  // GRAD_SQUARES, GRAD_DECIDE, GRAD_HASH, ADAMW, EMA
       const ParamSpan *spans; // [n]
       int n;
@@ -171,7 +175,8 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
   OP(EMA, NONE, 3 * params_count(args),                                                                                \
      IN(weights, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE) IN(remainder, WHOLE, OPTIONAL),                           \
      OUT(ema, WHOLE, ADDS_ALWAYS))                                                                                     \
-  OP(CAST, NONE, 0, IN(src, WHOLE), OUT(dst, WHOLE))
+  OP(CAST, NONE, 0, IN(src, WHOLE), OUT(dst, WHOLE))                                                                   \
+  OP(ALL_REDUCE, NONE, args->group.count, , OUT(values, WHOLE, ADDS_ALWAYS))
 
 // COPY            dst[0..count) = src, bytes; the only op of the d2h and h2d lanes.
 // ZERO            dst[0..count) = 0, bytes.
@@ -266,5 +271,7 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 //                 stand for (master_join). Does nothing with status->skip.
 // EMA             ema += (1 - ema_decay) (w - ema), w as in ADAMW. Does nothing with status->skip.
 // CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.
+// ALL_REDUCE      of the process group (base/ranks.h), on the comm lane, and so in the same order in all processes:
+//                 values = the sum of what every process has there, added in the order of ranks.
 // clang-format on
 #endif

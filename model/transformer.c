@@ -28,9 +28,12 @@ static void record_sums_return(Recording *r, int l) {
                bucket_gradients(r->p, r->model, b, SPACE_GRADS));
 }
 
-// A layer's gradients are there: those that leave do, and the step's are squared while they are at hand.
+// A layer's gradients are there: they are summed over the processes, those that leave do, and the step's are squared
+// while they are at hand.
 static void record_gradients_end(Recording *r, const ParamBucket *b) {
   if (r->grads == SPACE_MICRO_GRADS) record_gradient_sum(r, b);
+  if (mode_is_last(r->mode) && r->config->processes > 1)
+    program_collective(r->p, OP_ALL_REDUCE, bucket_gradients(r->p, r->model, b, SPACE_GRADS));
   if (!bucket_leaves(r->model, b)) return;
   TensorId gradients = bucket_gradients(r->p, r->model, b, SPACE_GRADS);
   if (mode_is_last(r->mode)) {
@@ -100,6 +103,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   program_layer(p, r->d.L);
   Heads heads = record_heads(r, site.h, &out);
   if (r->train) record_backward(r, &in, &heads);
+  if (mode_is_last(mode) && c->processes > 1) program_collective(p, OP_ALL_REDUCE, r->metrics);
 
   if (mode != MODE_GENERATE) out.z = in.z;
   const TensorId results[] = {out.z, out.xhat, out.nll, out.seg_error, out.logits};

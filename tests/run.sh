@@ -93,6 +93,7 @@ case $part in
       echo "parity: SKIPPED: $python has no torch (python3-torch)"
     fi
     check resume limited tests/scripts/resume.sh "$build"
+    check ranks limited tests/scripts/ranks.sh "$build"
     check faults limited "$python" tests/scripts/faults.py --kills 5 --train "$build/train"
     check data_run limited "$python" tests/scripts/data_run.py "$build/train"
     check machine limited "$python" tests/scripts/machine.py "$build"

@@ -262,6 +262,10 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   e->budget = budget_bytes(c, backend);
   e->host_left = machine_memory_left("");
   backend_choose(&e->backend, c);
+  if (c->processes > 1 && !backend->fn[OP_ALL_REDUCE])
+    return error_set(err, "start one process, or train with --device cpu",
+                     "%d processes were started, and several cannot train together on the %s yet", c->processes,
+                     backend->name);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
   int64_t act = (int64_t)backend->dtype_bytes[DT_ACT];
   Dims d = dims_from_config(c, e->slots, e->segments);

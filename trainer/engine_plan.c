@@ -40,8 +40,10 @@ static void record_train(Engine *e, MemoryPolicy policy, PolicyTable table) {
   e->chosen = policy;
   e->policy = table;
   e->policy.least_copy = least_copy(&e->costs);
-  // The last of several micro-steps is as those in the middle, unless gradients leave in it.
-  int n = e->config->train.micro_batches, last = n > 1 && e->model.state == STATE_GRADIENTS;
+  // The last of several micro-steps is as those in the middle, unless gradients leave in it or are summed over
+  // processes.
+  const Config *c = e->config;
+  int n = c->train.micro_batches, last = n > 1 && (e->model.state == STATE_GRADIENTS || c->processes > 1);
   const struct {
     ModelProgram *to;
     Mode mode;

@@ -1,6 +1,7 @@
 // Opening a run: memory, data, tokenizer, engine and weights, in the order in which faults should be found.
 #include "trainer/trainer_internal.h"
 
+#include "base/ranks.h"
 #include "kernels/backends.h"
 #include "model/program/policy.h"
 #include "trainer/costs.h"
@@ -63,6 +64,18 @@ static int hint_checkpoint_of_run(const char *given, Error *err) {
   return -1;
 }
 
+int trainer_find(const Trainer *t, int64_t *below, Checkpoint **out, Error *err) {
+  if (t->config->processes == 1) return checkpoint_find(t->run, below, out, err);
+  *out = NULL;
+  int found = ranks_rank() == 0 ? checkpoint_find(t->run, below, out, err) : 0;
+  if (found < 0) return -1;
+  char *dir = ranks_broadcast_text(*out ? (*out)->dir : NULL);
+  ranks_broadcast(below, sizeof *below);
+  if (dir && !*out && !(*out = checkpoint_open(dir, err))) found = error_prefix(err, "what rank 0 goes on from");
+  free(dir);
+  return found < 0 ? -1 : *out != NULL;
+}
+
 // Opens the checkpoint that the options ask for; *c stays NULL where they ask for none or --resume finds none. *below
 // as in checkpoint_find.
 static int open_checkpoint(const Trainer *t, Checkpoint **c, int64_t *below, Error *err) {
@@ -76,7 +89,7 @@ static int open_checkpoint(const Trainer *t, Checkpoint **c, int64_t *below, Err
     return hint_checkpoint_of_run(given, err);
   }
   if (!o->resume && !uses_checkpoint(o)) return 0;
-  int found = checkpoint_find(t->run, below, c, err);
+  int found = trainer_find(t, below, c, err);
   if (found < 0) return -1;
   if (!found && uses_checkpoint(o))
     return error_set(err, "train it first, or name a checkpoint with --from", "%s has no checkpoint", t->run);
@@ -145,7 +158,7 @@ int trainer_restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only,
     // A run that is being trained removes it when it has a newer one.
     if (access((*c)->dir, F_OK) != 0) below = INT64_MAX;
     checkpoint_close(*c);
-    int found = checkpoint_find(t->run, &below, c, err);
+    int found = trainer_find(t, &below, c, err);
     if (found == 0) error_set(err, "does another program change it?", "the checkpoints in %s are gone", t->run);
     if (found <= 0) return -1;
   }

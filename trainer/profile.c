@@ -1,6 +1,7 @@
 #include "trainer/profile.h"
 
 #include "base/json.h"
+#include "base/ranks.h"
 #include "model/program/cost.h"
 #include "model/program/replay.h"
 
@@ -67,8 +68,10 @@ static void add_costs(Profile *p, const Program *program, const Extents *x) {
   }
 }
 
-static const char *const lane_name[LANE_COUNT] = {
-    [LANE_COMPUTE] = "compute", [LANE_D2H] = "device to host", [LANE_H2D] = "host to device"};
+static const char *const lane_name[LANE_COUNT] = {[LANE_COMPUTE] = "compute",
+                                                  [LANE_D2H] = "device to host",
+                                                  [LANE_H2D] = "host to device",
+                                                  [LANE_COMM] = "between processes"};
 
 // The file of the traced step, opened at its first replay. Chrome's trace event format: a process for the step, a
 // thread for each lane, times in microseconds.
@@ -81,7 +84,7 @@ static int trace_open(Profile *p, Error *err) {
           "{\"displayTimeUnit\": \"ms\", \"traceEvents\": [\n"
           "{\"ph\": \"M\", \"name\": \"process_name\", \"pid\": 1, \"args\": {\"name\": \"step %lld, %s\"}}",
           (long long)p->first_step + 1, p->backend->name);
-  for (int l = 0; l < LANE_COUNT; l++)
+  for (int l = 0; l < LANE_COUNT - (ranks_size() == 1); l++) // the last is between processes
     fprintf(p->trace,
             ",\n{\"ph\": \"M\", \"name\": \"thread_name\", \"pid\": 1, \"tid\": %d, \"args\": {\"name\": \"%s\"}},\n"
             "{\"ph\": \"M\", \"name\": \"thread_sort_index\", \"pid\": 1, \"tid\": %d, \"args\": {\"sort_index\": %d}}",

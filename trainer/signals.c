@@ -34,6 +34,7 @@ static void catch_signal(int number, void (*handler)(int)) {
 void signals_catch(void) {
   catch_signal(SIGINT, ask_stop);
   catch_signal(SIGTERM, ask_stop);
+  catch_signal(SIGUSR1, ask_stop);
   catch_signal(SIGHUP, note_hangup);
   catch_signal(SIGPIPE, note_hangup);
   signal(SIGXFSZ, SIG_IGN); // a file at its size limit is an error like a full disk
@@ -48,7 +49,7 @@ int signals_check(Error *err) {
 }
 
 void signals_die(void) {
-  if (!stop_signal) return;
+  if (!stop_signal || stop_signal == SIGUSR1) return;
   fflush(stdout);
   die_by(stop_signal);
   _exit(128 + stop_signal); // the first process of a container has no default action

@@ -1,5 +1,6 @@
 #include "trainer/trainer_internal.h"
 
+#include "base/ranks.h"
 #include "model/expert_load.h"
 #include "model/program/cost.h"
 #include "model/program/replay.h"
@@ -11,6 +12,11 @@
 #include "trainer/verify.h"
 
 #include <stdlib.h>
+
+static void sum_counts(void *context, int64_t *value, int n) {
+  (void)context;
+  ranks_sum_i64(value, n);
+}
 
 // What the run's loader is, but for the packs that are held.
 static LoaderConfig loader_config(const Trainer *t) {
@@ -34,8 +40,10 @@ static LoaderConfig loader_config(const Trainer *t) {
                                    .seed = (uint64_t)c->run.seed},
                         .flip = c->data.flip,
                         .ce_weight = c->train.ce_weight,
-                        .packs_per_step = c->train.micro_batches,
-                        .world = 1,
+                        .packs_per_step = c->train.micro_batches * c->processes,
+                        .rank = c->processes > 1 ? ranks_rank() : 0,
+                        .world = c->processes,
+                        .sum = sum_counts,
                         .threads = c->data.threads,
                         .cache_mb = c->data.cache_mb,
                         .max_bad = c->data.max_bad,
@@ -86,6 +94,16 @@ static int run_micro_steps(Trainer *t, Feed *feed, Profile *profile, StepSums *s
   return 0;
 }
 
+// What the ranks counted of a step, together. The ops have summed their own.
+static void sum_over_ranks(StepSums *s) {
+  double counted[] = {s->tokens, s->slots, s->flops};
+  ranks_sum_f64(counted, 3);
+  s->tokens = counted[0];
+  s->slots = counted[1];
+  s->flops = counted[2];
+  s->peak_flops *= ranks_size();
+}
+
 // Waits for the step that the device was given last, unless that was done already, and reports it. -1: it was one too
 // many to be skipped; *err is set. Or SPIKES.
 static int collect_step(Trainer *t, Report *report, Error *err) {
@@ -98,6 +116,7 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
   t->is_pending = 0;
   sums->seconds = engine_results(&t->engine, &status, t->metrics);
   sums->grad_norm = status.norm;
+  sum_over_ranks(sums);
   figures_sum(c, t->metrics, sums);
   figures_of(c, sums, s->figure);
   watch_step(&t->watch, &t->engine, s->step, sums->seconds);
@@ -108,9 +127,11 @@ static int collect_step(Trainer *t, Report *report, Error *err) {
              status.bad < 0            ? "spike"
              : status.bad >= params->n ? "the loss"
                                        : params->of[status.bad].name);
-  report_step(report, s);
   Dims d = dims_from_config(c, 1, 1);
-  report_load(report, metrics_load(t->metrics), &d);
+  if (report) {
+    report_step(report, s);
+    report_load(report, metrics_load(t->metrics), &d);
+  }
   return optimizer_count(c, &t->state.optimizer, &status, err);
 }
 
@@ -158,7 +179,7 @@ static int train_step(Trainer *t, Feed *feed, Report *report, Profile *profile, 
 // What became of the last save. -1 with *err when it failed, unless training may go on all the same. `wait`: for one
 // that is still being written; `last`: the run ends here, so that a failure loses work.
 static int check_save(Trainer *t, int wait, int last, Error *err) {
-  if (saver_result(t->saver, wait, err) == 0) return 0;
+  if (!t->saver || saver_result(t->saver, wait, err) == 0) return 0;
   if (t->config->checkpoint.on_error == SAVE_ERROR_CONTINUE && !last) {
     log_warn("%s; going on, as checkpoint.on_error says", err->text);
     return 0;
@@ -171,6 +192,7 @@ static int check_save(Trainer *t, int wait, int last, Error *err) {
 
 // Begins a save, when the one before is on the disk. The run's last save makes up for one that was not written.
 static int save(Trainer *t, const Feed *feed, int last, Error *err) {
+  if (!t->saver) return 0;
   double began = time_now();
   if (last && saver_result(t->saver, 1, err) != 0)
     log_warn("%s", err->text);
@@ -202,12 +224,18 @@ static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
   return 0;
 }
 
-// The quality figures and drawings of the EMA, where there is one. One that a signal stops is no failure.
+// The quality figures and drawings of the EMA, where there is one. One that a signal stops is no failure. Rank 0 has
+// the report and evaluates, the others wait.
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
-  engine_use_ema(&t->engine, 1);
-  int bad = evaluate_weights(t, report, last, err);
-  engine_use_ema(&t->engine, 0);
-  return signals_stop() ? 0 : bad;
+  int bad = 0;
+  if (report) {
+    engine_use_ema(&t->engine, 1);
+    bad = evaluate_weights(t, report, last, err);
+    engine_use_ema(&t->engine, 0);
+    if (signals_stop()) bad = 0;
+  }
+  if (!bad) ranks_wait();
+  return bad;
 }
 
 // Loads the newest checkpoint again, while the data go on, and cuts the figures of the steps given up. *kept becomes
@@ -223,7 +251,7 @@ static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
                      (long long)given_up, (long long)t->state.optimizer.skipped_in_row, c->train.spike,
                      (long long)rewinds - 1);
   int64_t below = INT64_MAX;
-  int found = check_save(t, 1, 0, err) ? -1 : checkpoint_find(t->run, &below, &checkpoint, err);
+  int found = check_save(t, 1, 0, err) ? -1 : trainer_find(t, &below, &checkpoint, err);
   if (found < 0) return -1;
   if (!found)
     return error_set(err, "lower train.lr or raise train.spike; checkpoint.every says when the first one is saved",
@@ -237,9 +265,11 @@ static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
         (long long)given_up, checkpoint->dir, (long long)rewinds, c->train.spike_rewinds);
     t->state.optimizer.rewinds = rewinds;
     *kept = t->state.step;
-    report_close(*report);
-    *report = report_open(t->run, t->state.step, c->train.steps, err);
-    bad = !*report;
+    if (*report) {
+      report_close(*report);
+      *report = report_open(t->run, t->state.step, c->train.steps, err);
+      bad = !*report;
+    }
   }
   checkpoint_close(checkpoint);
   engine_begin_step(&t->engine);
@@ -252,10 +282,18 @@ static int64_t end_step(const Trainer *t) {
   return t->options->stop_at ? min_i64(t->options->stop_at, steps) : steps;
 }
 
-// Keeps the steps since the last save when the data ends the run, unless they are being skipped.
+// Whether a signal came to one of the processes: all leave after the same step.
+static int group_stops(Trainer *t) {
+  int64_t stops = signals_stop() != 0;
+  ranks_sum_i64(&stops, 1);
+  return t->stopped = stops != 0;
+}
+
+// Keeps the steps since the last save when the data ends the run, unless they are being skipped. The data of one
+// process end the others where they are.
 static void save_before_error(Trainer *t, const Feed *feed, Report *report) {
   Error err;
-  if (collect_step(t, report, &err) != 0 || t->state.optimizer.skipped_in_row) return;
+  if (ranks_size() > 1 || collect_step(t, report, &err) != 0 || t->state.optimizer.skipped_in_row) return;
   if (save(t, feed, 1, &err) != 0 || check_save(t, 1, 1, &err) != 0)
     log_warn("%s", err.text);
   else
@@ -273,9 +311,9 @@ static int run_steps(Trainer *t, Feed *feed, Report **report, Profile *profile, 
     if (bad == DATA_ENDED && t->state.step > kept) save_before_error(t, feed, *report);
     if (bad == SPIKES && go_back(t, report, &kept, err) == 0) continue;
     if (bad || check_save(t, 0, 0, err) != 0) return -1;
-    saver_warm(t->saver);
+    if (t->saver) saver_warm(t->saver);
     int64_t done = t->state.step;
-    int last = done == c->train.steps, leaving = signals_stop() || done == end;
+    int last = done == c->train.steps, leaving = group_stops(t) || done == end;
     int save_due = c->checkpoint.every && done % c->checkpoint.every == 0;
     int evaluation_due = last || (c->eval.every && done % c->eval.every == 0);
     if (!leaving && !save_due && !evaluation_due) continue;
@@ -288,39 +326,67 @@ static int run_steps(Trainer *t, Feed *feed, Report **report, Profile *profile, 
       if (save(t, feed, leaving, err) != 0) return -1;
       kept = done;
     }
-    if (evaluation_due && !signals_stop() && evaluate_step(t, *report, last, err) != 0) return -1;
+    if (evaluation_due && !t->stopped && evaluate_step(t, *report, last, err) != 0) return -1;
     engine_begin_step(&t->engine);
-    if (!signals_stop()) continue;
+    if (!t->stopped && !group_stops(t)) continue;
     return kept == done ? 0 : save(t, feed, 1, err); // unsaved: it came in the evaluation
   }
   return 0;
 }
 
+// Whether a run that has all its steps, or was told to stop before, has nothing to do; rank 0 looks.
+static int nothing_to_do(const Trainer *t) {
+  int64_t from = t->state.step;
+  int trained = from >= t->config->train.steps;
+  int nothing = trained ? report_evaluated(t->run, from) : t->options->stop_at && t->options->stop_at <= from;
+  ranks_broadcast(&nothing, sizeof nothing);
+  return nothing;
+}
+
+// What rank 0 alone has of a run: its folder, the saver, the report, which is returned. NULL with *err.
+static Report *open_outputs(Trainer *t, int trained, Error *err) {
+  const Config *c = t->config;
+  int64_t from = t->state.step;
+  if (!trained && !(t->saver = saver_open(&t->engine, t->run, err))) return NULL;
+  if (run_folder_begin(t->run, c, t->options, t->tokenizer, from, err) != 0) return NULL;
+  Report *report = report_open(t->run, from, c->train.steps, err);
+  if (report) overview_log(&t->engine, t->source, t->sources, t->tokenizer, from, end_step(t));
+  return report;
+}
+
+static void log_end(const Trainer *t, Loader *loader) {
+  if (t->stopped)
+    log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)t->state.step);
+  LoaderStats stats = loader_stats(loader);
+  int64_t sums[] = {stats.slots_used, stats.slots, stats.documents, stats.lost};
+  ranks_sum_i64(sums, 4);
+  if (stats.packs)
+    log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
+             100.0 * (double)sums[0] / (double)max_i64(sums[1], 1), (long long)sums[2], (long long)sums[3],
+             (long long)stats.stream.truncated);
+}
+
 int trainer_train(Trainer *t, Error *err) {
   const Config *c = t->config;
   int64_t from = t->state.step;
-  int trained = from >= c->train.steps;
-  if (trained ? report_evaluated(t->run, from) : t->options->stop_at && t->options->stop_at <= from) {
+  int trained = from >= c->train.steps, leads = ranks_rank() == 0;
+  if (nothing_to_do(t)) {
     log_info("%s is already at step %lld of %d: nothing to do", t->run, (long long)from, c->train.steps);
     return 0;
   }
   signals_catch();
-  t->lock = run_folder_lock(t->run, t->options, err);
-  if (t->lock < 0) return -1;
+  if (leads) t->lock = run_folder_lock(t->run, t->options, err);
+  if (leads && t->lock < 0) return -1;
   // What may refuse the run comes first: one that is refused leaves the folder as it was.
   Feed feed = {0};
   int open = feed_open(&feed, &t->engine, loader_config(t), t->state.loader, err) == 0;
-  Report *report = NULL;
-  if (open && !trained) t->saver = saver_open(&t->engine, t->run, err);
-  if (open && (trained || t->saver) && run_folder_begin(t->run, c, t->options, t->tokenizer, from, err) == 0)
-    report = report_open(t->run, from, c->train.steps, err);
-  if (!report) {
+  Report *report = open && leads ? open_outputs(t, trained, err) : NULL;
+  if (!open || (leads && !report)) {
     feed_close(&feed);
     return -1;
   }
-  overview_log(&t->engine, t->source, t->sources, t->tokenizer, from, end_step(t));
   Profile *profile = NULL; // from a step on that has nothing left to warm up, if there is one
-  if (!trained && (t->options->profile || t->options->trace))
+  if (leads && !trained && (t->options->profile || t->options->trace))
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
   t->watch = watch_open(&t->engine, t->run, from, profile != NULL);
   // A trained run that was killed in its last evaluation still owes it.
@@ -330,13 +396,10 @@ int trainer_train(Trainer *t, Error *err) {
   report_close(report);
   Error unwritten;
   if (profile_close(profile, bad ? &unwritten : err) != 0) bad = 1;
-  if (!bad && signals_stop())
-    log_info("stopped by a signal after step %lld; --resume goes on from there", (long long)t->state.step);
-  LoaderStats stats = loader_stats(feed.loader);
-  if (!bad && stats.packs)
-    log_info("run folder: %s (fill %.1f%%, %lld documents, %lld undecodable, %lld captions truncated)", t->run,
-             100.0 * (double)stats.slots_used / (double)max_i64(stats.slots, 1), (long long)stats.documents,
-             (long long)stats.lost, (long long)stats.stream.truncated);
+  if (!bad) {
+    ranks_wait(); // for what rank 0 still had to write
+    log_end(t, feed.loader);
+  }
   feed_close(&feed);
   return bad ? 1 : 0;
 }

@@ -25,6 +25,7 @@ struct Trainer {
   StepReport pending; // of the step that the device was given last
   StepSums sums;      // of that step, as far as they are known
   int is_pending;     // it is not collected yet
+  int stopped;        // by a signal, to whichever process
   Tokenizer *tokenizer;
   Source *source[CONFIG_SOURCES];
   double weight[CONFIG_SOURCES];
@@ -33,6 +34,8 @@ struct Trainer {
   int n_held_out, n_training;
 };
 
+// checkpoint_find in the run's folder, with several processes as rank 0 finds.
+int trainer_find(const Trainer *t, int64_t *below, Checkpoint **out, Error *err);
 // Restores from an open checkpoint. One that checkpoint_find chose (*c was not named: below says which it was) and that
 // proves to be damaged makes way for the one before. 0, or -1 with *err set.
 int trainer_restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only, Error *err);

@@ -2,6 +2,7 @@
 #include "kernels/cpu/cpu.h"
 
 #include "base/machine.h"
+#include "base/ranks.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -19,9 +20,10 @@ static void *cpu_alloc(size_t bytes) {
   return p;
 }
 
-// Four fifths of what this process may use: a fifth is for data, decoding and everybody else.
+// Four fifths of what this process and the ranks beside it may use, shared: the rest is for data, decoding and
+// everybody
 static int64_t cpu_memory(void) {
-  return machine_memory("", NULL) / 5 * 4;
+  return machine_memory("", NULL) / 5 * 4 / ranks_on_host();
 }
 
 static int cpu_open(Error *err) {

@@ -31,8 +31,8 @@ typedef enum Packing { PACKING_VARLEN, PACKING_PADDED } Packing;
 
 // What happens to activations that the backward pass needs.
 typedef enum MemoryPolicy { MEMORY_AUTO, MEMORY_KEEP, MEMORY_RECOMPUTE, MEMORY_OFFLOAD } MemoryPolicy;
-// What of the optimizer's state lies in the host's memory and is streamed through the update; each has what those before
-// it have. In the order of what they cost.
+// What of the optimizer's state lies in the host's memory and is streamed through the update; each has what those
+// before it have. In the order of what they cost.
 typedef enum MemoryState { STATE_AUTO, STATE_DEVICE, STATE_EMA, STATE_MOMENTS, STATE_GRADIENTS } MemoryState;
 typedef enum DeviceKind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } DeviceKind;
 typedef enum SamplerKind { SAMPLER_HEUN, SAMPLER_EULER } SamplerKind;
@@ -152,9 +152,9 @@ typedef struct Config {
   struct {
     MemoryPolicy policy;
     MemoryState state; // auto: what must, where activations' smallest need does not fit
-    double budget_gb; // 10^9 bytes, 0 = "auto": what the device has
-    double host_gb;   // 10^9 bytes of pinned host memory, 0 = "auto": half of what the machine has left
-    int per_tensors;  // how many of per_tensor[]
+    double budget_gb;  // 10^9 bytes, 0 = "auto": what the device has
+    double host_gb;    // 10^9 bytes of pinned host memory, 0 = "auto": half of what the machine has left
+    int per_tensors;   // how many of per_tensor[]
     TensorPolicy per_tensor[CONFIG_PER_TENSOR];
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
@@ -164,6 +164,7 @@ typedef struct Config {
     StreamKind streams;  // of the GPU, as is graph
     bool graph;
   } kernels;               // what ablations switch
+  int processes;           // that train as one: those of the group (base/ranks.h)
   int version;             // "tessera" of the file, see model/config/history.h; 0 = it has none
   int origin[CONFIG_KEYS]; // by row of the key table
 } Config;

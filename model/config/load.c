@@ -1,5 +1,6 @@
 #include "model/config/load.h"
 
+#include "base/ranks.h"
 #include "base/text_out.h"
 #include "model/config/history.h"
 
@@ -171,7 +172,7 @@ static int *origin_of(Config *c, const char *path) {
 }
 
 // train.batch is another way to say train.micro_batches. A flag beats the file; otherwise batch decides, but two
-// statements from the same place must agree.
+// statements from the same place must agree, unless the program wrote them for another number of processes.
 static int resolve_batch(Config *c, Error *err) {
   int *batch_origin = origin_of(c, "train.batch"), *micro_origin = origin_of(c, "train.micro_batches");
   if (c->train.batch == 0) return 0;
@@ -180,19 +181,20 @@ static int resolve_batch(Config *c, Error *err) {
     *batch_origin = ORIGIN_DERIVED;
     return 0;
   }
-  int64_t T = c->data.micro_batch_tokens, n = (c->train.batch + T - 1) / T;
+  int64_t T = c->data.micro_batch_tokens, all = T * c->processes, n = (c->train.batch + all - 1) / all;
   const Key *key = key_find("train.micro_batches");
   if (n > (int64_t)key->max)
     return error_set(err, "raise data.micro_batch_tokens",
                      "train.batch = %lld needs %lld micro-batches of %lld tokens, more than %.0f",
-                     (long long)c->train.batch, (long long)n, (long long)T, key->max);
+                     (long long)c->train.batch, (long long)n, (long long)all, key->max);
   if (n == c->train.micro_batches) return 0;
-  bool same_place = *micro_origin == ORIGIN_FLAG ||
-                    (*micro_origin > 0 && *batch_origin > 0 && *origin_of(c, "data.micro_batch_tokens") != ORIGIN_FLAG);
+  bool same_place =
+      *micro_origin == ORIGIN_FLAG || (*micro_origin > 0 && *batch_origin > 0 &&
+                                       *origin_of(c, "data.micro_batch_tokens") != ORIGIN_FLAG && !c->version);
   if (same_place)
     return error_set(err, "leave one of them out",
                      "train.batch = %lld is %lld micro-batches of %lld tokens, but train.micro_batches = %d",
-                     (long long)c->train.batch, (long long)n, (long long)T, c->train.micro_batches);
+                     (long long)c->train.batch, (long long)n, (long long)all, c->train.micro_batches);
   c->train.micro_batches = (int)n;
   *micro_origin = ORIGIN_DERIVED;
   return 0;
@@ -266,6 +268,7 @@ static int not_json(const char *path, Error *err) {
 
 int config_load(Config *c, const char *path, const char *const *sets, int n_sets, Error *err) {
   apply_defaults(c);
+  c->processes = ranks_size();
   if (path) {
     cJSON *root = json_parse_file(path, CONFIG_MAX_BYTES, JSON_WITH_COMMENTS, err);
     if (!root) return not_json(path, err);

@@ -217,6 +217,12 @@ void program_copy(Program *p, Lane lane, TensorId from, TensorId to) {
   op_add(p, lane, OP_COPY, TENSORS(from), TENSORS(to), &args);
 }
 
+void program_collective(Program *p, OpKind kind, TensorId values) {
+  const Tensor *x = &p->tensors[values];
+  OpArgs args = {.group = {.count = x->count, .is_f64 = x->dtype == DT_F64}};
+  op_add(p, LANE_COMM, kind, TENSORS(), TENSORS(values), &args);
+}
+
 void program_layer(Program *p, int layer) {
   ProgramState *s = p->state;
   program_check_open(p);

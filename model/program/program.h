@@ -129,6 +129,9 @@ int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpA
 // Appends a copy of all of a tensor on any lane.
 void program_copy(Program *p, Lane lane, TensorId from, TensorId to);
 
+// Appends an op of the process group on all of a tensor of DT_REAL or F64, on the comm lane.
+void program_collective(Program *p, OpKind kind, TensorId values);
+
 // Ops and tensors recorded from here on belong to this layer (-1: none). A change of layer is a scheduling mark too:
 // reloads move to the mark before (schedule.h).
 void program_layer(Program *p, int layer);

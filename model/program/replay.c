@@ -276,7 +276,7 @@ void program_replay_random(Program *p, uint64_t seed) {
     if (is_laid_out(&p->tensors[t])) tensor_overwrite(p, t);
   for (int step = 0; step < p->n_ops; step++) {
     Philox4 r = philox4(seed, (uint64_t)step, 0, 0);
-    if (step == 0 || r.v[LANE_COUNT] % 4 == 0) memcpy(favour, r.v, sizeof favour);
+    if (step == 0 || philox4(seed, (uint64_t)step, 1, 0).v[0] % 4 == 0) memcpy(favour, r.v, sizeof favour);
     int lane = -1;
     for (int l = 0; l < LANE_COUNT; l++)
       if (op_ready(p, next[l], done) && (lane < 0 || favour[l] > favour[lane])) lane = l;

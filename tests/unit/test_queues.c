@@ -31,8 +31,9 @@ typedef struct World {
   ModelCase c; // its config, weights and pack sizes
   void *pack[PACKS];
   size_t pack_bytes;
-  int64_t part; // elements that an op of the update covers at most; 0: as models are made
-  int measured; // ops are timed before the first step
+  int unordered; // the comm lane waits for nobody
+  int64_t part;  // elements that an op of the update covers at most; 0: as models are made
+  int measured;  // ops are timed before the first step
 } World;
 
 // What a run leaves.
@@ -117,6 +118,13 @@ static void measure(World *w, Engine *e) {
   policy_table_free(&policy);
 }
 
+static void forget_comm_waits(Engine *e) {
+  Program *all[] = {e->first.program, e->later.program, e->last.program};
+  for (size_t k = 0; k < sizeof all / sizeof *all; k++)
+    for (int i = 0; i < all[k]->n_ops; i++)
+      if (all[k]->ops[i].lane == LANE_COMM) all[k]->ops[i].n_waits = 0;
+}
+
 // Records the updates again, in small parts.
 static void cut_updates(Engine *e, int64_t part) {
   e->model.update_part = part;
@@ -139,6 +147,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   OptimizerState state = {0};
   if (engine_record(&e, c, backend, 1, &err) != 0) fail_msg("%s", err.text);
   if (w->part) cut_updates(&e, w->part);
+  if (w->unordered) forget_comm_waits(&e);
   if (engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
   slab_upload(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
   slab_upload(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
@@ -382,6 +391,65 @@ static void test_faults_show(void **state) {
   world_close(&w);
 }
 
+// ---- several processes ----
+
+// A group of two whose other process has the same: their sum is twice what is there.
+static void all_reduce_twice(const KernelCall *c) {
+  real *x = c->out.ALL_REDUCE.values;
+  double *wide = c->out.ALL_REDUCE.values;
+  for (int64_t i = 0; i < c->args->group.count; i++)
+    if (c->args->group.is_f64)
+      wide[i] *= 2;
+    else
+      x[i] *= 2;
+}
+
+static int group_differs(World *w, const Outcome *want, uint64_t seed) {
+  queued_cpu_start(seed, FAULT_NONE);
+  queued_cpu_group(all_reduce_twice);
+  Outcome got = run(w, &backend_queued_cpu, -1);
+  int differ = !outcomes_equal(&got, want);
+  outcome_free(&got);
+  return differ;
+}
+
+// Sums over the processes come in time for what reads them, whenever the comm lane gets to them, also where gradients
+// leave; and where it does not wait for the gradients, that shows.
+static void test_group(void **state) {
+  (void)state;
+  Backend group = backend_cpu;
+  group.fn[OP_ALL_REDUCE] = all_reduce_twice;
+  for (int v = 0; v < 3; v++) {
+    World w;
+    world_open(&w, 60 + (uint64_t)v, v);
+    Config *c = &w.c.config;
+    c->memory.policy = MEMORY_KEEP;
+    Outcome alone = run(&w, &backend_cpu, -1);
+    c->processes = 2;
+    Outcome want = run(&w, &group, -1);
+    for (int s = 0; s < STEPS; s++) { // the first step's, whose weights are equal, is twice the norm
+      assert_int_equal(want.status[s].skip, 0);
+      assert_true(((Metrics *)want.metrics[s])->targets[0] == 2 * ((Metrics *)alone.metrics[s])->targets[0]);
+    }
+    assert_true(want.status[0].norm == 2 * alone.status[0].norm);
+    for (int i = 0; i < 12; i++) {
+      c->memory.policy = memory_policies[i % 3];
+      c->memory.state = i % 4 == 3 ? STATE_GRADIENTS : STATE_DEVICE;
+      c->kernels.graph = i / 3 % 2;
+      c->kernels.streams = i < 9 ? STREAMS_MULTI : STREAMS_SINGLE;
+      if (group_differs(&w, &want, (uint64_t)(700 + 20 * v + i))) fail_msg("variant %d, order %d: other bits", v, i);
+    }
+    int differ = 0;
+    c->kernels.streams = STREAMS_MULTI;
+    w.unordered = 1;
+    for (int i = 0; i < 10 && !differ; i++) differ = group_differs(&w, &want, (uint64_t)i);
+    if (!differ) fail_msg("variant %d: missing waits do not show", v);
+    outcome_free(&alone);
+    outcome_free(&want);
+    world_close(&w);
+  }
+}
+
 // ---- writing slabs ----
 
 // A slab of every kind written in pieces whose memory is overwritten at once, on a backend whose weights are bf16 with
@@ -456,6 +524,6 @@ int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_measured),
                                      cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_state_auto),
                                      cmocka_unit_test(test_faults_show),   cmocka_unit_test(test_slab_writer),
-                                     cmocka_unit_test(test_host_slab)};
+                                     cmocka_unit_test(test_group),         cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -169,7 +169,7 @@ static double play_in_steps(const Given *ops, int n, const LinkRates *link, doub
   double left[MOST], now = 0;
   for (int i = 0; i < n; i++) left[i] = ops[i].seconds;
   for (;; now += step) {
-    int at[LANE_COUNT] = {-1, -1, -1}, seen[LANE_COUNT] = {0}, remaining = 0;
+    int at[LANE_COUNT] = {-1, -1, -1, -1}, seen[LANE_COUNT] = {0}, remaining = 0;
     for (int i = 0; i < n; i++) {
       if (left[i] <= 0 && ops[i].seconds > 0) continue;
       int ready = 1;
@@ -182,9 +182,9 @@ static double play_in_steps(const Given *ops, int n, const LinkRates *link, doub
     if (!remaining) return now;
     int both = at[LANE_D2H] >= 0 && at[LANE_H2D] >= 0;
     for (int l = 0; l < LANE_COUNT; l++) {
-      double pace = !both || l == LANE_COMPUTE ? 1
-                    : l == LANE_D2H            ? link->both_d2h / link->d2h
-                                               : link->both_h2d / link->h2d;
+      double pace = !both || l == LANE_COMPUTE || l == LANE_COMM ? 1
+                    : l == LANE_D2H                              ? link->both_d2h / link->d2h
+                                                                 : link->both_h2d / link->h2d;
       if (at[l] >= 0) left[at[l]] -= step * pace;
     }
   }
