@@ -44,6 +44,10 @@ int64_t gradients_count(const Model *m) {
   return staying(m, m->params.bucket + m->params.buckets) + slots(m) * slot_count(m);
 }
 
+int64_t gradients_host_count(const Model *m) {
+  return m->state == STATE_GRADIENTS ? away_count(m) : 0;
+}
+
 int64_t gradients_begin(const Model *m, const ParamBucket *b) {
   if (!bucket_leaves(m, b)) return staying(m, b);
   return staying(m, m->params.bucket + m->params.buckets) + b->layer % slots(m) * slot_count(m);

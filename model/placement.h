@@ -15,6 +15,8 @@ enum { GRADIENT_SLOTS = 3 };
 int bucket_leaves(const Model *m, const ParamBucket *b);
 // Elements of SPACE_GRADS: gradients that stay, in the slabs' order, then the slots.
 int64_t gradients_count(const Model *m);
+// Elements of SPACE_HOST_GRADS, where those that leave lie as in the slabs.
+int64_t gradients_host_count(const Model *m);
 // The element of SPACE_GRADS that a bucket's gradients begin at while they are formed.
 int64_t gradients_begin(const Model *m, const ParamBucket *b);
 // Gradients [begin, end) of a bucket in SPACE_GRADS, in SPACE_HOST_GRADS.

@@ -190,7 +190,7 @@ static void set_state_bytes(Engine *e, int train) {
   set_slab_bytes(e, SPACE_ADAM_M);
   set_slab_bytes(e, SPACE_ADAM_V);
   e->bytes[SPACE_GRADS] = gradients_count(&e->model) * real_bytes;
-  if (away) e->bytes[SPACE_HOST_GRADS] = n * real_bytes;
+  e->bytes[SPACE_HOST_GRADS] = max_i64(e->bytes[SPACE_HOST_GRADS], gradients_host_count(&e->model) * real_bytes);
   if (c->train.micro_batches > 1 && b->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
   e->bytes[SPACE_PARAM_SUMS] = (int64_t)PARAM_SUMS * e->model.params.n * (int64_t)sizeof(double);
   e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
