@@ -112,7 +112,7 @@ class Train:
         slots = re.search(r"slots (\d+),.* micro-batches (\d+)", done.stdout)
         if not total or not slots:
             fail("--plan says nothing of a total", "use this script with the ./train of its own version")
-        row = {"needed_gb": f"{int(total[1]) / 1e9:.3f}"}
+        row = {"needed_gb": f"{math.ceil(int(total[1]) / 1e6) / 1e3:.3f}"}  # a budget of as much is enough
         if step:
             row["predicted_ms"] = step[1]
             row["tokens_per_second"] = f"{int(slots[1]) * int(slots[2]) / float(step[1]) * 1e3:.0f}"
