@@ -4,7 +4,8 @@
 // Every block knows from the counts how many tiles each group has; tile numbers run over all groups of both sides, and
 // the blocks of a persistent grid take them in strides. The groups whose tiles take longest come first, so that the
 // last round is filled with short ones: a tile is as long as its rows x its inner dimension, which differs from side to
-// side and, where the inner dimension is the rows (weight gradients), from group to group.
+// side and, where the inner dimension is the rows (weight gradients), from group to group. Row tiles of few rows, with
+// which most groups end, come last of all.
 #ifndef TESSERA_GEMM_WALK_H
 #define TESSERA_GEMM_WALK_H
 
@@ -34,8 +35,10 @@ enum { GEMM_NT, GEMM_NN, GEMM_TN };
 
 enum {
   GEMM_BM = 128,         // rows of a tile
+  GEMM_FEW = 64,         // a tile of no more rows takes about half the time
   GEMM_BAND = 8,         // row tiles whose columns are walked together, so that they meet in L2
   GEMM_MAX_GROUPS = 512, // of both sides
+  GEMM_MAX_PLACES = 2 * GEMM_MAX_GROUPS,
   GEMM_MAX_PARTS = 64,
   GEMM_SHARES = 132, // into how many shares the work is thought divided (an H100's multiprocessors); not the card's
                      //   own number, so that the result does not depend on it
@@ -58,16 +61,16 @@ typedef struct GemmShape {
 
 // The tiles of all groups; on the device in shared memory.
 typedef struct GemmTiles {
-  int first[GEMM_MAX_GROUPS + 1];   // place i has tiles [first[i], first[i + 1])
+  int first[GEMM_MAX_PLACES + 1];   // place i has tiles [first[i], first[i + 1])
   int begin[GEMM_MAX_GROUPS];       // by group: its first row
   int count[GEMM_MAX_GROUPS];       // by group: its rows
   int64_t partial[GEMM_MAX_GROUPS]; // by group: where its partial sums end
   int16_t parts[GEMM_MAX_GROUPS];   // by group
-  int16_t group[GEMM_MAX_GROUPS];   // by place
+  int16_t slot[GEMM_MAX_PLACES];    // by place: which group's, or which group's last row tile
   int tried[GEMM_TRIES];            // how many tiles there would be, by length of parts
-  int places;                       // that have tiles
   int share;                        // rows that a part may have, over GEMM_SHARE_DEPTH
   bool one_round;                   // no multiprocessor has more than one tile
+  bool tails;                       // last row tiles of few rows have places of their own
 } GemmTiles;
 
 // One tile of C, and what is summed for it.
@@ -93,10 +96,18 @@ static GEMM_BOTH int gemm_groups(const GemmShape *s) {
 static GEMM_BOTH int gemm_group_side(const GemmShape *s, int group) {
   return group < s->groups[TEXT] ? TEXT : IMAGE;
 }
-// Tiles of one part of a group.
-static GEMM_BOTH int gemm_group_tiles(int kind, const GemmShape *s, int m, int count, int bn) {
-  const int rows = kind == GEMM_TN ? s->M[m] : s->K[m] > 0 ? count : 0;
-  return gemm_up(rows, GEMM_BM) * gemm_up(s->N[m], bn);
+// What goes by places, by slot: groups, then the last row tiles of groups, from the last group on: when they are
+// walked, its weights may still be in L2.
+static GEMM_BOTH int gemm_slots(int kind, const GemmShape *s) {
+  return kind == GEMM_TN ? gemm_groups(s) : 2 * gemm_groups(s);
+}
+static GEMM_BOTH int gemm_slot_group(const GemmShape *s, int slot) {
+  const int groups = gemm_groups(s);
+  return slot < groups ? slot : 2 * groups - 1 - slot;
+}
+// Tiles of one part of a weight gradient.
+static GEMM_BOTH int gemm_weight_tiles(const GemmShape *s, int m, int bn) {
+  return gemm_up(s->M[m], GEMM_BM) * gemm_up(s->N[m], bn);
 }
 // Floats of the sums of one part of a group.
 static GEMM_BOTH int64_t gemm_part_size(int kind, const GemmShape *s, int m) {
@@ -115,13 +126,12 @@ static GEMM_BOTH int gemm_even_parts(int count, int longest) {
 
 // What a group of a weight gradient adds to the launch's work.
 static GEMM_BOTH int64_t gemm_group_work(const GemmShape *s, const GemmTiles *t, int i, int bn) {
-  return (int64_t)gemm_group_tiles(GEMM_TN, s, gemm_group_side(s, i), t->count[i], bn) *
-         gemm_up(t->count[i], GEMM_SHARE_DEPTH);
+  return (int64_t)gemm_weight_tiles(s, gemm_group_side(s, i), bn) * gemm_up(t->count[i], GEMM_SHARE_DEPTH);
 }
 // Its tiles with parts of up to `longest`; GEMM_SHARES + 1 stands for all that are more.
 static GEMM_BOTH int gemm_group_tried(const GemmShape *s, const GemmTiles *t, int i, int bn, int longest) {
   const int m = gemm_group_side(s, i), parts = s->parts[m] ? s->parts[m] : gemm_even_parts(t->count[i], longest);
-  const int64_t tiles = (int64_t)gemm_group_tiles(GEMM_TN, s, m, t->count[i], bn) * parts;
+  const int64_t tiles = (int64_t)gemm_weight_tiles(s, m, bn) * parts;
   return tiles <= GEMM_SHARES ? (int)tiles : GEMM_SHARES + 1;
 }
 static GEMM_BOTH int gemm_share_of(int64_t work) {
@@ -183,11 +193,45 @@ static GEMM_BOTH int gemm_group_parts(int kind, const GemmShape *s, const GemmTi
 
 // ---- tiles ----
 
-// How long a group's longest tile takes: nothing where it has no rows.
-static GEMM_BOTH int64_t gemm_tile_length(int kind, const GemmShape *s, const GemmTiles *t, int i) {
-  const int m = gemm_group_side(s, i);
-  const int rows = gemm_less(GEMM_BM, kind == GEMM_TN ? s->M[m] : t->count[i]);
-  return (int64_t)rows * gemm_up(kind == GEMM_TN ? t->count[i] : s->K[m], t->parts[i]);
+// Row tiles of a group that ends with one of few rows may wait for the end; how many.
+static GEMM_BOTH int gemm_group_tail(int kind, const GemmTiles *t, int g) {
+  const int over = t->count[g] % GEMM_BM;
+  return kind != GEMM_TN && t->count[g] > GEMM_BM && over > 0 && over <= GEMM_FEW;
+}
+// Whether they do: not where they are more than a round of tiles, which would find little of their weights in L2.
+static GEMM_BOTH bool gemm_tails_wait(int kind, const GemmShape *s, const GemmTiles *t, int bn) {
+  if (kind == GEMM_TN) return false;
+  int tiles = 0;
+#ifdef __CUDA_ARCH__
+  const int first = threadIdx.x & 31, step = 32;
+#else
+  const int first = 0, step = 1;
+#endif
+  for (int g = first; g < gemm_groups(s); g += step) {
+    const int m = gemm_group_side(s, g);
+    tiles += gemm_group_tail(kind, t, g) * gemm_up(s->N[m], bn) * s->parts[m];
+  }
+#ifdef __CUDA_ARCH__
+#pragma unroll
+  for (int d = 16; d; d >>= 1) tiles += __shfl_xor_sync(0xffffffffu, tiles, d);
+#endif
+  return tiles <= GEMM_SHARES;
+}
+
+// Row tiles that a slot has, and the first of them.
+static GEMM_BOTH int gemm_slot_rows(int kind, const GemmShape *s, const GemmTiles *t, int slot, int *first) {
+  const int g = gemm_slot_group(s, slot), tail = t->tails ? gemm_group_tail(kind, t, g) : 0;
+  const int all = gemm_up(kind == GEMM_TN ? s->M[gemm_group_side(s, g)] : t->count[g], GEMM_BM);
+  *first = slot < gemm_groups(s) ? 0 : all - tail;
+  return slot < gemm_groups(s) ? all - tail : tail;
+}
+// How long a slot's longest tile takes: nothing where it has no rows.
+static GEMM_BOTH int gemm_slot_length(int kind, const GemmShape *s, const GemmTiles *t, int slot) {
+  int first;
+  const int g = gemm_slot_group(s, slot), m = gemm_group_side(s, g), tiles = gemm_slot_rows(kind, s, t, slot, &first);
+  const int rows = kind == GEMM_TN ? s->M[m] : t->count[g] - first * GEMM_BM;
+  const int inner = gemm_up(kind == GEMM_TN ? t->count[g] : s->K[m], t->parts[g]);
+  return tiles == 0 ? 0 : (rows > GEMM_FEW ? 2 : 1) * gemm_up(inner, GEMM_SHARE_DEPTH);
 }
 
 #ifdef __CUDA_ARCH__
@@ -210,51 +254,47 @@ template <typename T> static __device__ inline void warp_running_sums(T *values,
 // Fills the rest of *t from begin and count, which are there. All threads of the block take part; at least two warps of
 // them.
 static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
-  const int groups = gemm_groups(s);
+  const int groups = gemm_groups(s), slots = gemm_slots(kind, s);
   const bool by_counts = (s->groups[TEXT] > 0 && s->parts[TEXT] == 0) || (s->groups[IMAGE] > 0 && s->parts[IMAGE] == 0);
   if (kind == GEMM_TN && by_counts) gemm_share_find(s, bn, t);
-  if (GEMM_FIRST_THREAD) t->places = 0;
-  GEMM_EACH(i, groups) {
-    t->parts[i] = (int16_t)gemm_group_parts(kind, s, t, i);
-    t->partial[i] = gemm_tile_length(kind, s, t, i); // until the groups have their places
+  const bool tails = gemm_tails_wait(kind, s, t, bn);
+  if (GEMM_FIRST_THREAD) t->tails = tails;
+  GEMM_EACH(g, groups) {
+    const int parts = gemm_group_parts(kind, s, t, g);
+    t->parts[g] = (int16_t)parts;
+    t->partial[g] = parts > 1 ? parts * gemm_part_size(kind, s, gemm_group_side(s, g)) : 0;
   }
   GEMM_SYNC();
-  GEMM_EACH(i, groups) { // longest first, ties by number
+  GEMM_EACH(i, slots) t->first[i] = gemm_slot_length(kind, s, t, i); // until the slots have their places
+  GEMM_SYNC();
+  GEMM_EACH(i, slots) { // longest first, ties by number
     int place = 0;
-    const int64_t own = t->partial[i];
-    for (int j = 0; j < groups; j++) place += t->partial[j] > own || (t->partial[j] == own && j < i);
-    t->group[place] = (int16_t)i;
+    const int own = t->first[i];
+    for (int j = 0; j < slots; j++) place += t->first[j] > own || (t->first[j] == own && j < i);
+    t->slot[place] = (int16_t)i;
   }
   GEMM_SYNC();
-  GEMM_EACH(i, groups) {
-    const int parts = t->parts[i];
-    t->partial[i] = parts > 1 ? parts * gemm_part_size(kind, s, gemm_group_side(s, i)) : 0;
-  }
-  GEMM_EACH(i, groups) {
-    const int g = t->group[i];
-    t->first[i + 1] = gemm_group_tiles(kind, s, gemm_group_side(s, g), t->count[g], bn) * t->parts[g];
-    // Groups without rows come last. Nothing is added to their gradients; what is stored must be zeros.
-    const bool any = t->count[g] > 0 || (kind == GEMM_TN && !s->adds);
-    const bool next = i + 1 < groups && (t->count[t->group[i + 1]] > 0 || (kind == GEMM_TN && !s->adds));
-    if (any && !next) t->places = i + 1;
+  GEMM_EACH(i, slots) {
+    int first;
+    const int g = gemm_slot_group(s, t->slot[i]), rows = gemm_slot_rows(kind, s, t, t->slot[i], &first);
+    const bool nothing = kind == GEMM_TN && s->adds && t->count[g] == 0; // what is stored must be zeros
+    t->first[i + 1] = nothing ? 0 : rows * gemm_up(s->N[gemm_group_side(s, g)], bn) * t->parts[g];
   }
   if (GEMM_FIRST_THREAD) t->first[0] = 0;
   GEMM_SYNC();
 #ifdef __CUDA_ARCH__
-  if (threadIdx.x < 32) warp_running_sums(t->first, groups + 1);
+  if (threadIdx.x < 32) warp_running_sums(t->first, slots + 1);
   if (threadIdx.x >= 32 && threadIdx.x < 64) warp_running_sums(t->partial, groups);
 #else
-  for (int i = 0; i < groups; i++) {
-    t->first[i + 1] += t->first[i];
-    if (i > 0) t->partial[i] += t->partial[i - 1];
-  }
+  for (int i = 0; i < slots; i++) t->first[i + 1] += t->first[i];
+  for (int g = 1; g < groups; g++) t->partial[g] += t->partial[g - 1];
 #endif
   GEMM_SYNC();
 }
 
 // Tiles of the launch.
-static GEMM_BOTH int gemm_tiles_total(const GemmTiles *t) {
-  return t->first[t->places];
+static GEMM_BOTH int gemm_tiles_total(int kind, const GemmShape *s, const GemmTiles *t) {
+  return t->first[gemm_slots(kind, s)];
 }
 
 // The tile that a block takes in a round; none if it is not less than the launch's tiles. Every other round goes
@@ -266,7 +306,7 @@ static GEMM_BOTH int gemm_tile_number(int round, int block, int blocks) {
 // Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
 static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmTiles *t, int number, int bn,
                                        int depth) {
-  int lo = 0, hi = t->places; // first[lo] <= number < first[hi]
+  int lo = 0, hi = gemm_slots(kind, s); // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     const int mid = (lo + hi) / 2;
     if (t->first[mid] <= number)
@@ -274,20 +314,21 @@ static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmT
     else
       hi = mid;
   }
-  const int g = t->group[lo], parts = t->parts[g], m = gemm_group_side(s, g);
+  const int g = gemm_slot_group(s, t->slot[lo]), parts = t->parts[g], m = gemm_group_side(s, g);
   int i = number - t->first[lo];
   GemmTile tile;
   tile.side = m;
   tile.group = g - (m == IMAGE ? s->groups[TEXT] : 0);
   const int rows = kind == GEMM_TN ? s->M[m] : t->count[g];
-  const int m_tiles = gemm_up(rows, GEMM_BM), n_tiles = gemm_up(s->N[m], bn);
+  int first;
+  const int m_tiles = gemm_slot_rows(kind, s, t, t->slot[lo], &first), n_tiles = gemm_up(s->N[m], bn);
   tile.part = i / (m_tiles * n_tiles);
   tile.partial = parts > 1;
   tile.partial_at = g > 0 ? t->partial[g - 1] : 0;
   i -= tile.part * m_tiles * n_tiles;
   const int band = i / (GEMM_BAND * n_tiles), height = gemm_less(GEMM_BAND, m_tiles - band * GEMM_BAND);
   i -= band * GEMM_BAND * n_tiles;
-  tile.m = (band * GEMM_BAND + i % height) * GEMM_BM;
+  tile.m = (first + band * GEMM_BAND + i % height) * GEMM_BM;
   tile.n = i / height * bn;
   tile.m_end = rows;
   const int inner = kind == GEMM_TN ? t->count[g] : s->K[m], steps = gemm_up(inner, depth);
