@@ -1,6 +1,7 @@
 #include "trainer/costs.h"
 
 #include "base/hash.h"
+#include "base/ranks.h"
 #include "model/program/expected.h"
 #include "model/program/seconds_file.h"
 #include "model/transformer.h"
@@ -58,17 +59,19 @@ static void own_key_free(OwnKey *k) {
   free(k->sizes);
 }
 
-static Costs open_costs(const Config *c, const Backend *b, const char *run, int with_rates) {
+static Costs open_costs(const Config *c, const Backend *b, const char *run, int for_plan) {
   Extents extents = extents_expected(c, c->data.micro_batch_tokens);
   Costs costs = costs_new(b, &extents);
   if (!b->link) return costs;
   OwnKey k = own_key(c, b, run);
   int found = costs_load(&costs, &k.key, k.path);
   own_key_free(&k);
-  LinkRates link = found ? (LinkRates){0} : b->link();
+  int64_t missing = !found;
+  if (!for_plan) ranks_sum_i64(&missing, 1); // they measure together, since a host's devices may share its link
+  LinkRates link = missing ? b->link() : (LinkRates){0};
   if (link.d2h <= 0) return costs; // known, or no device is open
   costs.link = link;
-  DeviceRates rates = with_rates ? b->rates() : (DeviceRates){0};
+  DeviceRates rates = for_plan ? b->rates() : (DeviceRates){0};
   if (rates.bytes > 0) costs.rates = rates;
   return costs;
 }

@@ -9,7 +9,8 @@
 #define COSTS_FILE "costs.json"
 
 // Costs to plan with: those that a run in this folder measured before on this device, with this build and these sizes;
-// else the model's for the open device's link, where one is, which takes up to half a second. Free with costs_free.
+// else the model's for the open device's link, where one is, which takes up to half a second. Every process of a group
+// calls it. Free with costs_free.
 Costs costs_open(const Config *c, const Backend *b, const char *run);
 // The same for a plan alone, which no times of ops will follow: with the device's rates too. Takes half a gigabyte of
 // it.

@@ -1,5 +1,6 @@
 #include "trainer/watch.h"
 
+#include "base/ranks.h"
 #include "model/optimizer.h"
 #include "trainer/costs.h"
 #include "trainer/measure.h"
@@ -11,7 +12,8 @@
 static const double too_much = .05; // of the prediction
 
 Watch watch_open(const Engine *e, const char *run, int64_t from, int profiled) {
-  int is_on = e->model.backend->queues && e->config->memory.arena;
+  // The processes of a group would have to agree on what each of them found.
+  int is_on = e->model.backend->queues && e->config->memory.arena && ranks_size() == 1;
   return (Watch){.run = run, .is_on = is_on, .due = is_on, .first = from + 1, .wanted = WATCHED_STEPS - !!profiled};
 }
 

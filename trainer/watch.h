@@ -13,7 +13,7 @@ typedef struct WatchedStep {
 
 typedef struct Watch {
   const char *run;     // its folder, for the costs; borrowed
-  int is_on;           // on a device, where ops' times decide something
+  int is_on;           // on a device, where ops' times decide something; not among several processes
   int due;             // ops shall be timed before the next step
   int rounds;          // how often that was done
   int64_t first;       // step that is watched, from 0

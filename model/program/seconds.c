@@ -182,7 +182,7 @@ double copy_seconds(const Costs *c, Lane lane, double bytes, int both) {
 }
 
 double op_seconds(const Costs *c, const Program *p, const Op *op) {
-  if (op->lane != LANE_COMPUTE) return copy_seconds(c, op->lane, (double)op->args.span.count, 0);
+  if (op->lane == LANE_D2H || op->lane == LANE_H2D) return copy_seconds(c, op->lane, (double)op->args.span.count, 0);
   uint64_t of = op_class(p, op);
   int at = class_at(c, of);
   if (class_found(c, at, of)) return c->classes[at].seconds;
