@@ -110,6 +110,15 @@ int64_t engine_least_bytes(Engine *e, int train) {
   return least;
 }
 
+// Whether a plan of before has what is pinned now, and offloads nothing where that helps nothing.
+static int plan_obeys(const PolicyTable *t, const MenuRules *rules) {
+  for (int i = 0; i < t->layers * SAVED_COUNT; i++) {
+    int pinned = rules->pinned[i % SAVED_COUNT];
+    if (pinned < POLICY_COUNT ? t->of[i] != pinned : t->of[i] == POLICY_OFFLOAD && !rules->offload) return 0;
+  }
+  return 1;
+}
+
 // "auto" keeps everything where that fits. Else it takes the plan that was given, where that still does, or chooses.
 int engine_choose_policy(Engine *e, Error *err) {
   MemoryPolicy want = e->config->memory.policy;
@@ -117,9 +126,11 @@ int engine_choose_policy(Engine *e, Error *err) {
   PolicyTable table;
   memcpy(others, e->bytes, sizeof others);
   if (policy_of_config(e->config, want, &table, err) != 0) return -1;
+  if (want == MEMORY_AUTO) table.costs = &e->costs; // what is pinned to be offloaded is copied by the clock
   e->plan = (EnginePlan){0};
   if (try_policy(e, want == MEMORY_AUTO ? MEMORY_KEEP : want, table, others) || want != MEMORY_AUTO) return 0;
-  if (e->given) {
+  const ChooseTask task = engine_choose_task(e);
+  if (e->given && plan_obeys(e->given, &task.rules)) {
     table = policy_table_copy(e->given);
     table.costs = &e->costs;
     e->plan.was_given = 1;
@@ -128,7 +139,6 @@ int engine_choose_policy(Engine *e, Error *err) {
              (double)max_i64(engine_device_bytes(e) - e->budget, 0) / 1e9);
   }
   double began = time_now();
-  const ChooseTask task = engine_choose_task(e);
   Chosen c = choose(&task);
   try_policy(e, MEMORY_AUTO, c.policy, others);
   e->plan = (EnginePlan){.bound = c.bound, .tried = c.tried, .took = time_now() - began};

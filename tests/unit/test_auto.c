@@ -137,7 +137,18 @@ static void test_plan_file(void **state) {
   assert_true(w.e.plan.was_given && w.e.plan.tried == 0);
   assert_memory_equal(w.e.policy.of, chosen.of, n);
   engine_free(&w.e);
-  // One that does not fit any more gives way to another.
+  // One that has not what is pinned now gives way to another, and so does one that does not fit any more.
+  TensorPolicy *pin = &w.c.config.memory.per_tensor[0];
+  int qkv = t.of[SAVED_QKV];
+  snprintf(pin->name, sizeof pin->name, "qkv");
+  snprintf(pin->policy, sizeof pin->policy, "%s", policy_name[(qkv + 1) % POLICY_COUNT]);
+  w.c.config.memory.per_tensors = 1;
+  record(&w, MEMORY_AUTO, between, &t);
+  assert_false(w.e.plan.was_given);
+  for (int l = 0; l < w.e.policy.layers; l++)
+    assert_int_equal(w.e.policy.of[l * SAVED_COUNT + SAVED_QKV], (qkv + 1) % POLICY_COUNT);
+  engine_free(&w.e);
+  w.c.config.memory.per_tensors = 0;
   memset(t.of, POLICY_KEEP, n);
   record(&w, MEMORY_AUTO, between, &t);
   assert_true(!w.e.plan.was_given && w.e.plan.tried > 0 && engine_device_bytes(&w.e) <= between);
