@@ -1,6 +1,7 @@
 #include "base/base.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -219,6 +220,24 @@ int file_write(const char *path, const void *data, size_t bytes, Error *err) {
     code = errno;
   }
   return bad ? error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(code)) : 0;
+}
+
+int file_put(const char *next, const char *path, Error *err) {
+  int fd = open(next, O_RDONLY | O_CLOEXEC), bad = fd < 0 || fsync(fd) != 0 || rename(next, path) != 0, code = errno;
+  if (fd >= 0) close(fd);
+  if (bad) unlink(next);
+  return bad ? error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(code)) : 0;
+}
+
+int file_replace(const char *path, const void *data, size_t bytes, Error *err) {
+  char *next = xasprintf("%s.new", path);
+  int bad = file_write(next, data, bytes, err);
+  if (bad)
+    unlink(next);
+  else
+    bad = file_put(next, path, err);
+  free(next);
+  return bad;
 }
 
 int folder_make(const char *path, Error *err) {

@@ -26,6 +26,9 @@
 // DT_ACT: activations and weights as the backend stores them (CPU: real; CUDA: bf16). DT_REAL: fp32 (CPU: real).
 typedef enum Dtype { DT_ACT, DT_REAL, DT_I32, DT_U8, DT_F64, DT_COUNT } Dtype;
 
+// Columns that a flow time becomes: cosines, then sines, of half as many frequencies.
+enum { TIME_FEATURES = 256 };
+
 // Sizes shared by every op of a program.
 typedef struct Dims {
   int T, C, H, G, D, P, V, Z, L;

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PARAM_ALIGN = 64, TIME_FEATURES = 256 };
+enum { PARAM_ALIGN = 64 };
 
 Dims dims_from_config(const Config *c, int slots, int segments) {
   Dims d = {.T = slots,

@@ -39,11 +39,8 @@ static int write_slab(const Engine *e, const char *folder, const char *name, Spa
   engine_slab_read(e, space, host);
   for (int i = 0; i < p->n; i++) {
     const Param *w = &p->of[i];
-    t[i] = (SafeTensor){.name = w->name,
-                        .dtype = element == sizeof(double) ? SAFE_F64 : SAFE_F32,
-                        .rank = w->rank,
-                        .shape = {w->shape[0], w->shape[1], w->shape[2]},
-                        .data = host + (size_t)w->offset * element};
+    t[i] = slab_tensor(e, i, w->name);
+    t[i].data = host + (size_t)w->offset * element;
   }
   int bad = write_file(folder, name, t, p->n, err);
   free(t);

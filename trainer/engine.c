@@ -170,28 +170,34 @@ static void free_state_programs(Engine *e) {
   }
 }
 
-// A slab with a real a parameter, part of which may lie on the host.
+// Bytes of `count` elements of a space that has one for each parameter.
+static int64_t element_bytes(const Engine *e, Space space, int64_t count) {
+  return count * (int64_t)space_element(e->model.backend, space);
+}
+
+// An element for each parameter, part of which may lie on the host.
 static void set_slab_bytes(Engine *e, Space space) {
-  int64_t real_bytes = (int64_t)e->model.backend->dtype_bytes[DT_REAL];
-  e->bases.host_bytes[space] = state_host_count(&e->model, space) * real_bytes;
-  e->bytes[space] = e->model.params.total * real_bytes - e->bases.host_bytes[space];
+  e->bases.host_bytes[space] = element_bytes(e, space, state_host_count(&e->model, space));
+  e->bytes[space] = element_bytes(e, space, e->model.params.total) - e->bases.host_bytes[space];
 }
 
 static void set_state_bytes(Engine *e, int train) {
   const Config *c = e->config;
   const Backend *b = e->model.backend;
-  int64_t n = e->model.params.total, real_bytes = (int64_t)b->dtype_bytes[DT_REAL];
+  int64_t n = e->model.params.total;
   int away = e->model.state == STATE_GRADIENTS;
   if (c->train.ema > 0) set_slab_bytes(e, SPACE_EMA);
   // Where the weights lie while the EMA is in their place.
   if (c->train.ema > 0) e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n * (int64_t)b->dtype_bytes[DT_ACT];
   if (!train) return;
-  e->bytes[SPACE_REMAINDER] = n * b->remainder_bytes;
+  e->bytes[SPACE_REMAINDER] = element_bytes(e, SPACE_REMAINDER, n);
   set_slab_bytes(e, SPACE_ADAM_M);
   set_slab_bytes(e, SPACE_ADAM_V);
-  e->bytes[SPACE_GRADS] = gradients_count(&e->model) * real_bytes;
-  e->bytes[SPACE_HOST_GRADS] = max_i64(e->bytes[SPACE_HOST_GRADS], gradients_host_count(&e->model) * real_bytes);
-  if (c->train.micro_batches > 1 && b->gradient_per_micro) e->bytes[SPACE_MICRO_GRADS] = n * real_bytes;
+  e->bytes[SPACE_GRADS] = element_bytes(e, SPACE_GRADS, gradients_count(&e->model));
+  e->bytes[SPACE_HOST_GRADS] =
+      max_i64(e->bytes[SPACE_HOST_GRADS], element_bytes(e, SPACE_HOST_GRADS, gradients_host_count(&e->model)));
+  if (c->train.micro_batches > 1 && b->gradient_per_micro)
+    e->bytes[SPACE_MICRO_GRADS] = element_bytes(e, SPACE_MICRO_GRADS, n);
   e->bytes[SPACE_PARAM_SUMS] = (int64_t)PARAM_SUMS * e->model.params.n * (int64_t)sizeof(double);
   e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
   e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
@@ -267,12 +273,11 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
                      "%d processes were started, and several cannot train together on the %s yet", c->processes,
                      backend->name);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
-  int64_t act = (int64_t)backend->dtype_bytes[DT_ACT];
   Dims d = dims_from_config(c, e->slots, e->segments);
-  e->bytes[SPACE_WEIGHTS] = e->model.params.total * act;
+  e->bytes[SPACE_WEIGHTS] = element_bytes(e, SPACE_WEIGHTS, e->model.params.total);
   e->bytes[SPACE_METRICS] = metrics_size(&d) * (int64_t)sizeof(double);
   e->bytes[SPACE_STAGING] = pack_bytes(c, e->slots, e->segments);
-  e->bytes[SPACE_INPUT] = (int64_t)d.T * d.P * act;
+  e->bytes[SPACE_INPUT] = (int64_t)d.T * d.P * (int64_t)backend->dtype_bytes[DT_ACT];
   record_forward(e, MODE_EVAL);
   record_forward(e, MODE_GENERATE);
   record_forward(e, MODE_WRITE);

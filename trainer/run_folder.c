@@ -14,29 +14,20 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// Puts a file that was written as PATH.new in the place of PATH: a run killed here still has its old one whole.
-static int replace_file(const char *next, const char *path, Error *err) {
-  int fd = open(next, O_RDONLY | O_CLOEXEC), bad = fd < 0 || fsync(fd) != 0 || rename(next, path) != 0, code = errno;
-  if (fd >= 0) close(fd);
-  if (bad) unlink(next);
-  return bad ? error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(code)) : 0;
-}
-
 static int save_tokenizer(const Tokenizer *tokenizer, const char *run, Error *err) {
   char *path = xasprintf("%s/tokenizer.bpe", run), *next = xasprintf("%s.new", path);
-  int bad = tokenizer_save(tokenizer, next, err) != 0 || replace_file(next, path, err) != 0;
+  int bad = tokenizer_save(tokenizer, next, err) != 0 || file_put(next, path, err) != 0;
   free(next);
   free(path);
   return bad ? -1 : 0;
 }
 
 static int save_config(const Config *c, const char *run, Error *err) {
-  char *path = xasprintf("%s/config.json", run), *next = xasprintf("%s.new", path), *text = config_to_json(c);
-  int bad = file_write(next, text, strlen(text), err) != 0 || replace_file(next, path, err) != 0;
+  char *path = xasprintf("%s/config.json", run), *text = config_to_json(c);
+  int bad = file_replace(path, text, strlen(text), err);
   free(text);
-  free(next);
   free(path);
-  return bad ? -1 : 0;
+  return bad;
 }
 
 // Whether a checkpoint's folder lies in this run's.

@@ -12,6 +12,12 @@ int engine_converts(const Engine *e, Space space) {
   return space == SPACE_WEIGHTS && e->model.backend->weights_read;
 }
 
+SafeTensor slab_tensor(const Engine *e, int i, const char *name) {
+  const Param *w = &e->model.params.of[i];
+  SafeDtype dtype = e->model.backend->dtype_bytes[DT_REAL] == sizeof(double) ? SAFE_F64 : SAFE_F32;
+  return (SafeTensor){name, dtype, w->rank, {w->shape[0], w->shape[1], w->shape[2]}, NULL};
+}
+
 // Elements [first, first + count) of the weights or their remainders as they are stored; NULL: there are none.
 static char *stored(const Engine *e, Space space, int64_t first) {
   size_t element = space_element(e->model.backend, space);

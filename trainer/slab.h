@@ -2,10 +2,13 @@
 #ifndef TESSERA_SLAB_H
 #define TESSERA_SLAB_H
 
+#include "model/files/safetensors.h"
 #include "trainer/engine.h"
 
 // A whole slab as DT_REAL, the weights as their masters.
 void engine_slab_read(const Engine *e, Space space, void *out);
+// Parameter i of a slab as a file's tensor, as DT_REAL, without data.
+SafeTensor slab_tensor(const Engine *e, int i, const char *name);
 // Elements [first, first + count) of a slab. `scratch` is used where engine_converts says so: a weight and its
 // remainder for each. May be called by any thread, one at a time.
 void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);

@@ -13,10 +13,6 @@
 // The hint where a checkpoint and the config are not of one model.
 #define OTHER_MODEL "it belongs to another model: use the config.json of its run, or another run folder"
 
-static SafeDtype slab_dtype(const Engine *e) {
-  return e->model.backend->dtype_bytes[DT_REAL] == sizeof(double) ? SAFE_F64 : SAFE_F32;
-}
-
 // ---- what is in a checkpoint ----
 
 static const struct {
@@ -41,8 +37,7 @@ StateLayout state_layout(const Engine *e) {
     for (int i = 0; i < file->n; i++, name++) {
       const Param *w = &p->of[i % p->n];
       snprintf(*name, sizeof *name, "%s%s", files[f].prefix[i / p->n], w->name);
-      file->tensor[i] = (SafeTensor){
-          .name = *name, .dtype = slab_dtype(e), .rank = w->rank, .shape = {w->shape[0], w->shape[1], w->shape[2]}};
+      file->tensor[i] = slab_tensor(e, i % p->n, *name);
     }
   }
   return l;
@@ -91,7 +86,7 @@ char *state_json(const Engine *e, const RunState *s) {
 }
 
 char *state_config(const Engine *e) {
-  return export_config(e->config, slab_dtype(e) == SAFE_F64 ? "float64" : "float32");
+  return export_config(e->config, e->model.backend->dtype_bytes[DT_REAL] == sizeof(double) ? "float64" : "float32");
 }
 
 // ---- loading: the counters ----

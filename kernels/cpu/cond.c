@@ -1,7 +1,7 @@
 // The condition of an image segment and the modulation table: ops over [SEG, .] tensors, row 0 being text.
 #include "kernels/cpu/cpu.h"
 
-enum { FREQUENCIES = 128 };
+enum { FREQUENCIES = TIME_FEATURES / 2 };
 
 // Zeros in row 0 and in the rows past n_segments.
 static void zero_unused(const KernelCall *c, real *x, int64_t width) {
@@ -11,7 +11,7 @@ static void zero_unused(const KernelCall *c, real *x, int64_t width) {
 }
 
 void cpu_TIME_FEATURES(const KernelCall *c) {
-  real *features = c->out.TIME_FEATURES.features; // [SEG, 256]
+  real *features = c->out.TIME_FEATURES.features; // [SEG, TIME_FEATURES]
   int n_segments = c->batch->dims->n_segments;
   zero_unused(c, features, 2 * FREQUENCIES);
   // In fp64: the angle reaches 1000, where its own rounding in fp32 would show in the result.

@@ -3,7 +3,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/sums.h"
 
-enum { THREADS = 256, FREQUENCIES = 128 };
+enum { THREADS = 256, FREQUENCIES = TIME_FEATURES / 2 };
 
 // Calls f(segment, column) for eight columns at a time of a [SEG, width] tensor, all threads of the grid taking part.
 template <typename F> static __device__ inline void for_eights(int segments, int width, F f) {

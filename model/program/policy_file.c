@@ -1,9 +1,9 @@
 #include "model/program/policy_file.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 #include "model/program/policy.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -12,9 +12,8 @@ static const char letter[POLICY_COUNT + 1] = "KRO";
 static const size_t most_bytes = 1 << 20;
 
 int policy_file_save(const PolicyTable *t, const char *path, Error *err) {
-  char *next = xasprintf("%s.new", path), *text = NULL;
-  size_t bytes = 0;
-  FILE *f = open_memstream(&text, &bytes);
+  TextOut out;
+  FILE *f = text_begin(&out);
   fputs("{\"tensors\": [", f);
   for (int s = 0; s < SAVED_COUNT; s++) fprintf(f, "%s\"%s\"", s ? ", " : "", saved_name[s]);
   fputs("],\n \"layers\": [", f);
@@ -26,15 +25,10 @@ int policy_file_save(const PolicyTable *t, const char *path, Error *err) {
   fputs("],\n \"slack\": ", f);
   json_write_number(f, t->slack);
   fputs("}\n", f);
-  fclose(f);
-  int bad = file_write(next, text, bytes, err);
-  if (!bad && rename(next, path) != 0) {
-    bad = error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(errno));
-    unlink(next);
-  }
+  char *text = text_end(&out);
+  int bad = file_replace(path, text, out.bytes, err);
   free(text);
-  free(next);
-  return bad ? -1 : 0;
+  return bad;
 }
 
 static int read_layer(const cJSON *item, uint8_t of[SAVED_COUNT]) {

@@ -1,8 +1,8 @@
 #include "model/program/seconds_file.h"
 
 #include "base/json.h"
+#include "base/text_out.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -73,19 +73,13 @@ static void write_all(FILE *f, const Costs *c, const CostsKey *key) {
 }
 
 int costs_save(const Costs *c, const CostsKey *key, const char *path, Error *err) {
-  char *next = xasprintf("%s.new", path), *text = NULL;
-  size_t bytes = 0;
-  FILE *f = open_memstream(&text, &bytes);
+  TextOut out;
+  FILE *f = text_begin(&out);
   write_all(f, c, key);
-  fclose(f);
-  int bad = file_write(next, text, bytes, err);
-  if (!bad && rename(next, path) != 0) {
-    bad = error_set(err, "check space and permissions", "cannot write %s: %s", path, strerror(errno));
-    unlink(next);
-  }
+  char *text = text_end(&out);
+  int bad = file_replace(path, text, out.bytes, err);
   free(text);
-  free(next);
-  return bad ? -1 : 0;
+  return bad;
 }
 
 // ---- reading ----

@@ -134,7 +134,7 @@ static void run_conditions(CudaCase *c, const CudaShape *shape) {
   Value x = value_random(c, DT_ACT, SEG, d->Z, 2), y = value_out(c, DT_ACT, SEG, d->Z);
   OpArgs a = {.span = {0}};
   cuda_case_variant(c, "condition");
-  cuda_case_call(c, OP_TIME_FEATURES, a, VALUES_IN(none), VALUES_OUT(value_out(c, DT_ACT, SEG, 256)));
+  cuda_case_call(c, OP_TIME_FEATURES, a, VALUES_IN(none), VALUES_OUT(value_out(c, DT_ACT, SEG, TIME_FEATURES)));
   cuda_case_call(c, OP_SILU_FWD, a, VALUES_IN(x), VALUES_OUT(y));
   cuda_case_call(c, OP_SILU_BWD, a, VALUES_IN(value_random(c, DT_ACT, SEG, d->Z, 1), x), VALUES_OUT(y));
   cuda_case_call(c, OP_COND_FWD, a,

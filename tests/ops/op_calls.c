@@ -114,7 +114,7 @@ static void call_conditions(OpCalls *w) {
   int64_t SZ = (int64_t)d->segments * d->Z, SM = (int64_t)d->segments * d->M;
   Value c = random_value(w, SZ);
   OpArgs a = {.span = {0}};
-  call(w, OP_TIME_FEATURES, a, IN(none), OUT(poison_value(w, (int64_t)d->segments * 256)));
+  call(w, OP_TIME_FEATURES, a, IN(none), OUT(poison_value(w, (int64_t)d->segments * TIME_FEATURES)));
   call(w, OP_SILU_FWD, a, IN(c), OUT(poison_value(w, SZ)));
   call(w, OP_SILU_BWD, a, IN(random_value(w, SZ), c), OUT(poison_value(w, SZ)));
   call(w, OP_COND_FWD, a, IN(c, random_value(w, SZ), random_value(w, 2 * d->Z)),

@@ -86,7 +86,7 @@ static void mod_case(OpCase *c) {
 }
 
 static void time_case(OpCase *c) {
-  int64_t n = c->dims.segments * 256;
+  int64_t n = c->dims.segments * TIME_FEATURES;
   double *want = case_zeros(c, n);
   for (int g = 1; g < c->batch.dims->n_segments; g++) {
     for (int i = 0; i < 128; i++) {

@@ -58,7 +58,7 @@ static uint64_t digest_of_all(int threads) {
   run_digest(&c, &hash, OP_EMBED_BWD, none, OP_IN(x, seg), OP_OUT(o[0]), COUNTS(d->V * C));
   run_digest(&c, &hash, OP_POOL_FWD, none, OP_IN(E), OP_OUT(o[0]), COUNTS(ns));
   run_digest(&c, &hash, OP_POOL_BWD, none, OP_IN(seg, E), OP_OUT(o[0]), COUNTS(ns));
-  run_digest(&c, &hash, OP_TIME_FEATURES, none, OP_IN(NULL), OP_OUT(o[0]), COUNTS(d->segments * 256));
+  run_digest(&c, &hash, OP_TIME_FEATURES, none, OP_IN(NULL), OP_OUT(o[0]), COUNTS(d->segments * TIME_FEATURES));
   run_digest(&c, &hash, OP_MOD_FWD, none, OP_IN(a, U, S), OP_OUT(table), COUNTS(nm));
   run_digest(&c, &hash, OP_MOD_BWD, none, OP_IN(mod), OP_OUT(o[0]), COUNTS(2 * d->M));
   OpArgs site = {.adaln = {.gate = 0, .shift = (int)C, .scale = 2 * (int)C, .silu_image = 1}};

@@ -149,6 +149,33 @@ static void test_whole_files(void **state) {
   assert_string_equal(err.text, "cannot write /nowhere/at/all: No such file or directory");
 }
 
+// A file that cannot take its place leaves what was there, and nothing beside it.
+static void test_replaced_files(void **state) {
+  (void)state;
+  char folder[] = "/tmp/test_base.XXXXXX";
+  assert_non_null(mkdtemp(folder));
+  char *path = xasprintf("%s/file", folder), *next = xasprintf("%s.new", path);
+  Error err;
+  size_t bytes;
+  assert_int_equal(file_replace(path, "first", 5, &err), 0);
+  assert_int_equal(file_replace(path, "then", 4, &err), 0);
+  char *back = file_read(path, 100, &bytes, &err);
+  assert_string_equal(back, "then");
+  assert_int_equal(access(next, F_OK), -1);
+  free(back);
+  assert_int_equal(file_replace(folder, "text", 4, &err), -1);
+  char *said = xasprintf("cannot write %s: ", folder), *beside = xasprintf("%s.new", folder);
+  assert_memory_equal(err.text, said, strlen(said));
+  assert_int_equal(access(beside, F_OK), -1);
+  assert_int_equal(access(path, F_OK), 0);
+  unlink(path);
+  rmdir(folder);
+  free(path);
+  free(next);
+  free(said);
+  free(beside);
+}
+
 // The vectors that its authors publish (Random123, kat_vectors).
 static void test_philox(void **state) {
   (void)state;
@@ -199,8 +226,8 @@ static void test_hash(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_log), cmocka_unit_test(test_tail),
-                                     cmocka_unit_test(test_whole_files), cmocka_unit_test(test_philox),
-                                     cmocka_unit_test(test_hash)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_log),         cmocka_unit_test(test_tail),
+                                     cmocka_unit_test(test_whole_files), cmocka_unit_test(test_replaced_files),
+                                     cmocka_unit_test(test_philox),      cmocka_unit_test(test_hash)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
