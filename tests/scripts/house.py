@@ -2,8 +2,8 @@
 """Holds the tree to its floors: tests/scripts/house.py [ROOT]
 
 A room includes only from itself and from floors below it; no files include each other in a circle, where a file is its
-.c (or .cu) and its .h, and NAME_internal.h belongs to NAME. Only kernels/ names a backend. Exit code 1 with a line for
-everything that is not so.
+.c (or .cu) and its .h, and NAME_internal.h belongs to NAME. Only kernels/ names a backend. Files that prose and
+comments name are there. Exit code 1 with a line for everything that is not so.
 """
 import re
 import sys
@@ -29,6 +29,11 @@ FLOORS = [
 APART = [("kernels/cuda", "kernels/cpu"), ("data", "kernels/cpu"), ("data", "kernels/cuda"), ("model/program", "data"),
          ("model/files", "kernels"), ("model/files", "data"), ("model/files", "model/program"), ("model", "data")]
 ROOMS_OF_A_BACKEND = ("kernels/cpu/reference", "kernels/cpu", "kernels/cuda")
+# Folders of the project whose files prose may name, and names of files that are others'.
+NAMED = "base|configs|data|docs|kernels|model|scripts|tests|trainer"
+PATH = re.compile(rf"(?<![\w./$%{{}}\"-])(?:{NAMED})/[\w./-]*\.(?:c|h|cu|py|sh|inc|md|json|png|svg)\b")
+NAME = re.compile(r"(?<![\w./$%{}<-])\w[\w-]*\.(?:c|h|cu)\b")
+OTHERS = {"cmocka.h", "encoder.py"}
 # Headers of device code that the kernels of several files are made from: they include their family's interface, which
 # its own .cu file implements with them.
 DEVICE_CODE = ("kernels/cuda/adaln_rows", "kernels/cuda/gemm_tiles")
@@ -71,6 +76,28 @@ def check_names(root, tree):
                 yield f"{file} names {name}: kernels/backends.h chooses"
 
 
+def prose(path):
+    """The lines of a file that people read: all of them, of C the comments."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        yield number, line if path.suffix not in (".c", ".h", ".cu") else line.partition("//")[2]
+
+
+def check_paths(root):
+    """Prose names no file that was renamed, moved or deleted."""
+    files = [path for folder in NAMED.split("|") for path in (root / folder).rglob("*.*")]
+    files += [root / "train.c", root / "README.md", root / "Makefile"]
+    names = {path.name for path in files} | OTHERS
+    for path in files:
+        if path.suffix not in (".md", ".c", ".h", ".cu", ".py", ".sh", ".inc") and path.name != "Makefile":
+            continue
+        for number, line in prose(path):
+            gone = [name for name in PATH.findall(line) if not (root / name).exists()]
+            gone += [name for name in NAME.findall(line) if name not in names and path.suffix != ".py"]
+            for name in gone:
+                if "NAME" not in name:
+                    yield f"{path.relative_to(root)}:{number} names {name}, which is not there"
+
+
 def check_circles(tree):
     """Tarjan's strongly connected components of files."""
     needs = defaultdict(set)
@@ -106,7 +133,7 @@ def check_circles(tree):
 def main(argv):
     root = Path(argv[0]) if argv else Path(__file__).resolve().parents[2]
     tree = read_tree(root)
-    faults = [*check_floors(tree), *check_names(root, tree), *check_circles(tree)]
+    faults = [*check_floors(tree), *check_names(root, tree), *check_paths(root), *check_circles(tree)]
     print("\n".join(faults) or f"{len(tree)} files in {len(FLOORS) - 1} rooms: no include goes up, none in a circle")
     return 1 if faults else 0
 
