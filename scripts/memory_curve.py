@@ -25,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 
+import run_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -126,13 +128,6 @@ class Train:
             elif path.name != "costs.json":
                 path.unlink()
 
-    def steps(self):
-        """The step lines so far: what follows the last newline is still being written."""
-        metrics = self.run / "metrics.jsonl"
-        if not metrics.exists():
-            return []
-        return [line for line in map(json.loads, metrics.read_text().split("\n")[:-1]) if "seconds" in line]
-
     def measure(self, policy, budget):
         """What a run of some steps takes."""
         self.clear()
@@ -140,11 +135,12 @@ class Train:
         with open(log, "w") as out:
             more = ["--set", f"train.steps={wanted + 1000}"]
             process = subprocess.Popen(self.command(policy, budget, *more), cwd=ROOT, stdout=out, stderr=out)
-            while process.poll() is None and len(self.steps()) < wanted and time.time() - began < self.args.limit:
+            done = lambda: len(run_metrics.steps(self.run)) >= wanted or time.time() - began > self.args.limit
+            while process.poll() is None and not done():
                 time.sleep(0.1)
             process.kill()
             process.wait()
-        lines, said = self.steps()[WARM_UP:], log.read_text(errors="replace")
+        lines, said = run_metrics.steps(self.run)[WARM_UP:], log.read_text(errors="replace")
         if not lines:
             return {"note": (said.strip().splitlines() or ["no output"])[-1][:200]}
         seconds = statistics.median(line["seconds"] for line in lines)

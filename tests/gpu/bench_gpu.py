@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/ops"))
+sys.path[:0] = [str(ROOT / "tests/ops"), str(ROOT / "scripts")]
+import run_metrics
 try:
     import numpy as np
     import torch
@@ -383,11 +384,6 @@ STEPS = {"small": 160, "medium": 100, "base": 32}
 LIMIT = 200  # seconds of one run of the engine
 
 
-def metric_steps(text):
-    """The step lines of a metrics.jsonl that may still be growing: what follows the last newline is cut off."""
-    return [line for line in map(json.loads, text.split("\n")[:-1]) if "seconds" in line]
-
-
 def bench_config(name, data):
     """configs/NAME.json on the data of scripts/make_bench_data.py."""
     config = json.loads("\n".join(line.split("//")[0] for line in open(ROOT / f"configs/{name}.json")))
@@ -402,13 +398,13 @@ def engine_steps(name, folder, data):
     """The step lines of a run of STEPS[name] steps, without the first quarter, and the seconds until the first step
     was done. The run is killed once it has done its steps: a checkpoint of base would take longer than all of them."""
     (folder / "config.json").write_text(json.dumps(bench_config(name, data)))
-    metrics, log, lines, first, started = folder / "run/metrics.jsonl", folder / "log", [], None, time.time()
+    log, lines, first, started = folder / "log", [], None, time.time()
     with open(log, "w") as out:
         command = ["./train", folder / "config.json", "--device", "cuda", "--run-dir", folder / "run"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
         while process.poll() is None and len(lines) < STEPS[name] and time.time() - started < LIMIT:
             time.sleep(0.2)
-            lines = metric_steps(metrics.read_text()) if metrics.exists() else []
+            lines = run_metrics.steps(folder / "run")
             first = first or (time.time() - started if lines else None)
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ import json, math, os, random, re, shutil, struct, subprocess, sys, tarfile, tem
 from io import BytesIO
 from pathlib import Path
 
-from checks import check
+from checks import check, run_metrics
 
 SIDE, PATCH = 16, 8  # images of four patches
 VOCAB = 260  # bytes and the special ids
@@ -141,7 +141,7 @@ class Case:
         return json.loads((folder / "losses.json").read_text()), tensors(folder / "grads.safetensors"), packs
 
     def rows(self, run="run"):
-        return [json.loads(line) for line in open(self.folder / run / "metrics.jsonl")]
+        return run_metrics.lines(self.folder / run)
 
 
 def distance(a, b):

@@ -29,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from checks import check
+from checks import check, run_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / ".cache/shapes/shapes.tar"
@@ -167,12 +167,8 @@ def verify(run, reference, before):
     return newest
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run):
-    return [(row["step"], row["loss"]) for row in metrics(run) if "loss" in row]
+    return [(row["step"], row["loss"]) for row in run_metrics.lines(run) if "loss" in row]
 
 
 def copy_run(reference, to, *steps):
@@ -457,7 +453,7 @@ def test_stop_in_evaluation(work, reference):
         trainer.end(-signal.SIGTERM, "stopped by a signal after step")
         took = time.monotonic() - began
         check(took < 5, f"{took:.1f} s from a signal in the evaluation to the end")
-        check(not any("eval" in row for row in metrics(run)), f"{run}: an evaluation that was left is in metrics.jsonl")
+        check(not run_metrics.evaluations(run), f"{run}: an evaluation that was left is in metrics.jsonl")
 
     stop("--stop-at", STEPS, eval__every=3)
     check(checkpoints(run) == [3], f"{run}: {checkpoints(run)} after a signal in the evaluation at step 3")
@@ -466,7 +462,7 @@ def test_stop_in_evaluation(work, reference):
     stop(train__steps=2)
     check(checkpoints(run) == [2], f"{run}: {checkpoints(run)} after a signal in the last evaluation")
     Trainer(run, "--resume", **{**slow, "train__steps": 2, "eval__sampler_steps": 1}).end(0, "drawings: ")
-    check([row["step"] for row in metrics(run) if "eval" in row] == [2], f"{run}: the evaluation is not made up for")
+    check([row["step"] for row in run_metrics.evaluations(run)] == [2], f"{run}: the evaluation is not made up for")
 
     # SIGINT as a shell leaves it to a job in the background: ignored.
     trainer = Trainer(run, "--from", run / "ckpt-2", "--stop-at", STEPS, ignored=(signal.SIGINT,), checkpoint__every=0)
@@ -520,7 +516,7 @@ def test_divergence(work, reference):
     log = Trainer(run, "--resume", "--stop-at", 10 * STEPS, train__lr=10, train__weight_decay=10, train__warmup_steps=0,
                   train__max_skipped=3, checkpoint__keep_last=1000).end(
         1, "SKIPPED: not finite", "error: ", "3 steps in a row", "hint:")
-    rows = [row for row in metrics(run) if "lr" in row]
+    rows = run_metrics.steps(run)
     check([("skipped" in row) for row in rows[-4:]] == [False, True, True, True], f"{run}: {rows[-4:]}\n{log[-2000:]}")
     bad = rows[-3]["step"]  # counted from 0: so many were done before it
     check(checkpoints(run) == list(range(5, bad + 1)), f"{run}: {checkpoints(run)}, skipped from step {bad + 1} on")
@@ -613,7 +609,7 @@ def test_data_wait(work, samples):
     run = work / "sources"
     Trainer(run, "--stop-at", 40, "--tokens", 256, tiny=False, data__sources=sources, data__held_out_by="key",
             run__threads=1).end(0)
-    rows = [row for row in metrics(run) if "data_wait" in row][1:]
+    rows = run_metrics.steps(run)[1:]
     wait, whole = statistics.median(r["data_wait"] for r in rows), statistics.median(r["seconds"] for r in rows)
     check(wait < 0.01 * whole, f"a step of {whole * 1e3:.1f} ms waits {wait * 1e3:.2f} ms for four sources")
     return f"4 sources: a step of {whole * 1e3:.0f} ms waits {wait * 1e3:.3f} ms for data"

@@ -11,7 +11,7 @@ and too many of that end it. Exit code 1 on the first thing that is not as it sh
 import json, os, re, shutil, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
-from checks import check
+from checks import check, run_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["configs/demo.json", "--tokens", "256", "--steps", "60"] + [
@@ -33,8 +33,7 @@ class Runs:
         return done.stderr
 
     def rows(self, name):
-        rows = [json.loads(line) for line in open(self.folder / name / "metrics.jsonl")]
-        return [row for row in rows if "lr" in row]
+        return run_metrics.steps(self.folder / name)
 
     def figures(self, name):
         return [{key: row.get(key) for key in ("step", "loss", "grad_norm", "tokens", "skipped")} for row in self.rows(name)]

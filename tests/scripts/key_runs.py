@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 
 import fixed_weights
+from checks import run_metrics
 
 BUILD = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build").resolve()
 TRAIN = BUILD / "train"
@@ -140,11 +141,9 @@ class Run:
         self.rc, self.where = process.returncode, process.where
         assert rc is None or self.rc == rc, f"exit code {self.rc}, expected {rc}:\n{self.log[-2000:]}"
         self.folder = self.where / "run"
-        metrics = self.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        self.rows = [line for line in lines if "eval" not in line and "load" not in line]
-        self.evals = {line["step"]: line["eval"] for line in lines if "eval" in line}
-        self.loads = [line["load"] for line in lines if "load" in line]
+        self.rows = run_metrics.steps(self.folder)
+        self.evals = {line["step"]: line["eval"] for line in run_metrics.evaluations(self.folder)}
+        self.loads = [line["load"] for line in run_metrics.lines(self.folder) if "load" in line]
 
     def tensors(self, name, step=None):
         """{name: array} of a file of tensors: of a dump, or of a checkpoint."""

@@ -8,7 +8,7 @@ Exit code 1 on the first thing that is not as it should be.
 import fcntl, json, math, os, pty, re, shutil, struct, subprocess, sys, tarfile, tempfile, termios, time
 from pathlib import Path
 
-from checks import check
+from checks import check, run_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--tokens", "256", "--steps", "6"] + [
@@ -42,7 +42,7 @@ class Runs:
         check(text in done.stderr and "hint:" in done.stderr, f"{flags}: no '{text}', no hint:\n{done.stderr}")
 
     def rows(self, run):
-        return [json.loads(line) for line in open(self.folder / run / "metrics.jsonl")]
+        return run_metrics.lines(self.folder / run)
 
     def checkpoints(self, run, prefix="ckpt-"):
         return sorted(int(path.name[len(prefix) :]) for path in (self.folder / run).glob(prefix + "[0-9]*"))

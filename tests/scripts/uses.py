@@ -13,7 +13,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 from nearest_template import png_decode
-from checks import check
+from checks import check, run_metrics
 
 DOCUMENTS, SAMPLES, STEPS = 20, 5, 2
 SHARES = ("retrieval", "retrieval_training")
@@ -31,7 +31,7 @@ def check_figures(said, run):
     """--eval prints one object: that of the run's own last evaluation, whole, with figures that can be."""
     (line,) = said.splitlines()
     printed = json.loads(line)
-    (own,) = [row for row in map(json.loads, open(run / "metrics.jsonl")) if row["step"] == STEPS and "eval" in row]
+    (own,) = [row for row in run_metrics.evaluations(run) if row["step"] == STEPS]
     check(printed == own, f"--eval prints {printed},\nthe run wrote {own}")
     figures = printed["eval"]
     documented = re.findall(r"^\| (`[^|]*`) \|", re.split("### ", (ROOT / "docs/metrics.md").read_text())[2], re.M)
