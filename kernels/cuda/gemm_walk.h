@@ -69,6 +69,7 @@ typedef struct GemmTiles {
   int16_t slot[GEMM_MAX_PLACES];    // by place: which group's, or which group's last row tile
   int tried[GEMM_TRIES];            // how many tiles there would be, by length of parts
   int share;                        // rows that a part may have, over GEMM_SHARE_DEPTH
+  int places;                       // groups that have rows (gemm_weights: all), and last row tiles
   bool one_round;                   // no multiprocessor has more than one tile
   bool tails;                       // last row tiles of few rows have places of their own
 } GemmTiles;
@@ -98,9 +99,6 @@ static GEMM_BOTH int gemm_group_side(const GemmShape *s, int group) {
 }
 // What goes by places, by slot: groups, then the last row tiles of groups, from the last group on: when they are
 // walked, its weights may still be in L2.
-static GEMM_BOTH int gemm_slots(int kind, const GemmShape *s) {
-  return kind == GEMM_TN ? gemm_groups(s) : 2 * gemm_groups(s);
-}
 static GEMM_BOTH int gemm_slot_group(const GemmShape *s, int slot) {
   const int groups = gemm_groups(s);
   return slot < groups ? slot : 2 * groups - 1 - slot;
@@ -193,7 +191,7 @@ static GEMM_BOTH int gemm_group_parts(int kind, const GemmShape *s, const GemmTi
 
 // ---- tiles ----
 
-// Row tiles of a group that ends with one of few rows may wait for the end; how many.
+// Row tiles of a group that may wait for the end: its last, if it has few rows and is not the only one.
 static GEMM_BOTH int gemm_group_tail(int kind, const GemmTiles *t, int g) {
   const int over = t->count[g] % GEMM_BM;
   return kind != GEMM_TN && t->count[g] > GEMM_BM && over > 0 && over <= GEMM_FEW;
@@ -225,17 +223,9 @@ static GEMM_BOTH int gemm_slot_rows(int kind, const GemmShape *s, const GemmTile
   *first = slot < gemm_groups(s) ? 0 : all - tail;
   return slot < gemm_groups(s) ? all - tail : tail;
 }
-// How long a slot's longest tile takes: nothing where it has no rows.
-static GEMM_BOTH int gemm_slot_length(int kind, const GemmShape *s, const GemmTiles *t, int slot) {
-  int first;
-  const int g = gemm_slot_group(s, slot), m = gemm_group_side(s, g), tiles = gemm_slot_rows(kind, s, t, slot, &first);
-  const int rows = kind == GEMM_TN ? s->M[m] : t->count[g] - first * GEMM_BM;
-  const int inner = gemm_up(kind == GEMM_TN ? t->count[g] : s->K[m], t->parts[g]);
-  return tiles == 0 ? 0 : (rows > GEMM_FEW ? 2 : 1) * gemm_up(inner, GEMM_SHARE_DEPTH);
-}
 
+// values[i] = values[0] + .. + values[i], i < n; by one warp of the block, of which a lane takes a run of them.
 #ifdef __CUDA_ARCH__
-// values[i] = values[0] + .. + values[i], i < n; by one warp, of which a lane takes a run of them.
 template <typename T> static __device__ inline void warp_running_sums(T *values, int n) {
   int run = gemm_up(n, 32), lane = threadIdx.x & 31, begin = min(n, lane * run), end = min(n, begin + run);
   T total = 0;
@@ -249,32 +239,111 @@ template <typename T> static __device__ inline void warp_running_sums(T *values,
   before -= total;
   for (int i = begin; i < end; i++) values[i] = before += values[i];
 }
+#define GEMM_RUNNING_SUMS(values, n, warp)                                                                             \
+  if ((int)threadIdx.x >> 5 == (warp)) warp_running_sums(values, n)
+#else
+#define GEMM_RUNNING_SUMS(values, n, warp)                                                                             \
+  for (int at = 1; at < (n); at++) (values)[at] += (values)[at - 1]
 #endif
+
+// ---- places ----
+
+// How long a tile takes, over GEMM_SHARE_DEPTH of the inner dimension of half a tile's rows.
+static GEMM_BOTH int gemm_tile_length(int rows, int inner) {
+  return (rows > GEMM_FEW ? 2 : 1) * gemm_up(inner, GEMM_SHARE_DEPTH);
+}
+
+// gemm_rows: tiles are as long as their side's inner dimension says, or half that. So groups come in runs: those of
+// each side with a long tile, those of each side with none, last row tiles of either side (the image's first, as their
+// slots say). A group's numbers among its runs are running sums over all groups, in GEMM_RUN_BITS each.
+enum { GEMM_RUN_SHORT = 2, GEMM_RUN_TAILS = 4, GEMM_RUNS = 6, GEMM_RUN_BITS = 10 };
+static GEMM_BOTH int gemm_run_field(int64_t sums, int run) {
+  return (int)(sums >> (run * GEMM_RUN_BITS)) & ((1 << GEMM_RUN_BITS) - 1);
+}
+static GEMM_BOTH int gemm_run_of_tails(int m) {
+  return GEMM_RUN_TAILS + (m == IMAGE ? 0 : 1);
+}
+static GEMM_BOTH int gemm_run_length(const GemmShape *s, int run) {
+  const int m = run < GEMM_RUN_TAILS ? run % 2 : run == gemm_run_of_tails(IMAGE) ? IMAGE : TEXT;
+  return gemm_tile_length(run < GEMM_RUN_SHORT ? GEMM_BM : 1, gemm_up(s->K[m], s->parts[m]));
+}
+// The place of the first of a run: longest first, ties by number.
+static GEMM_BOTH int gemm_run_first(const GemmShape *s, int64_t totals, int run) {
+  int place = 0;
+  const int own = gemm_run_length(s, run);
+  for (int r = 0; r < GEMM_RUNS; r++) {
+    const int other = gemm_run_length(s, r);
+    place += other > own || (other == own && r < run) ? gemm_run_field(totals, r) : 0;
+  }
+  return place;
+}
+
+// Fills slot and places of gemm_rows; leaves nothing of use in t->partial.
+static GEMM_BOTH void gemm_places_by_runs(int kind, const GemmShape *s, GemmTiles *t) {
+  const int groups = gemm_groups(s);
+  GEMM_EACH(g, groups) {
+    const int m = gemm_group_side(s, g), run = m + (t->count[g] > GEMM_FEW ? 0 : GEMM_RUN_SHORT);
+    const int tail = t->tails ? gemm_group_tail(kind, t, g) : 0;
+    t->partial[g] = t->count[g] == 0
+                        ? 0
+                        : (int64_t)1 << (run * GEMM_RUN_BITS) | (int64_t)tail << (gemm_run_of_tails(m) * GEMM_RUN_BITS);
+  }
+  GEMM_SYNC();
+  GEMM_RUNNING_SUMS(t->partial, groups, 0);
+  GEMM_SYNC();
+  const int64_t totals = t->partial[groups - 1];
+  GEMM_EACH(g, groups) {
+    const int m = gemm_group_side(s, g), run = m + (t->count[g] > GEMM_FEW ? 0 : GEMM_RUN_SHORT);
+    const int tails = gemm_run_of_tails(m), tail = t->tails ? gemm_group_tail(kind, t, g) : 0;
+    if (t->count[g] > 0) t->slot[gemm_run_first(s, totals, run) + gemm_run_field(t->partial[g], run) - 1] = (int16_t)g;
+    const int after = gemm_run_field(totals, tails) - gemm_run_field(t->partial[g], tails); // groups with tails
+    if (tail) t->slot[gemm_run_first(s, totals, tails) + after] = (int16_t)(2 * groups - 1 - g);
+  }
+  if (GEMM_FIRST_THREAD) {
+    int places = 0;
+    for (int r = 0; r < GEMM_RUNS; r++) places += gemm_run_field(totals, r);
+    t->places = places;
+  }
+  GEMM_SYNC();
+}
+
+// The same of gemm_weights, by the groups' rows.
+static GEMM_BOTH void gemm_places_by_rows(const GemmShape *s, GemmTiles *t) {
+  const int groups = gemm_groups(s);
+  GEMM_EACH(g, groups) { // until the groups have their places
+    t->first[g] = gemm_tile_length(s->M[gemm_group_side(s, g)], gemm_up(t->count[g], t->parts[g]));
+  }
+  if (GEMM_FIRST_THREAD) t->places = groups;
+  GEMM_SYNC();
+  GEMM_EACH(g, groups) { // longest first, ties by number
+    int place = 0;
+    const int own = t->first[g];
+    for (int j = 0; j < groups; j++) place += t->first[j] > own || (t->first[j] == own && j < g);
+    t->slot[place] = (int16_t)g;
+  }
+  GEMM_SYNC();
+}
 
 // Fills the rest of *t from begin and count, which are there. All threads of the block take part; at least two warps of
 // them.
 static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
-  const int groups = gemm_groups(s), slots = gemm_slots(kind, s);
+  const int groups = gemm_groups(s);
   const bool by_counts = (s->groups[TEXT] > 0 && s->parts[TEXT] == 0) || (s->groups[IMAGE] > 0 && s->parts[IMAGE] == 0);
   if (kind == GEMM_TN && by_counts) gemm_share_find(s, bn, t);
   const bool tails = gemm_tails_wait(kind, s, t, bn);
   if (GEMM_FIRST_THREAD) t->tails = tails;
+  GEMM_EACH(g, groups) t->parts[g] = (int16_t)gemm_group_parts(kind, s, t, g);
+  GEMM_SYNC();
+  if (kind == GEMM_TN)
+    gemm_places_by_rows(s, t);
+  else
+    gemm_places_by_runs(kind, s, t);
   GEMM_EACH(g, groups) {
-    const int parts = gemm_group_parts(kind, s, t, g);
-    t->parts[g] = (int16_t)parts;
+    const int parts = t->parts[g];
     t->partial[g] = parts > 1 ? parts * gemm_part_size(kind, s, gemm_group_side(s, g)) : 0;
   }
-  GEMM_SYNC();
-  GEMM_EACH(i, slots) t->first[i] = gemm_slot_length(kind, s, t, i); // until the slots have their places
-  GEMM_SYNC();
-  GEMM_EACH(i, slots) { // longest first, ties by number
-    int place = 0;
-    const int own = t->first[i];
-    for (int j = 0; j < slots; j++) place += t->first[j] > own || (t->first[j] == own && j < i);
-    t->slot[place] = (int16_t)i;
-  }
-  GEMM_SYNC();
-  GEMM_EACH(i, slots) {
+  const int places = t->places;
+  GEMM_EACH(i, places) {
     int first;
     const int g = gemm_slot_group(s, t->slot[i]), rows = gemm_slot_rows(kind, s, t, t->slot[i], &first);
     const bool nothing = kind == GEMM_TN && s->adds && t->count[g] == 0; // what is stored must be zeros
@@ -282,19 +351,14 @@ static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, Gem
   }
   if (GEMM_FIRST_THREAD) t->first[0] = 0;
   GEMM_SYNC();
-#ifdef __CUDA_ARCH__
-  if (threadIdx.x < 32) warp_running_sums(t->first, slots + 1);
-  if (threadIdx.x >= 32 && threadIdx.x < 64) warp_running_sums(t->partial, groups);
-#else
-  for (int i = 0; i < slots; i++) t->first[i + 1] += t->first[i];
-  for (int g = 1; g < groups; g++) t->partial[g] += t->partial[g - 1];
-#endif
+  GEMM_RUNNING_SUMS(t->first, places + 1, 0);
+  GEMM_RUNNING_SUMS(t->partial, groups, 1);
   GEMM_SYNC();
 }
 
 // Tiles of the launch.
-static GEMM_BOTH int gemm_tiles_total(int kind, const GemmShape *s, const GemmTiles *t) {
-  return t->first[gemm_slots(kind, s)];
+static GEMM_BOTH int gemm_tiles_total(const GemmTiles *t) {
+  return t->first[t->places];
 }
 
 // The tile that a block takes in a round; none if it is not less than the launch's tiles. Every other round goes
@@ -306,7 +370,7 @@ static GEMM_BOTH int gemm_tile_number(int round, int block, int blocks) {
 // Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
 static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmTiles *t, int number, int bn,
                                        int depth) {
-  int lo = 0, hi = gemm_slots(kind, s); // first[lo] <= number < first[hi]
+  int lo = 0, hi = t->places; // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     const int mid = (lo + hi) / 2;
     if (t->first[mid] <= number)

@@ -74,7 +74,7 @@ static int64_t tile_length(const GemmTile *t) {
 // Each tile once over all blocks and rounds; each group's elements once in each part, its inner dimension once.
 static void check_covered(const Walk *w) {
   const GemmShape *s = &w->shape;
-  const int groups = gemm_groups(s), total = gemm_tiles_total(w->kind, &w->shape, &w->tiles);
+  const int groups = gemm_groups(s), total = gemm_tiles_total(&w->tiles);
   uint8_t *taken = xcalloc((size_t)total + 1, 1);
   int64_t *area = xcalloc((size_t)groups + 1, sizeof *area), *volume = xcalloc((size_t)groups + 1, sizeof *volume);
   for (int block = 0; block < BLOCKS; block++)
@@ -118,7 +118,7 @@ static void check_covered(const Walk *w) {
 
 // Of two tiles of one part of one place no two overlap, since areas add up; here the corners are told apart.
 static void check_distinct(const Walk *w) {
-  const int total = gemm_tiles_total(w->kind, &w->shape, &w->tiles);
+  const int total = gemm_tiles_total(&w->tiles);
   for (int i = 0; i < total && i < 300; i++)
     for (int j = 0; j < i; j++) {
       const GemmTile a = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, w->bn, DEPTH);
@@ -130,7 +130,7 @@ static void check_distinct(const Walk *w) {
 // A place's longest tile is never longer than that of the place before it.
 static void check_order(const Walk *w) {
   int64_t last = INT64_MAX;
-  for (int i = 0; i < gemm_slots(w->kind, &w->shape); i++) {
+  for (int i = 0; i < w->tiles.places; i++) {
     if (w->tiles.first[i] == w->tiles.first[i + 1]) continue;
     int64_t longest = 0;
     for (int number = w->tiles.first[i]; number < w->tiles.first[i + 1]; number++) {
@@ -200,7 +200,7 @@ static void test_longest_side_first(void **state) {
   memcpy(w->tiles.count, counts, sizeof counts);
   gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
   for (int i = 0; i < 6; i++) assert_int_equal(w->tiles.slot[i], slots[i]);
-  assert_int_equal(gemm_tiles_total(w->kind, &w->shape, &w->tiles), 3 + 2 + 2 + 1);
+  assert_int_equal(gemm_tiles_total(&w->tiles), 3 + 2 + 2 + 1);
   const GemmTile last = gemm_tile_at(w->kind, &w->shape, &w->tiles, 7, w->bn, DEPTH);
   assert_true(last.side == TEXT && last.group == 1 && last.m_end - last.m == 1);
   w->shape.N[IMAGE] = 128 * GEMM_SHARES;
@@ -222,8 +222,8 @@ static void test_groups_without_rows(void **state) {
       memset(w->tiles.count, 0, sizeof w->tiles.count);
       w->tiles.count[2] = 40 * rows;
       gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
-      assert_int_equal(gemm_tiles_total(w->kind, &w->shape, &w->tiles), adds ? 4 * rows : 16);
-      for (int i = 0; i < gemm_tiles_total(w->kind, &w->shape, &w->tiles); i++) {
+      assert_int_equal(gemm_tiles_total(&w->tiles), adds ? 4 * rows : 16);
+      for (int i = 0; i < gemm_tiles_total(&w->tiles); i++) {
         const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, w->bn, DEPTH);
         assert_int_equal(t.inner_end - t.inner, t.group == 2 ? 40 * rows : 0);
       }
