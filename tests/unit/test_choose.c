@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "model/program/planner.h"
 #include "model/program/policy.h"
 #include "model/program/prices.h"
 #include "tests/unit/paper_device.h"
@@ -192,6 +193,43 @@ static void test_limits_hold(void **state) {
   paper_close(&p);
 }
 
+// The table of costs sums up to what the program does beyond one that keeps everything, and has every layer once.
+static void test_cost_table(void **state) {
+  (void)state;
+  Paper p;
+  paper_open(&p, "configs/base.json", bytes_only, 1);
+  PolicyTable keep = policy_table_new(p.task.layers, MEMORY_KEEP);
+  Program *kept = p.task.record(p.task.model, &keep);
+  Chosen c = choose_within(&p, 6e9);
+  Program *q = p.task.record(p.task.model, &c.policy);
+  double copied = 0, again = program_seconds(&p.costs, q) - program_seconds(&p.costs, kept), got[2] = {0};
+  for (int i = 0; i < q->n_ops; i++)
+    if (q->ops[i].lane == LANE_D2H) copied += op_seconds(&p.costs, q, &q->ops[i]);
+  char *text;
+  size_t n;
+  int rows = 0;
+  FILE *f = open_memstream(&text, &n);
+  planner_print_costs(q, &p.costs, f);
+  fclose(f);
+  for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
+    char name[32];
+    int layers[3];
+    double ms[2];
+    if (sscanf(line, " sum %lf %lf", &got[0], &got[1]) == 2) continue;
+    if (sscanf(line, " %31s %d %d %lf %d %lf", name, &layers[0], &layers[1], &ms[0], &layers[2], &ms[1]) != 6) continue;
+    rows++;
+    assert_int_equal(layers[0] + layers[1] + layers[2], p.task.layers);
+  }
+  assert_int_equal(rows, SAVED_COUNT - 1); // nothing asks for x2
+  assert_true(fabs(got[0] - 1e3 * again) < 2e-3 && fabs(got[1] - 1e3 * copied) < 2e-3);
+  free(text);
+  program_free(q);
+  program_free(kept);
+  policy_table_free(&c.policy);
+  policy_table_free(&keep);
+  paper_close(&p);
+}
+
 static void test_takes_little_time(void **state) {
   (void)state;
   Paper p;
@@ -270,8 +308,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_menu_is_exact),       cmocka_unit_test(test_keep_wins_ties),
       cmocka_unit_test(test_base_beats_the_hand), cmocka_unit_test(test_other_sizes),
-      cmocka_unit_test(test_limits_hold),         cmocka_unit_test(test_takes_little_time),
-      cmocka_unit_test(test_against_all_plans),
+      cmocka_unit_test(test_limits_hold),         cmocka_unit_test(test_cost_table),
+      cmocka_unit_test(test_takes_little_time),   cmocka_unit_test(test_against_all_plans),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
