@@ -29,7 +29,8 @@ template <int KIND, class End>
 static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ GemmLaunch<End> launch) {
   __shared__ GemmTiles t;
   const GemmWork &l = launch.work;
-  gemm_tiles_load<KIND>(l, l.bn, &t);
+  gemm_counts_load(l, &t);
+  gemm_parts_build(KIND, &l.shape, l.bn, &t);
   int64_t first = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
   float scale = GemmEpilogue<End>::scale(launch.end[0]); // both sides' is one
   for (int g = 0; g < gemm_groups(&l.shape); g++) {

@@ -48,8 +48,8 @@ static_assert(GEMM_MAX_PLACES <= INT16_MAX && GEMM_MAX_PARTS <= INT16_MAX, "Gemm
 static_assert(sizeof(GemmTiles) <= CUDA_STATIC_SHARED,
               "the kernel that adds parts has the tiles in static shared memory");
 
-// Fills *t from the extents on the device. All threads of the block take part; at least two warps of them.
-template <int KIND> static __device__ inline void gemm_tiles_load(const GemmWork &l, int bn, GemmTiles *t) {
+// Fills begin and count from the extents on the device. All threads of the block take part.
+static __device__ inline void gemm_counts_load(const GemmWork &l, GemmTiles *t) {
   for (int i = threadIdx.x; i < gemm_groups(&l.shape); i += blockDim.x) {
     int m = gemm_group_side(&l.shape, i), e = i - (m == IMAGE ? l.shape.groups[TEXT] : 0);
     const GemmExtent &x = l.g.side[m].extent;
@@ -57,6 +57,10 @@ template <int KIND> static __device__ inline void gemm_tiles_load(const GemmWork
     t->count[i] = max(0, x.count_fixed + (x.count ? x.count[e] : 0));
   }
   __syncthreads();
+}
+// Fills *t; at least two warps.
+template <int KIND> static __device__ inline void gemm_tiles_load(const GemmWork &l, int bn, GemmTiles *t) {
+  gemm_counts_load(l, t);
   gemm_tiles_build(KIND, &l.shape, bn, t);
 }
 

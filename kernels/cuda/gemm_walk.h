@@ -324,24 +324,44 @@ static GEMM_BOTH void gemm_places_by_rows(const GemmShape *s, GemmTiles *t) {
   GEMM_SYNC();
 }
 
-// Fills the rest of *t from begin and count, which are there. All threads of the block take part; at least two warps of
-// them.
-static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
-  const int groups = gemm_groups(s);
+// ---- all of it ----
+
+// Fills parts (and share, one_round) from begin and count, which are there. All threads of the block take part, here
+// and below; at least two warps of them.
+static GEMM_BOTH void gemm_parts_find(int kind, const GemmShape *s, int bn, GemmTiles *t) {
   const bool by_counts = (s->groups[TEXT] > 0 && s->parts[TEXT] == 0) || (s->groups[IMAGE] > 0 && s->parts[IMAGE] == 0);
   if (kind == GEMM_TN && by_counts) gemm_share_find(s, bn, t);
+  GEMM_EACH(g, gemm_groups(s)) t->parts[g] = (int16_t)gemm_group_parts(kind, s, t, g);
+}
+// Fills partial from the parts, once all are there, but for running sums.
+static GEMM_BOTH void gemm_sums_find(int kind, const GemmShape *s, GemmTiles *t) {
+  GEMM_EACH(g, gemm_groups(s)) {
+    const int parts = t->parts[g];
+    t->partial[g] = parts > 1 ? parts * gemm_part_size(kind, s, gemm_group_side(s, g)) : 0;
+  }
+}
+
+// What adds the parts' sums needs of *t: parts and partial.
+static GEMM_BOTH void gemm_parts_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
+  gemm_parts_find(kind, s, bn, t);
+  GEMM_SYNC();
+  gemm_sums_find(kind, s, t);
+  GEMM_SYNC();
+  GEMM_RUNNING_SUMS(t->partial, gemm_groups(s), 0);
+  GEMM_SYNC();
+}
+
+// What walks the tiles needs of it: everything.
+static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
   const bool tails = gemm_tails_wait(kind, s, t, bn);
   if (GEMM_FIRST_THREAD) t->tails = tails;
-  GEMM_EACH(g, groups) t->parts[g] = (int16_t)gemm_group_parts(kind, s, t, g);
+  gemm_parts_find(kind, s, bn, t);
   GEMM_SYNC();
   if (kind == GEMM_TN)
     gemm_places_by_rows(s, t);
   else
     gemm_places_by_runs(kind, s, t);
-  GEMM_EACH(g, groups) {
-    const int parts = t->parts[g];
-    t->partial[g] = parts > 1 ? parts * gemm_part_size(kind, s, gemm_group_side(s, g)) : 0;
-  }
+  gemm_sums_find(kind, s, t);
   const int places = t->places;
   GEMM_EACH(i, places) {
     int first;
@@ -352,7 +372,7 @@ static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, Gem
   if (GEMM_FIRST_THREAD) t->first[0] = 0;
   GEMM_SYNC();
   GEMM_RUNNING_SUMS(t->first, places + 1, 0);
-  GEMM_RUNNING_SUMS(t->partial, groups, 1);
+  GEMM_RUNNING_SUMS(t->partial, gemm_groups(s), 1);
   GEMM_SYNC();
 }
 

@@ -160,12 +160,24 @@ static void check_parts(const Walk *w) {
   assert_true(cut <= GEMM_SHARE_UNITS);
 }
 
+// What adds the parts finds them where the walk has left them.
+static void check_parts_alone(const Walk *w) {
+  GemmTiles *t = xcalloc(1, sizeof *t);
+  const size_t groups = (size_t)gemm_groups(&w->shape);
+  memcpy(t->count, w->tiles.count, sizeof t->count);
+  gemm_parts_build(w->kind, &w->shape, w->bn, t);
+  assert_memory_equal(t->parts, w->tiles.parts, groups * sizeof *t->parts);
+  assert_memory_equal(t->partial, w->tiles.partial, groups * sizeof *t->partial);
+  free(t);
+}
+
 static void check_walk(Walk *w) {
   gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
   check_covered(w);
   check_distinct(w);
   check_order(w);
   check_parts(w);
+  check_parts_alone(w);
 }
 
 // ---- tests ----
