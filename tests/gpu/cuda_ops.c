@@ -4,7 +4,7 @@
 //
 //   cuda_ops [--bench] [OP | FAMILY ...]    one line per op; exit code 1 when one fails, 2 without a GPU
 //
-// --bench times each op instead, at the size of a layer of the base config; products also at that of the small config.
+// --bench times each op instead, at the size of a layer of the base config; products also at those of small and fine.
 // The calls run in a child process: an op that brings it down, or hangs, is reported and left out, and the others go
 // on.
 #include "tests/gpu/cuda_families.h"

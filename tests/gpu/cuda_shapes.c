@@ -58,6 +58,9 @@ const CudaShape cuda_bench_shapes[CUDA_BENCH_SHAPES] = {
     {"small", PACK_TRAINING, ROUTE_ANY,
      {.T = 16384, .segments = 80, .C = 512, .H = 8, .G = 4, .D = 64, .P = 192, .V = 4096, .Z = 256, .L = 8,
       .E = BOTH(8, 8), .K = BOTH(2, 2), .F = BOTH(384, 512), .S = BOTH(0, 0)}},
+    {"fine", PACK_TRAINING, ROUTE_ANY,
+     {.T = 16384, .segments = 80, .C = 1024, .H = 16, .G = 4, .D = 64, .P = 192, .V = 4096, .Z = 256, .L = 16,
+      .E = BOTH(32, 64), .K = BOTH(4, 4), .F = BOTH(512, 512), .S = BOTH(0, 0)}},
 };
 // clang-format on
 const int n_cuda_shapes = sizeof cuda_shapes / sizeof *cuda_shapes;

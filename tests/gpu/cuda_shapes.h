@@ -20,8 +20,8 @@ typedef struct CudaShape {
 
 extern const CudaShape cuda_shapes[];
 extern const int n_cuda_shapes;
-// A layer of the base config and one of the small config, both at 16384 tokens.
-enum { CUDA_BENCH_SHAPES = 2 };
+// A layer of the base config, one of small and one of fine, all at 16384 tokens.
+enum { CUDA_BENCH_SHAPES = 3 };
 extern const CudaShape cuda_bench_shapes[CUDA_BENCH_SHAPES];
 
 // Sizes, pack and random stream of the case from a shape; the case's name too.
