@@ -80,12 +80,16 @@ int64_t engine_device_bytes(const Engine *e) {
 static const char *const memory_policy_name[] = {
     [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
 
-// What lies on the host.
-static const char *const state_text[] = {[STATE_AUTO] = "",
-                                         [STATE_DEVICE] = "",
-                                         [STATE_EMA] = ", EMA on the host",
-                                         [STATE_MOMENTS] = ", EMA and moments on the host",
-                                         [STATE_GRADIENTS] = ", EMA, moments and gradients on the host"};
+// "EMA and moments on the host, 21.327 GB"; empty where all of the state is on the device. malloc'd.
+static char *state_text(const Engine *e) {
+  static const char *const what[][2] = {
+      [STATE_EMA] = {"EMA", "part of the EMA"},
+      [STATE_MOMENTS] = {"EMA and moments", "EMA and part of the moments"},
+      [STATE_GRADIENTS] = {"EMA, moments and gradients", "EMA, moments and part of the gradients"}};
+  if (e->model.state <= STATE_DEVICE) return xstrdup("");
+  return xasprintf("%s on the host, %.3f GB", what[e->model.state][e->model.kept > 0],
+                   (double)engine_state_on_host(e) / 1e9);
+}
 
 // "the largest: 8 x expert h, 0.201 GB", of what fills the arena.
 static void name_largest(const Engine *e, char *text, size_t size) {
@@ -100,8 +104,11 @@ static void name_largest(const Engine *e, char *text, size_t size) {
 }
 
 char *engine_memory_text(const Engine *e) {
-  return xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s", (double)engine_device_bytes(e) / 1e9,
-                   (double)e->budget / 1e9, memory_policy_name[e->chosen], state_text[e->model.state]);
+  char *state = state_text(e);
+  char *text = xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s%s", (double)engine_device_bytes(e) / 1e9,
+                         (double)e->budget / 1e9, memory_policy_name[e->chosen], state[0] ? "; " : "", state);
+  free(state);
+  return text;
 }
 
 // The smallest changes with which what needs too much would fit. `activations`: those bytes of it that fewer slots
@@ -596,7 +603,9 @@ static void print_state(const Engine *e, FILE *f) {
   const Program *updates[] = {e->update, e->update_ema};
   static const char *const names[] = {"a step", "a step with EMA"};
   if (e->model.state <= STATE_DEVICE) return;
-  fprintf(f, "state: %s\n", state_text[e->model.state] + strlen(", "));
+  char *text = state_text(e);
+  fprintf(f, "state: %s\n", text);
+  free(text);
   for (int i = 0; i < 2; i++) {
     double in = state_traffic(updates[i], LANE_H2D), out = state_traffic(updates[i], LANE_D2H);
     if (in + out == 0) continue;
