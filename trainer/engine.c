@@ -80,17 +80,6 @@ int64_t engine_device_bytes(const Engine *e) {
 static const char *const memory_policy_name[] = {
     [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
 
-// "EMA and moments on the host, 21.327 GB"; empty where all of the state is on the device. malloc'd.
-static char *state_text(const Engine *e) {
-  static const char *const what[][2] = {
-      [STATE_EMA] = {"EMA", "part of the EMA"},
-      [STATE_MOMENTS] = {"EMA and moments", "EMA and part of the moments"},
-      [STATE_GRADIENTS] = {"EMA, moments and gradients", "EMA, moments and part of the gradients"}};
-  if (e->model.state <= STATE_DEVICE) return xstrdup("");
-  return xasprintf("%s on the host, %.3f GB", what[e->model.state][e->model.kept > 0],
-                   (double)engine_state_on_host(e) / 1e9);
-}
-
 // "the largest: 8 x expert h, 0.201 GB", of what fills the arena.
 static void name_largest(const Engine *e, char *text, size_t size) {
   const Program *fullest = NULL;
@@ -104,7 +93,7 @@ static void name_largest(const Engine *e, char *text, size_t size) {
 }
 
 char *engine_memory_text(const Engine *e) {
-  char *state = state_text(e);
+  char *state = engine_state_text(e);
   char *text = xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s%s", (double)engine_device_bytes(e) / 1e9,
                          (double)e->budget / 1e9, memory_policy_name[e->chosen], state[0] ? "; " : "", state);
   free(state);
@@ -167,101 +156,6 @@ int engine_check_host(const Engine *e, Error *err) {
   return 0;
 }
 
-// ---- the optimizer's state ----
-
-static void free_state_programs(Engine *e) {
-  Program **all[] = {&e->update, &e->update_ema, &e->ema_in, &e->ema_out, &e->hash};
-  for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-    program_free(*all[i]);
-    *all[i] = NULL;
-  }
-}
-
-// Bytes of `count` elements of a space that has one for each parameter.
-static int64_t element_bytes(const Engine *e, Space space, int64_t count) {
-  return count * (int64_t)space_element(e->model.backend, space);
-}
-
-// An element for each parameter, part of which may lie on the host.
-static void set_slab_bytes(Engine *e, Space space) {
-  e->bases.host_bytes[space] = element_bytes(e, space, state_host_count(&e->model, space));
-  e->bytes[space] = element_bytes(e, space, e->model.params.total) - e->bases.host_bytes[space];
-}
-
-static void set_state_bytes(Engine *e, int train) {
-  const Config *c = e->config;
-  const Backend *b = e->model.backend;
-  int64_t n = e->model.params.total;
-  int away = e->model.state == STATE_GRADIENTS;
-  if (c->train.ema > 0) set_slab_bytes(e, SPACE_EMA);
-  // Where the weights lie while the EMA is in their place.
-  if (c->train.ema > 0) e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n * (int64_t)b->dtype_bytes[DT_ACT];
-  if (!train) return;
-  e->bytes[SPACE_REMAINDER] = element_bytes(e, SPACE_REMAINDER, n);
-  set_slab_bytes(e, SPACE_ADAM_M);
-  set_slab_bytes(e, SPACE_ADAM_V);
-  e->bytes[SPACE_GRADS] = element_bytes(e, SPACE_GRADS, gradients_count(&e->model));
-  e->bytes[SPACE_HOST_GRADS] =
-      max_i64(e->bytes[SPACE_HOST_GRADS], element_bytes(e, SPACE_HOST_GRADS, gradients_host_count(&e->model)));
-  if (c->train.micro_batches > 1 && b->gradient_per_micro)
-    e->bytes[SPACE_MICRO_GRADS] = element_bytes(e, SPACE_MICRO_GRADS, n);
-  e->bytes[SPACE_PARAM_SUMS] = (int64_t)PARAM_SUMS * e->model.params.n * (int64_t)sizeof(double);
-  e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
-  e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
-}
-
-// Records all programs but training's and the forward-only ones for a place of the state, on top of `forward`, the
-// bytes of those.
-static void record_state(Engine *e, MemoryState state, int kept, const int64_t forward[SPACE_COUNT], int train) {
-  const Config *c = e->config;
-  int has_ema = c->train.ema > 0;
-  free_state_programs(e);
-  memcpy(e->bytes, forward, sizeof e->bytes);
-  e->model.state = state;
-  e->model.kept = kept;
-  set_state_bytes(e, train);
-  if (has_ema) {
-    e->ema_in = ema_record(&e->model, 1);
-    e->ema_out = ema_record(&e->model, 0);
-  }
-  if (train) e->update = update_record(&e->model, 0);
-  if (train && has_ema) e->update_ema = update_record(&e->model, 1);
-  if (train && c->train.verify_every) e->hash = hash_record(&e->model);
-  const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->hash};
-  for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-    if (all[i]) engine_measure(e, all[i]);
-}
-
-// The most buckets that can stay without it being too much with the smallest need of activations.
-static int most_kept(Engine *e, int train) {
-  int64_t bytes[SPACE_COUNT], host_bytes[SPACE_COUNT], others = engine_least_bytes(e, train) - engine_device_bytes(e);
-  int kept = 0;
-  memcpy(bytes, e->bytes, sizeof bytes);
-  memcpy(host_bytes, e->bases.host_bytes, sizeof host_bytes);
-  for (int k = 1; k < e->model.params.buckets; k++) {
-    e->model.kept = k;
-    set_state_bytes(e, train);
-    if (engine_device_bytes(e) + others <= e->budget) kept = k;
-  }
-  memcpy(e->bytes, bytes, sizeof bytes);
-  memcpy(e->bases.host_bytes, host_bytes, sizeof host_bytes);
-  e->model.kept = 0;
-  return kept;
-}
-
-// memory.state: what it names, or as "auto" the least that lets the smallest need of activations fit beside it.
-static int choose_state(Engine *e, int train, Error *err) {
-  MemoryState want = e->config->memory.state, state = want == STATE_AUTO ? STATE_DEVICE : want;
-  int64_t forward[SPACE_COUNT];
-  memcpy(forward, e->bytes, sizeof forward);
-  if (!e->model.backend->queues) state = want = STATE_DEVICE;
-  record_state(e, state, 0, forward, train);
-  while (want == STATE_AUTO && state < STATE_GRADIENTS && engine_least_bytes(e, train) > e->budget)
-    record_state(e, ++state, 0, forward, train);
-  if (want == STATE_AUTO && state > STATE_DEVICE) record_state(e, state, most_kept(e, train), forward, train);
-  return train ? engine_choose_policy(e, err) : 0;
-}
-
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
   Extents extents = extents_expected(c, c->data.micro_batch_tokens);
   return engine_record_with(e, c, backend, train, costs_new(backend, &extents), NULL, err);
@@ -289,7 +183,7 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   record_forward(e, MODE_GENERATE);
   record_forward(e, MODE_WRITE);
   e->bytes[SPACE_BATCH] = e->bytes[SPACE_STAGING];
-  return choose_state(e, train, err);
+  return engine_choose_state(e, train, err);
 }
 
 void *engine_space_allocate(const Engine *e, Space space) {
@@ -444,7 +338,7 @@ void engine_use_ema(Engine *e, int ema) {
 void engine_free(Engine *e) {
   await_host_slab(e);
   engine_free_train_programs(e);
-  free_state_programs(e);
+  engine_free_state_programs(e);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (e->bases.of[s]) engine_space_release(e, (Space)s);
@@ -586,37 +480,6 @@ static void print_row(FILE *f, const char *label, int64_t bytes, const char *not
   fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", label, (long long)bytes, (double)bytes / 1e6, note);
 }
 
-// Bytes that a program's copies carry between the state on the host and the device.
-static double state_traffic(const Program *p, Lane lane) {
-  double bytes = 0;
-  for (int i = 0; p && i < p->n_ops; i++) {
-    const Op *op = &p->ops[i];
-    Space host = p->tensors[lane == LANE_D2H ? op->out[0] : op->in[0]].space;
-    if (op->lane == lane && host != SPACE_HOST) bytes += (double)op->args.span.count;
-  }
-  return bytes;
-}
-
-// What of the state is on the host, and what that costs a step in the update, where nothing hides it.
-static void print_state(const Engine *e, FILE *f) {
-  const LinkRates *link = &e->costs.link;
-  const Program *updates[] = {e->update, e->update_ema};
-  static const char *const names[] = {"a step", "a step with EMA"};
-  if (e->model.state <= STATE_DEVICE) return;
-  char *text = state_text(e);
-  fprintf(f, "state: %s\n", text);
-  free(text);
-  for (int i = 0; i < 2; i++) {
-    double in = state_traffic(updates[i], LANE_H2D), out = state_traffic(updates[i], LANE_D2H);
-    if (in + out == 0) continue;
-    fprintf(f, "  the update of %-16s %9.3f GB to the device, %9.3f GB back", names[i], in / 1e9, out / 1e9);
-    if (link->both_h2d > 0) fprintf(f, ": %.0f ms", 1e3 * fmax(in / link->both_h2d, out / link->both_d2h));
-    fputc('\n', f);
-  }
-  double away = state_traffic(engine_micro_step(e, e->config->train.micro_batches - 1)->program, LANE_D2H);
-  if (away > 0) fprintf(f, "  gradients                  %9.3f GB to the host in each backward pass\n", away / 1e9);
-}
-
 void engine_print_plan(const Engine *e, FILE *f) {
   const Config *c = e->config;
   fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s\n",
@@ -635,6 +498,6 @@ void engine_print_plan(const Engine *e, FILE *f) {
   if (engine_slab_bytes(e, SPACE_ADAM_M) && copy != COPY_NEVER)
     print_row(f, "copy for checkpoints", state_bytes(e),
               copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
-  print_state(e, f);
+  engine_print_state(e, f);
   if (e->first.program) planner_print(e->first.program, f);
 }

@@ -9,6 +9,8 @@ void engine_measure(Engine *e, const Program *p);
 // Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
 // and device memory are one.
 int engine_counts(const Engine *e, Space space);
+// Bytes of the optimizer's state in the host's memory, beside a device.
+int64_t engine_state_on_host(const Engine *e);
 // Bytes of pinned host memory that activations may take.
 int64_t engine_host_budget(const Engine *e);
 void *engine_space_allocate(const Engine *e, Space space);
@@ -22,4 +24,13 @@ int engine_choose_policy(Engine *e, Error *err);
 void engine_free_train_programs(Engine *e);
 // What the engine would need of the device with the smallest training programs that memory.policy allows.
 int64_t engine_least_bytes(Engine *e, int train);
+
+// engine_state.c: records the programs between passes for the place of the state that memory.state says, "auto": the
+// least that lets the smallest need of activations fit beside it; then the training programs. -1 as above.
+int engine_choose_state(Engine *e, int train, Error *err);
+void engine_free_state_programs(Engine *e);
+// "EMA and moments on the host, 21.327 GB"; empty where all of the state is on the device. malloc'd.
+char *engine_state_text(const Engine *e);
+// The same for --plan, with what it costs a step.
+void engine_print_state(const Engine *e, FILE *f);
 #endif
