@@ -21,7 +21,7 @@ static void config_for(ModelCase *c, int variant) {
        "model.image.top_k=1"},
       {"model.kv_heads=4", "model.text.top_k=4", "model.text.experts=4", "model.image.experts=5", "model.image.top_k=3",
        "model.image.shared_dim=4", "model.image.expert_dim=6", "model.text.expert_dim=12"},
-      {"model.kv_heads=1", "model.layers=3", "model.tie_embeddings=true", "model.text.experts=12", "model.text.top_k=2",
+      {"model.kv_heads=1", "model.layers=4", "model.tie_embeddings=true", "model.text.experts=12", "model.text.top_k=2",
        "model.text.expert_dim=4", "model.image.expert_dim=4", "model.text.shared_dim=5"},
       {"model.attn_per_modality=true", "model.text.experts=2", "model.text.top_k=2", "model.text.expert_dim=8",
        "model.image.experts=3", "model.image.top_k=3", "model.image.expert_dim=6", "model.image.shared_dim=8"}};

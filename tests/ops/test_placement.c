@@ -163,7 +163,7 @@ static void check_order(Program *p, int *waits) {
 static void test_every_wait_is_needed(void **state) {
   (void)state;
   ModelCase c;
-  model_case_init(&c, 910, 3); // three layers
+  model_case_init(&c, 910, 3); // four layers
   c.model.update_part = PART;
   for (MemoryState s = STATE_EMA; s <= STATE_GRADIENTS; s++) {
     int waits = 0;
