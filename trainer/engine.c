@@ -175,7 +175,7 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
                      backend->name);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
   Dims d = dims_from_config(c, e->slots, e->segments);
-  e->bytes[SPACE_WEIGHTS] = element_bytes(e, SPACE_WEIGHTS, e->model.params.total);
+  e->bytes[SPACE_WEIGHTS] = e->model.params.total * (int64_t)space_element(backend, SPACE_WEIGHTS);
   e->bytes[SPACE_METRICS] = metrics_size(&d) * (int64_t)sizeof(double);
   e->bytes[SPACE_STAGING] = pack_bytes(c, e->slots, e->segments);
   e->bytes[SPACE_INPUT] = (int64_t)d.T * d.P * (int64_t)backend->dtype_bytes[DT_ACT];
