@@ -52,7 +52,8 @@ same() { # RUN RUN STEP
 # ---- the group itself, and who cannot have one ----
 "${launch[@]}" -np 3 "$build/tests/test_ranks" >"$dir/log" 2>&1 || fail "the functions of a group"
 echo 'int main(void) { Error e; if (ranks_open(&e) != 0) fatal(&e); return 0; }' >"$dir/alone.c"
-"${CC:-gcc}" -D_GNU_SOURCE -I. -include base/ranks.h -o "$dir/alone" "$dir/alone.c" base/ranks.c base/base.c -lm
+# shellcheck disable=SC2086 # a compiler and its launcher
+${CC:-gcc} -D_GNU_SOURCE -I. -include base/ranks.h -o "$dir/alone" "$dir/alone.c" base/ranks.c base/base.c -lm
 "$dir/alone" || fail "a build without MPI, one process"
 rc=0
 "${launch[@]}" -np 2 "$dir/alone" 2>"$dir/log" || rc=$?
