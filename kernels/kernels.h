@@ -91,6 +91,15 @@ typedef struct Metrics {
   double flow_elems; // elements in that sum
   double balance, z; // router losses, as they enter the total: coefficients and scales applied
 } Metrics;
+// Not finite where one of the step's losses is not. Device code asks too.
+#ifdef __CUDACC__
+#define METRICS_FN static __host__ __device__ inline
+#else
+#define METRICS_FN static inline
+#endif
+METRICS_FN double metrics_losses(const Metrics *m) {
+  return m->nll[0] + m->nll[1] + m->flow + m->balance + m->z;
+}
 static inline int64_t metrics_size(const Dims *d) { // in doubles
   return (int64_t)(sizeof(Metrics) / sizeof(double)) + (int64_t)d->L * (d->E[0] + d->E[1]);
 }

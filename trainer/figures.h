@@ -1,5 +1,6 @@
 // The figures of a step, one table: its line in the log, metrics.jsonl, TensorBoard and --dump's losses.json are loops
-// over it, and a test holds docs/metrics.md to it. A new loss is a field of Metrics (kernels.h) and a row here.
+// over it, and a test holds docs/metrics.md to it. A new loss is a field of Metrics and a term of metrics_losses
+// (kernels.h), and a row here.
 #ifndef TESSERA_FIGURES_H
 #define TESSERA_FIGURES_H
 

@@ -90,7 +90,7 @@ void cpu_GRAD_DECIDE(const KernelCall *c) {
   UpdateStatus *status = c->out.GRAD_DECIDE.status;
   int n = c->args->params.n;
   // The loss first: where it is not finite, all the gradients behind it are not either.
-  double total = 0, loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z;
+  double total = 0, loss = metrics_losses(metrics);
   int bad = isfinite(loss) ? -1 : n;
   for (int p = 0; p < n; p++) {
     total += squares[p];

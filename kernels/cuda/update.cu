@@ -215,7 +215,7 @@ static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const dou
   total = block_sum_double<THREADS>(total, shared); // its barriers order first_bad too
   if (threadIdx.x) return;
   // The loss first: where it is not finite, all the gradients behind it are not either.
-  double loss = metrics->nll[0] + metrics->nll[1] + metrics->flow + metrics->balance + metrics->z, norm = sqrt(total);
+  double loss = metrics_losses(metrics), norm = sqrt(total);
   int bad = !isfinite(loss) ? n : first_bad < n ? first_bad : -1;
   status->norm = norm;
   status->scale = scalars->clip > 0 && norm > scalars->clip ? scalars->clip / norm : 1;
