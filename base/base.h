@@ -52,8 +52,8 @@ char *file_read(const char *path, size_t max_bytes, size_t *bytes, Error *err);
 int64_t file_read_at(int fd, int64_t at, void *to, int64_t n);
 // Writes a whole file, replacing one that is there; 0, or -1 with *err set.
 int file_write(const char *path, const void *data, size_t bytes, Error *err);
-// Puts a file that was written whole as `next` in the place of `path`, once it is on the disk: who is killed meanwhile
-// leaves the old one. `next` is gone in any case; 0, or -1 with *err set.
+// Flushes a file that was written whole as `next` to the disk, then renames it to `path`: a process killed meanwhile
+// leaves the old file. `next` is gone in any case; 0, or -1 with *err set.
 int file_put(const char *next, const char *path, Error *err);
 // file_write to PATH.new, then file_put.
 int file_replace(const char *path, const void *data, size_t bytes, Error *err);

@@ -25,8 +25,7 @@ static inline uint64_t hash64_load(const uint8_t *p) { // little-endian hosts, l
   return v;
 }
 
-// A hash of bytes that come piece by piece: begin with hash64_begin, add them in order, hash64_end tells the hash of
-// all.
+// Hashes bytes that come piece by piece: hash64_begin, hash64_add in order, hash64_end for the hash of all.
 typedef struct Hash64 {
   uint64_t acc[4];
   uint64_t bytes;   // so far

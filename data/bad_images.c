@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// So many images are named in the error that ends a run.
+// Images that the error which ends a run names.
 enum { LISTED = 5 };
 // Images in a row that cannot be decoded after which a source is not what it should be: the first ones, and later ones.
 enum { FIRST_IMAGES = 16, MOST_IN_A_ROW = 10000 };

@@ -2,7 +2,6 @@
 #include "base/philox.h"
 #include "model/recording.h"
 
-
 // c = W2 silu(W1 features) + Wp pooled + e_kind; mod = S + U silu(c).
 static void record_condition(Recording *r, Input *in) {
   const ParamTable *w = &r->model->params;

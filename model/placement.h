@@ -1,5 +1,5 @@
-// Where the slabs with an element a parameter lie: what memory.state moves to the host, and where on the device the
-// gradients of layers lie while they are formed if they leave.
+// Where slabs with an element for each parameter lie: what memory.state moves to the host, and where on the device
+// gradients that leave are formed.
 #ifndef TESSERA_PLACEMENT_H
 #define TESSERA_PLACEMENT_H
 
@@ -9,8 +9,8 @@
 // through the arena where they are computed with.
 int64_t state_host_count(const Model *m, Space space);
 
-// With STATE_GRADIENTS the gradients of a layer that is not kept are formed in one of at most so many slots in turn,
-// and leave for SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
+// With STATE_GRADIENTS the gradients of a layer that is not kept are formed in turn in at most this many slots, and
+// leave for SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
 enum { GRADIENT_SLOTS = 3 };
 int bucket_leaves(const Model *m, const ParamBucket *b);
 // Elements of SPACE_GRADS: gradients that stay, in the slabs' order, then the slots.

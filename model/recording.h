@@ -36,7 +36,7 @@ typedef struct Activations {
 // What the input's backward pass reads.
 typedef struct Input {
   TensorId z, bottleneck;        // [T, P], [T, B]
-  TensorId features, t1, t1_act; // [SEG, 256], [SEG, Z] x 2
+  TensorId features, t1, t1_act; // [SEG, TIME_FEATURES], [SEG, Z] x 2
   TensorId pooled, c, a;         // [SEG, C], [SEG, Z] x 2
 } Input;
 

@@ -9,8 +9,8 @@
 #   all    everything (the default)
 #   --check  only report; exit code 1 if something is missing
 #
-# What is there is found by compiling, linking and importing, so libraries from anywhere count; nothing is installed,
-# and no privilege asked for, when nothing is missing. Needs root or sudo for the rest. Without apt it prints a list.
+# Finds what is there by compiling, linking and importing, so libraries from anywhere count. Where nothing is missing it
+# installs nothing and needs no privilege; else it needs root or sudo, and without apt it prints a list.
 set -eu
 
 # The packages go into the distribution's own Python, whatever other python3 comes first in PATH.

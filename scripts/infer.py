@@ -305,7 +305,7 @@ def from_patches(patches, p, rows):
 
 # ---- flow times ---------------------------------------------------------------------------------------------------
 
-SAMPLER_TRAINED = 0.99  # share of the training times below the latest that is asked for
+SAMPLER_TRAINED = 0.99  # share of the training times below the latest that the sampler takes
 
 
 def time_quantile(flow, p):

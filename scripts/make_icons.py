@@ -143,7 +143,7 @@ def package_get(style):
         pack = ["npm", "pack", *NPM, "--pack-destination", str(part.resolve()), style.package]
         done = subprocess.run(pack, cwd=part, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode != 0:
-            said = "\n".join(done.stdout.strip().splitlines()[:4])  # the rest is where in npm it happened
+            said = "\n".join(done.stdout.strip().splitlines()[:4])  # below it npm says where it happened
             fail(
                 f"npm could not fetch {style.package}:\n{said}",
                 f"check the network and run this again; or {by_hand}",
@@ -288,7 +288,7 @@ def main():
     parser.add_argument("outdir", nargs="?", type=Path, default=CACHE / "icons", help="folder of the tar")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
     parser.add_argument("--all", action="store_true", help=f"the two styles under {SHARE_ALIKE} too")
-    parser.add_argument("--limit", type=int, help="only the first so many of each style, by name")
+    parser.add_argument("--limit", type=int, help="only the first N of each style, by name")
     parser.add_argument("--force", action="store_true", help="rebuild a tar that exists")
     args = parser.parse_args()
     if not 1 <= args.size <= 4096:

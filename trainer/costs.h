@@ -1,4 +1,4 @@
-// What the ops and copies of a run take: the file beside the run, or until there is one the device's rates.
+// Costs of a run's ops and copies: from the file in its folder or, before there is one, from the device's rates.
 #ifndef TESSERA_COSTS_H
 #define TESSERA_COSTS_H
 
@@ -12,8 +12,7 @@
 // else the model's for the open device's link, where one is, which takes up to half a second. Every process of a group
 // calls it. Free with costs_free.
 Costs costs_open(const Config *c, const Backend *b, const char *run);
-// The same for a plan alone, which no times of ops will follow: with the device's rates too. Takes half a gigabyte of
-// it.
+// The same for --plan, where no op will be timed: measures the device's rates too, in half a gigabyte of its memory.
 Costs costs_open_plan(const Config *c, const Backend *b, const char *run);
 // Writes them for the next start. -1 with *err where it cannot.
 int costs_keep(const Config *c, const Backend *b, const char *run, const Costs *costs, Error *err);

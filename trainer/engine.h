@@ -73,7 +73,7 @@ int engine_record(Engine *e, const Config *c, const Backend *backend, int train,
 // "auto" to go by where it fits, borrowed, or NULL.
 int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs,
                        const PolicyTable *given, Error *err);
-// What choose is asked for an engine that was recorded for training, whose memory that is no arena stays as it is.
+// The task of choosing a plan for an engine that was recorded for training; memory other than the arena stays as it is.
 ChooseTask engine_choose_task(const Engine *e);
 // -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
 int engine_check_budget(const Engine *e, Error *err);

@@ -76,7 +76,7 @@ static Program *record_plan(const void *engine, const PolicyTable *table) {
 ChooseTask engine_choose_task(const Engine *e) {
   const Config *c = e->config;
   PolicyTable keep, recompute;
-  Error never; // memory.per_tensor was looked at when the programs were recorded
+  Error never; // memory.per_tensor was checked when the programs were recorded
   ChooseTask t = {.record = record_plan,
                   .model = e,
                   .layers = c->model.layers,

@@ -1,4 +1,4 @@
-// What the ops of a run take on its device, timed before its first step.
+// Times the ops of a run on its device, before its first step.
 #ifndef TESSERA_MEASURE_H
 #define TESSERA_MEASURE_H
 
@@ -14,6 +14,7 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
 
 // Whether all ops of a program were timed.
 int measure_has(const Costs *c, const Program *p);
-// Notes the times of ops in a step that is timed anyway: those of the update, which a replay for its times would apply.
+// Records the times of ops from a step that was timed op by op: the update's, since replaying it just to time it would
+// apply it.
 void measure_note(const Program *p, const OpTime *times, Costs *c);
 #endif

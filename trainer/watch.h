@@ -1,5 +1,5 @@
-// Whether a run goes as it was planned. Its ops are timed before its first step; what the steps after that take is held
-// against the prediction, and where they differ by too much the ops are timed once more.
+// Compares a run's steps with its plan. Ops are timed before the first step; where the steps after it differ too much
+// from the prediction, ops are timed again.
 #ifndef TESSERA_WATCH_H
 #define TESSERA_WATCH_H
 
@@ -29,10 +29,10 @@ void watch_close(Watch *w);
 
 // Whether watch_pack has something to do: the steps before must be collected then.
 int watch_due(const Watch *w);
-// Before the first micro-step of `step`, with its pack: where that is due times ops, and where memory.policy auto chose
-// plans again by what they take, and keeps the plan. -1 with *err where there was no memory for another plan.
+// Called before the first micro-step of `step`, with its pack. Times ops where that is due; where memory.policy auto
+// chose, plans again by these times and keeps the plan. -1 with *err where there was no memory for another plan.
 int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step, Error *err);
-// Where the update of this step leaves its ops' times, for watch_update; NULL: it need not.
+// Where this step's update is to leave its ops' times, for watch_update; NULL: nowhere.
 OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t step);
 void watch_update(Watch *w, Engine *e, const Program *update);
 // What a step took. After the last that is watched, the log says how well it was predicted, and what memory is in use.

@@ -94,7 +94,7 @@ typedef struct Config {
     bool flip;                     // horizontal flip of half of the training images
     char tokenizer[CONFIG_PATH];   // path of a vocab.bpe; "train": learn V ids from the captions; "bytes": no merges
     double cfg_drop;               // probability that a caption-to-image document has no caption
-    double caption_to_image;       // probability that a captioned image is drawn rather than described
+    double caption_to_image;       // probability that a captioned image is generated rather than described
     double held_out;               // fraction of the samples held out
     char held_out_by[CONFIG_TEXT]; // "key", "caption" or a field of the sample
     int max_text;                  // text rows of a pack, 0 = T

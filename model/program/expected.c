@@ -21,16 +21,16 @@ static double causal_pairs(double n, double before) {
 static Extents captioned_expected(const Config *c) {
   double image = config_max_image_tokens(c), caption = c->data.max_caption / 2.0;
   if (c->data.image_mode == IMAGE_ASPECT) image *= .75;
-  const Extents drawn = {caption + 2, image, 1, caption + 1,
-                         causal_pairs(caption + 2, 0) + image * (caption + 2 + image)};
+  const Extents generated = {caption + 2, image, 1, caption + 1,
+                             causal_pairs(caption + 2, 0) + image * (caption + 2 + image)};
   const Extents unconditional = {2, image, 1, 1, causal_pairs(2, 0) + image * (2 + image)};
   const Extents described = {caption + 4, image, 1, caption + 2,
                              causal_pairs(2, 0) + image * (2 + image) + causal_pairs(caption + 2, 2 + image)};
-  double draws = c->data.caption_to_image, drops = c->data.cfg_drop;
+  double share = c->data.caption_to_image, drops = c->data.cfg_drop;
   Extents mean = {0};
-  add(&mean, draws * (1 - drops), &drawn);
-  add(&mean, draws * drops, &unconditional);
-  add(&mean, 1 - draws, &described);
+  add(&mean, share * (1 - drops), &generated);
+  add(&mean, share * drops, &unconditional);
+  add(&mean, 1 - share, &described);
   return mean;
 }
 

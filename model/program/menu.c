@@ -105,7 +105,7 @@ static void item_cost(const Layer *y, MenuItem *item, const MenuRules *rules) {
   for (int i = 0; i < y->nodes; i++) {
     const Node *n = &y->node[i];
     if (n->asked) node_need(y, item, i, rules, &u);
-    // The copy to the host is made whether or not it is asked for.
+    // The copy to the host is made whether or not the backward pass reads it.
     if (n->saved >= 0 && item->of[n->saved] == POLICY_OFFLOAD && n->bytes >= rules->least_copy)
       u.copied |= (uint64_t)1 << i;
   }
@@ -139,7 +139,7 @@ static int policies_of(const Layer *y, int saved, const MenuRules *rules, int sm
   return all;
 }
 
-// A list of items, of which none is as good as another in all three.
+// A list of items, none at least as costly as another in all three.
 typedef struct Front {
   MenuItem *item;
   int n, room;

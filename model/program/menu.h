@@ -1,6 +1,6 @@
-// What the policies of one layer come to when they are taken together: bytes that stay, bytes that are copied, seconds
-// of what is computed again. Rebuilding one tensor may rebuild others or need them, so costs do not add up tensor by
-// tensor; an op that is recorded again serves all that it makes.
+// Lists what the policies of one layer cost together: bytes that stay, bytes copied, seconds of recomputation. They do
+// not add up tensor by tensor: rebuilding one tensor may need others, and an op that is recorded again rebuilds all
+// that it makes.
 #ifndef TESSERA_MENU_H
 #define TESSERA_MENU_H
 
@@ -14,7 +14,8 @@ typedef struct MenuItem {
 } MenuItem;
 
 typedef struct Menu {
-  MenuItem *item; // [n], none as good as another in all three, ascending by seconds; item[0] keeps all it may
+  MenuItem
+      *item; // [n], none at least as costly as another in all three, ascending by seconds; item[0] keeps all it may
   int n;
 } Menu;
 

@@ -17,14 +17,14 @@ typedef struct Limits {
   int layers;
 } Limits;
 
-// Puts first the items that are cheapest at some prices, and those that leave least in memory with copies and without;
-// returns how many. The order is otherwise kept.
+// Moves to the front the items that are cheapest at some prices and those that leave least in memory, with copies and
+// without; returns their number. Keeps the order otherwise.
 int prices_corners(Menu *m);
 
 // The item that leaves least in memory, of all or of those that copy least.
 int prices_leanest(const Menu *m, int copies);
 
-// The seconds that the layers' policies add at least within these limits; exact up to how items mix: no plan beats it.
+// A lower bound of the seconds that the layers' policies add within these limits, exact but for how items mix.
 // `corners`: of the menu, its first items.
 double prices_bound(const Menu *m, int corners, const Limits *l);
 

@@ -52,8 +52,8 @@ static Share kind_share(OpKind kind) {
   }
 }
 
-// Tiles at the mask's edges are computed whole: what is of use of them falls with the keys that a query has. And heads
-// narrower than 128 feed the tensor cores less. Fitted to images of 64 to 4,096 tokens.
+// Tiles at the mask's edges are computed whole, so the useful share falls with the keys of a query. Heads narrower than
+// 128 feed the tensor cores less. Fitted to images of 64 to 4,096 tokens.
 static double attention_share(const Program *p, OpKind kind, const Extents *x) {
   double keys = x->pairs / fmax(x->text + x->image, 1), edge = kind == OP_ATTENTION_FWD ? 280 : 200;
   return keys / (keys + edge) * (p->dims.D < 128 ? .85 : 1);

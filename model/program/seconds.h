@@ -1,12 +1,12 @@
-// What ops and copies take on a device, in seconds: as measured there, or where nothing was, by a model from FLOPs,
-// bytes and the device's rates. What a plan minimises.
+// Seconds of ops and copies on a device, which a plan minimises: measured there or, where nothing was, modelled from
+// FLOPs, bytes and the device's rates.
 #ifndef TESSERA_SECONDS_H
 #define TESSERA_SECONDS_H
 
 #include "model/program/cost.h"
 
-// Ops of one class take equally long whatever their layer: equal kind, operands (which are there, their sizes, which
-// accumulate) and arguments, but for the columns and layers that these name.
+// Ops of one class take equally long. They have the same kind, operands (present ones, sizes, accumulation) and
+// arguments; columns and layers that arguments name may differ.
 typedef struct ClassSeconds {
   uint64_t of; // op_class
   OpKind kind;
@@ -29,26 +29,27 @@ Costs costs_new(const Backend *b, const Extents *extents);
 void costs_free(Costs *c);
 
 uint64_t op_class(const Program *p, const Op *op);
-// By the rates alone: the larger of FLOPs and bytes at the share of the rate that the kind of op reaches, and a launch.
+// By the rates alone: the longer of FLOPs and bytes, at the share of the rate that this kind of op reaches, and a
+// launch.
 double op_model_seconds(const Costs *c, const Program *p, const Op *op);
-// What an op of the compute lane takes with nothing beside it: its class's measured time, else the model's times the
-// scale of its kind. Of a copy lane: its transfer with the other direction at rest.
+// Seconds of an op while other lanes are idle. Compute lane: its class's measured time, else the model's time by its
+// kind's scale. Copy lanes: its transfer.
 double op_seconds(const Costs *c, const Program *p, const Op *op);
-// A transfer on LANE_D2H or LANE_H2D; both: while the other lane is busy too.
+// Seconds of a transfer on LANE_D2H or LANE_H2D; both: while the other of the two is busy.
 double copy_seconds(const Costs *c, Lane lane, double bytes, int both);
 // Whether the op's class was measured.
 int costs_have(const Costs *c, const Program *p, const Op *op);
-// The compute lane's ops of a program one after the other: a step's part without transfers.
+// Sums the compute lane's ops of a program: a step's part without transfers.
 double program_seconds(const Costs *c, const Program *p);
 
 // Adds a class, or replaces it.
 void costs_put(Costs *c, const ClassSeconds *x);
-// Notes what the ops of a program took, seconds [n_ops]; copy lanes' are left out. Classes that the program has lose
-// what was measured of them before.
+// Records the measured seconds [n_ops] of a program's ops, copy lanes' excepted, in place of what was measured of their
+// classes before.
 void costs_note(Costs *c, const Program *p, const double *seconds);
-// Ops that are timed one by one take longer than in a graph: by the events around them, and where the device waits for
-// their launch. The seconds that have to be taken from each of the compute lane's ops, so that they sum up to `total`;
-// at least 0. No op loses more than half.
+// Ops timed one by one take longer than in a graph, by their events and launches. seconds_gap returns the seconds, at
+// least 0, by which each op of the compute lane has to be shortened so that all sum up to `total`; seconds_close
+// shortens them, each by half at most.
 double seconds_gap(const Program *p, const double *seconds, double total);
 void seconds_close(const Program *p, double *seconds, double gap);
 #endif

@@ -68,7 +68,7 @@ for name, costs in (("PyTorch, best thread count", torch), ("this engine, which 
     print(f"{name:<36}{median(costs) * tokens / 1e3:>8.1f}{1e6 / median(costs):>10.0f}")
 print(f"{'waiting for data':<36}{median(waits):>8.3f}")
 print(f"the engine is {median(ratios):.2f} times as fast (rounds: {min(ratios):.2f} to {max(ratios):.2f}; at least "
-      f"{AT_LEAST} is asked for);")
+      f"{AT_LEAST} is wanted);")
 print("a product of 1024^3 on all cores: torch {:.0f}, OpenBLAS {:.0f} GFLOP/s\n".format(*map(median, zip(*blas))))
 
 print(f"{'products, all cores':<36}{'ms':>8}{'of step':>10}{'GFLOP/s':>10}")

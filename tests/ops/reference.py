@@ -160,7 +160,7 @@ def philox4x32(seed, draw, stream, blocks):
 
 def philox_normals(seed, draw, stream, count):
     """The first `count` normals of a stream, by Box-Muller: words (a, b) give two of them. The uniforms and the angle
-    are rounded to fp32 as the engine's are; the rest is float64."""
+    are rounded to fp32 as the engine's are; all else is float64."""
     words = philox4x32(seed, draw, stream, np.arange((count + 3) // 4)).reshape(-1, 2)
     u = ((words >> 9).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
     radius = np.sqrt(-2 * np.log(u[:, 0].astype(np.float64)))

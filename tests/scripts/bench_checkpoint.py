@@ -4,7 +4,7 @@ is resumed from it, beside the rates of the disk.
 
     tests/scripts/bench_checkpoint.py BUILD CONFIG FOLDER [--after 100] [--layers N] [--set KEY=VALUE ...]
 
-A run of CONFIG on random captioned images is killed once its first checkpoint, after so many steps, is on the disk, and
+A run of CONFIG on random captioned images is killed once its first checkpoint, that of step --after, is on the disk, and
 resumed from there until it has done a step. FOLDER, which is made and removed again, needs room for one checkpoint and
 8 GB; --layers makes it smaller. Nothing of the checkpoint is in memory any more when it is read.
 """

@@ -518,7 +518,7 @@ def test_divergence(work, reference):
         1, "SKIPPED: not finite", "error: ", "3 steps in a row", "hint:")
     rows = run_metrics.steps(run)
     check([("skipped" in row) for row in rows[-4:]] == [False, True, True, True], f"{run}: {rows[-4:]}\n{log[-2000:]}")
-    bad = rows[-3]["step"]  # counted from 0: so many were done before it
+    bad = rows[-3]["step"]  # counted from 0, so equal to the steps done before it
     check(checkpoints(run) == list(range(5, bad + 1)), f"{run}: {checkpoints(run)}, skipped from step {bad + 1} on")
     same(run, 5, reference)
     for step in checkpoints(run):  # all of them whole: --from takes no other

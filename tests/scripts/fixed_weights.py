@@ -84,10 +84,10 @@ def replace(folder, spoil=False):
         entry = re.compile(rf'("{path.name}": *{{[^}}]*"xxh64": *")[0-9a-f]{{16}}')
         state, found = entry.subn(lambda m: f"{m[1]}{xxh64(bytes(data)):016x}", state)
         assert found == 1, state
-    head, rest = state.split("\n", 1)
-    head, found = re.subn(r"[0-9a-f]{16}", f"{xxh64(rest.encode()):016x}", head)
+    head, body = state.split("\n", 1)
+    head, found = re.subn(r"[0-9a-f]{16}", f"{xxh64(body.encode()):016x}", head)
     assert found == 1, head
-    (folder / "state.json").write_text(f"{head}\n{rest}")
+    (folder / "state.json").write_text(f"{head}\n{body}")
 
 
 if __name__ == "__main__":

@@ -142,5 +142,5 @@ path.write_text(path.read_text().replace("tessera", "tesserb"))
 refused("none of the 1 checkpoints", "--sample", "x")
 path.unlink()
 refused("none of the 1 checkpoints", "--sample", "x")
-print(f"{len(pictures)} pictures within {worst:.3f} of 255, {len(texts)} captions, the rest as said")
+print(f"{len(pictures)} pictures within {worst:.3f} of 255, {len(texts)} captions, all else as said")
 PY

@@ -27,8 +27,8 @@ def symbols(objects):
         return
     said = subprocess.run(["nm", "-A", *map(str, objects)], capture_output=True, text=True, check=True).stdout
     for line in said.splitlines():
-        file, _, rest = line.rpartition(".o:")
-        yield file, rest.split()[-2], rest.split()[-1]
+        file, _, symbol = line.rpartition(".o:")
+        yield file, symbol.split()[-2], symbol.split()[-1]
 
 
 def words(text):

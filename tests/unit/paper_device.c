@@ -14,7 +14,7 @@
 #include "model/program/policy.h"
 
 Backend paper_device(void) {
-  static const Queues none; // none of them is ever asked for
+  static const Queues none; // none of them is ever called
   Backend b = backend_cpu;
   b.name = "paper";
   b.dtype_bytes[DT_ACT] = 2;

@@ -8,7 +8,7 @@
 // Stores as a GPU does and has an H200's rates.
 Backend paper_device(void);
 
-// A model on it, and what a plan of its training is asked for.
+// A model recorded on it, and the task of planning its training.
 typedef struct Paper {
   Config config;
   Backend backend;

@@ -262,8 +262,8 @@ static double best_of_all(const Paper *p, const Saved *kinds, int64_t arena) {
     t.slack = .1;
     t.least_copy = p->task.rules.least_copy;
     int allowed = 1;
-    for (int i = 0, rest = n; i < 2 * FREE; i++, rest /= POLICY_COUNT) {
-      Policy policy = (Policy)(rest % POLICY_COUNT);
+    for (int i = 0, digits = n; i < 2 * FREE; i++, digits /= POLICY_COUNT) {
+      Policy policy = (Policy)(digits % POLICY_COUNT);
       allowed &= policy_allowed(kinds[i % FREE], policy);
       t.of[i / FREE * SAVED_COUNT + (int)kinds[i % FREE]] = (uint8_t)policy;
     }

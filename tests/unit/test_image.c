@@ -40,8 +40,8 @@ static Bytes png_make(uint32_t width, uint32_t height, int depth, int colour_typ
   bytes_append(&png, "\x89PNG\r\n\x1a\n", 8);
   bytes_append_u32(&header, width);
   bytes_append_u32(&header, height);
-  uint8_t rest[5] = {(uint8_t)depth, (uint8_t)colour_type, 0, 0, 0};
-  bytes_append(&header, rest, 5);
+  uint8_t tail[5] = {(uint8_t)depth, (uint8_t)colour_type, 0, 0, 0};
+  bytes_append(&header, tail, 5);
   png_chunk(&png, "IHDR", header.at, header.n);
   if (palette) png_chunk(&png, "PLTE", palette, palette_bytes);
   if (transparency) png_chunk(&png, "tRNS", transparency, transparency_bytes);

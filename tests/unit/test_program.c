@@ -478,9 +478,9 @@ static int child_fails(void (*body)(void), char *text, size_t bytes) {
   }
   close(pipe_ends[1]);
   size_t used = 0;
-  char rest[4096];
-  for (ssize_t got; (got = read(pipe_ends[0], used < bytes - 1 ? text + used : rest,
-                                used < bytes - 1 ? bytes - 1 - used : sizeof rest)) > 0;)
+  char spare[4096];
+  for (ssize_t got; (got = read(pipe_ends[0], used < bytes - 1 ? text + used : spare,
+                                used < bytes - 1 ? bytes - 1 - used : sizeof spare)) > 0;)
     if (used < bytes - 1) used += (size_t)got;
   text[used] = 0;
   close(pipe_ends[0]);
