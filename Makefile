@@ -79,7 +79,7 @@ NVCC_FLAGS := -std=c++17 -I. -O3 -lineinfo -MMD -MP -Xcompiler -Wall,-Wextra,-We
 NVCC_FLAGS += $(foreach arch,$(CUDA_ARCH:90=90a),-gencode=arch=compute_$(arch),code=sm_$(arch))
 
 # ---- the engine ----
-ENGINE := $(wildcard base/*.c data/*.c model/*.c model/*/*.c trainer/*.c kernels/*.c kernels/cpu/*.c)
+ENGINE := $(wildcard base/*.c data/*.c model/*.c model/*/*.c trainer/*.c trainer/*/*.c kernels/*.c kernels/cpu/*.c)
 OBJ := $(ENGINE:%.c=$(BUILD)/%.o)
 ifdef HAVE_CUDA
 OBJ += $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
@@ -142,7 +142,7 @@ deps-%:
 	@scripts/deps.sh $*
 
 # ---- upkeep ----
-ROOMS := base data model model/config model/program model/files trainer kernels kernels/cpu kernels/cuda \
+ROOMS := base data model model/config model/program model/files trainer trainer/output kernels kernels/cpu kernels/cuda \
   tests/unit tests/ops tests/gpu tests/scripts tests/fuzz
 FORMATTED := train.c $(foreach room,$(ROOMS),$(wildcard $(room)/*.[ch] $(room)/*.cu))
 format:

@@ -4,7 +4,7 @@
 #include "base/text_out.h"
 #include "model/config/load.h"
 #include "model/files/safetensors.h"
-#include "trainer/figures.h"
+#include "trainer/output/figures.h"
 #include "trainer/slab.h"
 
 #include <math.h>

@@ -4,7 +4,7 @@
 
 #include "trainer/evaluate.h"
 #include "trainer/feed.h"
-#include "trainer/report.h"
+#include "trainer/output/report.h"
 #include "trainer/saver.h"
 #include "trainer/start.h"
 #include "trainer/state.h"

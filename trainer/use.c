@@ -2,7 +2,7 @@
 #include "trainer/trainer_internal.h"
 
 #include "base/utf8.h"
-#include "trainer/grid.h"
+#include "trainer/output/grid.h"
 #include "trainer/sampler.h"
 
 #include <errno.h>

@@ -22,6 +22,7 @@ FLOORS = [
     "model/program",
     "model/files",
     "model",
+    "trainer/output",
     "trainer",
     "",  # train.c
 ]

@@ -60,7 +60,7 @@ def pictures(folder):
 
 
 def check_sheet(sheet, folder):
-    """Each drawing, then its real image, four pairs a row, where the layout of trainer/grid.c puts them."""
+    """Each drawing, then its real image, four pairs a row, where the layout of trainer/output/grid.c puts them."""
     margin, line, side = 8, 12, 64
     cells = [image for pair in zip(pictures(folder), pictures(folder / "real")) for image in pair]
     check(all(image.shape == (side, side, 3) for image in cells), "pictures of 32 x 32 pixels, doubled")

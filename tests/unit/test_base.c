@@ -8,7 +8,7 @@
 #include "base/hash.h"
 #include "base/philox.h"
 #include "base/text_out.h"
-#include "trainer/tail.h"
+#include "trainer/output/tail.h"
 
 #include <pthread.h>
 #include <sched.h>

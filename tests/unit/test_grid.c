@@ -6,7 +6,7 @@
 #include <cmocka.h>
 
 #include "base/philox.h"
-#include "trainer/grid.h"
+#include "trainer/output/grid.h"
 
 #include <stdlib.h>
 #include <string.h>

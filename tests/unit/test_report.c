@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#include "trainer/report.h"
+#include "trainer/output/report.h"
 
 #include "base/base.h"
 

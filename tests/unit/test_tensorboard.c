@@ -7,9 +7,10 @@
 
 #include "base/json.h"
 #include "base/philox.h"
-#include "trainer/append.h"
-#include "trainer/report.h"
-#include "trainer/tensorboard.h"
+#include "trainer/output/append.h"
+#include "data/image.h"
+#include "trainer/output/report.h"
+#include "trainer/output/tensorboard.h"
 
 #include <dirent.h>
 #include <math.h>

@@ -1,4 +1,4 @@
-#include "trainer/grid.h"
+#include "trainer/output/grid.h"
 
 #include <stdalign.h>
 #include <stdio.h>

@@ -1,12 +1,12 @@
 // What a run says while it runs: one line a step, how long it will take, a progress bar on a terminal, and in the run
-// folder metrics.jsonl (docs/metrics.md) and a TensorBoard event file with the same figures, expert loads and drawings.
+// folder metrics.jsonl (docs/metrics.md) and a TensorBoard event file with the same figures, expert loads and sheets.
 //
 // TensorBoard's step is the number of steps done: step line n of metrics.jsonl is its step n + 1.
 #ifndef TESSERA_REPORT_H
 #define TESSERA_REPORT_H
 
-#include "trainer/evaluate.h"
-#include "trainer/figures.h"
+#include "trainer/output/evaluation.h"
+#include "trainer/output/figures.h"
 
 typedef struct StepReport {
   int64_t step; // 0-based
@@ -32,7 +32,7 @@ void report_step(Report *r, const StepReport *s);
 void report_load(Report *r, const double *load, const Dims *d);
 // `step`: steps done.
 void report_evaluation(Report *r, const Evaluation *e, int64_t step);
-// A sheet of drawings, a PNG file. `step`: steps done. One that cannot be read is a warning.
+// A sheet of generated images, a PNG file. `step`: steps done. One that cannot be read is a warning.
 void report_drawings(Report *r, const char *path, int64_t step);
 // Writes the loads that are still unwritten. NULL is allowed.
 void report_close(Report *r);

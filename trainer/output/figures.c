@@ -1,4 +1,4 @@
-#include "trainer/figures.h"
+#include "trainer/output/figures.h"
 
 #include "model/expert_load.h"
 

@@ -1,10 +1,11 @@
-#include "trainer/report.h"
+#include "trainer/output/report.h"
 
 #include "base/json.h"
 #include "base/text_out.h"
-#include "trainer/append.h"
-#include "trainer/tail.h"
-#include "trainer/tensorboard.h"
+#include "data/image.h"
+#include "trainer/output/append.h"
+#include "trainer/output/tail.h"
+#include "trainer/output/tensorboard.h"
 
 #include <errno.h>
 #include <math.h>

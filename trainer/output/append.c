@@ -1,4 +1,4 @@
-#include "trainer/append.h"
+#include "trainer/output/append.h"
 
 #include <errno.h>
 #include <fcntl.h>

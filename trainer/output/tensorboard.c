@@ -1,6 +1,6 @@
-#include "trainer/tensorboard.h"
+#include "trainer/output/tensorboard.h"
 
-#include "trainer/append.h"
+#include "trainer/output/append.h"
 
 #include <dirent.h>
 #include <math.h>

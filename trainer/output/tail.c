@@ -1,4 +1,4 @@
-#include "trainer/tail.h"
+#include "trainer/output/tail.h"
 
 #include <errno.h>
 #include <fcntl.h>
