@@ -2,16 +2,12 @@
 
 #include "base/machine.h"
 #include "base/thread.h"
-#include "data/loader.h"
 #include "kernels/backends.h"
 #include "model/placement.h"
 #include "model/program/expected.h"
-#include "model/program/planner.h"
 #include "model/program/replay.h"
-#include "model/update.h"
 #include "trainer/engine_internal.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -75,85 +71,6 @@ int64_t engine_device_bytes(const Engine *e) {
   for (int s = 0; s < SPACE_COUNT; s++)
     if (engine_counts(e, (Space)s)) sum += e->bytes[s];
   return sum;
-}
-
-static const char *const memory_policy_name[] = {
-    [MEMORY_AUTO] = "auto", [MEMORY_KEEP] = "keep", [MEMORY_RECOMPUTE] = "recompute", [MEMORY_OFFLOAD] = "offload"};
-
-// "the largest: 8 x expert h, 0.201 GB", of what fills the arena.
-static void name_largest(const Engine *e, char *text, size_t size) {
-  const Program *fullest = NULL;
-  const Program *all[ENGINE_FORWARD_PROGRAMS + 3] = {e->first.program, e->later.program, e->last.program};
-  for (int i = 0; i < e->n_forward; i++) all[3 + i] = e->forward[i].m.program;
-  for (int i = 0; i < e->n_forward + 3; i++)
-    if (all[i] && (!fullest || all[i]->arena_bytes > fullest->arena_bytes)) fullest = all[i];
-  Peak peak = planner_peak(fullest);
-  snprintf(text, size, "the largest: %d x %s, %.3f GB", peak.share[0].count, peak.share[0].name,
-           (double)peak.share[0].bytes / 1e9);
-}
-
-char *engine_memory_text(const Engine *e) {
-  char *state = engine_state_text(e);
-  char *text = xasprintf("%.3f GB of the %.3f GB that it may take, policy %s%s%s", (double)engine_device_bytes(e) / 1e9,
-                         (double)e->budget / 1e9, memory_policy_name[e->chosen], state[0] ? "; " : "", state);
-  free(state);
-  return text;
-}
-
-// The smallest changes with which what needs too much would fit. `activations`: those bytes of it that fewer slots
-// save.
-static void name_ways_out(const Engine *e, int64_t need, int64_t activations, char *text, size_t size) {
-  enum { STEP = 64 };
-  double left = (double)(e->budget - (need - activations)), share = .97 * left / (double)activations;
-  int tokens = share > 0 ? (int)(share * e->slots) / STEP * STEP : 0;
-  int n = snprintf(text, size, "memory.budget_gb=%.3f is enough", ceil((double)need / 1e6) / 1e3);
-  if (tokens)
-    n += snprintf(text + n, size - (size_t)n, ", or about --tokens %d (--tokens max finds the most)", tokens);
-  else
-    n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state alone needs %.3f GB",
-                  (double)(need - activations) / 1e9);
-  if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] > 4 * engine_host_budget(e))
-    n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb may help");
-  snprintf(text + n, size - (size_t)n, "; --plan shows the table");
-}
-
-int engine_check_budget(const Engine *e, Error *err) {
-  int64_t budget = e->budget, need = engine_device_bytes(e);
-  int64_t activations = e->bytes[SPACE_ARENA] + (engine_counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
-  if (need <= budget) return 0;
-  char largest[128], ways[256];
-  const char *limit;
-  name_largest(e, largest, sizeof largest);
-  name_ways_out(e, need, activations, ways, sizeof ways);
-  machine_memory("", &limit);
-  int given = e->config->memory.budget_gb > 0, device = !given && e->model.backend->queues;
-  return error_set(err, ways,
-                   "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s; %s), %.3f GB "
-                   "more than the %.3f GB of memory.budget_gb%s%s",
-                   (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
-                   memory_policy_name[e->chosen], largest, (double)(need - budget) / 1e9, (double)budget / 1e9,
-                   given    ? ""
-                   : device ? " auto, what the device has free"
-                            : " auto, four fifths of ",
-                   given || device ? "" : limit);
-}
-
-int engine_check_host(const Engine *e, Error *err) {
-  int64_t there = backend_of_host()->memory(), state = engine_state_on_host(e), may = engine_host_budget(e);
-  int64_t offloaded = engine_on_host(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0;
-  static const char *const hint =
-      "lower data.micro_batch_tokens (--tokens), train with --memory recompute or raise memory.budget_gb; --plan shows "
-      "the table";
-  if (offloaded + state > there)
-    return error_set(err, hint,
-                     "%.3f GB are to lie in this machine's memory (%.3f GB of activations, %.3f GB of the optimizer's "
-                     "state), which has %.3f GB for that",
-                     (double)(offloaded + state) / 1e9, (double)offloaded / 1e9, (double)state / 1e9,
-                     (double)there / 1e9);
-  if (offloaded > may && e->config->memory.host_gb > 0)
-    return error_set(err, hint, "%.3f GB of activations are to be offloaded, %.3f GB more than memory.host_gb",
-                     (double)offloaded / 1e9, (double)(offloaded - may) / 1e9);
-  return 0;
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {
@@ -239,20 +156,6 @@ void engine_begin_step(Engine *e) {
     e->clock = time_now();
 }
 
-// Names what was allocated last, and could not be.
-static int refuse_space(const Engine *e, Space space, Error *err) {
-  char largest[128];
-  name_largest(e, largest, sizeof largest);
-  engine_print_plan(e, stderr);
-  return error_set(
-      err,
-      engine_on_host(e, space)
-          ? "close what else uses this machine's memory, or raise memory.budget_gb; the table is above"
-          : "lower data.micro_batch_tokens (--tokens) or train with --memory recompute; the table is above",
-      "out of memory: %s needs %.3f GB%s%s", space_info[space].label, (double)e->bytes[space] / 1e9,
-      space == SPACE_ARENA ? "; " : "", space == SPACE_ARENA ? largest : "");
-}
-
 // Slabs that nothing is written to before a step.
 static int pinned_last(const Engine *e, Space space) {
   return e->model.backend->queues && space_has(space, SPACE_ON_HOST) && e->bytes[space] &&
@@ -283,7 +186,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
       continue;
     }
     e->bases.of[s] = engine_space_allocate(e, (Space)s);
-    if (!e->bases.of[s]) return refuse_space(e, (Space)s, err);
+    if (!e->bases.of[s]) return engine_refuse_space(e, (Space)s, err);
   }
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bases.host_bytes[s]) continue;
@@ -320,7 +223,7 @@ void engine_bind(Engine *e) {
 int engine_allocate_end(Engine *e, Error *err) {
   await_host_slab(e);
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (pinned_last(e, (Space)s) && !e->bases.of[s]) return refuse_space(e, (Space)s, err);
+    if (pinned_last(e, (Space)s) && !e->bases.of[s]) return engine_refuse_space(e, (Space)s, err);
   engine_bind(e);
   engine_begin_step(e);
   return 0;
@@ -443,13 +346,6 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   free(wide);
 }
 
-static int64_t state_bytes(const Engine *e) {
-  int64_t sum = 0;
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (space_has((Space)s, SPACE_SAVED)) sum += engine_slab_bytes(e, (Space)s);
-  return sum;
-}
-
 int64_t engine_slab_bytes(const Engine *e, Space space) {
   return e->bytes[space] + e->bases.host_bytes[space];
 }
@@ -471,33 +367,4 @@ void engine_slab_clear(Engine *e, Space space) {
   OpArgs args = {.span = {.count = e->bases.host_bytes[space]}};
   engine_await(e);
   backend_of_host()->fn[OP_ZERO](&(KernelCall){.out.ZERO.dst = e->bases.host[space], .args = &args});
-}
-
-#define OF_HOST " of the host, not in the total"
-
-// A row of the memory table; `note` is text behind it.
-static void print_row(FILE *f, const char *label, int64_t bytes, const char *note) {
-  fprintf(f, "  %-24s %14lld bytes  %9.3f MB%s\n", label, (long long)bytes, (double)bytes / 1e6, note);
-}
-
-void engine_print_plan(const Engine *e, FILE *f) {
-  const Config *c = e->config;
-  fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s\n",
-          (double)e->model.params.parameters / 1e6, e->slots, e->segments, c->train.micro_batches,
-          memory_policy_name[e->chosen]);
-  for (int s = 0; s < SPACE_COUNT; s++) {
-    if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], engine_counts(e, (Space)s) ? "" : OF_HOST);
-    if (e->bases.host_bytes[s]) print_row(f, space_info[s].label, e->bases.host_bytes[s], OF_HOST);
-  }
-  if (e->first.program)
-    print_row(f, "packs decoded ahead",
-              loader_packs(c->train.micro_batches, c->data.threads, engine_packs_sent(e) + 1) * e->bytes[SPACE_STAGING],
-              OF_HOST);
-  print_row(f, "total", engine_device_bytes(e), "");
-  SaveCopy copy = config_save_copy(c);
-  if (engine_slab_bytes(e, SPACE_ADAM_M) && copy != COPY_NEVER)
-    print_row(f, "copy for checkpoints", state_bytes(e),
-              copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
-  engine_print_state(e, f);
-  if (e->first.program) planner_print(e->first.program, f);
 }

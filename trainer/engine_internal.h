@@ -18,6 +18,9 @@ void engine_space_release(const Engine *e, Space space);
 // Binds all programs to the spaces as they are.
 void engine_bind(Engine *e);
 
+// engine_memory.c: names a space that could not be allocated; -1.
+int engine_refuse_space(const Engine *e, Space space, Error *err);
+
 // engine_plan.c: records the training programs as memory.policy says, on top of all others, which are measured. -1 with
 // *err when memory.per_tensor names something wrongly.
 int engine_choose_policy(Engine *e, Error *err);
