@@ -94,7 +94,7 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   return tokens_fit(o, file, b, low, c, err) == 1 ? 0 : -1;
 }
 
-// What libraries read from the environment as they are loaded is set, and the program started again.
+// Sets what libraries read from the environment when they are loaded, and starts the program again.
 //
 // OpenMP threads that wait for each other spin for milliseconds by default: on cores shared with anything else a step
 // then takes ten times as long (measured in docs/LOG.md); whoever sets a policy keeps it. OpenBLAS starts a thread a
@@ -178,7 +178,7 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
   return bad;
 }
 
-// The table is printed of what does not fit too.
+// Prints the table even of what does not fit.
 static int print_plan(const Config *c, const char *run, Error *err) {
   Engine e = {0};
   const Backend *b = backend_for_plan(c, err);
@@ -209,19 +209,20 @@ static int check_memory(const Config *c, Error *err) {
 
 // ---- several processes ----
 
-// What is asked for once: rank 0 does it as if alone, the others wait for it.
+// Work that is done once: by rank 0, as if alone, while the other processes wait.
 static bool is_for_one(const Options *o) {
   return o->help || !o->config || o->print_config || o->plan || o->dump || o->sample || o->describe || o->eval;
 }
 
-// --dump is of a step, whose packs are those of all processes. What a plan and --print-config show is each process's.
+// --dump writes a step of all processes' packs. A plan and --print-config are each process's own.
 static void take_all(const Options *o, Config *c) {
   if (o->print_config || o->plan) return;
   if (o->dump) c->train.micro_batches *= c->processes;
   c->processes = 1;
 }
 
-// Steps only agree where programs and settings do. -1 with *err naming who has others.
+// Checks that all processes run the same program with the same settings, or their steps would differ. -1 with *err
+// naming those that do not.
 static int check_group(const Options *o, const Config *c, Error *err) {
   if (c->processes == 1) return 0;
   size_t bytes;

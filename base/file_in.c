@@ -81,7 +81,7 @@ FileIn *file_in_open(const char *path, void *memory, Error *err) {
   pthread_mutex_init(&f->lock, NULL);
   pthread_cond_init(&f->read, NULL);
   pthread_cond_init(&f->freed, NULL);
-  struct stat st;
+  struct stat st = {0};
   int code = f->fd < 0 || fstat(f->fd, &st) != 0 ? errno : S_ISREG(st.st_mode) ? 0 : EINVAL;
   if (code == 0) {
     f->bytes = (uint64_t)st.st_size;

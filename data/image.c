@@ -182,11 +182,11 @@ static int view_fit(const Image *src, const ImageFit *fit, View *view, Image *re
 int image_fit(const Image *src, const ImageFit *fit, Image *out, Error *err) {
   View view;
   if (view_fit(src, fit, &view, out, err)) return -1;
-  if (out->rgb) return 0;
+  if (view.rgb == out->rgb) return 0; // it was resized
   size_t stride = 3 * (size_t)view.width;
-  *out = (Image){.width = view.width, .height = view.height, .rgb = xmalloc(stride * (size_t)view.height)};
-  for (int y = 0; y < view.height; y++)
-    memcpy(out->rgb + (size_t)y * stride, view.rgb + (size_t)y * view.stride, stride);
+  uint8_t *rgb = xmalloc(stride * (size_t)view.height);
+  for (int y = 0; y < view.height; y++) memcpy(rgb + (size_t)y * stride, view.rgb + (size_t)y * view.stride, stride);
+  *out = (Image){.width = view.width, .height = view.height, .rgb = rgb};
   return 0;
 }
 

@@ -38,7 +38,7 @@ static double params_count(const OpArgs *args) {
   return n;
 }
 
-// With the output matrix: logits, and where they are wanted the two gradients.
+// Products with the output matrix: the logits and, where they are wanted, two gradients.
 static int head_products(const Op *op) {
   int has_gradients = op->out[OUT_AT(HEAD_CE, dh)] != NO_TENSOR || op->out[OUT_AT(HEAD_CE, dwout)] != NO_TENSOR;
   return has_gradients ? 3 : 1;
