@@ -58,8 +58,11 @@ Launch ranks_launched(void) {
   F(Finalize)                                                                                                          \
   F(Abort)                                                                                                             \
   F(Comm_size)                                                                                                         \
-  F(Comm_rank) F(Comm_split_type) F(Comm_free) F(Test) F(Ibarrier) F(Ibcast) F(Ialltoall) F(Iallgather)                \
-      F(Type_contiguous) F(Type_create_resized) F(Type_commit) F(Type_free)
+  F(Comm_rank)                                                                                                         \
+  F(Comm_split_type)                                                                                                   \
+  F(Comm_free)                                                                                                         \
+  F(Test)                                                                                                              \
+  F(Ibarrier) F(Ibcast) F(Ialltoall) F(Iallgather) F(Type_contiguous) F(Type_create_resized) F(Type_commit) F(Type_free)
 static struct {
 #define POINTER(name) __typeof__(&MPI_##name) name;
   MPI_FUNCTIONS(POINTER)
