@@ -32,8 +32,8 @@ int prices_corners(Menu *m) {
   char *is_corner = xcalloc((size_t)m->n, 1);
   MenuItem *item = xmalloc((size_t)m->n * sizeof *item);
   is_corner[0] = is_corner[prices_leanest(m, 0)] = is_corner[prices_leanest(m, 1)] = 1;
-  // From 10 us to a second a gigabyte.
-  for (double resident = 1e-14; resident < 1e-9; resident *= 1.15)
+  double resident = 1e-14; // 10 us a gigabyte; in steps of 1.15 to a second
+  for (int k = 0; k < 83; k++, resident *= 1.15)
     for (int i = 0; i <= 12; i++) is_corner[cheapest(m, m->n, (Prices){resident, resident * i / 12})] = 1;
   int n = 0, corners;
   for (int i = 0; i < m->n; i++)
