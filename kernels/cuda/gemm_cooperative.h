@@ -52,7 +52,7 @@ static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Con
   int half = threadIdx.x / GEMM_GROUP - 1; // rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`
   bool speaks = (threadIdx.x & 31) == 0;
   Ring<Tile::STAGES> ring;
-  const int total = gemm_tiles_total(&control->tiles);
+  const int total = gemm_tiles_total(&l.shape, &control->tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
     int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break;

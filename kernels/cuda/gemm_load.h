@@ -117,7 +117,7 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
   static_assert(GATHER || !GemmEpilogue<End>::PREFETCHES, "one thread does not prefetch for an epilogue");
   const GemmWork &l = launch.work;
   Ring<Tile::STAGES> ring;
-  const int total = gemm_tiles_total(&control->tiles);
+  const int total = gemm_tiles_total(&l.shape, &control->tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
     int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break; // only the last round can be short

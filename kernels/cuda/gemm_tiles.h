@@ -43,8 +43,7 @@ bool gemm_sm90_usable(void);
 template <class End> void gemm_sm90(const GemmLaunch<End> *l, int kind, int load, cudaStream_t stream);
 
 static_assert(GEMM_MAX_GROUPS >= MODALITIES * CUDA_MOST_EXPERTS, "a group an expert");
-static_assert(GEMM_MAX_GROUPS < 1 << GEMM_RUN_BITS && GEMM_RUNS * GEMM_RUN_BITS < 64, "a run may have all groups");
-static_assert(GEMM_MAX_PLACES <= INT16_MAX && GEMM_MAX_PARTS <= INT16_MAX, "GemmTiles has slots and parts in 16 bits");
+static_assert(GEMM_MAX_GROUPS <= INT16_MAX && GEMM_MAX_PARTS <= INT16_MAX, "GemmTiles has groups and parts in 16 bits");
 static_assert(sizeof(GemmTiles) <= CUDA_STATIC_SHARED,
               "the kernel that adds parts has the tiles in static shared memory");
 

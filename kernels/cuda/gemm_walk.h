@@ -2,10 +2,9 @@
 // sizes and counts alone, and is C for the device and for the host, so that the tests walk it too.
 //
 // Every block knows from the counts how many tiles each group has; tile numbers run over all groups of both sides, and
-// the blocks of a persistent grid take them in strides. The groups whose tiles take longest come first, so that the
-// last round is filled with short ones: a tile is as long as its rows x its inner dimension, which differs from side to
-// side and, where the inner dimension is the rows (weight gradients), from group to group. Row tiles of few rows, with
-// which most groups end, come last of all.
+// the blocks of a persistent grid take them in strides. What takes longest comes first, so that the last round is
+// filled with short tiles: a tile is as long as its inner dimension, which differs from side to side and, where the
+// inner dimension is the rows (weight gradients), from group to group.
 #ifndef TESSERA_GEMM_WALK_H
 #define TESSERA_GEMM_WALK_H
 
@@ -35,10 +34,8 @@ enum { GEMM_NT, GEMM_NN, GEMM_TN };
 
 enum {
   GEMM_BM = 128,         // rows of a tile
-  GEMM_FEW = 64,         // a tile of no more rows takes about half the time
   GEMM_BAND = 8,         // row tiles whose columns are walked together, so that they meet in L2
   GEMM_MAX_GROUPS = 512, // of both sides
-  GEMM_MAX_PLACES = 2 * GEMM_MAX_GROUPS,
   GEMM_MAX_PARTS = 64,
   GEMM_SHARES = 132, // into how many shares the work is thought divided (an H100's multiprocessors); not the card's
                      //   own number, so that the result does not depend on it
@@ -61,17 +58,15 @@ typedef struct GemmShape {
 
 // The tiles of all groups; on the device in shared memory.
 typedef struct GemmTiles {
-  int first[GEMM_MAX_PLACES + 1];   // place i has tiles [first[i], first[i + 1])
+  int first[GEMM_MAX_GROUPS + 1];   // place i has tiles [first[i], first[i + 1])
   int begin[GEMM_MAX_GROUPS];       // by group: its first row
   int count[GEMM_MAX_GROUPS];       // by group: its rows
   int64_t partial[GEMM_MAX_GROUPS]; // by group: where its partial sums end
   int16_t parts[GEMM_MAX_GROUPS];   // by group
-  int16_t slot[GEMM_MAX_PLACES];    // by place: which group's, or which group's last row tile
+  int16_t group[GEMM_MAX_GROUPS];   // by place
   int tried[GEMM_TRIES];            // how many tiles there would be, by length of parts
   int share;                        // rows that a part may have, over GEMM_SHARE_DEPTH
-  int places;                       // groups that have rows (gemm_weights: all), and last row tiles
   bool one_round;                   // no multiprocessor has more than one tile
-  bool tails;                       // last row tiles of few rows have places of their own
 } GemmTiles;
 
 // One tile of C, and what is summed for it.
@@ -96,12 +91,6 @@ static GEMM_BOTH int gemm_groups(const GemmShape *s) {
 }
 static GEMM_BOTH int gemm_group_side(const GemmShape *s, int group) {
   return group < s->groups[TEXT] ? TEXT : IMAGE;
-}
-// What goes by places, by slot: groups, then the last row tiles of groups, from the last group on: when they are
-// walked, its weights may still be in L2.
-static GEMM_BOTH int gemm_slot_group(const GemmShape *s, int slot) {
-  const int groups = gemm_groups(s);
-  return slot < groups ? slot : 2 * groups - 1 - slot;
 }
 // Tiles of one part of a weight gradient.
 static GEMM_BOTH int gemm_weight_tiles(const GemmShape *s, int m, int bn) {
@@ -189,41 +178,6 @@ static GEMM_BOTH int gemm_group_parts(int kind, const GemmShape *s, const GemmTi
   return cut ? gemm_even_parts(t->count[i], t->share) : 1;
 }
 
-// ---- tiles ----
-
-// Row tiles of a group that may wait for the end: its last, if it has few rows and is not the only one.
-static GEMM_BOTH int gemm_group_tail(int kind, const GemmTiles *t, int g) {
-  const int over = t->count[g] % GEMM_BM;
-  return kind != GEMM_TN && t->count[g] > GEMM_BM && over > 0 && over <= GEMM_FEW;
-}
-// Whether they do: not where they are more than a round of tiles, which would find little of their weights in L2.
-static GEMM_BOTH bool gemm_tails_wait(int kind, const GemmShape *s, const GemmTiles *t, int bn) {
-  if (kind == GEMM_TN) return false;
-  int tiles = 0;
-#ifdef __CUDA_ARCH__
-  const int first = threadIdx.x & 31, step = 32;
-#else
-  const int first = 0, step = 1;
-#endif
-  for (int g = first; g < gemm_groups(s); g += step) {
-    const int m = gemm_group_side(s, g);
-    tiles += gemm_group_tail(kind, t, g) * gemm_up(s->N[m], bn) * s->parts[m];
-  }
-#ifdef __CUDA_ARCH__
-#pragma unroll
-  for (int d = 16; d; d >>= 1) tiles += __shfl_xor_sync(0xffffffffu, tiles, d);
-#endif
-  return tiles <= GEMM_SHARES;
-}
-
-// Row tiles that a slot has, and the first of them.
-static GEMM_BOTH int gemm_slot_rows(int kind, const GemmShape *s, const GemmTiles *t, int slot, int *first) {
-  const int g = gemm_slot_group(s, slot), tail = t->tails ? gemm_group_tail(kind, t, g) : 0;
-  const int all = gemm_up(kind == GEMM_TN ? s->M[gemm_group_side(s, g)] : t->count[g], GEMM_BM);
-  *first = slot < gemm_groups(s) ? 0 : all - tail;
-  return slot < gemm_groups(s) ? all - tail : tail;
-}
-
 // values[i] = values[0] + .. + values[i], i < n; by one warp of the block, of which a lane takes a run of them.
 #ifdef __CUDA_ARCH__
 template <typename T> static __device__ inline void warp_running_sums(T *values, int n) {
@@ -248,80 +202,27 @@ template <typename T> static __device__ inline void warp_running_sums(T *values,
 
 // ---- places ----
 
-// How long a tile takes, over GEMM_SHARE_DEPTH of the inner dimension of half a tile's rows.
-static GEMM_BOTH int gemm_tile_length(int rows, int inner) {
-  return (rows > GEMM_FEW ? 2 : 1) * gemm_up(inner, GEMM_SHARE_DEPTH);
+// gemm_rows: the side whose inner dimension is longer comes first; its groups, and the other's, in their order. Groups
+// sorted by what their tiles take, those of few rows last, cost each launch more than they gave (docs/LOG.md).
+static GEMM_BOTH void gemm_places_by_sides(const GemmShape *s, GemmTiles *t) {
+  const int text = s->groups[TEXT], image = s->groups[IMAGE];
+  const bool image_first = (int64_t)s->K[IMAGE] * s->parts[TEXT] > (int64_t)s->K[TEXT] * s->parts[IMAGE];
+  GEMM_EACH(i, text + image) t->group[i] = (int16_t)(!image_first ? i : i < image ? text + i : i - image);
 }
 
-// gemm_rows: tiles are as long as their side's inner dimension says, or half that. So groups come in runs: those of
-// each side with a long tile, those of each side with none, last row tiles of either side (the image's first, as their
-// slots say). A group's numbers among its runs are running sums over all groups, in GEMM_RUN_BITS each.
-enum { GEMM_RUN_SHORT = 2, GEMM_RUN_TAILS = 4, GEMM_RUNS = 6, GEMM_RUN_BITS = 10 };
-static GEMM_BOTH int gemm_run_field(int64_t sums, int run) {
-  return (int)(sums >> (run * GEMM_RUN_BITS)) & ((1 << GEMM_RUN_BITS) - 1);
-}
-static GEMM_BOTH int gemm_run_of_tails(int m) {
-  return GEMM_RUN_TAILS + (m == IMAGE ? 0 : 1);
-}
-static GEMM_BOTH int gemm_run_length(const GemmShape *s, int run) {
-  const int m = run < GEMM_RUN_TAILS ? run % 2 : run == gemm_run_of_tails(IMAGE) ? IMAGE : TEXT;
-  return gemm_tile_length(run < GEMM_RUN_SHORT ? GEMM_BM : 1, gemm_up(s->K[m], s->parts[m]));
-}
-// The place of the first of a run: longest first, ties by number.
-static GEMM_BOTH int gemm_run_first(const GemmShape *s, int64_t totals, int run) {
-  int place = 0;
-  const int own = gemm_run_length(s, run);
-  for (int r = 0; r < GEMM_RUNS; r++) {
-    const int other = gemm_run_length(s, r);
-    place += other > own || (other == own && r < run) ? gemm_run_field(totals, r) : 0;
-  }
-  return place;
-}
-
-// Fills slot and places of gemm_rows; leaves nothing of use in t->partial.
-static GEMM_BOTH void gemm_places_by_runs(int kind, const GemmShape *s, GemmTiles *t) {
-  const int groups = gemm_groups(s);
-  GEMM_EACH(g, groups) {
-    const int m = gemm_group_side(s, g), run = m + (t->count[g] > GEMM_FEW ? 0 : GEMM_RUN_SHORT);
-    const int tail = t->tails ? gemm_group_tail(kind, t, g) : 0;
-    t->partial[g] = t->count[g] == 0
-                        ? 0
-                        : (int64_t)1 << (run * GEMM_RUN_BITS) | (int64_t)tail << (gemm_run_of_tails(m) * GEMM_RUN_BITS);
-  }
-  GEMM_SYNC();
-  GEMM_RUNNING_SUMS(t->partial, groups, 0);
-  GEMM_SYNC();
-  const int64_t totals = t->partial[groups - 1];
-  GEMM_EACH(g, groups) {
-    const int m = gemm_group_side(s, g), run = m + (t->count[g] > GEMM_FEW ? 0 : GEMM_RUN_SHORT);
-    const int tails = gemm_run_of_tails(m), tail = t->tails ? gemm_group_tail(kind, t, g) : 0;
-    if (t->count[g] > 0) t->slot[gemm_run_first(s, totals, run) + gemm_run_field(t->partial[g], run) - 1] = (int16_t)g;
-    const int after = gemm_run_field(totals, tails) - gemm_run_field(t->partial[g], tails); // groups with tails
-    if (tail) t->slot[gemm_run_first(s, totals, tails) + after] = (int16_t)(2 * groups - 1 - g);
-  }
-  if (GEMM_FIRST_THREAD) {
-    int places = 0;
-    for (int r = 0; r < GEMM_RUNS; r++) places += gemm_run_field(totals, r);
-    t->places = places;
-  }
-  GEMM_SYNC();
-}
-
-// The same of gemm_weights, by the groups' rows.
+// gemm_weights: by the groups' rows, in a part.
 static GEMM_BOTH void gemm_places_by_rows(const GemmShape *s, GemmTiles *t) {
   const int groups = gemm_groups(s);
   GEMM_EACH(g, groups) { // until the groups have their places
-    t->first[g] = gemm_tile_length(s->M[gemm_group_side(s, g)], gemm_up(t->count[g], t->parts[g]));
+    t->first[g] = gemm_up(t->count[g], t->parts[g]);
   }
-  if (GEMM_FIRST_THREAD) t->places = groups;
   GEMM_SYNC();
   GEMM_EACH(g, groups) { // longest first, ties by number
     int place = 0;
     const int own = t->first[g];
     for (int j = 0; j < groups; j++) place += t->first[j] > own || (t->first[j] == own && j < g);
-    t->slot[place] = (int16_t)g;
+    t->group[place] = (int16_t)g;
   }
-  GEMM_SYNC();
 }
 
 // ---- all of it ----
@@ -353,32 +254,30 @@ static GEMM_BOTH void gemm_parts_build(int kind, const GemmShape *s, int bn, Gem
 
 // What walks the tiles needs of it: everything.
 static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
-  const bool tails = gemm_tails_wait(kind, s, t, bn);
-  if (GEMM_FIRST_THREAD) t->tails = tails;
+  const int groups = gemm_groups(s);
   gemm_parts_find(kind, s, bn, t);
   GEMM_SYNC();
   if (kind == GEMM_TN)
     gemm_places_by_rows(s, t);
   else
-    gemm_places_by_runs(kind, s, t);
+    gemm_places_by_sides(s, t);
   gemm_sums_find(kind, s, t);
-  const int places = t->places;
-  GEMM_EACH(i, places) {
-    int first;
-    const int g = gemm_slot_group(s, t->slot[i]), rows = gemm_slot_rows(kind, s, t, t->slot[i], &first);
+  GEMM_SYNC();
+  GEMM_EACH(i, groups) {
+    const int g = t->group[i], m = gemm_group_side(s, g), rows = kind == GEMM_TN ? s->M[m] : t->count[g];
     const bool nothing = kind == GEMM_TN && s->adds && t->count[g] == 0; // what is stored must be zeros
-    t->first[i + 1] = nothing ? 0 : rows * gemm_up(s->N[gemm_group_side(s, g)], bn) * t->parts[g];
+    t->first[i + 1] = nothing ? 0 : gemm_up(rows, GEMM_BM) * gemm_up(s->N[m], bn) * t->parts[g];
   }
   if (GEMM_FIRST_THREAD) t->first[0] = 0;
   GEMM_SYNC();
-  GEMM_RUNNING_SUMS(t->first, places + 1, 0);
-  GEMM_RUNNING_SUMS(t->partial, gemm_groups(s), 1);
+  GEMM_RUNNING_SUMS(t->first, groups + 1, 0);
+  GEMM_RUNNING_SUMS(t->partial, groups, 1);
   GEMM_SYNC();
 }
 
 // Tiles of the launch.
-static GEMM_BOTH int gemm_tiles_total(const GemmTiles *t) {
-  return t->first[t->places];
+static GEMM_BOTH int gemm_tiles_total(const GemmShape *s, const GemmTiles *t) {
+  return t->first[gemm_groups(s)];
 }
 
 // The tile that a block takes in a round; none if it is not less than the launch's tiles. Every other round goes
@@ -390,7 +289,7 @@ static GEMM_BOTH int gemm_tile_number(int round, int block, int blocks) {
 // Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
 static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmTiles *t, int number, int bn,
                                        int depth) {
-  int lo = 0, hi = t->places; // first[lo] <= number < first[hi]
+  int lo = 0, hi = gemm_groups(s); // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     const int mid = (lo + hi) / 2;
     if (t->first[mid] <= number)
@@ -398,21 +297,20 @@ static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmT
     else
       hi = mid;
   }
-  const int g = gemm_slot_group(s, t->slot[lo]), parts = t->parts[g], m = gemm_group_side(s, g);
+  const int g = t->group[lo], parts = t->parts[g], m = gemm_group_side(s, g);
   int i = number - t->first[lo];
   GemmTile tile;
   tile.side = m;
   tile.group = g - (m == IMAGE ? s->groups[TEXT] : 0);
   const int rows = kind == GEMM_TN ? s->M[m] : t->count[g];
-  int first;
-  const int m_tiles = gemm_slot_rows(kind, s, t, t->slot[lo], &first), n_tiles = gemm_up(s->N[m], bn);
+  const int m_tiles = gemm_up(rows, GEMM_BM), n_tiles = gemm_up(s->N[m], bn);
   tile.part = i / (m_tiles * n_tiles);
   tile.partial = parts > 1;
   tile.partial_at = g > 0 ? t->partial[g - 1] : 0;
   i -= tile.part * m_tiles * n_tiles;
   const int band = i / (GEMM_BAND * n_tiles), height = gemm_less(GEMM_BAND, m_tiles - band * GEMM_BAND);
   i -= band * GEMM_BAND * n_tiles;
-  tile.m = (first + band * GEMM_BAND + i % height) * GEMM_BM;
+  tile.m = (band * GEMM_BAND + i % height) * GEMM_BM;
   tile.n = i / height * bn;
   tile.m_end = rows;
   const int inner = kind == GEMM_TN ? t->count[g] : s->K[m], steps = gemm_up(inner, depth);

@@ -1,5 +1,5 @@
 // The walk of grouped products on the GPU (kernels/cuda/gemm_walk.h), on the host: every element of every product is
-// made by one tile, whatever the counts; tiles come longest first; what is stored in parts has room.
+// made by one tile, whatever the counts; what takes longest comes first; what is stored in parts has room.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -66,15 +66,10 @@ static void set_shape(Walk *w, int kind, const int groups[MODALITIES], int rows)
 
 // ---- what has to hold ----
 
-// How long a tile is, about: whether both halves of its rows are there x what it sums.
-static int64_t tile_length(const GemmTile *t) {
-  return (int64_t)(t->m_end - t->m > GEMM_FEW ? 2 : 1) * gemm_up(t->inner_end - t->inner, DEPTH);
-}
-
 // Each tile once over all blocks and rounds; each group's elements once in each part, its inner dimension once.
 static void check_covered(const Walk *w) {
   const GemmShape *s = &w->shape;
-  const int groups = gemm_groups(s), total = gemm_tiles_total(&w->tiles);
+  const int groups = gemm_groups(s), total = gemm_tiles_total(&w->shape, &w->tiles);
   uint8_t *taken = xcalloc((size_t)total + 1, 1);
   int64_t *area = xcalloc((size_t)groups + 1, sizeof *area), *volume = xcalloc((size_t)groups + 1, sizeof *volume);
   for (int block = 0; block < BLOCKS; block++)
@@ -118,7 +113,7 @@ static void check_covered(const Walk *w) {
 
 // Of two tiles of one part of one place no two overlap, since areas add up; here the corners are told apart.
 static void check_distinct(const Walk *w) {
-  const int total = gemm_tiles_total(&w->tiles);
+  const int total = gemm_tiles_total(&w->shape, &w->tiles);
   for (int i = 0; i < total && i < 300; i++)
     for (int j = 0; j < i; j++) {
       const GemmTile a = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, w->bn, DEPTH);
@@ -127,18 +122,15 @@ static void check_distinct(const Walk *w) {
     }
 }
 
-// A place's longest tile is never longer than that of the place before it.
+// Of rows, the side of the longer inner dimension comes first; of weight gradients, the groups by what a tile sums.
 static void check_order(const Walk *w) {
   int64_t last = INT64_MAX;
-  for (int i = 0; i < w->tiles.places; i++) {
-    if (w->tiles.first[i] == w->tiles.first[i + 1]) continue;
-    int64_t longest = 0;
-    for (int number = w->tiles.first[i]; number < w->tiles.first[i + 1]; number++) {
-      const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, number, w->bn, DEPTH);
-      longest = max_i64(longest, tile_length(&t));
-    }
-    assert_true(longest <= last);
-    last = longest;
+  for (int number = 0; number < gemm_tiles_total(&w->shape, &w->tiles); number++) {
+    const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, number, w->bn, DEPTH);
+    const int g = t.group + (t.side == IMAGE ? w->shape.groups[TEXT] : 0), parts = w->tiles.parts[g];
+    const int64_t length = w->kind == GEMM_TN ? gemm_up(w->tiles.count[g], parts) : 6 * w->shape.K[t.side] / parts;
+    assert_true(length <= last); // parts are 1, 2 or 3
+    last = length;
   }
 }
 
@@ -199,26 +191,22 @@ static void test_any_routing(void **state) {
   free(w);
 }
 
-// The side of the longer inner dimension is walked first, row tiles of few rows among their like: the last group's
-// first, unless they are more than a round.
+// The side of the longer inner dimension is walked first, each side's groups in their order.
 static void test_longest_side_first(void **state) {
   (void)state;
   Walk *w = xcalloc(1, sizeof *w);
   w->kind = GEMM_NT;
   w->bn = 128;
-  w->shape = (GemmShape){.groups = {2, 3}, .rows = {512, 512}, .N = {128, 128}, .K = {512, 1024}, .parts = {1, 1}};
-  // 64 x 1024 takes as long as 128 x 512. Slots 5 .. 9 are the last row tiles of groups 4 .. 0.
-  const int counts[] = {200, 129, 64, 0, 300}, slots[] = {4, 0, 1, 2, 5, 8};
+  const int counts[] = {200, 129, 64, 0, 300};
   memcpy(w->tiles.count, counts, sizeof counts);
-  gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
-  for (int i = 0; i < 6; i++) assert_int_equal(w->tiles.slot[i], slots[i]);
-  assert_int_equal(gemm_tiles_total(&w->tiles), 3 + 2 + 2 + 1);
-  const GemmTile last = gemm_tile_at(w->kind, &w->shape, &w->tiles, 7, w->bn, DEPTH);
-  assert_true(last.side == TEXT && last.group == 1 && last.m_end - last.m == 1);
-  w->shape.N[IMAGE] = 128 * GEMM_SHARES;
-  gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
-  assert_false(w->tiles.tails);
-  for (int i = 0; i < 4; i++) assert_int_equal(w->tiles.slot[i], slots[i]);
+  for (int image_first = 0; image_first < 2; image_first++) {
+    const int order[2][5] = {{0, 1, 2, 3, 4}, {2, 3, 4, 0, 1}};
+    w->shape = (GemmShape){.groups = {2, 3}, .rows = {512, 512}, .N = {128, 128}, .K = {512, 512}, .parts = {1, 1}};
+    w->shape.K[IMAGE] += image_first;
+    gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
+    assert_int_equal(gemm_tiles_total(&w->shape, &w->tiles), 2 + 2 + 1 + 3);
+    for (int i = 0; i < 5; i++) assert_int_equal(w->tiles.group[i], order[image_first][i]);
+  }
   free(w);
 }
 
@@ -234,8 +222,8 @@ static void test_groups_without_rows(void **state) {
       memset(w->tiles.count, 0, sizeof w->tiles.count);
       w->tiles.count[2] = 40 * rows;
       gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
-      assert_int_equal(gemm_tiles_total(&w->tiles), adds ? 4 * rows : 16);
-      for (int i = 0; i < gemm_tiles_total(&w->tiles); i++) {
+      assert_int_equal(gemm_tiles_total(&w->shape, &w->tiles), adds ? 4 * rows : 16);
+      for (int i = 0; i < gemm_tiles_total(&w->shape, &w->tiles); i++) {
         const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, w->bn, DEPTH);
         assert_int_equal(t.inner_end - t.inner, t.group == 2 ? 40 * rows : 0);
       }
