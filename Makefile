@@ -142,8 +142,8 @@ deps-%:
 	@scripts/deps.sh $*
 
 # ---- upkeep ----
-ROOMS := base data model model/config model/program model/files trainer trainer/output kernels kernels/cpu kernels/cuda \
-  tests/unit tests/ops tests/gpu tests/scripts tests/fuzz
+ROOMS := base data model model/config model/program model/files trainer trainer/output kernels kernels/cpu \
+  kernels/cpu/reference kernels/cuda tests/unit tests/ops tests/gpu tests/scripts tests/fuzz
 FORMATTED := train.c $(foreach room,$(ROOMS),$(wildcard $(room)/*.[ch] $(room)/*.cu))
 format:
 	clang-format -i $(FORMATTED)
