@@ -4,7 +4,7 @@ of ./train measure as points.
 
     scripts/memory_curve.py CONFIG OUT [--data FOLDER] [--budgets GB ...] [--set KEY=VALUE ...]
 
-Writes OUT/curve.csv, a row as soon as it is known: what is there already is not asked for again, so a curve that was
+Writes OUT/curve.csv, a row as soon as it is known: what is there already is not measured again, so a curve that was
 broken off goes on. OUT/curve.svg is drawn anew each time. At the end the errors of the predictions are printed.
 
 Budgets: six from the smallest in which a plan runs to all that keep needs, unless given. A policy that leaves nothing

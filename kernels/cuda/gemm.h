@@ -68,7 +68,7 @@ typedef struct GemmSwigluBackward {
   const float *weight; // of row r: weight[a_index[r]]
   bf16 *dpre;          // [rows, 2N] gradient of pre for w dA
   bf16 *sa;            // [rows, N] w a
-  float *dot;          // [ceil(N / GEMM_DOT_COLUMNS), rows] <dA, a> over so many columns
+  float *dot;          // [ceil(N / GEMM_DOT_COLUMNS), rows] <dA, a> over that many columns each
 } GemmSwigluBackward;
 
 // dw (+)= scale A^T B.

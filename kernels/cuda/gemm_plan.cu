@@ -11,7 +11,7 @@ static const double narrow_tiles_cost = 1.25;  // times as long for the same FLO
 // The kinds of tiles, GEMM_BM rows each.
 typedef struct TileKind {
   int bn;                   // columns
-  double inner_us, tile_us; // a tile takes so many microseconds for each of its inner dimension, and to begin and end
+  double inner_us, tile_us; // microseconds of a tile: for each of its inner dimension, to begin and end
 } TileKind;
 static const TileKind tile_kinds[] = {{128, narrow_tiles_cost * 2 * GEMM_BM * 128 / planned_tile_rate, 1},
                                       {256, 2.0 * GEMM_BM * 256 / planned_tile_rate, 2}};

@@ -13,7 +13,7 @@ typedef struct Family {
   const char *way;      // KernelWay.word; NULL: as the backend computes them of itself
   double act_tolerance; // 0: ACT_TOLERANCE
   const char *mark;     // of its ops, where another family has them too
-  bool apart;           // not for the ops' own sake: asked for by its name only, and not timed
+  bool apart;           // not for the ops' own sake: runs only where it is named, and is not timed
   bool both_timed;      // at all of cuda_bench_shapes: products, whose inner dimension decides what bounds them
 } Family;
 

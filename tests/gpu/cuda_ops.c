@@ -17,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-// What was asked for, and what came of it.
+// The command line, and what came of it.
 typedef struct Run {
   bool bench, wanted[FAMILIES][OP_COUNT];
   Report *report; // [FAMILIES]

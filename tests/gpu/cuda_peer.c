@@ -18,7 +18,7 @@
 
 typedef struct Peer {
   CudaCase c;
-  TimedCall timed[OP_COUNT]; // graph NULL: not asked for
+  TimedCall timed[OP_COUNT]; // graph NULL: not named
   bool wanted[OP_COUNT];
   int side;
   int in[MODALITIES], out[MODALITIES];
@@ -216,7 +216,7 @@ static void answer(const Peer *p) {
   while (fgets(line, sizeof line, stdin)) {
     line[strcspn(line, "\n")] = 0;
     const TimedCall *t = &p->timed[op_named(line)];
-    if (!t->graph) panic("%s was not asked for on the command line", line);
+    if (!t->graph) panic("%s was not named on the command line", line);
     printf("%.6f\n", timed_call_seconds(t) * 1e3);
     fflush(stdout);
   }

@@ -26,7 +26,7 @@ runs() { # FLAG... : whether this processor has them all
   for flag in "$@"; do grep -qw "$flag" /proc/cpuinfo || return 1; done
 }
 
-# The kernels that OpenBLAS takes when asked for some: a kind that it does not know it passes over in silence.
+# The kernels that OpenBLAS takes when told to take some: a kind that it does not know it passes over in silence.
 taken() { # KIND
   OPENBLAS_CORETYPE=$1 "$build/tests/test_blas" 2>&1 | sed -n 's/^OpenBLAS kernels: //p'
 }

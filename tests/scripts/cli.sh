@@ -90,7 +90,7 @@ refused 'budget' configs/demo.json --plan --set memory.budget_gb=0.1 --tokens $(
 "$train" --help >"$dir/help"
 grep -q -- 'train.warmup_steps' "$dir/help"
 
-# What is asked for and cannot be written is an error, on a full device as on a closed descriptor.
+# An output that cannot be written is an error, on a full device as on a closed descriptor.
 unwritten() { # ARGS...
   local rc to
   for to in /dev/full closed; do

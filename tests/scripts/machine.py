@@ -73,7 +73,7 @@ class Machine:
         check(self.threads(before=["taskset", "-c", first], **of_two) == 1, "bound to one")
 
     def test_too_many_threads(self):
-        check(self.threads(OMP_NUM_THREADS="64") == 64, "as many as asked for")
+        check(self.threads(OMP_NUM_THREADS="64") == 64, "as many as OMP_NUM_THREADS says")
 
     def test_nice(self):
         check(self.threads(before=["nice", "-n", "19"]) == HERE, "at the lowest priority")

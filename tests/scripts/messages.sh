@@ -129,7 +129,7 @@ case_of 'a value out of range' 2 './train configs/demo.json --set train.lr=-1' '
 case_of 'a value of the wrong type' 2 './train configs/demo.json --set train.steps=many' 'train.steps = "many"'
 case_of 'sizes that do not go together' 2 './train configs/demo.json --set data.image_size=30' \
   'multiple of model.patch' 'hint:'
-case_of 'a GPU asked for where none is' 2 'CUDA_VISIBLE_DEVICES= ./train configs/demo.json --device cuda' '--device cuda:'
+case_of '--device cuda without a GPU' 2 'CUDA_VISIBLE_DEVICES= ./train configs/demo.json --device cuda' '--device cuda:'
 
 section 'The machine'
 case_of 'too little address space' 2 'ulimit -v 250000; ./train configs/demo.json --device cpu --set run.threads=2' \

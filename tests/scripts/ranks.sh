@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several processes train as one: the same bits as one process that takes their micro-batches in turn; checkpoints go on
-# at any number of them; what is asked for once is done once; whatever ends one of them ends all with one message, and the
+# at any number of them; work for one process is done once; whatever ends one of them ends all with one message, and the
 # run goes on from its last checkpoint. Skipped (77) where there is no mpirun.
 #   tests/scripts/ranks.sh [BUILD]
 set -euo pipefail

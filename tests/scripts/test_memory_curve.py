@@ -84,7 +84,7 @@ def main():
         root = xml.parse(out / "curve.svg").getroot()
         assert len(list(root.iter(f"{SVG}circle"))) == 6 + 2 + 4  # the legend's too
         assert sum(e.get("fill") == "none" for e in root.iter(f"{SVG}path")) == 4
-        # A curve that was broken off: only what is missing is asked for.
+        # A curve that was broken off: only what is missing is measured.
         text = (out / "curve.csv").read_text().splitlines(keepends=True)
         (out / "curve.csv").write_text("".join(line for line in text if not line.startswith("point,keep")))
         _, calls = curve()

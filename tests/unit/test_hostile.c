@@ -295,7 +295,7 @@ static void break_image(const char *folder, int i) {
   }
 }
 
-// Takes packs until every image has been asked for; documents without loss. -1 and *err when the loader gives up.
+// Takes packs until every image has been read; documents without loss. -1 and *err when the loader gives up.
 static int64_t take_packs(Loader *loader, int packs, const LoaderConfig *config, Error *err) {
   int64_t silent = 0;
   for (int i = 0; i < packs; i++) {
