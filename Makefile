@@ -38,7 +38,7 @@ else \
 fi
 endef
 FOUND := openblas $(or $(HAVE_OPENBLAS),NO), cjson $(or $(HAVE_CJSON),NO), pcre2 $(or $(HAVE_PCRE2),NO),
-FOUND += stb $(or $(HAVE_STB),NO), openmp $(or $(HAVE_OPENMP),NO), mpi $(or $(HAVE_MPI),no),
+FOUND += stb $(or $(HAVE_STB),NO), openmp $(or $(HAVE_OPENMP),NO), mpi $(if $(HAVE_MPI),yes,no),
 FOUND += cuda $(or $(HAVE_CUDA),no),
 FOUND += cmocka $(or $(HAVE_CMOCKA),NO) (tests only)
 LIBRARIES_MISSING := $(strip $(foreach library,OPENBLAS CJSON PCRE2 STB OPENMP,$(if $(HAVE_$(library)),,$(library))))

@@ -53,16 +53,11 @@ Launch ranks_launched(void) {
 
 // Loaded when several processes are started together: one binary runs where there is none too, and a process alone does
 // not pay for it.
-#define MPI_FUNCTIONS(F)                                                                                               \
-  F(Init_thread)                                                                                                       \
-  F(Finalize)                                                                                                          \
-  F(Abort)                                                                                                             \
-  F(Comm_size)                                                                                                         \
-  F(Comm_rank)                                                                                                         \
-  F(Comm_split_type)                                                                                                   \
-  F(Comm_free)                                                                                                         \
-  F(Test)                                                                                                              \
-  F(Ibarrier) F(Ibcast) F(Ialltoall) F(Iallgather) F(Type_contiguous) F(Type_create_resized) F(Type_commit) F(Type_free)
+// clang-format off
+#define MPI_FUNCTIONS(F) F(Init_thread) F(Finalize) F(Abort) F(Comm_size) F(Comm_rank) F(Comm_split_type) F(Comm_free) \
+  F(Test) F(Ibarrier) F(Ibcast) F(Ialltoall) F(Iallgather) F(Type_contiguous) F(Type_create_resized) F(Type_commit)     \
+  F(Type_free)
+// clang-format on
 static struct {
 #define POINTER(name) __typeof__(&MPI_##name) name;
   MPI_FUNCTIONS(POINTER)

@@ -48,9 +48,9 @@ typedef struct OpArgs {
     struct {         // COPY, ZERO, ADD, CAST
       int64_t count; // elements, or bytes for COPY and ZERO
     } span;
-    struct {         // ALL_REDUCE
+    struct {         // ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER
       int64_t count; // elements
-      int is_f64;    // of F64, rather than DT_REAL
+      int is_f64;    // of F64, rather than DT_REAL (ALL_GATHER: DT_ACT)
     } group;
     struct {                  // GRAD_SQUARES, GRAD_DECIDE, GRAD_HASH, ADAMW, EMA
       const ParamSpan *spans; // [n]
@@ -176,7 +176,9 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
      IN(weights, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE) IN(remainder, WHOLE, OPTIONAL),                           \
      OUT(ema, WHOLE, ADDS_ALWAYS))                                                                                     \
   OP(CAST, NONE, 0, IN(src, WHOLE), OUT(dst, WHOLE))                                                                   \
-  OP(ALL_REDUCE, NONE, args->group.count, , OUT(values, WHOLE, ADDS_ALWAYS))
+  OP(ALL_REDUCE, NONE, args->group.count, , OUT(values, WHOLE, ADDS_ALWAYS))                                           \
+  OP(REDUCE_SCATTER, NONE, args->group.count, , OUT(values, WHOLE, ADDS_ALWAYS))                                       \
+  OP(ALL_GATHER, NONE, 0, , OUT(values, WHOLE, ADDS_ALWAYS))
 
 // COPY            dst[0..count) = src, bytes; the only op of the d2h and h2d lanes.
 // ZERO            dst[0..count) = 0, bytes.
@@ -273,5 +275,8 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 // CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.
 // ALL_REDUCE      of the process group (base/ranks.h), on the comm lane, and so in the same order in all processes:
 //                 values = the sum of what every process has there, added in the order of ranks.
+// REDUCE_SCATTER  of the group, likewise: of N processes that of rank r gets the sums of the r-th of N equal shares of
+//                 values; what the others of its shares hold then is of no use.
+// ALL_GATHER      of the group: of N equal shares of values rank r has the r-th, and gets all others.
 // clang-format on
 #endif

@@ -14,6 +14,7 @@ typedef struct Model {
   ParamTable params;
   MemoryState state;   // what lies on the host (placement.h); STATE_AUTO as STATE_DEVICE
   int kept;            // buckets, the last ones, whose part of what `state` names last stays on the device
+  int shard;           // which of config_shards is this process's
   int64_t update_part; // elements that travel at once, at most, where state passes through the arena
 } Model;
 

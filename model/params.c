@@ -90,8 +90,10 @@ static void add_layer(ParamTable *t, const Config *c, const Dims *d, int l) {
   }
 }
 
-// What was added since the bucket before is one.
-static void end_bucket(ParamTable *t, int layer) {
+// What was added since the bucket before is one, which the processes that it is shared out to divide evenly.
+static void end_bucket(ParamTable *t, const Config *c, int layer) {
+  int64_t align = (int64_t)PARAM_ALIGN * config_shards(c);
+  t->total = (t->total + align - 1) / align * align;
   const ParamBucket *before = t->buckets ? &t->bucket[t->buckets - 1] : NULL;
   int first = before ? before->first + before->n : 0;
   t->bucket[t->buckets++] = (ParamBucket){
@@ -116,17 +118,17 @@ ParamTable params_build(const Config *c) {
   t.cond_pool = add_matrix(&t, c, 1, d.Z, d.C, 0, "cond.pool.weight");
   t.cond_kind = add(&t, 0, INIT_ZERO, 0, 2, d.Z, 0, "cond.kind");
   t.mod_base = add(&t, 0, INIT_TEXT_GATES, 0, 2, d.M, 0, "mod.base");
-  end_bucket(&t, -1);
+  end_bucket(&t, c, -1);
   for (int l = 0; l < d.L; l++) {
     add_layer(&t, c, &d, l);
-    end_bucket(&t, l);
+    end_bucket(&t, c, l);
   }
   if (!c->model.tie_embeddings) t.head = add(&t, 0, INIT_NORMAL, 1 / sqrt((double)d.C), d.V, d.C, 0, "head.weight");
   t.image_head = add(&t, 0, INIT_ZERO, 0, d.P, d.C, 0, "image_head.weight");
   t.image_head_bias = add(&t, 0, INIT_ZERO, 0, d.P, 0, 0, "image_head.bias");
-  end_bucket(&t, -1);
+  end_bucket(&t, c, -1);
   t.mod_weight = add(&t, 1, INIT_ZERO, 0, d.M, d.Z, 0, "mod.weight");
-  end_bucket(&t, -1);
+  end_bucket(&t, c, -1);
   t.spans = xcalloc((size_t)t.n, sizeof *t.spans);
   for (int i = 0; i < t.n; i++)
     t.spans[i] = (ParamSpan){.offset = t.of[i].offset, .count = t.of[i].count, .decay = t.of[i].decay};
@@ -184,6 +186,14 @@ static void piece_end(Pieces *s, const Param *p, int64_t n) {
 // Elements of a parameter that the next piece may hold, with room for its padding.
 static int64_t piece_room(const Pieces *s, const Param *p) {
   return min_i64(p->offset + p->count - s->at, PARAMS_PIECE - PARAM_ALIGN);
+}
+
+// Zeros up to where the next bucket begins.
+static void fill_gap(Pieces *s, int64_t end) {
+  int64_t n = end - s->at;
+  for (int64_t i = 0; i < n; i++) store(s, i, 0);
+  if (n) s->sink(s->arg, s->at, n, s->values);
+  s->at = end;
 }
 
 // The normals of some blocks of a parameter's stream, without those beyond two standard deviations where they are cut
@@ -285,6 +295,7 @@ void params_stream(const ParamTable *t, ParamValues which, uint64_t seed, size_t
       fill_initial(&s, t, i, seed);
     else
       fill_random(&s, t, i, seed);
+    fill_gap(&s, i + 1 < t->n ? t->of[i + 1].offset : t->total);
   }
   free(s.values);
   free(s.normal);

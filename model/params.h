@@ -36,7 +36,7 @@ typedef struct LayerParams {
 // layer, the heads, and the modulation table's U alone.
 typedef struct ParamBucket {
   int first, n;       // parameters
-  int64_t begin, end; // elements, padding included
+  int64_t begin, end; // elements, padding included: a multiple of 64, with shards (config_shards) of 64 each
   int layer;          // -1: none
 } ParamBucket;
 

@@ -12,6 +12,15 @@ int64_t state_host_count(const Model *m, Space space) {
   return m->state < leaves_with ? 0 : m->state == leaves_with ? away_count(m) : m->params.total;
 }
 
+Shard bucket_shard(const Model *m, const ParamBucket *b) {
+  int64_t n = config_shards(m->config), each = (b->end - b->begin) / n, begin = b->begin + m->shard * each;
+  return (Shard){begin, begin + each, b->begin / n};
+}
+
+int space_is_shared(const Model *m, Space space) {
+  return config_shards(m->config) > 1 && (space == SPACE_ADAM_M || space == SPACE_ADAM_V || space == SPACE_EMA);
+}
+
 int bucket_leaves(const Model *m, const ParamBucket *b) {
   return m->state == STATE_GRADIENTS && b->layer >= 0 && b->end <= away_count(m);
 }

@@ -9,6 +9,15 @@
 // through the arena where they are computed with.
 int64_t state_host_count(const Model *m, Space space);
 
+// Adam's moments and the EMA are shared out: of every bucket each process has one of config_shards equal shares, which
+// lie one after the other in its slabs.
+typedef struct Shard {
+  int64_t begin, end; // elements of the weights that it is of
+  int64_t at;         // its first element in the slabs of a share
+} Shard;
+Shard bucket_shard(const Model *m, const ParamBucket *b);
+int space_is_shared(const Model *m, Space space);
+
 // With STATE_GRADIENTS the gradients of a layer that is not kept are formed in turn in at most this many slots, and
 // leave for SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
 enum { GRADIENT_SLOTS = 3 };

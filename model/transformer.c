@@ -33,7 +33,8 @@ static void record_sums_return(Recording *r, int l) {
 static void record_gradients_end(Recording *r, const ParamBucket *b) {
   if (r->grads == SPACE_MICRO_GRADS) record_gradient_sum(r, b);
   if (mode_is_last(r->mode) && r->config->processes > 1)
-    program_collective(r->p, OP_ALL_REDUCE, bucket_gradients(r->p, r->model, b, SPACE_GRADS));
+    program_collective(r->p, config_shards(r->config) > 1 ? OP_REDUCE_SCATTER : OP_ALL_REDUCE,
+                       bucket_gradients(r->p, r->model, b, SPACE_GRADS));
   if (!bucket_leaves(r->model, b)) return;
   TensorId gradients = bucket_gradients(r->p, r->model, b, SPACE_GRADS);
   if (mode_is_last(r->mode)) {

@@ -52,6 +52,19 @@ static void parts_join(Parts *s, int leaving) {
   }
 }
 
+// This process's share of every bucket.
+static void parts_share(Parts *s) {
+  const ParamTable *w = &s->model->params;
+  for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++) {
+    Shard shard = bucket_shard(s->model, b);
+    parts_add(s, (Part){b, b->first, b->n, shard.begin, shard.end});
+  }
+}
+
+static int is_shared(const Parts *s) {
+  return config_shards(s->model->config) > 1;
+}
+
 // Buckets, cut where they are large.
 static void parts_cut(Parts *s) {
   const ParamTable *w = &s->model->params;
@@ -76,6 +89,10 @@ static TensorId place(const Parts *s, const Part *part, Space space, int64_t beg
 }
 
 static TensorId part_of(const Parts *s, const Part *part, Space space) {
+  if (space_is_shared(s->model, space)) {
+    Shard shard = bucket_shard(s->model, part->bucket);
+    return place(s, part, space, shard.at + part->begin - shard.begin);
+  }
   if (space != SPACE_GRADS)
     return space_element(s->model->backend, space) ? place(s, part, space, part->begin) : NO_TENSOR;
   return place(s, part, space, gradients_begin(s->model, part->bucket) + part->begin - part->bucket->begin);
@@ -83,6 +100,13 @@ static TensorId part_of(const Parts *s, const Part *part, Space space) {
 
 static int is_away(const Parts *s, const Part *part, Space space) {
   return space == SPACE_HOST_GRADS || part->end <= state_host_count(s->model, space);
+}
+
+// A share's weights are new: everybody gets those of the whole bucket.
+static void part_gather(const Parts *s, const Part *part) {
+  if (!is_shared(s)) return;
+  const Part whole = {.begin = part->bucket->begin, .end = part->bucket->end};
+  program_collective(s->p, OP_ALL_GATHER, place(s, &whole, SPACE_WEIGHTS, whole.begin));
 }
 
 // The part of a space as ops take it: where it lies, or what travels in from the host.
@@ -119,18 +143,22 @@ static Program *parts_close(Parts *s) {
 // Sums of squares of the gradients that are on the device, and the decision of the step.
 static TensorId record_decision(const Model *model, Program *p, TensorId scalars) {
   Parts s = {.model = model, .p = p};
-  parts_join(&s, 0);
+  if (is_shared(&s))
+    parts_share(&s);
+  else
+    parts_join(&s, 0);
   for (const Part *part = s.of; part < s.of + s.n; part++) {
     OpArgs a = part_args(&s, part);
     program_op(p, OP_GRAD_SQUARES, IN(part_of(&s, part, SPACE_GRADS)),
                OUT(param_sums(p, &model->params, SUMS_OF_SQUARES, part->first, part->n)), &a);
   }
   free(s.of);
+  TensorId squares = param_sums(p, &model->params, SUMS_OF_SQUARES, 0, model->params.n);
+  if (is_shared(&s)) program_collective(p, OP_ALL_REDUCE, squares);
   TensorId status = program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
   TensorId metrics = program_external(p, SPACE_METRICS, 0, DT_F64, metrics_size(&p->dims), "metrics");
   OpArgs a = {.params = {.spans = model->params.spans, .n = model->params.n, .end = model->params.total}};
-  program_op(p, OP_GRAD_DECIDE,
-             IN(param_sums(p, &model->params, SUMS_OF_SQUARES, 0, model->params.n), metrics, scalars), OUT(status), &a);
+  program_op(p, OP_GRAD_DECIDE, IN(squares, metrics, scalars), OUT(status), &a);
   return status;
 }
 
@@ -163,7 +191,9 @@ Program *update_record(const Model *model, int ema) {
   Parts s = parts_open(model, ema ? "update with ema" : "update");
   TensorId scalars = program_external(s.p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
   TensorId status = record_decision(model, s.p, scalars);
-  if (state_host_count(model, SPACE_ADAM_M) || (ema && state_host_count(model, SPACE_EMA)))
+  if (is_shared(&s))
+    parts_share(&s);
+  else if (state_host_count(model, SPACE_ADAM_M) || (ema && state_host_count(model, SPACE_EMA)))
     parts_cut(&s);
   else
     parts_join(&s, 1);
@@ -173,6 +203,7 @@ Program *update_record(const Model *model, int ema) {
   for (int i = 0, sent = 0; i < s.n; i++) {
     for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) lent[sent] = update_lend(&s, &s.of[sent], ema);
     record_part(&s, &s.of[i], lent[i], status, scalars, ema);
+    part_gather(&s, &s.of[i]);
     if (sent < s.n) lent[sent] = update_lend(&s, &s.of[sent], ema), sent++;
     update_return(&s, &s.of[i], lent[i], ema);
   }
@@ -203,7 +234,9 @@ Program *ema_record(const Model *model, int enter) {
   TensorId from = enter ? weights : aside, to = enter ? aside : weights;
   program_copy(s.p, !away ? LANE_COMPUTE : enter ? LANE_D2H : LANE_H2D, from, to);
   if (!enter) return parts_close(&s);
-  if (state_host_count(model, SPACE_EMA))
+  if (is_shared(&s))
+    parts_share(&s);
+  else if (state_host_count(model, SPACE_EMA))
     parts_cut(&s);
   else
     parts_add(&s, all);
@@ -212,6 +245,7 @@ Program *ema_record(const Model *model, int enter) {
     for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) ema[sent] = part_lend(&s, &s.of[sent], SPACE_EMA);
     OpArgs cast = {.span = {.count = s.of[i].end - s.of[i].begin}};
     program_op(s.p, OP_CAST, IN(ema[i]), OUT(part_of(&s, &s.of[i], SPACE_WEIGHTS)), &cast);
+    part_gather(&s, &s.of[i]);
   }
   free(ema);
   return parts_close(&s);

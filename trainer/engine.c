@@ -1,6 +1,7 @@
 #include "trainer/engine.h"
 
 #include "base/machine.h"
+#include "base/ranks.h"
 #include "base/thread.h"
 #include "kernels/backends.h"
 #include "model/placement.h"
@@ -91,6 +92,7 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
                      "%d processes were started, and several cannot train together on the %s yet", c->processes,
                      backend->name);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
+  if (config_shards(c) > 1) e->model.shard = ranks_rank();
   Dims d = dims_from_config(c, e->slots, e->segments);
   e->bytes[SPACE_WEIGHTS] = e->model.params.total * (int64_t)space_element(backend, SPACE_WEIGHTS);
   e->bytes[SPACE_METRICS] = metrics_size(&d) * (int64_t)sizeof(double);
@@ -344,6 +346,10 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   b->download(wide, program_address(m->program, t), (size_t)count * element);
   floats_from(wide, element, count, out);
   free(wide);
+}
+
+int64_t engine_whole_bytes(const Engine *e, Space space) {
+  return engine_slab_bytes(e, space) * (space_is_shared(&e->model, space) ? config_shards(e->config) : 1);
 }
 
 int64_t engine_slab_bytes(const Engine *e, Space space) {

@@ -105,7 +105,7 @@ int engine_refuse_space(const Engine *e, Space space, Error *err) {
 static int64_t state_bytes(const Engine *e) {
   int64_t sum = 0;
   for (int s = 0; s < SPACE_COUNT; s++)
-    if (space_has((Space)s, SPACE_SAVED)) sum += engine_slab_bytes(e, (Space)s);
+    if (space_has((Space)s, SPACE_SAVED)) sum += engine_whole_bytes(e, (Space)s);
   return sum;
 }
 

@@ -23,7 +23,8 @@ static int64_t element_bytes(const Engine *e, Space space, int64_t count) {
 // An element for each parameter, part of which may lie on the host.
 static void set_slab_bytes(Engine *e, Space space) {
   e->bases.host_bytes[space] = element_bytes(e, space, state_host_count(&e->model, space));
-  e->bytes[space] = element_bytes(e, space, e->model.params.total) - e->bases.host_bytes[space];
+  int64_t share = e->model.params.total / config_shards(e->config);
+  e->bytes[space] = element_bytes(e, space, share) - e->bases.host_bytes[space];
 }
 
 static void set_state_bytes(Engine *e, int train) {
@@ -92,7 +93,7 @@ int engine_choose_state(Engine *e, int train, Error *err) {
   MemoryState want = e->config->memory.state, state = want == STATE_AUTO ? STATE_DEVICE : want;
   int64_t forward[SPACE_COUNT];
   memcpy(forward, e->bytes, sizeof forward);
-  if (!e->model.backend->queues) state = want = STATE_DEVICE;
+  if (!e->model.backend->queues || config_shards(e->config) > 1) state = want = STATE_DEVICE;
   record_state(e, state, 0, forward, train);
   while (want == STATE_AUTO && state < STATE_GRADIENTS && engine_least_bytes(e, train) > e->budget)
     record_state(e, ++state, 0, forward, train);

@@ -2,6 +2,7 @@
 
 #include "base/machine.h"
 #include "base/thread.h"
+#include "model/placement.h"
 #include "trainer/slab.h"
 
 #include <stdatomic.h>
@@ -75,13 +76,16 @@ static int take_copy(Saver *s, Error *err) {
   const Engine *e = s->engine;
   size_t need = 0;
   for (int i = 0; i < SPACE_COUNT; i++)
-    if (space_has((Space)i, SPACE_SAVED)) need += page_round((size_t)engine_slab_bytes(e, (Space)i));
+    if (space_has((Space)i, SPACE_SAVED)) need += page_round((size_t)engine_whole_bytes(e, (Space)i));
   int64_t room = machine_memory_left("");
   // An eighth is left for the data, its decoding and everybody else.
   void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                                          : MAP_FAILED;
   if (p == MAP_FAILED)
-    return error_set(err, "checkpoint.copy=never writes them without, which holds up training",
+    return error_set(err,
+                     config_shards(e->config) > 1
+                         ? "without parallel.zero they are written without, which holds up training"
+                         : "checkpoint.copy=never writes them without, which holds up training",
                      "a copy of the state for checkpoints needs %.3f GB of host memory, and there are %.3f",
                      (double)need / 1e9, (double)room / 1e9);
   madvise(p, need, MADV_HUGEPAGE);
@@ -89,7 +93,7 @@ static int take_copy(Saver *s, Error *err) {
   s->copy_bytes = need;
   char *at = s->copy;
   for (int i = 0; i < SPACE_COUNT; i++) {
-    size_t bytes = (size_t)engine_slab_bytes(e, (Space)i);
+    size_t bytes = (size_t)engine_whole_bytes(e, (Space)i);
     if (!bytes || !space_has((Space)i, SPACE_SAVED)) continue;
     s->at[i] = at;
     at += page_round(bytes);
@@ -179,6 +183,17 @@ static void *write_checkpoint(void *argument) {
   return NULL;
 }
 
+// Puts the shares of all processes together at `to`, where they are wanted.
+static void gather_shares(Engine *e, char *const *to) {
+  for (int i = 0; i < SPACE_COUNT; i++)
+    if (space_is_shared(&e->model, (Space)i) && engine_slab_bytes(e, (Space)i))
+      engine_slab_gather(e, (Space)i, to ? to[i] : NULL);
+}
+
+void saver_help(Engine *e) {
+  gather_shares(e, NULL);
+}
+
 // ---- the saver ----
 
 Saver *saver_open(Engine *e, const char *run, Error *err) {
@@ -186,7 +201,8 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
   s->engine = e;
   s->run = run;
   pthread_mutex_init(&s->device, NULL);
-  SaveCopy copy = config_save_copy(e->config);
+  // Shares come together in the copy.
+  SaveCopy copy = config_shards(e->config) > 1 ? COPY_ALWAYS : config_save_copy(e->config);
   int bad = copy != COPY_NEVER && (engine_stage_open(e, STAGE, err) != 0 || take_copy(s, err) != 0);
   if (bad && copy == COPY_AUTO) {
     log_info("%s: saves will hold up training", err->text);
@@ -220,7 +236,8 @@ void saver_begin(Saver *s, const RunState *state, double began) {
   s->pending = true;
   s->written = false;
   for (int i = 0; s->copy && i < SPACE_COUNT; i++)
-    if (s->at[i]) engine_slab_copy(s->engine, (Space)i, s->at[i]);
+    if (s->at[i] && !space_is_shared(&s->engine->model, (Space)i)) engine_slab_copy(s->engine, (Space)i, s->at[i]);
+  gather_shares(s->engine, s->at);
   s->started = s->copy && thread_start(&s->thread, write_checkpoint, s) == 0;
   if (!s->started) {
     engine_await(s->engine);

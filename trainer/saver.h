@@ -19,6 +19,9 @@ void saver_warm(Saver *s);
 // Saves `state`, between two steps; no save may be under way. `began` (time_now): since when training stands still.
 void saver_begin(Saver *s, const RunState *state, double began);
 
+// What the other processes do meanwhile, if there are any: they give their shares of the state.
+void saver_help(Engine *e);
+
 // What became of the last save: 0 when it is on the disk, with a line in the log the first time, or when there was
 // none, or when it is still being written and `wait` is 0. -1 with *err when it failed, once.
 int saver_result(Saver *s, int wait, Error *err);

@@ -1,10 +1,12 @@
 #include "trainer/slab.h"
 
 #include "base/base.h"
+#include "base/ranks.h"
 #include "kernels/backends.h"
 #include "model/placement.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 // ---- whole slabs ----
 
@@ -131,6 +133,23 @@ void engine_slab_copy(Engine *e, Space space, void *out) {
   }
 }
 
+void engine_slab_gather(Engine *e, Space space, void *out) {
+  const ParamTable *t = &e->model.params;
+  const size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  int64_t most = 0;
+  for (int b = 0; b < t->buckets; b++) most = max_i64(most, t->bucket[b].end - t->bucket[b].begin);
+  char *whole = xmalloc((size_t)most * element);
+  for (const ParamBucket *b = t->bucket; b < t->bucket + t->buckets; b++) {
+    Shard shard = bucket_shard(&e->model, b);
+    size_t bytes = (size_t)(shard.end - shard.begin) * element;
+    const char *own = (const char *)e->bases.of[space] + (size_t)shard.at * element;
+    e->model.backend->download(whole + (size_t)(shard.begin - b->begin) * element, own, bytes);
+    ranks_share(whole, bytes);
+    if (out) memcpy((char *)out + (size_t)b->begin * element, whole, (size_t)(b->end - b->begin) * element);
+  }
+  free(whole);
+}
+
 // ---- piece by piece ----
 
 struct SlabWriter {
@@ -163,14 +182,15 @@ SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err) {
   return w;
 }
 
-void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
+// Elements as they lie in this process's slab.
+static void put_stored(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
   const Engine *e = w->e;
   const Backend *b = e->model.backend;
   size_t element = b->dtype_bytes[DT_REAL], n = (size_t)count;
   int64_t on_host = max_i64(0, min_i64(count, count_on_host(e, space) - first));
   if (on_host && on_host < count) {
-    slab_writer_put(w, space, first, on_host, values);
-    slab_writer_put(w, space, first + on_host, count - on_host, (const char *)values + (size_t)on_host * element);
+    put_stored(w, space, first, on_host, values);
+    put_stored(w, space, first + on_host, count - on_host, (const char *)values + (size_t)on_host * element);
     return;
   }
   char *to = bases_at(&e->bases, space, first * (int64_t)element);
@@ -198,6 +218,22 @@ void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, c
     queue_copy(b, LANE_H2D, to, slot, n * element);
   }
   b->queues->record(LANE_H2D, event);
+}
+
+void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
+  const Model *m = &w->e->model;
+  size_t element = m->backend->dtype_bytes[DT_REAL];
+  if (!space_is_shared(m, space)) {
+    put_stored(w, space, first, count, values);
+    return;
+  }
+  for (const ParamBucket *b = m->params.bucket; b < m->params.bucket + m->params.buckets; b++) {
+    Shard shard = bucket_shard(m, b);
+    int64_t begin = max_i64(first, shard.begin), end = min_i64(first + count, shard.end);
+    if (begin < end)
+      put_stored(w, space, shard.at + begin - shard.begin, end - begin,
+                 (const char *)values + (size_t)(begin - first) * element);
+  }
 }
 
 void slab_writer_close(SlabWriter *w) {

@@ -21,6 +21,10 @@ int engine_stage_open(Engine *e, int64_t bytes, Error *err);
 // Copies a slab to host memory [bytes[space]] as it is stored, at the link's speed, by all threads.
 void engine_slab_copy(Engine *e, Space space, void *out);
 
+// A slab of which this process has a share, put together from all: all call it, rank 0 with memory for the whole
+// [engine_whole_bytes], the others with NULL.
+void engine_slab_gather(Engine *e, Space space, void *out);
+
 // Writes slabs piece by piece: on a backend with queues a piece travels while the next ones are made, through a few
 // pinned buffers, so that no whole slab lies in host memory.
 typedef struct SlabWriter SlabWriter;
@@ -28,8 +32,8 @@ typedef struct SlabWriter SlabWriter;
 // For pieces of at most `piece` elements. Ops that were replayed before come first. NULL with *err set when there is no
 // pinned memory.
 SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err);
-// Elements [first, first + count) of a slab, as DT_REAL; the weights as their masters. `values` may be overwritten when
-// this returns.
+// Elements [first, first + count) of a slab, as DT_REAL; the weights as their masters. Of one that is shared, those
+// that are this process's are taken. `values` may be overwritten when this returns.
 void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values);
 // Waits until all has arrived. NULL is allowed.
 void slab_writer_close(SlabWriter *w);

@@ -192,7 +192,10 @@ static int check_save(Trainer *t, int wait, int last, Error *err) {
 
 // Begins a save, when the one before is on the disk. The run's last save makes up for one that was not written.
 static int save(Trainer *t, const Feed *feed, int last, Error *err) {
-  if (!t->saver) return 0;
+  if (!t->saver) {
+    saver_help(&t->engine);
+    return 0;
+  }
   double began = time_now();
   if (last && saver_result(t->saver, 1, err) != 0)
     log_warn("%s", err->text);
@@ -228,14 +231,13 @@ static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
 // the report and evaluates, the others wait.
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
   int bad = 0;
-  if (report) {
-    engine_use_ema(&t->engine, 1);
-    bad = evaluate_weights(t, report, last, err);
-    engine_use_ema(&t->engine, 0);
-    if (signals_stop()) bad = 0;
-  }
-  if (!bad) ranks_wait();
-  return bad;
+  engine_use_ema(&t->engine, 1);
+  if (report) bad = evaluate_weights(t, report, last, err);
+  if (signals_stop()) bad = 0;
+  if (bad) return -1;
+  ranks_wait();
+  engine_use_ema(&t->engine, 0);
+  return 0;
 }
 
 // Loads the newest checkpoint again, while the data go on, and cuts the figures of the steps given up. *kept becomes

@@ -29,10 +29,15 @@ static void add_doubles(const void *parts, int n_parts, int64_t n, void *sum) {
   }
 }
 
+static void (*adder(const KernelCall *c, size_t *element))(const void *, int, int64_t, void *) {
+  *element = c->args->group.is_f64 ? sizeof(double) : sizeof(real);
+  return c->args->group.is_f64 ? add_doubles : add_reals;
+}
+
 // Each rank sums a share of the elements and gives the others what it found.
 void cpu_ALL_REDUCE(const KernelCall *c) {
-  void (*add)(const void *, int, int64_t, void *) = c->args->group.is_f64 ? add_doubles : add_reals;
-  size_t element = c->args->group.is_f64 ? sizeof(double) : sizeof(real);
+  size_t element;
+  void (*add)(const void *, int, int64_t, void *) = adder(c, &element);
   int64_t count = c->args->group.count, size = ranks_size();
   char *values = c->out.ALL_REDUCE.values;
   if (size == 1) return;
@@ -48,4 +53,26 @@ void cpu_ALL_REDUCE(const KernelCall *c) {
     ranks_share(mine, (size_t)share * element);
     memcpy(values + (size_t)at * element, mine, (size_t)n * element);
   }
+}
+
+void cpu_REDUCE_SCATTER(const KernelCall *c) {
+  size_t element;
+  void (*add)(const void *, int, int64_t, void *) = adder(c, &element);
+  int64_t size = ranks_size(), each = c->args->group.count / size, most = each < SHARE ? each : SHARE;
+  char *values = c->out.REDUCE_SCATTER.values;
+  if (size == 1) return;
+  Scratch scratch = scratch_take((int64_t)element * 2 * most * size);
+  char *mine = scratch_own(&scratch), *theirs = mine + (size_t)(most * size) * element;
+  for (int64_t at = 0; at < each; at += most) {
+    int64_t n = each - at < most ? each - at : most;
+    size_t bytes = (size_t)n * element;
+    for (int64_t r = 0; r < size; r++)
+      memcpy(mine + (size_t)r * bytes, values + (size_t)(r * each + at) * element, bytes);
+    ranks_exchange(mine, theirs, bytes);
+    add(theirs, (int)size, n, values + (size_t)(ranks_rank() * each + at) * element);
+  }
+}
+
+void cpu_ALL_GATHER(const KernelCall *c) {
+  ranks_share(c->out.ALL_GATHER.values, (size_t)(c->args->group.count / ranks_size()) * sizeof(real));
 }

@@ -343,7 +343,10 @@ static Backend backend_make(void) {
   b.remainder_bytes = sizeof(uint16_t);
   b.weights_read = masters_join;
   b.weights_write = masters_split;
-#define cuda_ALL_REDUCE nullptr // one process alone
+// One process alone.
+#define cuda_ALL_REDUCE nullptr
+#define cuda_REDUCE_SCATTER nullptr
+#define cuda_ALL_GATHER nullptr
 #define OP_ROW(name, ...) b.fn[OP_##name] = cuda_##name;
   OP_LIST(OP_ROW)
 #undef OP_ROW

@@ -27,3 +27,7 @@ int config_max_images(const Config *c) {
 SaveCopy config_save_copy(const Config *c) {
   return c->checkpoint.copy == COPY_AUTO && !c->checkpoint.every ? COPY_NEVER : c->checkpoint.copy;
 }
+
+int config_shards(const Config *c) {
+  return c->parallel.zero && c->processes > 1 ? c->processes : 1;
+}

@@ -163,7 +163,10 @@ typedef struct Config {
     Packing packing;     // of training; packs of evaluation and sampling are varlen
     StreamKind streams;  // of the GPU, as is graph
     bool graph;
-  } kernels;               // what ablations switch
+  } kernels; // what ablations switch
+  struct {
+    int zero; // 0: every process has all of the optimizer's state, 1: a share of it
+  } parallel;
   int processes;           // that train as one: those of the group (base/ranks.h)
   int version;             // "tessera" of the file, see model/config/history.h; 0 = it has none
   int origin[CONFIG_KEYS]; // by row of the key table
@@ -189,6 +192,8 @@ int config_max_document(const Config *c);
 // data.max_images with 0 resolved: square: T / (tokens of an image + 1), which no pack exceeds, since every image has
 // a boi; aspect: the same for images of half the cap. The modulation table has one row more.
 int config_max_images(const Config *c);
+// Processes that Adam's moments and the EMA are shared out to; 1: every one has all of them.
+int config_shards(const Config *c);
 // checkpoint.copy, which is never where auto has nothing to gain: the only save is the one that ends the run.
 SaveCopy config_save_copy(const Config *c);
 #endif

@@ -161,6 +161,9 @@ const Key config_keys[] = {
      "GPU: transfers in queues of their own, or in that of the kernels"},
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",
      "GPU: a step is launched as captured graphs, or op by op"},
+
+    {"parallel.zero", KEY_INT, AT(parallel.zero), "1", 0, 1, NULL, NULL,
+     "several processes: 1: each has a share of Adam's moments and the EMA; 0: each has all of them"},
 };
 const int config_key_count = sizeof config_keys / sizeof config_keys[0];
 _Static_assert(sizeof config_keys / sizeof config_keys[0] <= CONFIG_KEYS, "CONFIG_KEYS is too small");

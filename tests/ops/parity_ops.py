@@ -25,7 +25,7 @@ except ImportError as error:
 LIMIT = 2e-6
 LIMITS = {("ROUTER_BWD", "dwr_0"): 1e-5, ("ROUTER_BWD", "dwr_1"): 1e-5}
 
-OF_A_GROUP = {"ALL_REDUCE"}  # processes compute it together: tests/scripts/ranks.sh
+OF_A_GROUP = {"ALL_REDUCE", "REDUCE_SCATTER", "ALL_GATHER"}  # processes compute it together: tests/scripts/ranks.sh
 
 
 def output_error(got, want):

@@ -63,17 +63,21 @@ rc=0
 
 # ---- bits: 2 and 3 processes, and 2 of 2 micro-batches each within rounding; resumed at other numbers ----
 run 1 --run-dir "$dir/one" --set train.micro_batches=3 --stop-at 6
-run 3 --run-dir "$dir/three" --stop-at 4
+run 3 --run-dir "$dir/three" --stop-at 2
+run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=0
 run 1 --run-dir "$dir/three" --resume --set train.micro_batches=3 --stop-at 5
 run 3 --run-dir "$dir/three" --resume --set train.micro_batches=1 --stop-at 6
 same one three 6
 run 1 --run-dir "$dir/four" --set train.batch=800 --stop-at 4
 run 2 --run-dir "$dir/pair" --set train.batch=800 --stop-at 2 # two micro-batches each
 cp -r "$dir/pair" "$dir/again"
-run 2 --run-dir "$dir/again" --resume --set train.batch=800 --stop-at 3 --set memory.policy=recompute
+run 2 --run-dir "$dir/again" --resume --set train.batch=800 --stop-at 3 --set memory.policy=recompute --set parallel.zero=0
 run 2 --run-dir "$dir/pair" --resume --set train.batch=800 --stop-at 3
 same pair again 3
 run 3 --run-dir "$dir/again" --resume --set train.batch=600 --stop-at 4
+# Its saved config speaks of one micro-batch of each of three processes.
+"$train" "$dir/again" --resume --stop-at 5 2>"$dir/log" || fail "the folder of a run of other processes as config"
+grep -q '^steps 5 to 5 of 3000: 3 x 200 ' "$dir/log" || fail "train.batch: other steps with other processes"
 "$python" - "$dir" <<'P'
 import json, sys
 rows = {name: [json.loads(line) for line in open(f"{sys.argv[1]}/{name}/metrics.jsonl")] for name in
@@ -92,6 +96,14 @@ P
 [ "$(grep -c '^usage' "$dir/help")" = 1 ] || fail "--help: printed more or less than once"
 "${launch[@]}" -np 2 "$train" "${flags[@]}" --print-config --batch 1100 >"$dir/config" 2>"$dir/log" || fail "--print-config"
 grep -q '^train.micro_batches *derived *3$' "$dir/config" || fail "--batch: not shared out over the processes"
+moments() { # PROCESSES FLAG...: bytes of Adam's first moments in one of them
+  local n=$1
+  shift
+  "${launch[@]}" -np "$n" "$train" "${flags[@]}" --plan "$@" 2>"$dir/log" | awk '/^  Adam m/ { print $3 }'
+}
+all=$(moments 1) third=$(moments 3)
+[ "$(moments 3 --set parallel.zero=0)" = "$all" ] && [ $((3 * third)) -ge "$all" ] && [ $((3 * third)) -le $((all + 3 * 4096)) ] ||
+  fail "parallel.zero: a share of $third bytes of $all"
 "${launch[@]}" -np 2 "$train" "${flags[@]}" --dump "$dir/dump2" 2>"$dir/log" || fail "--dump"
 "$train" "${flags[@]}" --set train.micro_batches=2 --dump "$dir/dump1" 2>"$dir/log" || fail "--dump, one process"
 diff -rq "$dir/dump1" "$dir/dump2" || fail "--dump: not the same step"

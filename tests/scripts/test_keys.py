@@ -628,6 +628,12 @@ def _():  # the GPU's; the CPU says that they are
         assert r.rows[0]["loss"] == plain.rows[0]["loss"] and "nothing on the cpu" not in plain.log
 
 
+@key("parallel.zero")
+def _():  # one process has all of the state; what several have is tests/scripts/ranks.sh's
+    shared, whole = (run({"train.steps": 2, "parallel.zero": z}) for z in (1, 0))
+    assert shared.rows[1]["loss"] == whole.rows[1]["loss"]
+
+
 # ---- beside the keys ----
 
 

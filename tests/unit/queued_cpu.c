@@ -44,7 +44,7 @@ static struct {
   int64_t forced;             // items of the lane held back that ran
   double clock, time[EVENTS]; // items run so far, and how many there were when an event was last recorded
   QueuedCounts counts;
-  KernelFn all_reduce; // NULL: the CPU backend's
+  const Backend *group; // NULL: the CPU backend
 } device;
 
 static char lanes[LANE_COUNT]; // the addresses are the streams
@@ -66,7 +66,7 @@ static void item_run(Work *w, const Item *item) {
   if (item->kind == ITEM_OP) {
     KernelCall call = item->call;
     call.args = call.args ? &item->args : NULL;
-    (item->op == OP_ALL_REDUCE && device.all_reduce ? device.all_reduce : backend_cpu.fn[item->op])(&call);
+    (device.group ? device.group : &backend_cpu)->fn[item->op](&call);
   } else if (item->kind == ITEM_RECORD) {
     w->done[item->event] = item->version;
     device.time[item->event] = device.clock;
@@ -247,8 +247,8 @@ int64_t queued_cpu_hold_back(Lane lane) {
   return forced;
 }
 
-void queued_cpu_group(KernelFn all_reduce) {
-  device.all_reduce = all_reduce;
+void queued_cpu_group(const Backend *group) {
+  device.group = group;
 }
 
 void queued_cpu_drain(void) {

@@ -22,8 +22,8 @@ void queued_cpu_fault(QueuedFault fault);
 // From here on the lane runs only when no other can: what waits for it is waited for as long as may be. LANE_COUNT:
 // none is held back. Returns how often it had to run since the last call, for the others could not.
 int64_t queued_cpu_hold_back(Lane lane);
-// What ALL_REDUCE does from here on, in place of a sum over this one process.
-void queued_cpu_group(KernelFn all_reduce);
+// Whose kernels ops run from here on: the CPU backend's, with others for the ops of a group.
+void queued_cpu_group(const Backend *group);
 // Runs everything, as a synchronization of the device does.
 void queued_cpu_drain(void);
 

@@ -119,7 +119,7 @@ static void measure(World *w, Engine *e) {
 }
 
 static void forget_comm_waits(Engine *e) {
-  Program *all[] = {e->first.program, e->later.program, e->last.program};
+  Program *all[] = {e->first.program, e->later.program, e->last.program, e->update, e->update_ema};
   for (size_t k = 0; k < sizeof all / sizeof *all; k++)
     for (int i = 0; i < all[k]->n_ops; i++)
       if (all[k]->ops[i].lane == LANE_COMM) all[k]->ops[i].n_waits = 0;
@@ -136,6 +136,17 @@ static void cut_updates(Engine *e, int64_t part) {
   }
 }
 
+// Weights and EMA of the case, whose parameters may lie closer together than the engine's.
+static void upload_weights(const World *w, Engine *e) {
+  const ParamTable *to = &e->model.params, *from = &w->c.model.params;
+  real *slab = xcalloc((size_t)to->total, sizeof *slab), *values = w->c.bases.of[SPACE_WEIGHTS];
+  for (int i = 0; i < to->n; i++)
+    memcpy(slab + to->of[i].offset, values + from->of[i].offset, (size_t)to->of[i].count * sizeof *slab);
+  slab_upload(e, SPACE_WEIGHTS, slab);
+  slab_upload(e, SPACE_EMA, slab);
+  free(slab);
+}
+
 // The steps as the trainer runs them: with queues, a step's results are read when the passes of the next are under way.
 // The memory of each pack is overwritten by another one as soon as the device has the pack. `profiled`: that step is
 // timed op by op; -1: none.
@@ -149,8 +160,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   if (w->part) cut_updates(&e, w->part);
   if (w->unordered) forget_comm_waits(&e);
   if (engine_allocate(&e, &err) != 0) fail_msg("%s", err.text);
-  slab_upload(&e, SPACE_WEIGHTS, w->c.bases.of[SPACE_WEIGHTS]);
-  slab_upload(&e, SPACE_EMA, w->c.bases.of[SPACE_WEIGHTS]);
+  upload_weights(w, &e);
   o.elements = (size_t)e.model.params.total;
   o.metrics_bytes = (size_t)e.bytes[SPACE_METRICS];
   o.nll_bytes = (size_t)e.slots * sizeof *o.nll;
@@ -194,8 +204,8 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   collect(&e, &o, &state, STEPS);
   o.elapsed += device_time();
   for (int s = 0; s < SPACES; s++) {
-    o.state[s] = xmalloc(o.elements * sizeof(real));
-    engine_slab_read(&e, spaces[s], o.state[s]);
+    o.state[s] = xcalloc(o.elements, sizeof(real)); // of what is shared, this process's part
+    engine_slab_read_part(&e, spaces[s], 0, engine_slab_bytes(&e, spaces[s]) / (int64_t)sizeof(real), o.state[s], NULL);
   }
   free(given[0]);
   free(given[1]);
@@ -393,61 +403,85 @@ static void test_faults_show(void **state) {
 
 // ---- several processes ----
 
-// A group of two whose other process has the same: their sum is twice what is there.
-static void all_reduce_twice(const KernelCall *c) {
-  real *x = c->out.ALL_REDUCE.values;
-  double *wide = c->out.ALL_REDUCE.values;
-  for (int64_t i = 0; i < c->args->group.count; i++)
-    if (c->args->group.is_f64)
-      wide[i] *= 2;
-    else
-      x[i] *= 2;
+// A group of two whose other process has the same as this one of rank 0: sums are twice what is there, and the other's
+// share of the weights is the same as this one's.
+static void twice(real *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] *= 2;
 }
 
-static int group_differs(World *w, const Outcome *want, uint64_t seed) {
+static void all_reduce_twice(const KernelCall *c) {
+  double *wide = c->out.ALL_REDUCE.values;
+  if (!c->args->group.is_f64) twice(c->out.ALL_REDUCE.values, c->args->group.count);
+  for (int64_t i = 0; c->args->group.is_f64 && i < c->args->group.count; i++) wide[i] *= 2;
+}
+
+static void reduce_scatter_twice(const KernelCall *c) {
+  twice(c->out.REDUCE_SCATTER.values, c->args->group.count / 2);
+}
+
+static void all_gather_same(const KernelCall *c) {
+  real *x = c->out.ALL_GATHER.values;
+  memcpy(x + c->args->group.count / 2, x, (size_t)(c->args->group.count / 2) * sizeof *x);
+}
+
+static int group_differs(World *w, const Backend *group, const Outcome *want, uint64_t seed) {
   queued_cpu_start(seed, FAULT_NONE);
-  queued_cpu_group(all_reduce_twice);
+  queued_cpu_group(group);
   Outcome got = run(w, &backend_queued_cpu, -1);
   int differ = !outcomes_equal(&got, want);
   outcome_free(&got);
   return differ;
 }
 
-// Sums over the processes come in time for what reads them, whenever the comm lane gets to them, also where gradients
-// leave; and where it does not wait for the gradients, that shows.
-static void test_group(void **state) {
-  (void)state;
+// What the processes sum and share comes in time for what reads it, whenever the comm lane gets to it, also where
+// gradients leave; and where that lane does not wait for the compute lane, it shows.
+static void check_group(World *w, uint64_t seed) {
+  Config *c = &w->c.config;
   Backend group = backend_cpu;
   group.fn[OP_ALL_REDUCE] = all_reduce_twice;
-  for (int v = 0; v < 3; v++) {
-    World w;
-    world_open(&w, 60 + (uint64_t)v, v);
-    Config *c = &w.c.config;
-    c->memory.policy = MEMORY_KEEP;
-    Outcome alone = run(&w, &backend_cpu, -1);
-    c->processes = 2;
-    Outcome want = run(&w, &group, -1);
-    for (int s = 0; s < STEPS; s++) { // the first step's, whose weights are equal, is twice the norm
-      assert_int_equal(want.status[s].skip, 0);
-      assert_true(((Metrics *)want.metrics[s])->targets[0] == 2 * ((Metrics *)alone.metrics[s])->targets[0]);
-    }
-    assert_true(want.status[0].norm == 2 * alone.status[0].norm);
-    for (int i = 0; i < 12; i++) {
-      c->memory.policy = memory_policies[i % 3];
-      c->memory.state = i % 4 == 3 ? STATE_GRADIENTS : STATE_DEVICE;
-      c->kernels.graph = i / 3 % 2;
-      c->kernels.streams = i < 9 ? STREAMS_MULTI : STREAMS_SINGLE;
-      if (group_differs(&w, &want, (uint64_t)(700 + 20 * v + i))) fail_msg("variant %d, order %d: other bits", v, i);
-    }
-    int differ = 0;
-    c->kernels.streams = STREAMS_MULTI;
-    w.unordered = 1;
-    for (int i = 0; i < 10 && !differ; i++) differ = group_differs(&w, &want, (uint64_t)i);
-    if (!differ) fail_msg("variant %d: missing waits do not show", v);
-    outcome_free(&alone);
-    outcome_free(&want);
-    world_close(&w);
+  group.fn[OP_REDUCE_SCATTER] = reduce_scatter_twice;
+  group.fn[OP_ALL_GATHER] = all_gather_same;
+  c->memory.policy = MEMORY_KEEP;
+  c->memory.state = STATE_DEVICE;
+  c->processes = 1;
+  c->kernels.streams = STREAMS_MULTI;
+  w->unordered = 0;
+  Outcome alone = run(w, &backend_cpu, -1);
+  c->processes = 2;
+  Outcome want = run(w, &group, -1);
+  for (int s = 0; s < STEPS; s++) {
+    assert_int_equal(want.status[s].skip, 0);
+    assert_true(((Metrics *)want.metrics[s])->targets[0] == 2 * ((Metrics *)alone.metrics[s])->targets[0]);
   }
+  // Of the first step, whose weights are equal. A share's norm is that of one half, which counts for both.
+  if (!c->parallel.zero) assert_true(want.status[0].norm == 2 * alone.status[0].norm);
+  for (int i = 0; i < 12; i++) {
+    c->memory.policy = memory_policies[i % 3];
+    c->memory.state = i % 4 == 3 ? STATE_GRADIENTS : STATE_DEVICE; // where they are shared, they stay
+    c->kernels.graph = i / 3 % 2;
+    c->kernels.streams = i < 9 ? STREAMS_MULTI : STREAMS_SINGLE;
+    if (group_differs(w, &group, &want, seed + (uint64_t)i))
+      fail_msg("zero %d, order %d: other bits", c->parallel.zero, i);
+  }
+  int differ = 0;
+  c->kernels.streams = STREAMS_MULTI;
+  w->unordered = 1;
+  for (int i = 0; i < 10 && !differ; i++) differ = group_differs(w, &group, &want, (uint64_t)i);
+  if (!differ) fail_msg("zero %d: missing waits do not show", c->parallel.zero);
+  outcome_free(&alone);
+  outcome_free(&want);
+}
+
+static void test_group(void **state) {
+  (void)state;
+  for (int v = 0; v < 3; v++)
+    for (int zero = 0; zero < 2; zero++) {
+      World w;
+      world_open(&w, 60 + (uint64_t)v, v);
+      w.c.config.parallel.zero = zero;
+      check_group(&w, (uint64_t)(700 + 20 * v));
+      world_close(&w);
+    }
 }
 
 // ---- writing slabs ----
