@@ -13,7 +13,7 @@
 #endif
 
 static struct {
-  int rank, size, local, on_host;
+  int rank, size, on_host;
   int joined; // MPI knows this process, and will be told when it leaves
 } group = {.size = 1, .on_host = 1};
 
@@ -23,10 +23,6 @@ int ranks_rank(void) {
 
 int ranks_size(void) {
   return group.size;
-}
-
-int ranks_local(void) {
-  return group.local;
 }
 
 int ranks_on_host(void) {
@@ -272,7 +268,6 @@ int ranks_open(Error *err) {
   MPI_Comm host;
   mpi.Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, group.rank, MPI_INFO_NULL, &host);
   mpi.Comm_size(host, &group.on_host);
-  mpi.Comm_rank(host, &group.local);
   mpi.Comm_free(&host);
   group.joined = 1;
   on_exit(end_all, NULL);

@@ -24,8 +24,7 @@ void ranks_close(void);
 
 int ranks_rank(void);    // from 0
 int ranks_size(void);    // 1: this process is alone
-int ranks_local(void);   // from 0 among the processes on this host
-int ranks_on_host(void); // how many those are
+int ranks_on_host(void); // processes on this host
 
 // Waits until all have come here, however long that takes.
 void ranks_wait(void);

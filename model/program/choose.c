@@ -99,7 +99,7 @@ static void mix_lay(Search *s, Mix x) {
   }
 }
 
-// Plans that copy up to so many bytes. `other`: bytes of the arena that are of no item, which each plan teaches the
+// Plans that copy up to `copied` bytes. `other`: bytes of the arena that are of no item, which each plan teaches the
 // next. 1: one of them is the best so far.
 static int search_copied(Search *s, double copied, double *other) {
   const ChooseTask *t = s->task;

@@ -122,7 +122,7 @@ static void again_costs(const Program *p, const Costs *costs, KindCosts kind[SAV
   free(made_for);
 }
 
-// Layers by policy, where something of the kind is asked for again; and seconds of copies.
+// Layers by policy, where the backward pass needs something of the kind; and seconds of copies.
 static void layer_counts(const Program *p, const Costs *costs, KindCosts kind[SAVED_COUNT + 1]) {
   int last[SAVED_COUNT];
   for (int s = 0; s < SAVED_COUNT; s++) last[s] = -1;
