@@ -15,10 +15,14 @@
 // Used under the lock of stderr, and as an atomic for ThreadSanitizer, which does not see that lock.
 static void (*before_log_line)(void);
 
-static int log_rank;
+static int log_rank, log_opening;
 
 void log_set_rank(int rank) {
-  log_rank = rank;
+  log_rank = log_opening = rank;
+}
+
+void log_begin_own(void) {
+  log_opening = 0;
 }
 
 // "rank 3: ", or nothing. Into `text`.
@@ -104,6 +108,7 @@ void log_info(const char *fmt, ...) {
 
 void log_warn(const char *fmt, ...) {
   va_list ap;
+  if (log_opening) return;
   va_start(ap, fmt);
   log_line("warning: ", fmt, ap);
   va_end(ap);

@@ -34,6 +34,9 @@ void log_set_hook(void (*before_line)(void));
 // carry the rank, and an error that ends the process waits a moment for the lower ranks: what is wrong in all of them
 // is said by one, whose end ends the others.
 void log_set_rank(int rank);
+// Warnings of ranks above 0 are left out until this is called: what they find while they open the same run is what rank
+// 0 finds.
+void log_begin_own(void);
 
 // Allocation that cannot fail: out of memory ends the process with a message naming the size. Free with free().
 void *xmalloc(size_t bytes);

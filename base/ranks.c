@@ -51,7 +51,7 @@ Launch ranks_launched(void) {
 // not pay for it.
 // clang-format off
 #define MPI_FUNCTIONS(F) F(Init_thread) F(Finalize) F(Abort) F(Comm_size) F(Comm_rank) F(Comm_split_type) F(Comm_free) \
-  F(Test) F(Ibarrier) F(Ibcast) F(Ialltoall) F(Iallgather) F(Type_contiguous) F(Type_create_resized) F(Type_commit)     \
+  F(Test) F(Ibarrier) F(Ibcast) F(Ialltoall) F(Iallgather) F(Type_contiguous) F(Type_create_resized) F(Type_commit)    \
   F(Type_free)
 // clang-format on
 static struct {

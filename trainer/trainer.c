@@ -390,6 +390,7 @@ int trainer_train(Trainer *t, Error *err) {
   Profile *profile = NULL; // from a step on that has nothing left to warm up, if there is one
   if (leads && !trained && (t->options->profile || t->options->trace))
     profile = profile_open(&t->engine, t->options->profile, t->options->trace, min_i64(from + 3, end_step(t) - 1));
+  log_begin_own();
   t->watch = watch_open(&t->engine, t->run, from, profile != NULL);
   // A trained run that was killed in its last evaluation still owes it.
   int bad = (trained ? evaluate_step(t, report, 1, err) : run_steps(t, &feed, &report, profile, err)) != 0;

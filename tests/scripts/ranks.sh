@@ -72,6 +72,7 @@ run 1 --run-dir "$dir/four" --set train.batch=800 --stop-at 4
 run 2 --run-dir "$dir/pair" --set train.batch=800 --stop-at 2 # two micro-batches each
 cp -r "$dir/pair" "$dir/again"
 run 2 --run-dir "$dir/again" --resume --set train.batch=800 --stop-at 3 --set memory.policy=recompute --set parallel.zero=0
+[ "$(grep -c '^warning: ' "$dir/log")" = 1 ] || fail "warnings at a resume: more or less than one"
 run 2 --run-dir "$dir/pair" --resume --set train.batch=800 --stop-at 3
 same pair again 3
 run 3 --run-dir "$dir/again" --resume --set train.batch=600 --stop-at 4
