@@ -4,7 +4,8 @@
 #   demo   build the engine and train on drawn shapes
 #   emoji  the same, and make the emoji set
 #   icons  the same as demo, and make the icons set
-#   test   the same as demo, and build and run the tests (with PyTorch, for the parity tests)
+#   test   the same as demo, and build and run the tests (with PyTorch, for the parity tests, and Open MPI, with which
+#          several processes train together)
 #   lint   the same as demo, and make format, make lint
 #   all    everything (the default)
 #   --check  only report; exit code 1 if something is missing
@@ -133,10 +134,10 @@ for argument in "$@"; do
 done
 purpose=${purpose:-all}
 
-build="gcc libc6-dev make libopenblas-pthread-dev libcjson-dev libstb-dev libpcre2-dev libopenmpi-dev openmpi-bin python3 python3-numpy"
+build="gcc libc6-dev make libopenblas-pthread-dev libcjson-dev libstb-dev libpcre2-dev python3 python3-numpy"
 emoji="python3-fonttools"
 icons="npm librsvg2-bin"
-test="libcmocka-dev python3-torch"
+test="libcmocka-dev python3-torch libopenmpi-dev openmpi-bin"
 lint="clang-format clang-tidy"
 case $purpose in
 demo) packages=$build ;;
