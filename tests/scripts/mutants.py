@@ -97,6 +97,8 @@ class Copy:
         targets = {program_of(test) for test in tests}
         if any(t.startswith("parity:") for t in tests):
             targets.add("build/train")
+        if "script:ranks" in tests:
+            targets.add("build/tests/test_ranks")
         command = ["make", "-s", f"-j{len(os.sched_getaffinity(0))}", "CUDA=0", "BUILD=build", *sorted(targets)]
         if cc := os.environ.get("MUTANTS_CC"):
             command.append(f"CC={cc}")
