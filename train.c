@@ -63,6 +63,9 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
   Error why;
   const Backend *b = backend_for(o, c, err);
   if (!b) return -1;
+  if (!(c->memory.budget_gb > 0) && b->memory() == INT64_MAX) // a plan for a device that is not there
+    return error_set(err, "--set memory.budget_gb=80 is an H100", "--tokens max: there is no %s device to be filled",
+                     b->name);
   int fits = tokens_fit(o, file, b, low, &tried, err);
   if (fits < 0) return -1;
   if (fits) {

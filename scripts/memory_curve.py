@@ -50,9 +50,13 @@ class Rows:
     def __init__(self, path):
         self.path, self.of = path, {}
         if path.exists():
-            with open(path, newline="") as f:
-                for row in csv.DictReader(f):
-                    self.of[row["kind"], row["policy"], row["budget_gb"]] = row
+            with open(path, newline="", errors="replace") as f:
+                table = csv.DictReader(f)
+                rows = list(table)
+            if table.fieldnames != COLUMNS or any(None in row.values() for row in rows):
+                fail(f"{path} is not a whole curve of this script", "move it away, or name another OUT")
+            for row in rows:
+                self.of[row["kind"], row["policy"], row["budget_gb"]] = row
 
     def get(self, kind, policy, budget, make):
         key = kind, policy, f"{budget:.3f}"
@@ -71,6 +75,13 @@ class Rows:
     def list(self, kind, policy):
         rows = [row for key, row in self.of.items() if key[:2] == (kind, policy)]
         return sorted(rows, key=lambda row: float(row["budget_gb"]))
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def number(row, column):
@@ -247,11 +258,11 @@ def main():
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
-    parser.add_argument("--budgets", type=float, nargs="+", metavar="GB", help="to measure auto in")
-    parser.add_argument("--least", type=float, metavar="GB", help="where the curve begins (default: in what just runs)")
+    parser.add_argument("--budgets", type=positive, nargs="+", metavar="GB", help="to measure auto in")
+    parser.add_argument("--least", type=positive, metavar="GB", help="where the curve begins (default: in what just runs)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--steps", type=int, default=12, help=f"of a run, behind {WARM_UP} (default 12)")
-    parser.add_argument("--limit", type=float, default=240, help="seconds of a run (default 240)")
+    parser.add_argument("--limit", type=positive, default=240, help="seconds of a run (default 240)")
     parser.add_argument("--device", help="as ./train takes it")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
@@ -259,7 +270,16 @@ def main():
     args = parser.parse_args()
     args.config, args.out = args.config.resolve(), args.out.resolve()
     args.train, args.data = args.train.resolve(), args.data and args.data.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.steps < 1:
+        parser.error("--steps: at least 1")
+    if not args.train.is_file():
+        fail(f"there is no {args.train}", "make builds it")
+    if args.data and not args.data.is_dir():
+        fail(f"there is no folder {args.data}", "scripts/make_bench_data.py makes it")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
     train, rows = Train(args), Rows(args.out / "curve.csv")
     plenty = 1e6
     fixed = {p: train.plan(p, plenty) for p in POLICIES[1:]}

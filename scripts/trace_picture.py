@@ -36,22 +36,21 @@ def fail(text, fix):
 
 def read_trace(path):
     """(title, programs, slices): [(name, begin, end)] and [(lane, op, begin, end, args)], in milliseconds."""
-    try:
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        fail(f"{path} is no trace of ./train: {e}", "write one with ./train CONFIG --trace FILE")
     lanes, title, programs, slices = {}, "", [], []
-    for e in events:
-        if e.get("ph") == "M" and e["name"] == "thread_name":
-            lanes[e["tid"]] = e["args"]["name"]
-        elif e.get("ph") == "M" and e["name"] == "process_name":
-            title = e["args"]["name"]
-        elif e.get("ph") == "X":
-            begin, end = e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3
-            if "tensor" in e["args"]:
-                slices.append((lanes.get(e["tid"], ""), e["name"], begin, end, e["args"]))
-            else:
-                programs.append((e["name"], begin, end))
+    try:
+        for e in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]:
+            if e.get("ph") == "M" and e["name"] == "thread_name":
+                lanes[e["tid"]] = e["args"]["name"]
+            elif e.get("ph") == "M" and e["name"] == "process_name":
+                title = e["args"]["name"]
+            elif e.get("ph") == "X":
+                begin, end = e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3
+                if "tensor" in e["args"]:
+                    slices.append((lanes.get(e["tid"], ""), e["name"], begin, end, e["args"]))
+                else:
+                    programs.append((e["name"], begin, end))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        fail(f"{path} is no trace of ./train: {e}", "write one with ./train CONFIG --trace FILE")
     if not slices:
         fail(f"{path} holds no op", "trace a step of training: ./train CONFIG --trace FILE")
     return title, programs, slices
@@ -178,10 +177,14 @@ def main():
     end = max(s[3] for s in slices)
     first = min(max(args.first or 0, 0), end)
     last = min(args.last if args.last is not None else end, end)
-    if last <= first:
+    if not first < last:  # NaN, too
         fail(f"nothing lies between {first:g} and {last:g} ms", f"the step ends at {end:.3f} ms")
     out = args.out or args.trace.with_suffix(".svg")
-    out.write_text(draw(title, programs, slices, first, last), encoding="utf-8")
+    picture = draw(title, programs, slices, first, last)
+    try:
+        out.write_text(picture, encoding="utf-8")
+    except OSError as e:
+        fail(f"cannot write {out}: {e.strerror}", "OUT.svg is a file, in a folder that there is")
     print(f"{out}: {first:g} to {last:g} ms")
     for lane in LANES[1:]:
         print(copies_text(lane, slices))

@@ -92,6 +92,15 @@ def main():
         done = subprocess.run([sys.executable, CURVE, config, top / "other", "--train", "/bin/false"],
                               capture_output=True, text=True)
         assert done.returncode == 1 and "fix:" in done.stderr, done.stderr
+        (top / "file").write_text("")
+        (top / "cut").mkdir()
+        (top / "cut" / "curve.csv").write_text("".join(text)[:-20])
+        for what, *arguments in (("file", top / "file"), ("curve.csv", top / "cut"), ("--budgets", out, "--budgets", "nan"),
+                                 ("--limit", out, "--limit", "-1"), ("--steps", out, "--steps", "0"),
+                                 ("nowhere", out, "--data", top / "nowhere"), ("nothing", out, "--train", top / "nothing")):
+            command = [sys.executable, CURVE, config, arguments[0], "--train", train, *arguments[1:]]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode in (1, 2) and what in done.stderr and "Traceback" not in done.stderr, done.stderr
     print("curves: planned, measured, continued, refused")
 
 

@@ -73,11 +73,15 @@ def main():
         assert done.returncode == 0 and "device to host: nothing" in done.stdout
         assert "host to device" not in rectangles(out)[1]
         for text, arguments, says in (("{", (), "is no trace"), (json.dumps(trace([])), (), "holds no op"),
+                                      ('{"traceEvents": [1]}', (), "is no trace"), ('{"traceEvents": 5}', (), "is no trace"),
+                                      ('{"traceEvents": [{"ph": "X", "name": "a"}]}', (), "is no trace"),
+                                      (json.dumps(trace(OPS)), ("--to", "nan"), "nothing lies between"),
+                                      (json.dumps(trace(OPS)), (Path(top) / "no" / "x.svg",), "cannot write"),
                                       (json.dumps(trace(OPS)), ("--from", 60), "nothing lies between")):
             file.write_text(text)
             done = run(file, *arguments)
             assert done.returncode == 1 and says in done.stderr and "fix:" in done.stderr, done.stderr
-    print("traces drawn: with copies, a part, without copies; three refused")
+    print("traces drawn: with copies, a part, without copies; eight refused")
 
 
 main()
