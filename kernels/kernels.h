@@ -259,7 +259,6 @@ struct Backend {
   LinkRates (*link)(void);
   DeviceRates assumed; // of the device that plans are made for where none is open
   LinkRates assumed_link;
-  double settles; // seconds of work after which a device that was at rest keeps its pace: its power allows no more
   int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known
   int64_t (*memory)(void);      // bytes that a run may plan with
   int64_t (*in_use)(void);      // of the open device, taken since it was opened; NULL: not known

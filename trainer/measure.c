@@ -64,17 +64,6 @@ static void measure_program(Engine *e, const ModelProgram *m, const void *pack, 
   free(seconds);
 }
 
-// A device that was at rest begins at a pace that it cannot keep.
-static void settle(Engine *e, const ModelProgram *m, const void *pack) {
-  const Queues *q = e->model.backend->queues;
-  double began = time_now();
-  while (time_now() - began < e->model.backend->settles) {
-    engine_run(e, m, pack, NULL);
-    q->record(LANE_COMPUTE, EVENT_TIMED);
-    q->finish(EVENT_TIMED);
-  }
-}
-
 int measure_has(const Costs *c, const Program *p) {
   for (int i = 0; i < p->n_ops; i++)
     if (p->ops[i].lane == LANE_COMPUTE && !costs_have(c, p, &p->ops[i])) return 0;
@@ -110,12 +99,9 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
              {&e->later, MODE_TRAIN_MIDDLE},
              {&e->last, MODE_TRAIN_LAST}};
   double began = time_now(), gap = 3e-6; // of an H200 and its host
-  int n = 0, lack = again;
+  int n = 0;
   if (!e->model.backend->queues || e->bases.separate) return 0;
   e->costs.extents = *extents;
-  for (size_t i = 0; i < sizeof own / sizeof *own; i++)
-    lack |= own[i].of->program && !measure_has(&e->costs, own[i].of->program);
-  if (lack && !again) settle(e, &e->first, pack);
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
     if (!own[i].of->program) continue;
     if (e->chosen == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again, &gap);

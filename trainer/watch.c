@@ -52,6 +52,7 @@ int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, in
   for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
   w->due = 0;
   w->rounds++;
+  w->on_zeros = timed && step == 0;
   w->first = step + 1;
   w->n = 0;
   engine_begin_step(e);
@@ -101,7 +102,11 @@ void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
   const WatchedStep *middle = &w->step[w->n / 2];
   log_comparison(e, middle);
   keep_costs(w, e);
-  if (fabs(middle->measured / middle->predicted - 1) <= too_much || w->rounds > 1) return;
-  log_info("that is more than %.0f%% off: ops are timed again", 100 * too_much);
+  int is_off = fabs(middle->measured / middle->predicted - 1) > too_much;
+  if (w->rounds > 1 || !(is_off || w->on_zeros)) return;
+  if (is_off)
+    log_info("that is more than %.0f%% off: ops are timed again", 100 * too_much);
+  else
+    log_info("ops are timed again: many of the first weights were zeros");
   w->due = 1;
 }

@@ -1,5 +1,6 @@
 // Compares a run's steps with its plan. Ops are timed before the first step; where the steps after it differ too much
-// from the prediction, ops are timed again.
+// from the prediction, ops are timed again. So they are in any case where they were timed on first weights: many of
+// these are zeros, and products of zeros take less power and so less time.
 #ifndef TESSERA_WATCH_H
 #define TESSERA_WATCH_H
 
@@ -16,6 +17,7 @@ typedef struct Watch {
   int is_on;           // on a device, where ops' times decide something; not among several processes
   int due;             // ops shall be timed before the next step
   int rounds;          // how often that was done
+  int on_zeros;        // the last time, on first weights
   int64_t first;       // step that is watched, from 0
   int wanted, n;       // how many are, and were
   double predicted[2]; // seconds of a step without and with the EMA's update

@@ -364,7 +364,6 @@ static Backend backend_make(void) {
   // An H200's, in a socket of fifth-generation PCI Express.
   b.assumed = {4.2e12, 710e12, 0};
   b.assumed_link = {55.3e9, 55.3e9, 48.9e9, 48.9e9, 10e-6};
-  b.settles = 1;
   b.cache_bytes = cuda_cache_bytes;
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;

@@ -127,6 +127,25 @@ static void test_off(void **state) {
   ready_close(&r);
 }
 
+// Within 5%, but timed on the weights that a run begins with: once more, and not again.
+static void test_first_weights(void **state) {
+  (void)state;
+  for (int start = 0; start < 2; start++) { // the second finds times of the first, which are no longer those
+    Ready r;
+    Error err;
+    int64_t step = 0;
+    ready_open(&r, 0);
+    watch_close(&r.w);
+    r.w = watch_open(&r.e, folder, step, 0);
+    for (int round = 0; round < 3; round++) {
+      assert_int_equal(watch_due(&r.w), round == 0 || (round == 1 && !start));
+      assert_int_equal(watch_pack(&r.w, &r.e, r.c.ops.batch.dims, &extents, step, &err), 0);
+      for (int i = 0; i < 4; i++, step++) watch_step(&r.w, &r.e, step, 1.01 * r.w.predicted[step % 2]);
+    }
+    ready_close(&r);
+  }
+}
+
 static void test_idle(void **state) {
   (void)state;
   Ready r;
@@ -145,8 +164,8 @@ static void test_idle(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test_setup(test_as_predicted, empty_folder),
-                                     cmocka_unit_test_setup(test_off, empty_folder),
-                                     cmocka_unit_test_setup(test_idle, empty_folder)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test_setup(test_as_predicted, empty_folder), cmocka_unit_test_setup(test_off, empty_folder),
+      cmocka_unit_test_setup(test_first_weights, empty_folder), cmocka_unit_test_setup(test_idle, empty_folder)};
   return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }
