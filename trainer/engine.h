@@ -75,7 +75,8 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
                        const PolicyTable *given, Error *err);
 // The task of choosing a plan for an engine that was recorded for training; memory other than the arena stays as it is.
 ChooseTask engine_choose_task(const Engine *e);
-// -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb.
+// -1 with *err naming the shortfall when what was recorded needs more than memory.budget_gb, or than
+// memory.host_gb where that is a number.
 int engine_check_budget(const Engine *e, Error *err);
 // The same for the host slab beside a device: memory of this machine that is not there is noticed by nobody until the
 // process is killed for it.

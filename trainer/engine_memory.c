@@ -35,12 +35,14 @@ char *engine_memory_text(const Engine *e) {
 // save.
 static void name_ways_out(const Engine *e, int64_t need, int64_t activations, char *text, size_t size) {
   enum { STEP = 64 };
+  const Config *c = e->config;
+  const int least = 4 + c->data.max_caption + config_max_image_tokens(c); // what the config takes
   double left = (double)(e->budget - (need - activations)), share = .97 * left / (double)activations;
   int tokens = share > 0 ? (int)(share * e->slots) / STEP * STEP : 0;
   int n = snprintf(text, size, "memory.budget_gb=%.3f is enough", ceil((double)need / 1e6) / 1e3);
-  if (tokens)
+  if (tokens >= least)
     n += snprintf(text + n, size - (size_t)n, ", or about --tokens %d (--tokens max finds the most)", tokens);
-  else
+  else if (tokens == 0)
     n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state alone needs %.3f GB",
                   (double)(need - activations) / 1e9);
   if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] > 4 * engine_host_budget(e))
@@ -51,6 +53,13 @@ static void name_ways_out(const Engine *e, int64_t need, int64_t activations, ch
 int engine_check_budget(const Engine *e, Error *err) {
   int64_t budget = e->budget, need = engine_device_bytes(e);
   int64_t activations = e->bytes[SPACE_ARENA] + (engine_counts(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0);
+  int64_t offloaded = engine_on_host(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0, may = engine_host_budget(e);
+  if (need <= budget && e->config->memory.host_gb > 0 && offloaded > may)
+    return error_set(err,
+                     "raise it, lower data.micro_batch_tokens (--tokens) or train with --memory recompute; --plan "
+                     "shows the table",
+                     "%.3f GB of activations are to be offloaded, %.3f GB more than memory.host_gb",
+                     (double)offloaded / 1e9, (double)(offloaded - may) / 1e9);
   if (need <= budget) return 0;
   char largest[128], ways[256];
   const char *limit;
@@ -70,7 +79,7 @@ int engine_check_budget(const Engine *e, Error *err) {
 }
 
 int engine_check_host(const Engine *e, Error *err) {
-  int64_t there = backend_of_host()->memory(), state = engine_state_on_host(e), may = engine_host_budget(e);
+  int64_t there = backend_of_host()->memory(), state = engine_state_on_host(e);
   int64_t offloaded = engine_on_host(e, SPACE_HOST) ? e->bytes[SPACE_HOST] : 0;
   static const char *const hint =
       "lower data.micro_batch_tokens (--tokens), train with --memory recompute or raise memory.budget_gb; --plan shows "
@@ -81,9 +90,6 @@ int engine_check_host(const Engine *e, Error *err) {
                      "state), which has %.3f GB for that",
                      (double)(offloaded + state) / 1e9, (double)offloaded / 1e9, (double)state / 1e9,
                      (double)there / 1e9);
-  if (offloaded > may && e->config->memory.host_gb > 0)
-    return error_set(err, hint, "%.3f GB of activations are to be offloaded, %.3f GB more than memory.host_gb",
-                     (double)offloaded / 1e9, (double)(offloaded - may) / 1e9);
   return 0;
 }
 

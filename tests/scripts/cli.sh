@@ -64,7 +64,7 @@ refused 'budget' configs/base.json --plan --set memory.budget_gb=1
 grep -q 'activations (arena)' "$dir/out" # the table all the same
 refused 'memory.per_tensor' configs/demo.json --plan --set 'memory.per_tensor={"x":"recompute"}'
 for key in memory.budget_gb memory.host_gb; do
-  refused "$key = 0: must be a number from 0.001 to 1000000 or auto" configs/demo.json --plan --set "$key=0"
+  refused "$key = 0: must be a number from 1e-06 to 1000000 or auto" configs/demo.json --plan --set "$key=0"
 done
 # Memory is held against its budget before the data is opened, and by --print-config as far as it can be known.
 none=(--set 'data.sources=[{"type": "webdataset", "path": "no/shapes.tar"}]')
