@@ -125,7 +125,7 @@ static void trace_replay(Profile *p, const Program *program, const Extents *x) {
       bytes = (double)op->args.span.count;
       fprintf(p->trace, ", \"bytes\": %.0f", bytes);
     }
-    if (seconds > 0) fprintf(p->trace, ", \"GB/s\": %.1f", bytes / seconds / 1e9);
+    if (seconds > 0) fprintf(p->trace, ", \"GB/s\": %.4g", bytes / seconds / 1e9);
     if (seconds > 0 && op->lane == LANE_COMPUTE) fprintf(p->trace, ", \"GFLOP/s\": %.1f", flops / seconds / 1e9);
     fputs("}}", p->trace);
   }
