@@ -1,6 +1,6 @@
 // Compares a run's steps with its plan. Ops are timed before the first step; where the steps after it differ too much
 // from the prediction, ops are timed again. So they are in any case where they were timed on first weights, by
-// which steps came out 3 to 9% too short on an H200 (docs/LOG.md).
+// which steps came out 2 to 9% too short on an H200 (docs/LOG.md).
 #ifndef TESSERA_WATCH_H
 #define TESSERA_WATCH_H
 
