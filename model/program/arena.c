@@ -40,8 +40,9 @@ typedef struct Placed {
 } Placed;
 
 // Places candidates in the given order, each at the lowest offset where it meets none of those placed before whose
-// lifetime meets its own. `placed` [n]: room for those, sorted by offset. Returns the peak.
-static int64_t candidates_place(Candidate *c, int n, Placed *placed) {
+// lifetime meets its own. `placed` [n]: room for those, sorted by offset. Returns the peak, or `most` as soon as it is
+// not below that.
+static int64_t candidates_place(Candidate *c, int n, Placed *placed, int64_t most) {
   int64_t peak = 0;
   for (int i = 0; i < n; i++) {
     int64_t at = 0;
@@ -52,6 +53,7 @@ static int64_t candidates_place(Candidate *c, int n, Placed *placed) {
     }
     c[i].offset = at;
     peak = max_i64(peak, at + c[i].bytes);
+    if (peak >= most) return most;
     int k = i;
     while (k > 0 && placed[k - 1].offset > at) k--;
     memmove(&placed[k + 1], &placed[k], (size_t)(i - k) * sizeof *placed);
@@ -104,9 +106,9 @@ int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *
   if (live) *live = bound;
   if (fullest) *fullest = at;
   int64_t best = INT64_MAX;
-  for (size_t o = 0; o < sizeof orders / sizeof *orders; o++) {
+  for (size_t o = 0; o < sizeof orders / sizeof *orders && best > bound; o++) {
     if (n) qsort(c, (size_t)n, sizeof *c, orders[o]);
-    int64_t peak = candidates_place(c, n, placed);
+    int64_t peak = candidates_place(c, n, placed, best);
     if (peak >= best) continue;
     best = peak;
     for (int i = 0; i < n; i++) items[c[i].rank].offset = c[i].offset;
