@@ -3,8 +3,8 @@
 
     scripts/trace_picture.py TRACE.json [OUT.svg] [--from MS] [--to MS]      default: TRACE.svg, the whole step
 
-TRACE.json is what ./train --trace writes. Under the lanes stands what was copied, at which rate, and how much of that
-time the compute lane was at work. Needs nothing but Python 3.
+TRACE.json is what ./train --trace writes. Under the lanes stands, and is printed, what was copied, at which rate, and
+the share of that time in which the compute lane was at work. Needs nothing but Python 3.
 """
 import argparse
 import html
@@ -16,6 +16,7 @@ from pathlib import Path
 LANES = ["compute", "device to host", "host to device"]
 WIDTH, LEFT, RIGHT, TOP = 1200, 120, 20, 64
 LANE_H, LANE_GAP, AXIS_H, LEGEND_H = 56, 14, 40, 30
+PAUSE = 0.02  # ms: between two ops of the compute lane that follow each other; a longer one is a wait
 INK, FAINT, GRID, PASS = "#222", "#666", "#e4e4e4", "#f4f4f4"
 # Families of ops, told apart by colour-blind readers too.
 FAMILIES = [
@@ -62,11 +63,11 @@ def colour(lane, op):
     return next(c for _, c, prefixes in FAMILIES if op.startswith(prefixes))
 
 
-def merged(spans):
-    """Sorted spans (begin, end) without overlaps."""
+def merged(spans, pause=0.0):
+    """Sorted spans (begin, end) without overlaps, those joined that lie no more than `pause` apart."""
     out = []
     for begin, end in sorted(spans):
-        if out and begin <= out[-1][1]:
+        if out and begin <= out[-1][1] + pause:
             out[-1][1] = max(out[-1][1], end)
         else:
             out.append([begin, end])
@@ -86,18 +87,34 @@ def overlap(a, b):
     return total
 
 
+def copy_times(lanes, slices):
+    """Milliseconds in which these lanes copied, and of them those beside the compute lane's work."""
+    compute = merged(((s[2], s[3]) for s in slices if s[0] == LANES[0]), PAUSE)
+    busy = merged((s[2], s[3]) for s in slices if s[0] in lanes)
+    return sum(e - b for b, e in busy), overlap(busy, compute)
+
+
 def copies_text(lane, slices):
-    """What a lane's copies carried, how fast, and beside how much work."""
+    """What a lane's copies carried, and how fast."""
     mine = [s for s in slices if s[0] == lane]
     if not mine:
         return f"{lane}: nothing"
-    compute = merged((s[2], s[3]) for s in slices if s[0] == LANES[0])
-    busy = merged((s[2], s[3]) for s in mine)
-    seconds, sent = sum(e - b for b, e in busy) / 1e3, sum(s[4].get("bytes", 0) for s in mine)
-    hidden = overlap(busy, compute) / 1e3 / seconds if seconds > 0 else 1.0
-    rate = sent / seconds / 1e9 if seconds > 0 else 0.0
-    return (f"{lane}: {len(mine)} copies, {sent / 1e9:.3g} GB in {seconds * 1e3:.3g} ms of copying, {rate:.3g} GB/s, "
-            f"{hidden:.1%} of it beside ops")
+    took, sent = copy_times([lane], slices)[0], sum(s[4].get("bytes", 0) for s in mine)
+    rate = sent / took / 1e6 if took > 0 else 0.0
+    return f"{lane}: {len(mine)} copies, {sent / 1e9:.3g} GB in {took:.3g} ms of copying, {rate:.3g} GB/s"
+
+
+def hidden_text(slices):
+    """Which share of the transfers' time passed beside work of the compute lane."""
+    shares = []
+    for lane in LANES[1:]:
+        took, hidden = copy_times([lane], slices)
+        if took > 0:
+            shares.append(f"{lane} {hidden / took:.1%}")
+    took, hidden = copy_times(LANES[1:], slices)
+    if not shares:
+        return "no transfers"
+    return f"transfers hidden: {', '.join(shares)}; {took - hidden:.3g} ms with no op beside them"
 
 
 def bars(slices, lane, first, last, x_of, y):
@@ -128,6 +145,7 @@ def draw(title, programs, slices, first, last):
     present = [lane for lane in LANES if lane == LANES[0] or any(s[0] == lane for s in slices)]
     width, bottom = WIDTH - LEFT - RIGHT, TOP + len(present) * (LANE_H + LANE_GAP)
     notes = [copies_text(lane, slices) for lane in present[1:]]
+    notes += [hidden_text(slices)] if notes else []
     height = bottom + AXIS_H + LEGEND_H + 20 * len(notes) + 8
 
     def x_of(ms):
@@ -188,6 +206,7 @@ def main():
     print(f"{out}: {first:g} to {last:g} ms")
     for lane in LANES[1:]:
         print(copies_text(lane, slices))
+    print(hidden_text(slices))
 
 
 if __name__ == "__main__":
