@@ -15,19 +15,14 @@ Needs nothing but Python 3.
 import argparse
 import csv
 import html
-import json
 import math
 import re
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import run_metrics
+from timed_run import QUIET, ROOT, Plan, bench_sets, device_memory, last_line, positive, run_steps
 
-ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
 COLUMNS = ["kind", "policy", "budget_gb", "needed_gb", "predicted_ms", "measured_ms", "tokens_per_second",
@@ -77,13 +72,6 @@ class Rows:
         return sorted(rows, key=lambda row: float(row["budget_gb"]))
 
 
-def positive(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
 def number(row, column):
     return float(row[column]) if row[column] != "" else math.nan
 
@@ -97,12 +85,7 @@ class Train:
     def __init__(self, args):
         self.args = args
         self.run = args.out / "run"
-        self.sets = list(args.set)
-        if args.data:
-            sources = [{"type": "webdataset", "path": str(args.data / "bench.tar")}]
-            self.sets += [f"data.sources={json.dumps(sources)}", f"data.tokenizer={args.data / 'bench.bpe'}",
-                          "data.max_caption=96", "data.cfg_drop=0", "data.threads=8", "data.cache_mb=1024"]
-        self.sets += ["checkpoint.every=0", "eval.every=0", "eval.samples=0"]
+        self.sets = [*args.set, *(bench_sets(args.data) if args.data else []), *QUIET]
 
     def command(self, policy, budget, *more):
         command = [str(self.args.train), str(self.args.config), "--memory", policy, "--run-dir", str(self.run), *more]
@@ -115,54 +98,36 @@ class Train:
 
     def plan(self, policy, budget):
         """What --plan says: {} where it does not fit. needed_gb; predicted_ms where a device's time can be told."""
-        done = subprocess.run(self.command(policy, budget, "--plan"), cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            if "budget_gb" not in done.stderr:
-                fail(f"--plan failed: {done.stderr.strip()}", "see what ./train CONFIG --plan says")
+        try:
+            plan = Plan(self.command(policy, budget))
+        except ValueError as error:
+            fail(str(error), "use this script with the ./train of its own version")
+        if not plan.fits:
+            if "budget_gb" not in plan.text:
+                fail(f"--plan failed: {plan.text}", "see what ./train CONFIG --plan says")
             return {}
-        total = re.search(r"^ +total +(\d+) bytes", done.stdout, re.M)
-        step = re.search(r"a step: predicted ([\d.]+) ms", done.stdout)
-        slots = re.search(r"slots (\d+),.* micro-batches (\d+)", done.stdout)
-        if not total or not slots:
-            fail("--plan says nothing of a total", "use this script with the ./train of its own version")
-        row = {"needed_gb": f"{math.ceil(int(total[1]) / 1e6) / 1e3:.3f}"}  # a budget of as much is enough
-        if step:
-            row["predicted_ms"] = step[1]
-            row["tokens_per_second"] = f"{int(slots[1]) * int(slots[2]) / float(step[1]) * 1e3:.0f}"
+        row = {"needed_gb": f"{plan.needed_gb:.3f}"}
+        if plan.predicted_ms:
+            row["predicted_ms"] = plan.predicted_ms
+            row["tokens_per_second"] = f"{plan.slots / float(plan.predicted_ms) * 1e3:.0f}"
         return row
-
-    def clear(self):
-        """Of a run before, only its costs are of use."""
-        for path in self.run.glob("*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "costs.json":
-                path.unlink()
 
     def measure(self, policy, budget):
         """What a run of some steps takes."""
-        self.clear()
-        wanted, log, began = WARM_UP + self.args.steps, self.args.out / "log", time.time()
-        with open(log, "w") as out:
-            more = ["--set", f"train.steps={wanted + 1000}"]
-            process = subprocess.Popen(self.command(policy, budget, *more), cwd=ROOT, stdout=out, stderr=out)
-            done = lambda: len(run_metrics.steps(self.run)) >= wanted or time.time() - began > self.args.limit
-            while process.poll() is None and not done():
-                time.sleep(0.1)
-            process.kill()
-            process.wait()
-        lines, said = run_metrics.steps(self.run)[WARM_UP:], log.read_text(errors="replace")
+        wanted = WARM_UP + self.args.steps
+        command = self.command(policy, budget, "--set", f"train.steps={wanted + 1000}")
+        lines, said = run_steps(command, self.run, self.args.out / "log", lambda lines: len(lines) >= wanted, self.args.limit)
+        lines = lines[WARM_UP:]
         if not lines:
-            return {"note": (said.strip().splitlines() or ["no output"])[-1][:200]}
+            return {"note": last_line(said)}
         seconds = statistics.median(line["seconds"] for line in lines)
         row = {"measured_ms": f"{1e3 * seconds:.3f}",
                "tokens_per_second": f"{statistics.median(line['tokens'] / line['seconds'] for line in lines):.0f}"}
         found = re.findall(r"a step: predicted ([\d.]+) ms, measured", said)
         if found:
             row["predicted_ms"] = found[-1]
-        found = re.findall(r"device memory: planned ([\d.]+) GB, in use ([\d.]+) GB", said)
-        if found:
-            row["planned_gb"], row["in_use_gb"] = found[-1]
+        if device_memory(said):
+            row["planned_gb"], row["in_use_gb"] = device_memory(said)
         return row
 
 

@@ -22,6 +22,7 @@ TREE = "Makefile README.md train.c base configs data docs kernels model scripts 
 SCRIPTS = {  # others are tests/scripts/NAME.sh build
     "run_folder": [PYTHON, "tests/scripts/run_folder.py", "build/train"],
     "uses": [PYTHON, "tests/scripts/uses.py", "build"],
+    "ablate": [PYTHON, "tests/scripts/test_ablate.py", "build/train"],
     "house": [PYTHON, "tests/scripts/house.py"],
 }
 

@@ -1,0 +1,201 @@
+"""What scripts/ablate.py found, as text, as Markdown and as SVGs."""
+import html
+import math
+import re
+import sys
+from pathlib import Path
+
+PARTS = {"switches": "Each technique switched off alone", "memory": "Memory",
+         "ladder": "From nothing to everything", "batch": "The largest batch"}  # fmt: skip
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#333333"]  # told apart by colour-blind readers too
+INK, FAINT, GRID = "#222", "#666", "#e4e4e4"
+
+
+def unique(values):
+    return list(dict.fromkeys(values))
+
+
+# ---- tables ----
+
+
+def gain_text(g):
+    spread = f" ({g['least']:+.1f} to {g['largest']:+.1f})" if g["rounds"] > 1 else " (1 round)"
+    return f"{g['gain']:+.1f}{spread}"
+
+
+def gains_table(gains):
+    """Rows of techniques, columns of models."""
+    models, of = unique(g["model"] for g in gains), {(g["technique"], g["model"]): g for g in gains}
+    table = [["tokens/s, %", *models, "losses"]]
+    for technique in unique(g["technique"] for g in gains):
+        cells = [gain_text(of[technique, m]) if (technique, m) in of else "-" for m in models]
+        words = unique(g["losses"] for g in gains if g["technique"] == technique)
+        table.append([technique, *cells, words[0] if len(words) == 1 else "; ".join(words)])
+    return table
+
+
+def runs_table(runs):
+    table = [["model", "variant", "tokens/s", "ms a step", "MFU, %", "GB", "rows an expert, text / image",
+              "fullest expert", "rounds"]]  # fmt: skip
+    shown = lambda value, form: "-" if value is None else format(value, form)
+    for r in runs:
+        if r["tokens_per_second"] is None:
+            table.append([r["model"], r["variant"], *["-"] * 6, r["note"]])
+            continue
+        mfu = None if r["mfu"] is None else 100 * r["mfu"]
+        rows = f"{shown(r['text_rows'], ',.0f')} / {shown(r['image_rows'], ',.0f')}"
+        table.append([r["model"], r["variant"], f"{r['tokens_per_second']:,.0f}", f"{r['step_ms']:.2f}",
+                      shown(mfu, ".1f"), shown(r["memory_gb"], ".3f"), rows, shown(r["load_max"], ".2f"),
+                      str(r["rounds"])])  # fmt: skip
+    return table
+
+
+def tables(found):
+    """(device, part, its tables)"""
+    for device in unique(r["device"] for r in found["runs"]):
+        for part in PARTS:
+            of = lambda what: [x for x in found[what] if (x["device"], x["part"]) == (device, part)]
+            if of("runs"):
+                yield device, part, [t for t in (gains_table(of("gains")), runs_table(of("runs"))) if len(t) > 1]
+
+
+def text(found):
+    out = []
+    for device, part, made in tables(found):
+        out.append(f"{PARTS[part]} ({device})\n")
+        for table in made:
+            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+            out += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
+            out.append("")
+    return "\n".join(out) + "\n"
+
+
+def markdown_table(table):
+    return "\n".join(["| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0]),
+                      *("| " + " | ".join(row) + " |" for row in table[1:])])  # fmt: skip
+
+
+def markdown(found, page):
+    """Prints the tables ("-"), or puts each where the page says `<!-- ablate DEVICE PART -->`, up to `<!-- end -->`."""
+    made = {(device, part): "\n\n".join(map(markdown_table, made)) for device, part, made in tables(found)}
+    if page == "-":
+        for (device, part), block in made.items():
+            print(f"{PARTS[part]} ({device})\n\n{block}\n")
+        return
+    done = []
+
+    def fill(match):
+        key = match[2], match[3]
+        if key not in made:
+            return match[0]
+        done.append(" ".join(key))
+        return f"{match[1]}\n{made[key]}\n\n<!-- end -->"
+
+    path = Path(page)
+    try:
+        old = path.read_text()
+        new = re.sub(r"(<!-- ablate (\w+) (\w+) -->\n)(?:.*?)<!-- end -->", fill, old, flags=re.S)
+        if not done:
+            sys.exit(f"ablate: {page} has no place for these tables\n  fix: a line <!-- ablate cuda switches --> and "
+                     "another <!-- end -->")  # fmt: skip
+        path.write_text(new)
+    except OSError as e:
+        sys.exit(f"ablate: {page}: {e.strerror}\n  fix: name a page that is there")
+    print(f"{page}: {', '.join(done)}")
+
+
+# ---- pictures ----
+
+
+def ticks(low, high, most=7):
+    power = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(power * k for k in (1, 2, 5, 10) if (high - low) / (power * k) <= most)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def svg(width, height, title, about, body):
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="16" y="26" font-size="16" font-weight="600">{html.escape(title)}</text>',
+        f'<text x="16" y="44" fill="{FAINT}">{html.escape(about)}</text>', *body, "</svg>"]) + "\n"  # fmt: skip
+
+
+def legend(models, x, y):
+    out = []
+    for i, model in enumerate(models):
+        out.append(f'<circle cx="{x}" cy="{y - 4}" r="4.5" fill="{COLOURS[i % len(COLOURS)]}"/>'
+                   f'<text x="{x + 9}" y="{y}">{html.escape(model)}</text>')
+        x += 30 + 7 * len(model)
+    return out
+
+
+def gains_svg(gains):
+    """A line of dots for each technique: a model's gain, with a bar from its least to its largest ratio."""
+    models, techniques = unique(g["model"] for g in gains), unique(g["technique"] for g in gains)
+    step, left, top, width = 13 * len(models) + 14, 230, 84, 820
+    height = top + step * len(techniques) + 40
+    low, high = min(0, *(g["least"] for g in gains)), max(1, *(g["largest"] for g in gains))
+    low, high = low - 0.03 * (high - low), high + 0.05 * (high - low)
+    at = lambda v: left + (width - left - 60) * (v - low) / (high - low)
+    out = legend(models, left, 66)
+    for v in ticks(low, high):
+        out.append(f'<path d="M{at(v):.1f} {top}V{height - 36}" stroke="{FAINT if v == 0 else GRID}"/>'
+                   f'<text x="{at(v):.1f}" y="{height - 18}" text-anchor="middle" fill="{FAINT}">{v:+g}%</text>')
+    for i, technique in enumerate(techniques):
+        middle = top + step * (i + 0.5)
+        out.append(f'<path d="M16 {top + step * (i + 1)}H{width - 16}" stroke="{GRID}"/>'
+                   f'<text x="{left - 12}" y="{middle + 4}" text-anchor="end">{html.escape(technique)}</text>')
+        for g in gains:
+            if g["technique"] != technique:
+                continue
+            m = models.index(g["model"])
+            y, colour = middle + 13 * (m - (len(models) - 1) / 2), COLOURS[m % len(COLOURS)]
+            out.append(f'<path d="M{at(g["least"]):.1f} {y}H{at(g["largest"]):.1f}" stroke="{colour}" stroke-width="2"/>'
+                       f'<circle cx="{at(g["gain"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>'
+                       f'<text x="{at(max(g["gain"], g["largest"])) + 8:.1f}" y="{y + 4}" fill="{FAINT}" '
+                       f'font-size="11">{g["gain"]:+.1f}</text>')
+    rounds = sorted({g["rounds"] for g in gains})
+    about = "tokens/s gained: dots are medians, bars the least and the largest of "
+    about += f"{' to '.join(map(str, unique([rounds[0], rounds[-1]])))} interleaved rounds"
+    return svg(width, height, "What each technique is worth", about, out)
+
+
+def ladder_svg(runs):
+    """Tokens/s of each rung as times the first's, a line a model."""
+    models, rungs = unique(r["model"] for r in runs), unique(r["variant"] for r in runs)
+    rate = {(r["model"], r["variant"]): r["tokens_per_second"] for r in runs}
+    times = {m: [(i, rate[m, v] / rate[m, rungs[0]]) for i, v in enumerate(rungs) if rate.get((m, v))]
+             for m in models if rate.get((m, rungs[0]))}  # fmt: skip
+    width, height, left, right, top, bottom = 820, 420, 60, 30, 84, 44
+    low, high = 0, 1.08 * max((y for points in times.values() for _, y in points), default=1)
+    x = lambda i: left + 50 + (width - left - right - 100) * i / max(1, len(rungs) - 1)
+    y = lambda v: height - bottom - (height - top - bottom) * (v - low) / (high - low)
+    out = legend(list(times), left, 66)
+    for v in ticks(low, high):
+        out.append(f'<path d="M{left} {y(v):.1f}H{width - right}" stroke="{GRID}"/>'
+                   f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end" fill="{FAINT}">{v:g} x</text>')
+    for i, rung in enumerate(rungs):
+        out.append(f'<text x="{x(i):.1f}" y="{height - 18}" text-anchor="middle">{html.escape(rung)}</text>')
+    for m, points in enumerate(times.values()):
+        colour = COLOURS[m % len(COLOURS)]
+        path = "L".join(f"{x(i):.1f} {y(v):.1f}" for i, v in points)
+        out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        out += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="4.5" fill="{colour}"/>' for i, v in points]
+        i, v = points[-1]
+        out.append(f'<text x="{x(i) + 10:.1f}" y="{y(v) + 4:.1f}" fill="{colour}">{v:.2f} x</text>')
+    return svg(width, height, "From nothing to everything", "tokens/s, in times of what runs without any technique", out)
+
+
+def pictures(found, out):
+    """Draws what there is; returns the paths."""
+    drawn = []
+    for device in unique(r["device"] for r in found["runs"]):
+        gains = [g for g in found["gains"] if g["device"] == device and g["part"] in ("switches", "memory")]
+        ladder = [r for r in found["runs"] if r["device"] == device and r["part"] == "ladder" and r["tokens_per_second"]]
+        for name, picture in (("gains", gains and gains_svg(gains)), ("ladder", ladder and ladder_svg(ladder))):
+            if picture:
+                drawn.append(out / f"{name}-{device}.svg")
+                drawn[-1].write_text(picture, encoding="utf-8")
+    return drawn

@@ -1,0 +1,102 @@
+"""Runs of ./train that are timed: what the scripts which compare them share. A run is killed once it has done enough
+steps, before it writes a checkpoint, which would take longer than all of them."""
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import run_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = ["checkpoint.every=0", "eval.every=0", "eval.samples=0"]  # nothing but steps
+
+
+def config_read(path):
+    """A config as written: no defaults. Comments are those of the project's own configs, from // to the line's end."""
+    return json.loads("\n".join(line.split("//")[0] for line in Path(path).read_text().splitlines()))
+
+
+def bench_data(folder, pixels, samples=1000):
+    """Makes the data set of scripts/make_bench_data.py in `folder` unless it is there. None, or what went wrong."""
+    if (folder / "bench.tar").exists():
+        return None
+    said = ""
+    for python in dict.fromkeys([sys.executable, "/usr/bin/python3"]):  # whichever has numpy
+        command = [python, str(ROOT / "scripts/make_bench_data.py"), str(folder), "--size", str(pixels)]
+        done = subprocess.run([*command, "--samples", str(samples)], capture_output=True, text=True)
+        if done.returncode == 0:
+            return None
+        said = done.stderr.strip()
+    return said
+
+
+def bench_sets(folder):
+    """KEY=VALUE that make a config read such a folder."""
+    sources = [{"type": "webdataset", "path": str(folder / "bench.tar")}]
+    return [f"data.sources={json.dumps(sources)}", f"data.tokenizer={folder / 'bench.bpe'}",
+            "data.max_caption=96", "data.cfg_drop=0", "data.threads=8", "data.cache_mb=1024"]
+
+
+class Plan:
+    """What --plan says. fits: whether there is a plan; needed_gb: a budget of which it is enough; slots a step;
+    predicted_ms: None where a device's time cannot be told; text: all of it, or the error."""
+
+    def __init__(self, command):
+        done = subprocess.run([*command, "--plan"], cwd=ROOT, capture_output=True, text=True)
+        self.fits, self.text = done.returncode == 0, done.stdout if done.returncode == 0 else done.stderr.strip()
+        total = re.search(r"^ +total +(\d+) bytes", done.stdout, re.M)
+        slots = re.search(r"slots (\d+),.* micro-batches (\d+)", done.stdout)
+        step = re.search(r"a step: predicted ([\d.]+) ms", done.stdout)
+        if self.fits and not (total and slots):
+            raise ValueError("--plan says nothing of a total")
+        if self.fits:
+            self.needed_gb = math.ceil(int(total[1]) / 1e6) / 1e3
+            self.slots, self.predicted_ms = int(slots[1]) * int(slots[2]), step and step[1]
+
+
+def clear_run(run):
+    """Of a run before, only its costs are of use."""
+    for path in run.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "costs.json":
+            path.unlink()
+
+
+def run_steps(command, run, log, enough, limit):
+    """Runs `command`, whose run folder is `run`, until enough(step lines) or for `limit` seconds. Returns the step
+    lines and what the run said, which goes to the file `log`."""
+    clear_run(run)
+    began = time.time()
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        try:
+            while process.poll() is None and not enough(run_metrics.steps(run)) and time.time() - began < limit:
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+    return run_metrics.steps(run), log.read_text(errors="replace")
+
+
+def last_line(said):
+    return (said.strip().splitlines() or ["no output"])[-1][:200]
+
+
+def device_memory(said):
+    """(planned, in use) in GB as the log has them, or None."""
+    found = re.findall(r"device memory: planned ([\d.]+) GB, in use ([\d.]+) GB", said)
+    return found[-1] if found else None
+
+
+def positive(text):
+    """For argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
