@@ -262,7 +262,8 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 // FLOW_LOSS       noised image rows: err = xhat - x, w = 1/max(1-t, t_floor)^2; adds sum w err^2 to metrics->flow and
 //                 the number of elements to ->flow_elems; dxhat = 2 flow_scale w err (0 in other rows); seg_error [SEG]
 //                 DT_REAL = mean err^2 over the segment's elements (0 for clean and unused).
-// GRAD_SQUARES    squares [n] F64: of each parameter's gradient, the sum of g^2. Whole parameters, here and in GRAD_HASH.
+// GRAD_SQUARES    squares [n, EXACT_WORDS] F64: of each parameter's gradient, the sum of g^2 as an exact sum (exact.h) of
+//                 those of 64 elements, from its first on; processes add up the words of their shares.
 // GRAD_DECIDE     status from the squares of all n parameters and the losses in metrics: norm = sqrt(sum of squares),
 //                 scale = min(1, scalars->clip / norm) (1 with clip 0); skip and bad as UpdateStatus says.
 // GRAD_HASH       hash [n] U64: of each parameter's gradient, the sum modulo 2^64 of bits_mix(bits of g[i], i)

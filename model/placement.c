@@ -1,5 +1,7 @@
 #include "model/placement.h"
 
+#include "kernels/exact.h"
+
 // Of what the state names last: elements that do not stay.
 static int64_t away_count(const Model *m) {
   const ParamTable *t = &m->params;
@@ -68,8 +70,18 @@ TensorId bucket_gradients(Program *p, const Model *m, const ParamBucket *b, Spac
   return program_external(p, space, begin * bytes, DT_REAL, b->end - b->begin, "gradients of a bucket");
 }
 
+// Numbers a parameter.
+static const int sums_width[PARAM_SUMS] = {[SUMS_OF_SQUARES] = EXACT_WORDS, [SUMS_OF_BITS] = 1};
+
+int64_t param_sums_offset(const ParamTable *t, ParamSums which) {
+  int64_t sum = 0;
+  for (int s = 0; s < (int)which; s++) sum += sums_width[s] * t->n * (int64_t)sizeof(double);
+  return sum;
+}
+
 TensorId param_sums(Program *p, const ParamTable *t, ParamSums which, int first, int n) {
-  static const char *const names[PARAM_SUMS] = {"squared norms", "hashes"};
-  int64_t offset = ((int64_t)which * t->n + first) * (int64_t)sizeof(double);
-  return program_external(p, SPACE_PARAM_SUMS, offset, DT_F64, n, names[which]);
+  static const char *const names[PARAM_SUMS] = {"sums of squares", "hashes"};
+  int width = sums_width[which];
+  int64_t offset = param_sums_offset(t, which) + first * width * (int64_t)sizeof(double);
+  return program_external(p, SPACE_PARAM_SUMS, offset, DT_F64, (int64_t)n * width, names[which]);
 }

@@ -31,9 +31,11 @@ int64_t gradients_begin(const Model *m, const ParamBucket *b);
 // Gradients [begin, end) of a bucket in SPACE_GRADS, in SPACE_HOST_GRADS.
 TensorId bucket_gradients(Program *p, const Model *m, const ParamBucket *b, Space space);
 
-// A number for each of n parameters from `first` on, in SPACE_PARAM_SUMS: sums of squares of gradients (F64), or of
-// their mixed bits (U64; GRAD_HASH).
+// Sums over the gradients of n parameters from `first` on, in SPACE_PARAM_SUMS: of their squares ([n, EXACT_WORDS] F64,
+// GRAD_SQUARES), or of their mixed bits ([n] U64, GRAD_HASH).
 typedef enum ParamSums { SUMS_OF_SQUARES, SUMS_OF_BITS, PARAM_SUMS } ParamSums;
 TensorId param_sums(Program *p, const ParamTable *t, ParamSums which, int first, int n);
+// Bytes of that space before the sums of a kind; with PARAM_SUMS all of it.
+int64_t param_sums_offset(const ParamTable *t, ParamSums which);
 
 #endif

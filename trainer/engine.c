@@ -335,7 +335,8 @@ double engine_results(Engine *e, UpdateStatus *status, double *metrics) {
 void engine_hash(Engine *e, uint64_t *hash) {
   size_t bytes = (size_t)e->model.params.n * sizeof *hash;
   program_replay(e->hash, NULL);
-  e->model.backend->download(hash, (char *)e->bases.of[SPACE_PARAM_SUMS] + SUMS_OF_BITS * bytes, bytes);
+  e->model.backend->download(
+      hash, (char *)e->bases.of[SPACE_PARAM_SUMS] + param_sums_offset(&e->model.params, SUMS_OF_BITS), bytes);
 }
 
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out) {

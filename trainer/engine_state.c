@@ -44,7 +44,7 @@ static void set_state_bytes(Engine *e, int train) {
       max_i64(e->bytes[SPACE_HOST_GRADS], element_bytes(e, SPACE_HOST_GRADS, gradients_host_count(&e->model)));
   if (c->train.micro_batches > 1 && b->gradient_per_micro)
     e->bytes[SPACE_MICRO_GRADS] = element_bytes(e, SPACE_MICRO_GRADS, n);
-  e->bytes[SPACE_PARAM_SUMS] = (int64_t)PARAM_SUMS * e->model.params.n * (int64_t)sizeof(double);
+  e->bytes[SPACE_PARAM_SUMS] = param_sums_offset(&e->model.params, PARAM_SUMS);
   e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
   e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
 }

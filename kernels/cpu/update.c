@@ -1,6 +1,7 @@
 // Whole-slab ops: copies, and what happens to parameters once a step.
 #include "kernels/bits.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/exact.h"
 
 // What one loop iteration covers. Fixed, so that sums do not depend on the number of threads.
 enum { BLOCK = 16384, COPY_BLOCK = 1 << 18 };
@@ -40,63 +41,52 @@ void cpu_ADD(const KernelCall *c) {
   }
 }
 
-static double sum_of_squares(const real *x, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-  return sum;
+// Of at most EXACT_LEAF elements: of neighbours, of pairs of these, and from there on halves.
+static double leaf_squares(const real *x, int64_t n) {
+  real padded[EXACT_LEAF] = {0};
+  double pair[EXACT_LEAF / 2], sum[EXACT_LEAF / 4];
+  if (n < EXACT_LEAF) x = memcpy(padded, x, (size_t)n * sizeof *x);
+  for (int k = 0; k < EXACT_LEAF / 2; k++)
+    pair[k] = (double)x[2 * k] * (double)x[2 * k] + (double)x[2 * k + 1] * (double)x[2 * k + 1];
+  for (int k = 0; k < 16; k++) sum[k] = pair[2 * k] + pair[2 * k + 1];
+  for (int k = 0; k < 8; k++) sum[k] += sum[k + 8];
+  for (int k = 0; k < 4; k++) sum[k] += sum[k + 4];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-// Blocks of all parameters are gathered into rounds, each one parallel loop.
 void cpu_GRAD_SQUARES(const KernelCall *c) {
-  enum { ROUND = 512 };
   const real *grads = c->in.GRAD_SQUARES.grads;
-  double *squares = c->out.GRAD_SQUARES.squares; // [n]
-  int n = c->args->params.n;
-  struct {
-    const real *x;
-    int64_t count;
-    int param;
-    double sum;
-  } block[ROUND];
-  int param = 0, filled = 0;
-  int64_t at = 0;
-  for (int p = 0; p < n; p++) squares[p] = 0;
-  while (param < n) {
-    for (filled = 0; param < n && filled < ROUND;) {
-      ParamSpan span = params_span(c->args, param);
-      int64_t left = span.count - at;
-      if (left > 0) {
-        block[filled].x = grads + span.offset + at;
-        block[filled].count = left < BLOCK ? left : BLOCK;
-        block[filled++].param = param;
-        at += BLOCK;
-      }
-      if (left <= BLOCK) {
-        param++;
-        at = 0;
-      }
+  double *squares = c->out.GRAD_SQUARES.squares; // [n, EXACT_WORDS]
+  memset(squares, 0, (size_t)c->args->params.n * EXACT_WORDS * sizeof *squares);
+#pragma omp parallel
+  for (int p = 0; p < c->args->params.n; p++) {
+    ParamSpan span = params_span(c->args, p);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t at = 0; at < span.count; at += BLOCK) {
+      double words[EXACT_WORDS] = {0};
+      int64_t end = at + block_length(span.count, at, BLOCK);
+      for (int64_t i = at; i < end; i += EXACT_LEAF)
+        exact_add(words, leaf_squares(grads + span.offset + i, min_i64(EXACT_LEAF, end - i)));
+#pragma omp critical(grad_squares)
+      for (int i = 0; i < EXACT_WORDS; i++) squares[(int64_t)p * EXACT_WORDS + i] += words[i];
     }
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int i = 0; i < filled; i++) block[i].sum = sum_of_squares(block[i].x, block[i].count);
-    for (int i = 0; i < filled; i++) squares[block[i].param] += block[i].sum;
   }
 }
 
 void cpu_GRAD_DECIDE(const KernelCall *c) {
-  const double *squares = c->in.GRAD_DECIDE.squares; // [n]
+  const double *squares = c->in.GRAD_DECIDE.squares; // [n, EXACT_WORDS]
   const Metrics *metrics = c->in.GRAD_DECIDE.metrics;
   const StepScalars *scalars = c->in.GRAD_DECIDE.scalars;
   UpdateStatus *status = c->out.GRAD_DECIDE.status;
   int n = c->args->params.n;
   // The loss first: where it is not finite, all the gradients behind it are not either.
-  double total = 0, loss = metrics_losses(metrics);
+  double total[EXACT_WORDS] = {0}, loss = metrics_losses(metrics);
   int bad = isfinite(loss) ? -1 : n;
-  for (int p = 0; p < n; p++) {
-    total += squares[p];
-    if (bad < 0 && !isfinite(squares[p])) bad = p;
+  for (int p = 0; p < n; p++, squares += EXACT_WORDS) {
+    for (int i = 0; i < EXACT_WORDS; i++) total[i] += squares[i];
+    if (bad < 0 && squares[EXACT_BAD] > 0) bad = p;
   }
-  double norm = sqrt(total);
+  double norm = sqrt(exact_value(total));
   int clipped = scalars->clip > 0 && norm > scalars->clip;
   int beyond = scalars->norm_limit > 0 && norm > scalars->norm_limit;
   *status =

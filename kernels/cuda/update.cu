@@ -4,6 +4,7 @@
 // into chunks of CHUNK elements of which each block takes one; a chunk finds its parameter by binary search.
 #include "kernels/bits.h"
 #include "kernels/cuda/sums.h"
+#include "kernels/exact.h"
 #include "kernels/master.h"
 
 enum { BATCH_SPANS = 128, CHUNK = 16384, THREADS = 256 };
@@ -147,35 +148,76 @@ static __device__ inline int64_t chunk_single(Chunk c, Eights e) {
 
 // ---- GRAD_SQUARES ----
 
-// sums[chunk] = sum of squares of a chunk. In fp64 from the first product on: the square of a finite gradient can
-// exceed fp32, and only a gradient that is not finite itself may look so.
-static __global__ void __launch_bounds__(THREADS)
-    square_kernel(const float *grads, const __grid_constant__ SpanBatch batch, double *sums) {
-  __shared__ double shared[THREADS / 32];
-  Chunk c = chunk_of(batch, blockIdx.x);
-  Eights e = chunk_eights(c);
-  double sum = 0, sum2 = 0;
-#pragma unroll 8
-  for (int64_t at = e.begin + threadIdx.x * 4; at < e.end; at += THREADS * 4) {
-    float4 g = __ldcs((const float4 *)(grads + at));
-    sum += (double)g.x * (double)g.x + (double)g.y * (double)g.y;
-    sum2 += (double)g.z * (double)g.z + (double)g.w * (double)g.w;
-  }
-  int64_t single = chunk_single(c, e);
-  if (single >= 0) sum += (double)grads[single] * (double)grads[single];
-  sum = block_sum_double<THREADS>(sum + sum2, shared);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+// What a thread reads of a chunk at a time, and how often.
+enum { SQUARE_LOADS = CHUNK / (4 * THREADS) };
+static_assert(SQUARE_LOADS == (int)EXACT_LEAF / 4, "a thread is left with one leaf");
+
+// The square of a float is exact as a double.
+static __device__ inline double squares4(float4 g) {
+  double x = g.x, y = g.y, z = g.z, w = g.w;
+  return (x * x + y * y) + (z * z + w * w);
 }
 
-// Block p: squares[p] = sum over the chunks of parameter p.
+// Four elements from `at` on, zeros from `end` on.
+static __device__ inline float4 load_four(const float *x, int64_t at, int64_t end) {
+  return make_float4(at < end ? x[at] : 0, at + 1 < end ? x[at + 1] : 0, at + 2 < end ? x[at + 2] : 0,
+                     at + 3 < end ? x[at + 3] : 0);
+}
+
+// sums[word, chunk] = the exact sum of a chunk's leaves. Sixteen neighbouring threads read a leaf, a quad each, sixteen
+// times; then each of them adds up another leaf: of pairs of threads, one keeps half of the leaves and the other the
+// other half, as a tree of the same shape as the CPU's.
 static __global__ void __launch_bounds__(THREADS)
-    square_total_kernel(const __grid_constant__ SpanBatch batch, const double *sums, double *squares) {
+    square_kernel(const float *grads, const __grid_constant__ SpanBatch batch, uint32_t *sums) {
+  __shared__ uint32_t words[EXACT_WORDS]; // a chunk's leaves are too few for a word to overflow
+  static_assert(CHUNK / EXACT_LEAF <= 1 << (32 - EXACT_BITS), "a word of a chunk");
+  int param = chunk_of(batch, blockIdx.x).param;
+  ParamSpan span = batch.span[param];
+  // From the parameter's first element on, where chunks may begin a few before.
+  int64_t begin = span.offset + (int64_t)(blockIdx.x - batch.first_chunk[param]) * CHUNK,
+          end = span.offset + span.count;
+  const float *mine = grads + begin + threadIdx.x * 4;
+  double quad[SQUARE_LOADS];
+  if (threadIdx.x < EXACT_WORDS) words[threadIdx.x] = 0;
+  __syncthreads();
+  if (begin + CHUNK <= end && begin % 4 == 0) {
+#pragma unroll
+    for (int k = 0; k < SQUARE_LOADS; k++) {
+      quad[k] = squares4(__ldcs((const float4 *)(mine + k * (4 * THREADS))));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < SQUARE_LOADS; k++) {
+      quad[k] = squares4(load_four(grads, begin + threadIdx.x * 4 + k * (4 * THREADS), end));
+    }
+  }
+#pragma unroll
+  for (int half = SQUARE_LOADS / 2; half; half /= 2) {
+    bool upper = threadIdx.x & half;
+#pragma unroll
+    for (int k = 0; k < half; k++) {
+      double keep = upper ? quad[k + half] : quad[k], give = upper ? quad[k] : quad[k + half];
+      quad[k] = keep + __shfl_xor_sync(~0u, give, half);
+    }
+  }
+  ExactParts parts = exact_parts(quad[0]);
+#pragma unroll
+  for (int i = 0; i < EXACT_PARTS; i++)
+    if (parts.word[i]) atomicAdd(&words[parts.first + i], parts.word[i]);
+  __syncthreads();
+  if (threadIdx.x < EXACT_WORDS) sums[(int64_t)threadIdx.x * gridDim.x + blockIdx.x] = words[threadIdx.x];
+}
+
+// Block (p, word): squares[p, word] = sum over the chunks of parameter p, of which the launch has `chunks`.
+static __global__ void __launch_bounds__(THREADS)
+    square_total_kernel(const __grid_constant__ SpanBatch batch, int chunks, const uint32_t *sums, double *squares) {
   __shared__ double shared[THREADS / 32];
   int p = blockIdx.x, end = batch.first_chunk[p + 1];
+  const uint32_t *word = sums + (int64_t)blockIdx.y * chunks;
   double sum = 0;
-  for (int i = batch.first_chunk[p] + threadIdx.x; i < end; i += THREADS) sum += sums[i];
+  for (int i = batch.first_chunk[p] + threadIdx.x; i < end; i += THREADS) sum += word[i];
   sum = block_sum_double<THREADS>(sum, shared);
-  if (threadIdx.x == 0) squares[p] = sum;
+  if (threadIdx.x == 0) squares[p * EXACT_WORDS + blockIdx.y] = sum;
 }
 
 size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
@@ -183,19 +225,20 @@ size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   if (kind != OP_GRAD_SQUARES) return 0;
   int64_t chunks = 0;
   for (int p = 0; p < args->params.n; p++) chunks += span_chunks(params_span(args, p));
-  return (size_t)chunks * sizeof(double);
+  return (size_t)chunks * EXACT_WORDS * sizeof(uint32_t);
 }
 
 extern "C" void cuda_GRAD_SQUARES(const KernelCall *c) {
   const float *grads = (const float *)c->in.GRAD_SQUARES.grads;
-  double *squares = (double *)c->out.GRAD_SQUARES.squares; // [n]
-  double *sums = (double *)c->scratch;                     // [chunks of all parameters]
+  double *squares = (double *)c->out.GRAD_SQUARES.squares; // [n, EXACT_WORDS]
+  uint32_t *sums = (uint32_t *)c->scratch;                 // [EXACT_WORDS, chunks] of each batch
   for (int p = 0; p < c->args->params.n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args, p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks) CUDA_LAUNCH(square_kernel, chunks, THREADS, 0, call_stream(c), grads, batch, sums);
-    CUDA_LAUNCH(square_total_kernel, batch.n, THREADS, 0, call_stream(c), batch, sums, squares + p);
-    sums += chunks;
+    CUDA_LAUNCH(square_total_kernel, dim3(batch.n, EXACT_WORDS), THREADS, 0, call_stream(c), batch, chunks, sums,
+                squares + (int64_t)p * EXACT_WORDS);
+    sums += (int64_t)chunks * EXACT_WORDS;
   }
 }
 
@@ -203,19 +246,22 @@ extern "C" void cuda_GRAD_SQUARES(const KernelCall *c) {
 
 static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const double *squares, const Metrics *metrics,
                                                                 const StepScalars *scalars, UpdateStatus *status) {
-  __shared__ double shared[THREADS / 32];
+  __shared__ double words[EXACT_WORDS];
   __shared__ int first_bad;
   if (threadIdx.x == 0) first_bad = n;
   __syncthreads();
-  double total = 0;
-  for (int p = threadIdx.x; p < n; p += THREADS) {
-    total += squares[p];
-    if (!isfinite(squares[p])) atomicMin(&first_bad, p);
+  for (int p = threadIdx.x; p < n; p += THREADS)
+    if (squares[p * EXACT_WORDS + EXACT_BAD] > 0) atomicMin(&first_bad, p);
+  for (int w = threadIdx.x / 32; w < EXACT_WORDS; w += THREADS / 32) {
+    double sum = 0;
+    for (int p = threadIdx.x % 32; p < n; p += 32) sum += squares[p * EXACT_WORDS + w];
+    sum = warp_sum_double(sum);
+    if (threadIdx.x % 32 == 0) words[w] = sum;
   }
-  total = block_sum_double<THREADS>(total, shared); // its barriers order first_bad too
+  __syncthreads();
   if (threadIdx.x) return;
   // The loss first: where it is not finite, all the gradients behind it are not either.
-  double loss = metrics_losses(metrics), norm = sqrt(total);
+  double loss = metrics_losses(metrics), norm = sqrt(exact_value(words));
   int bad = !isfinite(loss) ? n : first_bad < n ? first_bad : -1;
   status->norm = norm;
   status->scale = scalars->clip > 0 && norm > scalars->clip ? scalars->clip / norm : 1;

@@ -15,7 +15,7 @@ typedef enum Space {
   SPACE_GRADS,
   SPACE_MICRO_GRADS, // the gradient of one micro-step, where it is formed apart and then added
   SPACE_HOST_GRADS,  // gradients of layers, where they leave the device
-  SPACE_PARAM_SUMS,  // a number or two a parameter: sums over its gradient
+  SPACE_PARAM_SUMS,  // a few numbers a parameter: sums over its gradient
   SPACE_ADAM_M,
   SPACE_ADAM_V,
   SPACE_EMA,

@@ -2,6 +2,7 @@
 
 #include "base/base.h"
 #include "base/philox.h"
+#include "kernels/exact.h"
 
 const char *const real_type = sizeof(real) == sizeof(double) ? "F64" : "F32";
 
@@ -279,7 +280,7 @@ static void call_update(OpCalls *w, int spoil) {
   }
   OpArgs a = {.params = {.spans = spans, .n = PARAMS, .end = n}};
   Value grads = random_value(w, n), weights = random_value(w, n), m = random_value(w, n), v = random_value(w, n);
-  Value ema = random_value(w, n), metrics = metrics_value(w), squares = double_value(w, PARAMS);
+  Value ema = random_value(w, n), metrics = metrics_value(w), squares = double_value(w, PARAMS * EXACT_WORDS);
   // Gaps between spans are 0 in every slab.
   Value slabs[5] = {grads, weights, m, v, ema};
   for (int s = 0; s < 5; s++)

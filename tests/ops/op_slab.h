@@ -2,6 +2,7 @@
 #ifndef TESSERA_OP_SLAB_H
 #define TESSERA_OP_SLAB_H
 
+#include "kernels/exact.h"
 #include "tests/ops/op_case.h"
 
 enum { PARAMS = 9 };
@@ -17,5 +18,5 @@ int slab_param(const Slab *s, int64_t i);
 real *slab_random(OpCase *c, const Slab *s, double std);
 // GRAD_SQUARES and GRAD_DECIDE.
 void slab_norm(const OpCase *c, OpArgs args, const real *grads, const Metrics *metrics, const StepScalars *scalars,
-               UpdateStatus *status, double *squares); // [n]
+               UpdateStatus *status, double *squares); // [n, EXACT_WORDS]
 #endif

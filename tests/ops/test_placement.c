@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "base/philox.h"
+#include "kernels/exact.h"
 #include "model/placement.h"
 #include "model/program/policy.h"
 #include "model/update.h"
@@ -60,7 +61,7 @@ static void world_open(World *w, int variant) {
   memset(c->bases.of[SPACE_METRICS], 0, c->bytes[SPACE_METRICS]);
   memcpy(c->bases.of[SPACE_SCALARS], &w->scalars, sizeof w->scalars);
   fresh(c, SPACE_HOST_GRADS, w->slab);
-  fresh(c, SPACE_PARAM_SUMS, (size_t)PARAM_SUMS * (size_t)c->model.params.n * sizeof(double));
+  fresh(c, SPACE_PARAM_SUMS, (size_t)param_sums_offset(&c->model.params, PARAM_SUMS));
 }
 
 static void world_close(World *w) {
@@ -85,7 +86,7 @@ static void world_reset(World *w) {
            (size_t)(b->end - b->begin) * sizeof *to);
     if (!away) continue; // as the last micro-step leaves them
     OpArgs a = {.params = {t->spans + b->first, b->n, b->begin, b->end}};
-    op_run(&c->ops, OP_GRAD_SQUARES, a, OP_IN(w->gradients + b->begin), OP_OUT(squares + b->first));
+    op_run(&c->ops, OP_GRAD_SQUARES, a, OP_IN(w->gradients + b->begin), OP_OUT(squares + b->first * EXACT_WORDS));
   }
 }
 
@@ -126,7 +127,8 @@ static void test_random_orders_same_bits(void **state) {
       }
       program_free(p);
       Program *h = hash_record(&w.c.model);
-      const uint64_t *hashes = (const uint64_t *)w.c.bases.of[SPACE_PARAM_SUMS] + SUMS_OF_BITS * w.c.model.params.n;
+      const uint64_t *hashes = (const uint64_t *)w.c.bases.of[SPACE_PARAM_SUMS] +
+                               param_sums_offset(&w.c.model.params, SUMS_OF_BITS) / (int64_t)sizeof(uint64_t);
       size_t bytes = (size_t)w.c.model.params.n * sizeof *hashes;
       bind(&w, h);
       world_reset(&w);

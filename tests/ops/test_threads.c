@@ -77,9 +77,9 @@ static uint64_t digest_of_all(int threads) {
   UpdateStatus status;
   real *grads = case_random(&c, s.size, 1), *p[4];
   for (int i = 0; i < 4; i++) p[i] = case_random(&c, s.size, i != 2);
-  double squares[PARAMS];
+  double squares[PARAMS * EXACT_WORDS];
   run_digest(&c, &hash, OP_GRAD_SQUARES, s.args, OP_IN(grads), OP_OUT(squares),
-             COUNTS(PARAMS * (int64_t)sizeof(double) / (int64_t)sizeof(real)));
+             COUNTS((int64_t)sizeof squares / (int64_t)sizeof(real)));
   run_digest(&c, &hash, OP_GRAD_DECIDE, s.args, OP_IN(squares, &metrics, &k), OP_OUT(&status), COUNTS(STATUS));
   uint64_t hashes[PARAMS];
   run_digest(&c, &hash, OP_GRAD_HASH, s.args, OP_IN(grads), OP_OUT(hashes),

@@ -45,7 +45,7 @@ static void test_grad_norm(void **state) {
   op_case_init(&c, 1);
   slab_make(&c, &s);
   real *grads = slab_random(&c, &s, 0.1);
-  double want[PARAMS] = {0}, total = 0, partial[PARAMS];
+  double want[PARAMS] = {0}, total = 0, partial[PARAMS * EXACT_WORDS];
   for (int64_t i = 0; i < s.size; i++) {
     int p = slab_param(&s, i);
     if (p >= 0) want[p] += (double)grads[i] * (double)grads[i];
@@ -59,7 +59,8 @@ static void test_grad_norm(void **state) {
     memset(&status, 0x7f, sizeof status);
     memset(partial, 0x7f, sizeof partial);
     slab_norm(&c, s.args, grads, &metrics, &scalars, &status, partial);
-    for (int p = 0; p < PARAMS; p++) assert_true(fabs(partial[p] - want[p]) <= 1e-12 * want[p]);
+    for (int p = 0; p < PARAMS; p++)
+      assert_true(fabs(exact_value(partial + p * EXACT_WORDS) - want[p]) <= 1e-12 * want[p]);
     assert_true(fabs(status.norm - sqrt(total)) < 1e-12 * sqrt(total));
     assert_true(fabs(status.scale - scales[k]) < 1e-12);
     assert_true(status.skip == 0 && status.bad == -1);
@@ -99,12 +100,12 @@ static void test_grad_norm(void **state) {
   op_case_free(&c);
 }
 
-// More parameters, and a longer one, than one round of the sums takes.
-static void test_grad_norm_rounds(void **state) {
+// Many parameters, and one of many blocks.
+static void test_grad_norm_blocks(void **state) {
   (void)state;
   enum { MANY = 1300, LONG = 700, LONG_COUNT = 40 * 16384 + 5 };
   static ParamSpan span[MANY];
-  static double partial[MANY];
+  static double partial[MANY * EXACT_WORDS];
   OpCase c;
   op_case_init(&c, 3);
   int64_t size = 0;
@@ -125,10 +126,35 @@ static void test_grad_norm_rounds(void **state) {
       double g = (double)grads[span[p].offset + i];
       want += g * g;
     }
-    assert_true(fabs(partial[p] - want) <= 1e-12 * want);
+    assert_true(fabs(exact_value(partial + p * EXACT_WORDS) - want) <= 1e-12 * want);
     total += want;
   }
   assert_true(fabs(status.norm - sqrt(total)) <= 1e-12 * status.norm);
+  op_case_free(&c);
+}
+
+// Who adds up which part of a parameter is not seen in the sum, where parts begin at multiples of a leaf.
+static void test_grad_norm_shares(void **state) {
+  (void)state;
+  enum { COUNT = 3 * 16384 + 77, PARTS = 7 };
+  OpCase c;
+  op_case_init(&c, 4);
+  real *grads = case_random(&c, COUNT, 1);
+  for (int i = 0; i < COUNT; i++) grads[i] *= (real)pow(10, i % 23 - 11);
+  ParamSpan span = {.offset = 0, .count = COUNT};
+  double want[EXACT_WORDS], part[EXACT_WORDS];
+  op_run(&c, OP_GRAD_SQUARES, (OpArgs){.params = {.spans = &span, .n = 1, .end = COUNT}}, OP_IN(grads), OP_OUT(want));
+  for (int round = 0; round < 20; round++) {
+    double sum[EXACT_WORDS] = {0};
+    for (int64_t begin = 0, k = 0; k < PARTS; k++) {
+      int64_t end = k == PARTS - 1 ? COUNT : begin + case_int(&c, 0, COUNT / PARTS / EXACT_LEAF) * EXACT_LEAF;
+      OpArgs a = {.params = {.spans = &span, .n = 1, .begin = begin, .end = end}};
+      op_run(&c, OP_GRAD_SQUARES, a, OP_IN(grads + begin), OP_OUT(part));
+      for (int w = 0; w < EXACT_WORDS; w++) sum[w] += part[w];
+      begin = end;
+    }
+    assert_memory_equal(sum, want, sizeof want);
+  }
   op_case_free(&c);
 }
 
@@ -232,8 +258,11 @@ static void test_adamw_ema(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_spans), cmocka_unit_test(test_grad_norm),
-                                     cmocka_unit_test(test_grad_norm_rounds), cmocka_unit_test(test_grad_hash),
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_spans),
+                                     cmocka_unit_test(test_grad_norm),
+                                     cmocka_unit_test(test_grad_norm_blocks),
+                                     cmocka_unit_test(test_grad_norm_shares),
+                                     cmocka_unit_test(test_grad_hash),
                                      cmocka_unit_test(test_adamw_ema)};
   return cmocka_run_group_tests_name("update", tests, NULL, NULL);
 }
