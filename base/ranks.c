@@ -222,6 +222,25 @@ void ranks_sum_f64(double *value, int n) {
   free(all);
 }
 
+int ranks_worst(int rc, Error *err) {
+  if (group.size == 1) return rc;
+  typedef struct Result {
+    int rc;
+    Error err;
+  } Result;
+  Result mine = {.rc = rc}, *all = xmalloc((size_t)group.size * sizeof *all);
+  int worst = 0;
+  if (rc) mine.err = *err;
+  ranks_gather(&mine, sizeof mine, all);
+  for (int r = 1; r < group.size; r++)
+    if (all[r].rc < all[worst].rc) worst = r;
+  rc = all[worst].rc;
+  if (rc) *err = all[worst].err;
+  if (rc && worst) error_prefix(err, "rank %d", worst);
+  free(all);
+  return rc;
+}
+
 int ranks_agree(uint64_t value, const char *what, const char *hint, Error *err) {
   char ranks[128] = "";
   size_t at = 0;

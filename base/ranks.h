@@ -43,6 +43,8 @@ void ranks_exchange(const void *out, void *in, size_t bytes);
 // all: [size][bytes], of which every rank has its own and gets the others'.
 void ranks_share(void *all, size_t bytes);
 
+// The lowest rc of all, on every rank, with the *err of the first rank that has it; 0 leaves *err alone.
+int ranks_worst(int rc, Error *err);
 // -1 with *err naming the ranks that have another value than rank 0, on every rank. what: "another config".
 int ranks_agree(uint64_t value, const char *what, const char *hint, Error *err);
 #endif

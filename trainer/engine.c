@@ -349,10 +349,6 @@ void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t cou
   free(wide);
 }
 
-int64_t engine_whole_bytes(const Engine *e, Space space) {
-  return engine_slab_bytes(e, space) * (space_is_shared(&e->model, space) ? config_shards(e->config) : 1);
-}
-
 int64_t engine_slab_bytes(const Engine *e, Space space) {
   return e->bytes[space] + e->bases.host_bytes[space];
 }

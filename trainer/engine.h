@@ -138,8 +138,6 @@ int64_t engine_device_bytes(const Engine *e);
 void *engine_slab(const Engine *e, Space space);
 // Bytes of one in all: on the device and, of the optimizer's state, on the host (engine.bases).
 int64_t engine_slab_bytes(const Engine *e, Space space);
-// The same of the slab whose share this one is; what a checkpoint holds.
-int64_t engine_whole_bytes(const Engine *e, Space space);
 // Whether a space is memory of the host, beside a device.
 int engine_on_host(const Engine *e, Space space);
 // Fills one with zeros, if it is there, after what was replayed before.

@@ -4,6 +4,7 @@
 #include "kernels/backends.h"
 #include "model/program/planner.h"
 #include "trainer/engine_internal.h"
+#include "trainer/slab.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -108,10 +109,9 @@ int engine_refuse_space(const Engine *e, Space space, Error *err) {
 
 // ---- the table ----
 
-static int64_t state_bytes(const Engine *e) {
+static int64_t copy_bytes(const Engine *e) {
   int64_t sum = 0;
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (space_has((Space)s, SPACE_SAVED)) sum += engine_whole_bytes(e, (Space)s);
+  for (int s = 0; s < SPACE_COUNT; s++) sum += slab_copy_bytes(e, (Space)s);
   return sum;
 }
 
@@ -138,7 +138,7 @@ void engine_print_plan(const Engine *e, FILE *f) {
   print_row(f, "total", engine_device_bytes(e), "");
   SaveCopy copy = config_save_copy(c);
   if (engine_slab_bytes(e, SPACE_ADAM_M) && copy != COPY_NEVER)
-    print_row(f, "copy for checkpoints", state_bytes(e),
+    print_row(f, "copy for checkpoints", copy_bytes(e),
               copy == COPY_AUTO ? OF_HOST "; without that room a save holds up training" : OF_HOST);
   engine_print_state(e, f);
   if (e->first.program) planner_print(e->first.program, f);

@@ -1,6 +1,7 @@
 #include "trainer/saver.h"
 
 #include "base/machine.h"
+#include "base/ranks.h"
 #include "base/thread.h"
 #include "model/placement.h"
 #include "trainer/slab.h"
@@ -26,10 +27,18 @@ typedef struct SavedFile {
   void *scratch; // [SAFE_CHUNK] for weights that are converted on their way from the device
 } SavedFile;
 
+// What a process wrote.
+typedef struct Written {
+  int n;
+  CheckpointEntry entry[STATE_FILES + 1];
+} Written;
+
 struct Saver {
   Engine *engine;
   const char *run;
-  char *copy; // [copy_bytes] of the host, NULL: there is none
+  int rank, ranks;
+  bool beside; // the copy has everything, so that training goes on while it is written
+  char *copy;  // [copy_bytes] of the host, NULL: there is none
   size_t copy_bytes;
   char *at[SPACE_COUNT]; // slabs as they are stored, in the copy or where they are; NULL: not in host memory
   StateLayout layout;
@@ -43,7 +52,11 @@ struct Saver {
   // That save.
   int64_t step;
   char *state, *config;
-  double stood, seconds; // training stood still, written
+  double stood, began, seconds; // training stood still, writing began and took
+  Written own;
+  bool commits;         // this process makes it a checkpoint, and only that is left
+  CheckpointEntry *all; // [n_all] of what all wrote
+  int n_all;
   int rc;
   Error err;
 };
@@ -71,32 +84,37 @@ static void join_thread(Saver *s) {
   s->started = false;
 }
 
-// Takes memory for all slabs and says where each goes. 0, or -1 with *err when there is not enough.
-static int take_copy(Saver *s, Error *err) {
+// Takes memory for what this process writes, or only for what is put together, and says where each slab goes. 0, or -1
+// with *err when there is not enough.
+static int take_copy(Saver *s, bool everything, Error *err) {
   const Engine *e = s->engine;
-  size_t need = 0;
-  for (int i = 0; i < SPACE_COUNT; i++)
-    if (space_has((Space)i, SPACE_SAVED)) need += page_round((size_t)engine_whole_bytes(e, (Space)i));
-  int64_t room = machine_memory_left("");
+  size_t need = 0, bytes[SPACE_COUNT] = {0};
+  for (int i = 0; i < SPACE_COUNT; i++) {
+    if (everything || (i == SPACE_EMA && space_is_shared(&e->model, SPACE_EMA)))
+      bytes[i] = page_round((size_t)slab_copy_bytes(e, (Space)i));
+    need += bytes[i];
+  }
+  s->beside = everything;
+  if (!need) return 0;
+  int64_t room = machine_memory_left("") / (s->ranks > 1 ? ranks_on_host() : 1);
   // An eighth is left for the data, its decoding and everybody else.
   void *p = (int64_t)need < room / 8 * 7 ? mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                                          : MAP_FAILED;
-  if (p == MAP_FAILED)
+  if (p == MAP_FAILED) {
+    s->beside = false;
     return error_set(err,
-                     config_shards(e->config) > 1
-                         ? "without parallel.zero they are written without, which holds up training"
-                         : "checkpoint.copy=never writes them without, which holds up training",
-                     "a copy of the state for checkpoints needs %.3f GB of host memory, and there are %.3f",
-                     (double)need / 1e9, (double)room / 1e9);
+                     everything ? "checkpoint.copy=never writes them without, which holds up training"
+                                : "parallel.zero=0 needs none, or train without EMA (train.ema=0)",
+                     "a copy of the %s for checkpoints needs %.3f GB of host memory, and there are %.3f",
+                     everything ? "state" : "EMA", (double)need / 1e9, (double)room / 1e9);
+  }
   madvise(p, need, MADV_HUGEPAGE);
   s->copy = p;
   s->copy_bytes = need;
   char *at = s->copy;
   for (int i = 0; i < SPACE_COUNT; i++) {
-    size_t bytes = (size_t)engine_whole_bytes(e, (Space)i);
-    if (!bytes || !space_has((Space)i, SPACE_SAVED)) continue;
-    s->at[i] = at;
-    at += page_round(bytes);
+    if (bytes[i]) s->at[i] = at;
+    at += bytes[i];
   }
   return 0;
 }
@@ -109,9 +127,9 @@ static void fill(void *context, int i, size_t at, size_t n, void *out) {
   Saver *s = f->saver;
   const Engine *e = s->engine;
   size_t element = e->model.backend->dtype_bytes[DT_REAL];
-  int params = s->layout.params;
-  Space space = f->layout->space[i / params];
-  int64_t first = e->model.params.of[i % params].offset + (int64_t)(at / element), count = (int64_t)(n / element);
+  const StatePiece *piece = &f->layout->piece[i];
+  Space space = piece->space;
+  int64_t first = piece->at + (int64_t)(at / element), count = (int64_t)(n / element);
   if (s->at[space]) {
     const Backend *b = e->model.backend;
     b->weights_read(s->at[SPACE_WEIGHTS] + (size_t)first * b->dtype_bytes[DT_ACT],
@@ -125,12 +143,12 @@ static void fill(void *context, int i, size_t at, size_t n, void *out) {
 
 // Memory that the device reaches at full speed, where the data comes from there; aligned in any case.
 static void *buffer_new(const Saver *s) {
-  return s->copy ? xmalloc(SAFE_CHUNK) : s->engine->model.backend->host_alloc(SAFE_CHUNK);
+  return s->beside ? xmalloc(SAFE_CHUNK) : s->engine->model.backend->host_alloc(SAFE_CHUNK);
 }
 
 static void buffer_free(const Saver *s, void *p) {
   if (!p) return;
-  if (s->copy)
+  if (s->beside)
     free(p);
   else
     s->engine->model.backend->host_release(p);
@@ -145,53 +163,54 @@ static int open_files(Saver *s, Error *err) {
     const StateFile *l = &s->layout.file[i];
     SavedFile *f = &s->file[i];
     *f = (SavedFile){.saver = s, .layout = l, .source = {.fill = fill, .context = f}};
-    int converts = engine_converts(e, l->space[0]), direct = s->at[l->space[0]] && !converts;
+    Space space = l->n ? l->piece[0].space : SPACE_EMA;
+    int converts = engine_converts(e, space), direct = s->at[space] && !converts;
     for (int k = 0; direct && k < l->n; k++)
-      l->tensor[k].data =
-          s->at[l->space[k / s->layout.params]] + (size_t)e->model.params.of[k % s->layout.params].offset * element;
+      l->tensor[k].data = s->at[l->piece[k].space] + (size_t)l->piece[k].at * element;
     if (!direct) f->source.buffer = buffer_new(s);
-    if (converts && !s->copy) f->scratch = buffer_new(s);
-    if ((!direct && !f->source.buffer) || (converts && !s->copy && !f->scratch))
+    if (converts && !s->beside) f->scratch = buffer_new(s);
+    if ((!direct && !f->source.buffer) || (converts && !s->beside && !f->scratch))
       return error_set(err, "close what else uses this machine's memory", "out of pinned host memory for checkpoints");
   }
   return 0;
 }
 
-static double written_gb(const Saver *s) {
-  double bytes = 0;
-  for (int f = 0; f < s->layout.n; f++)
-    for (int i = 0; i < s->layout.file[f].n; i++) bytes += (double)safe_bytes(&s->layout.file[f].tensor[i]);
-  return bytes / 1e9;
+static CheckpointKeep keep_of(const Saver *s) {
+  return (CheckpointKeep){s->engine->config->checkpoint.keep_last, s->engine->config->checkpoint.keep_every};
 }
 
+// Makes what all have written a checkpoint; on rank 0.
+static void *commit(void *argument) {
+  Saver *s = argument;
+  s->rc = checkpoint_commit(s->run, s->step, s->all, s->n_all, s->state, keep_of(s), &s->err);
+  s->seconds = time_now() - s->began;
+  s->written = true;
+  return NULL;
+}
+
+// Writes this process's files, which is the whole checkpoint of one that is alone.
 static void *write_checkpoint(void *argument) {
   Saver *s = argument;
-  const Config *c = s->engine->config;
-  double began = time_now();
   SafeTensor text = {
       .name = "text", .dtype = SAFE_U8, .rank = 1, .shape = {(int64_t)strlen(s->config)}, .data = s->config};
   CheckpointFile files[STATE_FILES + 1];
   int n = s->layout.n;
   for (int i = 0; i < n; i++)
-    files[i] = (CheckpointFile){s->layout.file[i].name, s->layout.file[i].tensor, s->layout.file[i].n,
-                                s->file[i].source.buffer ? &s->file[i].source : NULL};
-  files[n] = (CheckpointFile){.name = "config.json", .tensors = &text, .n = 1};
-  CheckpointKeep keep = {c->checkpoint.keep_last, c->checkpoint.keep_every};
-  s->rc = checkpoint_save(s->run, s->step, files, n + 1, s->state, keep, &s->err);
-  s->seconds = time_now() - began;
-  s->written = true;
-  return NULL;
-}
-
-// Puts the shares of all processes together at `to`, where they are wanted.
-static void gather_shares(Engine *e, char *const *to) {
-  for (int i = 0; i < SPACE_COUNT; i++)
-    if (space_is_shared(&e->model, (Space)i) && engine_slab_bytes(e, (Space)i))
-      engine_slab_gather(e, (Space)i, to ? to[i] : NULL);
-}
-
-void saver_help(Engine *e) {
-  gather_shares(e, NULL);
+    files[i] = (CheckpointFile){.name = s->layout.file[i].name,
+                                .tensors = s->layout.file[i].tensor,
+                                .n = s->layout.file[i].n,
+                                .source = s->file[i].source.buffer ? &s->file[i].source : NULL};
+  files[n++] = (CheckpointFile){.name = "config.json", .tensors = &text, .n = 1, .elsewhere = s->rank > 0};
+  if (s->ranks == 1) s->rc = checkpoint_begin(s->run, s->step, &s->err);
+  if (s->rc == 0 && (s->rc = checkpoint_write(s->run, s->step, files, n, s->own.entry, &s->own.n, &s->err)) != 0 &&
+      s->ranks == 1)
+    checkpoint_abandon(s->run, s->step);
+  if (s->ranks > 1 || s->rc) {
+    s->written = true;
+    return NULL;
+  }
+  s->n_all = s->own.n;
+  return commit(s);
 }
 
 // ---- the saver ----
@@ -200,16 +219,18 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
   Saver *s = xcalloc(1, sizeof *s);
   s->engine = e;
   s->run = run;
+  s->ranks = e->config->processes;
+  s->rank = s->ranks > 1 ? ranks_rank() : 0;
   pthread_mutex_init(&s->device, NULL);
-  // Shares come together in the copy.
-  SaveCopy copy = config_shards(e->config) > 1 ? COPY_ALWAYS : config_save_copy(e->config);
-  int bad = copy != COPY_NEVER && (engine_stage_open(e, STAGE, err) != 0 || take_copy(s, err) != 0);
+  SaveCopy copy = config_save_copy(e->config);
+  int bad = copy != COPY_NEVER && (engine_stage_open(e, STAGE, err) != 0 || take_copy(s, true, err) != 0);
   if (bad && copy == COPY_AUTO) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
   }
-  for (int i = 0; !s->copy && i < SPACE_COUNT; i++) { // host memory, as it is
-    if (!space_has((Space)i, SPACE_SAVED)) continue;
+  if (!bad && !s->beside) bad = take_copy(s, false, err) != 0;
+  for (int i = 0; !s->beside && i < SPACE_COUNT; i++) { // host memory, as it is
+    if (!space_has((Space)i, SPACE_SAVED) || s->at[i]) continue;
     if (!e->model.backend->queues) s->at[i] = engine_slab(e, (Space)i);
     if (e->bases.host_bytes[i] && !e->bytes[i]) s->at[i] = e->bases.host[i];
   }
@@ -225,6 +246,15 @@ void saver_warm(Saver *s) {
   s->started = thread_start(&s->thread, find_memory, s) == 0;
 }
 
+// Copies what this process writes, and gives the EMA's shares to who writes it.
+static void copy_state(Saver *s) {
+  Engine *e = s->engine;
+  int gathers = space_is_shared(&e->model, SPACE_EMA) && engine_slab_bytes(e, SPACE_EMA);
+  for (int i = 0; s->beside && i < SPACE_COUNT; i++)
+    if (s->at[i] && !(gathers && i == SPACE_EMA)) engine_slab_copy(e, (Space)i, s->at[i]);
+  if (gathers) engine_slab_gather(e, SPACE_EMA, slab_is_written(e, SPACE_EMA) ? s->at[SPACE_EMA] : NULL);
+}
+
 void saver_begin(Saver *s, const RunState *state, double began) {
   s->leave = true;
   join_thread(s);
@@ -235,10 +265,19 @@ void saver_begin(Saver *s, const RunState *state, double began) {
   s->config = state_config(s->engine);
   s->pending = true;
   s->written = false;
-  for (int i = 0; s->copy && i < SPACE_COUNT; i++)
-    if (s->at[i] && !space_is_shared(&s->engine->model, (Space)i)) engine_slab_copy(s->engine, (Space)i, s->at[i]);
-  gather_shares(s->engine, s->at);
-  s->started = s->copy && thread_start(&s->thread, write_checkpoint, s) == 0;
+  s->began = time_now();
+  s->own.n = s->rc = 0;
+  s->commits = s->ranks == 1;
+  s->all = s->own.entry;
+  if (s->ranks > 1) {
+    if (s->rank == 0) s->rc = checkpoint_begin(s->run, s->step, &s->err);
+    int begun = s->rc == 0;
+    ranks_broadcast(&begun, sizeof begun);
+    s->written = !begun;
+    if (!begun) return;
+  }
+  copy_state(s);
+  s->started = s->beside && thread_start(&s->thread, write_checkpoint, s) == 0;
   if (!s->started) {
     engine_await(s->engine);
     write_checkpoint(s);
@@ -246,24 +285,64 @@ void saver_begin(Saver *s, const RunState *state, double began) {
   s->stood = time_now() - began;
 }
 
-int saver_result(Saver *s, int wait, Error *err) {
-  if (!s->pending || (!wait && !s->written)) return 0;
+int saver_has_written(const Saver *s) {
+  return s->pending && !s->commits && s->written;
+}
+
+// All processes have come here, each when it has written: 0 on rank 0, which then makes it a checkpoint, and -1 with
+// *err on all where one of them failed.
+static int gather_written(Saver *s, Error *err) {
   join_thread(s);
+  if (s->rc) *err = s->err;
+  int bad = ranks_worst(s->rc, err);
+  Written *each = xmalloc((size_t)s->ranks * sizeof *each);
+  ranks_gather(&s->own, sizeof s->own, each);
+  s->pending = s->commits = !bad && s->rank == 0;
+  if (bad && s->rank == 0) checkpoint_abandon(s->run, s->step);
+  if (s->pending) {
+    s->all = xmalloc((size_t)s->ranks * (STATE_FILES + 1) * sizeof *s->all);
+    s->n_all = 0;
+    for (int r = 0; r < s->ranks; r++)
+      for (int i = 0; i < each[r].n; i++) s->all[s->n_all++] = each[r].entry[i];
+    s->written = false;
+    s->started = thread_start(&s->thread, commit, s) == 0;
+    if (!s->started) commit(s);
+  }
+  free(each);
+  return bad;
+}
+
+static double written_gb(const Saver *s) {
+  double bytes = 0;
+  for (int i = 0; i < s->n_all; i++) bytes += (double)s->all[i].sum.bytes;
+  return bytes / 1e9;
+}
+
+// The end of a save that this process makes a checkpoint.
+static int end_save(Saver *s, Error *err) {
+  join_thread(s);
+  double gb = written_gb(s);
   s->pending = false;
+  if (s->ranks > 1) free(s->all);
   if (s->rc != 0) {
     *err = s->err;
     return -1;
   }
-  double gb = written_gb(s);
   log_info("checkpoint of step %lld: training stood still %.1f ms, %.3f GB on the disk after %.2f s (%.2f GB/s)",
            (long long)s->step, 1e3 * s->stood, gb, s->seconds, gb / s->seconds);
   return 0;
 }
 
+int saver_result(Saver *s, int wait, Error *err) {
+  if (!s->pending || (!wait && !s->written)) return 0;
+  if (!s->commits && gather_written(s, err) != 0) return -1;
+  return s->pending && (wait || s->written) ? end_save(s, err) : 0;
+}
+
 void saver_close(Saver *s) {
   if (!s) return;
   Error err;
-  if (saver_result(s, 1, &err) != 0) log_warn("%s", err.text);
+  if (s->pending && s->commits && end_save(s, &err) != 0) log_warn("%s", err.text);
   s->leave = true;
   join_thread(s);
   for (int i = 0; i < s->layout.n; i++) {

@@ -133,6 +133,20 @@ void engine_slab_copy(Engine *e, Space space, void *out) {
   }
 }
 
+int slab_is_written(const Engine *e, Space space) {
+  int n = e->config->processes, rank = n > 1 ? ranks_rank() : 0;
+  if (!space_has(space, SPACE_SAVED) || !engine_slab_bytes(e, space)) return 0;
+  if (space == SPACE_EMA) return rank == n - 1;
+  if (space == SPACE_ADAM_M || space == SPACE_ADAM_V)
+    return space_is_shared(&e->model, space) || rank == min_i64(1, n - 1);
+  return rank == 0;
+}
+
+int64_t slab_copy_bytes(const Engine *e, Space space) {
+  int gathered = space == SPACE_EMA && space_is_shared(&e->model, space);
+  return slab_is_written(e, space) ? engine_slab_bytes(e, space) * (gathered ? config_shards(e->config) : 1) : 0;
+}
+
 void engine_slab_gather(Engine *e, Space space, void *out) {
   const ParamTable *t = &e->model.params;
   const size_t element = e->model.backend->dtype_bytes[DT_REAL];

@@ -21,8 +21,14 @@ int engine_stage_open(Engine *e, int64_t bytes, Error *err);
 // Copies a slab to host memory [bytes[space]] as it is stored, at the link's speed, by all threads.
 void engine_slab_copy(Engine *e, Space space, void *out);
 
-// A slab of which this process has a share, put together from all: all call it, rank 0 with memory for the whole
-// [engine_whole_bytes], the others with NULL.
+// What this process has to do with a slab in checkpoints. Of several, the one that writes a file that is whole, as the
+// weights' and the EMA's are: the first and the last, so that the copies lie in the memory of two hosts.
+int slab_is_written(const Engine *e, Space space);
+// Bytes that it copies: of a share of the moments that one, of the EMA the whole where it is written here.
+int64_t slab_copy_bytes(const Engine *e, Space space);
+
+// A slab of which this process has a share, put together from all: all call it, who wants it with memory for the whole,
+// the others with NULL.
 void engine_slab_gather(Engine *e, Space space, void *out);
 
 // Writes slabs piece by piece: on a backend with queues a piece travels while the next ones are made, through a few

@@ -4,49 +4,10 @@
 #include "base/json.h"
 #include "base/text_out.h"
 #include "trainer/export.h"
-#include "trainer/slab.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-
-// The hint where a checkpoint and the config are not of one model.
-#define OTHER_MODEL "it belongs to another model: use the config.json of its run, or another run folder"
-
-// ---- what is in a checkpoint ----
-
-static const struct {
-  const char *name;
-  int spaces;
-  Space space[2];
-  const char *prefix[2]; // before the parameter's name
-} files[STATE_FILES] = {{"model.safetensors", 1, {SPACE_WEIGHTS}, {""}},
-                        {"optimizer-0x1.safetensors", 2, {SPACE_ADAM_M, SPACE_ADAM_V}, {"m.", "v."}},
-                        {"ema.safetensors", 1, {SPACE_EMA}, {""}}};
-
-StateLayout state_layout(const Engine *e) {
-  const ParamTable *p = &e->model.params;
-  StateLayout l = {.params = p->n, .names = xcalloc((size_t)(4 * p->n), sizeof *l.names)};
-  char(*name)[72] = l.names;
-  for (int f = 0; f < STATE_FILES; f++) {
-    if (!engine_slab_bytes(e, files[f].space[0])) continue;
-    StateFile *file = &l.file[l.n++];
-    *file = (StateFile){.name = files[f].name, .spaces = files[f].spaces, .n = files[f].spaces * p->n};
-    memcpy(file->space, files[f].space, sizeof file->space);
-    file->tensor = xcalloc((size_t)file->n, sizeof *file->tensor);
-    for (int i = 0; i < file->n; i++, name++) {
-      const Param *w = &p->of[i % p->n];
-      snprintf(*name, sizeof *name, "%s%s", files[f].prefix[i / p->n], w->name);
-      file->tensor[i] = slab_tensor(e, i % p->n, *name);
-    }
-  }
-  return l;
-}
-
-void state_layout_free(StateLayout *l) {
-  for (int f = 0; f < l->n; f++) free(l->file[f].tensor);
-  free(l->names);
-}
 
 void state_data_identity(const Config *c, char out[17]) {
   char uniform[32] = ""; // nothing without, as before the key
@@ -161,104 +122,10 @@ static void name_other_kernels(const Engine *e, const Checkpoint *c) {
         c->dir, before, now);
 }
 
-// ---- loading: the slabs ----
-
-// Where the tensors of a file go.
-typedef struct Target {
-  Engine *engine;
-  SlabWriter *writer;
-  const StateFile *file;
-  int params;
-  int *mine;   // [n] by index in the file: index in file->tensor
-  int ema_too; // the checkpoint has no EMA: the weights go there as well
-} Target;
-
-// Which of the file's tensors is which of ours. A file with exactly the tensors that a model of this config has, shapes
-// included: one with fewer layers would otherwise take what it finds and ignore all else.
-static int match_tensors(Target *t, const Checkpoint *c, Error *err) {
-  const StateFile *want = t->file;
-  const SafeFile *have = checkpoint_file(c, want->name);
-  if (!have) return error_set(err, "take another checkpoint with --from", "%s has no %s", c->dir, want->name);
-  if (have->n != want->n)
-    return error_set(err, OTHER_MODEL, "%.300s/%s has %d tensors, the model of this config has %d", c->dir, want->name,
-                     have->n, want->n);
-  t->mine = xmalloc((size_t)want->n * sizeof *t->mine);
-  for (int i = 0; i < want->n; i++) {
-    const SafeTensor *w = &want->tensor[i], *found = safetensors_get(have, w->name, w->dtype, w->rank, w->shape, err);
-    if (found) {
-      t->mine[found - have->tensor] = i;
-      continue;
-    }
-    error_prefix(err, "%.200s/%s", c->dir, want->name);
-    snprintf(err->hint, sizeof err->hint, "%s", OTHER_MODEL);
-    return -1;
-  }
-  return 0;
-}
-
-static void put_part(void *context, int i, size_t at, size_t n, const void *data) {
-  Target *t = context;
-  Engine *e = t->engine;
-  size_t element = e->model.backend->dtype_bytes[DT_REAL];
-  int mine = t->mine[i];
-  Space space = t->file->space[mine / t->params];
-  int64_t first = e->model.params.of[mine % t->params].offset + (int64_t)(at / element);
-  slab_writer_put(t->writer, space, first, (int64_t)(n / element), data);
-  if (t->ema_too) slab_writer_put(t->writer, SPACE_EMA, first, (int64_t)(n / element), data);
-}
-
-// Reads the files of all targets, each once.
-static int read_slabs(Engine *e, Target *targets, int n, const Checkpoint *c, Error *err) {
-  // Padding between parameters is zero, as in a slab that begins.
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (space_has((Space)s, SPACE_SAVED)) engine_slab_clear(e, (Space)s);
-  SlabWriter *writer = slab_writer_open(e, FILE_IN_CHUNK / (int64_t)e->model.backend->dtype_bytes[DT_REAL], err);
-  if (!writer) return -1;
-  void *memory = xmalloc(checkpoint_memory(c));
-  int rc = 0;
-  for (int i = 0; i < n && rc == 0; i++) {
-    targets[i].writer = writer;
-    if (checkpoint_read(c, targets[i].file->name, memory, put_part, &targets[i], err) != 0) rc = STATE_DAMAGED;
-  }
-  slab_writer_close(writer);
-  free(memory);
-  return rc;
-}
-
-// The targets of a load; their number, or -1 with *err where the checkpoint has not what this engine needs.
-static int choose_targets(Engine *e, const StateLayout *l, const Checkpoint *c, int weights_only, Target *targets,
-                          Error *err) {
-  int n = 0, has_ema = 0, wants_ema = engine_slab_bytes(e, SPACE_EMA) > 0;
-  for (int f = 0; f < l->n; f++) {
-    const StateFile *file = &l->file[f];
-    int is_ema = file->space[0] == SPACE_EMA;
-    if (is_ema && !checkpoint_file(c, file->name)) continue;
-    if (weights_only && file->space[0] == SPACE_ADAM_M) continue;
-    has_ema |= is_ema;
-    targets[n] = (Target){.engine = e, .file = file, .params = l->params};
-    if (match_tensors(&targets[n++], c, err) != 0) return -1;
-  }
-  targets[0].ema_too = wants_ema && !has_ema;
-  // A run whose EMA was off so far begins its average at the weights.
-  if (targets[0].ema_too) log_warn("%s has no EMA; it begins at the weights", c->dir);
-  return n;
-}
-
 int state_load(Engine *e, RunState *s, const Checkpoint *c, int weights_only, Error *err) {
   RunState next = {0};
   if (check_tokenizer(s, c, err) != 0 || (!weights_only && load_counters(&next, e->config, c, err) != 0)) return -1;
-  StateLayout layout = state_layout(e);
-  Target targets[STATE_FILES] = {0};
-  int n = choose_targets(e, &layout, c, weights_only, targets, err), rc = -1;
-  Error damage;
-  if (n > 0)
-    rc = read_slabs(e, targets, n, c, err);
-  else if (checkpoint_verify(c, &damage) != 0) { // a header that tells of another model may be a damaged one
-    *err = damage;
-    rc = STATE_DAMAGED;
-  }
-  for (int i = 0; i < STATE_FILES; i++) free(targets[i].mine);
-  state_layout_free(&layout);
+  int rc = state_load_slabs(e, c, weights_only, err);
   if (rc == 0 && !weights_only) {
     name_other_kernels(e, c);
     free(s->loader);

@@ -12,6 +12,7 @@
 #include "trainer/verify.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 static void sum_counts(void *context, int64_t *value, int n) {
   (void)context;
@@ -176,12 +177,18 @@ static int train_step(Trainer *t, Feed *feed, Report *report, Profile *profile, 
 
 // ---- the run ----
 
+// A warning about what all processes know.
+static void warn_once(const char *text, const char *more) {
+  if (ranks_rank() == 0) log_warn("%s%s", text, more);
+}
+
 // What became of the last save. -1 with *err when it failed, unless training may go on all the same. `wait`: for one
 // that is still being written; `last`: the run ends here, so that a failure loses work.
 static int check_save(Trainer *t, int wait, int last, Error *err) {
-  if (!t->saver || saver_result(t->saver, wait, err) == 0) return 0;
+  int others_write = t->saver && saver_has_written(t->saver) && !t->save_written;
+  if (!t->saver || (!wait && others_write) || saver_result(t->saver, wait, err) == 0) return 0;
   if (t->config->checkpoint.on_error == SAVE_ERROR_CONTINUE && !last) {
-    log_warn("%s; going on, as checkpoint.on_error says", err->text);
+    warn_once(err->text, "; going on, as checkpoint.on_error says");
     return 0;
   }
   snprintf(err->hint, sizeof err->hint,
@@ -192,19 +199,16 @@ static int check_save(Trainer *t, int wait, int last, Error *err) {
 
 // Begins a save, when the one before is on the disk. The run's last save makes up for one that was not written.
 static int save(Trainer *t, const Feed *feed, int last, Error *err) {
-  if (!t->saver) {
-    saver_help(&t->engine);
-    return 0;
-  }
   double began = time_now();
   if (last && saver_result(t->saver, 1, err) != 0)
-    log_warn("%s", err->text);
+    warn_once(err->text, "");
   else if (check_save(t, 1, last, err) != 0)
     return -1;
   free(t->state.loader);
   t->state.loader = loader_state(feed->loader);
   saver_begin(t->saver, &t->state, began);
-  return check_save(t, 0, last, err);
+  t->save_written = 0;
+  return 0;
 }
 
 // The line of the figures comes last: a run that is killed or stopped in its evaluation owes it still.
@@ -284,11 +288,13 @@ static int64_t end_step(const Trainer *t) {
   return t->options->stop_at ? min_i64(t->options->stop_at, steps) : steps;
 }
 
-// Whether a signal came to one of the processes: all leave after the same step.
+// Whether a signal came to one of the processes: all leave after the same step. And whether all have written what they
+// had to of a save.
 static int group_stops(Trainer *t) {
-  int64_t stops = signals_stop() != 0;
-  ranks_sum_i64(&stops, 1);
-  return t->stopped = stops != 0;
+  int64_t sums[] = {signals_stop() != 0, t->saver && saver_has_written(t->saver)};
+  ranks_sum_i64(sums, 2);
+  t->save_written = sums[1] == ranks_size();
+  return t->stopped = sums[0] != 0;
 }
 
 // Keeps the steps since the last save when the data ends the run, unless they are being skipped. The data of one
@@ -345,11 +351,31 @@ static int nothing_to_do(const Trainer *t) {
   return nothing;
 }
 
-// What rank 0 alone has of a run: its folder, the saver, the report, which is returned. NULL with *err.
-static Report *open_outputs(Trainer *t, int trained, Error *err) {
+// -1 with *err where this process's run folder is not the one that rank 0 has locked: all write into it.
+static int share_folder(const Trainer *t, Error *err) {
+  enum { LOOKS = 100, PAUSE_US = 250000 }; // a network's file system may show a new folder late
+  int64_t leader = getpid(), found = -1;
+  ranks_broadcast(&leader, sizeof leader);
+  if (ranks_rank() == 0) return 0;
+  char *path = xasprintf("%s/lock", t->run);
+  for (int i = 0; i < LOOKS && found != leader; i++) {
+    size_t bytes;
+    Error ignored;
+    char *text = file_read(path, 64, &bytes, &ignored);
+    if (text) found = strtoll(text, NULL, 10);
+    free(text);
+    if (found != leader) usleep(PAUSE_US);
+  }
+  free(path);
+  if (found == leader) return 0;
+  return error_set(err, "all hosts must have the run's folder in a file system that they share",
+                   "this process does not see %s as rank 0 does", t->run);
+}
+
+// What rank 0 alone has of a run: its folder, the report, which is returned. NULL with *err.
+static Report *open_outputs(Trainer *t, Error *err) {
   const Config *c = t->config;
   int64_t from = t->state.step;
-  if (!trained && !(t->saver = saver_open(&t->engine, t->run, err))) return NULL;
   if (run_folder_begin(t->run, c, t->options, t->tokenizer, from, err) != 0) return NULL;
   Report *report = report_open(t->run, from, c->train.steps, err);
   if (report) overview_log(&t->engine, t->source, t->sources, t->tokenizer, from, end_step(t));
@@ -378,11 +404,12 @@ int trainer_train(Trainer *t, Error *err) {
   }
   signals_catch();
   if (leads) t->lock = run_folder_lock(t->run, t->options, err);
-  if (leads && t->lock < 0) return -1;
+  if ((leads && t->lock < 0) || share_folder(t, err) != 0) return -1;
   // What may refuse the run comes first: one that is refused leaves the folder as it was.
   Feed feed = {0};
-  int open = feed_open(&feed, &t->engine, loader_config(t), t->state.loader, err) == 0;
-  Report *report = open && leads ? open_outputs(t, trained, err) : NULL;
+  int open = feed_open(&feed, &t->engine, loader_config(t), t->state.loader, err) == 0 &&
+             (trained || (t->saver = saver_open(&t->engine, t->run, err)));
+  Report *report = open && leads ? open_outputs(t, err) : NULL;
   if (!open || (leads && !report)) {
     feed_close(&feed);
     return -1;

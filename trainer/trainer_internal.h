@@ -26,6 +26,7 @@ struct Trainer {
   StepSums sums;      // of that step, as far as they are known
   int is_pending;     // it is not collected yet
   int stopped;        // by a signal, to whichever process
+  int save_written;   // all processes have written what they had to of a save
   Tokenizer *tokenizer;
   Source *source[CONFIG_SOURCES];
   double weight[CONFIG_SOURCES];

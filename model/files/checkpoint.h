@@ -21,6 +21,7 @@ typedef struct CheckpointFile {
   const SafeTensor *tensors; // [n]
   int n;
   const SafeSource *source; // of tensors without data; NULL: all have theirs
+  bool elsewhere;           // another process writes it; a text still goes into the metadata
 } CheckpointFile;
 
 // Which older checkpoints stay: the `keep_last` (>= 1) newest, and those at multiples of `keep_every` (0 = none).
@@ -34,6 +35,22 @@ typedef struct CheckpointKeep {
 // checkpoint whole and nothing half-written left. The caller holds the run's lock; any thread may call this.
 int checkpoint_save(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
                     CheckpointKeep keep, Error *err);
+
+// A file as it was written, for state.json.
+typedef struct CheckpointEntry {
+  char name[64];
+  SafeSum sum;
+} CheckpointEntry;
+
+// The parts of checkpoint_save, for processes that write one together: one of them begins, all write their files, and
+// once all have, that one commits what all wrote, or abandons it. Each 0, or -1 with *err.
+int checkpoint_begin(const char *run_dir, int64_t step, Error *err);
+// entry: [n_files] what was written, their number in *n.
+int checkpoint_write(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files,
+                     CheckpointEntry *entry, int *n, Error *err);
+int checkpoint_commit(const char *run_dir, int64_t step, const CheckpointEntry *entry, int n, const char *state,
+                      CheckpointKeep keep, Error *err);
+void checkpoint_abandon(const char *run_dir, int64_t step);
 
 // An open checkpoint. What state.json says and the texts are right; the tensors are once they have been read.
 typedef struct Checkpoint {

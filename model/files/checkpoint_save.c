@@ -123,47 +123,50 @@ static int run_jobs(FileJob *jobs, int n, Error *err) {
   return rc;
 }
 
-// Writes the files into `dir` and the text of state.json, without its first line, to `out`.
-static int write_files(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                       FILE *out, Error *err) {
+// Writes the files that are this process's into `dir` and says what they are.
+static int write_files(const char *dir, const CheckpointFile *files, int n_files, CheckpointEntry *entry, int *n,
+                       Error *err) {
   SafePair *metadata = xcalloc((size_t)n_files + 1, sizeof *metadata);
-  FileJob *jobs = xcalloc((size_t)n_files, sizeof *jobs);
+  FileJob *jobs = xcalloc((size_t)n_files + 1, sizeof *jobs);
   atomic_bool stop = false;
   int n_metadata = build_metadata(files, n_files, metadata);
+  *n = 0;
   for (int i = 0; i < n_files; i++)
-    jobs[i] = (FileJob){.file = &files[i],
-                        .path = xasprintf("%s/%s", dir, files[i].name),
-                        .metadata = metadata,
-                        .n_metadata = n_metadata,
-                        .stop = &stop};
-  int rc = run_jobs(jobs, n_files, err);
-  fprintf(out, "\"format\": %d, \"step\": %" PRId64 ", \"files\": {", CHECKPOINT_FORMAT, step);
-  for (int i = 0; i < n_files; i++) {
-    fputs(i ? ",\n  " : "\n  ", out);
-    json_write_string(out, files[i].name);
-    fprintf(out, ": {\"bytes\": %" PRIu64 ", \"xxh64\": \"%016" PRIx64 "\"}", jobs[i].sum.bytes, jobs[i].sum.hash);
+    if (!files[i].elsewhere)
+      jobs[(*n)++] = (FileJob){.file = &files[i],
+                               .path = xasprintf("%s/%s", dir, files[i].name),
+                               .metadata = metadata,
+                               .n_metadata = n_metadata,
+                               .stop = &stop};
+  int rc = run_jobs(jobs, *n, err);
+  for (int i = 0; i < *n; i++) {
+    snprintf(entry[i].name, sizeof entry[i].name, "%s", jobs[i].file->name);
+    entry[i].sum = jobs[i].sum;
     free(jobs[i].path);
   }
-  fprintf(out, "},\n\"state\": %s}\n", state);
   for (int i = 0; i < n_metadata; i++) free((char *)metadata[i].value);
   free(metadata);
   free(jobs);
   return rc;
 }
 
-static int write_folder(const char *dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                        Error *err) {
-  if (mkdir(dir, 0777) != 0) return error_set(err, NULL, "cannot create %.300s: %s", dir, strerror(errno));
+// state.json, which vouches for all that was written, and the folder's names.
+static int write_state(const char *dir, int64_t step, const CheckpointEntry *entry, int n, const char *state,
+                       Error *err) {
   char head[STATE_LINE_BYTES + 1];
   TextOut out;
-  int rc = write_files(dir, step, files, n_files, state, text_begin(&out), err);
-  char *text = text_end(&out);
-  if (rc == 0) {
-    char *path = xasprintf("%s/" STATE_FILE, dir);
-    snprintf(head, sizeof head, STATE_LINE, hash64(text, out.bytes, 0));
-    rc = write_text(path, head, text, out.bytes, err);
-    free(path);
+  FILE *f = text_begin(&out);
+  fprintf(f, "\"format\": %d, \"step\": %" PRId64 ", \"files\": {", CHECKPOINT_FORMAT, step);
+  for (int i = 0; i < n; i++) {
+    fputs(i ? ",\n  " : "\n  ", f);
+    json_write_string(f, entry[i].name);
+    fprintf(f, ": {\"bytes\": %" PRIu64 ", \"xxh64\": \"%016" PRIx64 "\"}", entry[i].sum.bytes, entry[i].sum.hash);
   }
+  fprintf(f, "},\n\"state\": %s}\n", state);
+  char *text = text_end(&out), *path = xasprintf("%s/" STATE_FILE, dir);
+  snprintf(head, sizeof head, STATE_LINE, hash64(text, out.bytes, 0));
+  int rc = write_text(path, head, text, out.bytes, err);
+  free(path);
   free(text);
   if (rc == 0 && folder_sync(dir))
     rc = error_set(err, NULL, "cannot flush %.300s to the disk: %s", dir, strerror(errno));
@@ -204,14 +207,19 @@ static void prune(const char *run_dir, int64_t step, CheckpointKeep keep) {
   free(steps);
 }
 
-static int check_arguments(const CheckpointFile *files, int n_files, const char *state, Error *err) {
+static int check_files(const CheckpointFile *files, int n_files, Error *err) {
   for (int i = 0; i < n_files; i++) {
     const CheckpointFile *f = &files[i];
-    if (!checkpoint_plain_name(f->name) || strcmp(f->name, STATE_FILE) == 0)
+    if (!checkpoint_plain_name(f->name) || strcmp(f->name, STATE_FILE) == 0 ||
+        strlen(f->name) >= sizeof((CheckpointEntry *)0)->name)
       return error_set(err, NULL, "\"%.100s\" is no name for a file of a checkpoint", f->name);
     if (!checkpoint_holds_tensors(f->name) && (f->n != 1 || f->tensors->dtype != SAFE_U8))
       return error_set(err, NULL, "\"%.100s\" is the name of a text, which is one tensor of U8", f->name);
   }
+  return 0;
+}
+
+static int check_state(const char *state, Error *err) {
   cJSON *parsed = json_parse(state, strlen(state), "state", JSON_PLAIN, err);
   bool object = cJSON_IsObject(parsed), bad = !parsed;
   cJSON_Delete(parsed);
@@ -219,25 +227,66 @@ static int check_arguments(const CheckpointFile *files, int n_files, const char 
   return object ? 0 : error_set(err, NULL, "the state of a checkpoint must be a JSON object");
 }
 
-int checkpoint_save(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                    CheckpointKeep keep, Error *err) {
-  if (check_arguments(files, n_files, state, err)) return -1;
+static char *temp_path(const char *run_dir, int64_t step) {
+  return xasprintf("%s/" TEMP_PREFIX "%" PRId64, run_dir, step);
+}
+
+// Passes on what one of the parts returns.
+static int not_saved(int rc, int64_t step, Error *err) {
+  return rc ? error_prefix(err, "checkpoint of step %" PRId64 " not saved", step) : 0;
+}
+
+int checkpoint_begin(const char *run_dir, int64_t step, Error *err) {
   remove_leftovers(run_dir);
-  char *temp = xasprintf("%s/" TEMP_PREFIX "%" PRId64, run_dir, step), *dir = checkpoint_path(run_dir, step);
-  int rc = write_folder(temp, step, files, n_files, state, err);
+  char *temp = temp_path(run_dir, step);
+  int rc = mkdir(temp, 0777);
+  if (rc) error_set(err, NULL, "cannot create %.300s: %s", temp, strerror(errno));
+  free(temp);
+  return not_saved(rc, step, err);
+}
+
+int checkpoint_write(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files,
+                     CheckpointEntry *entry, int *n, Error *err) {
+  char *temp = temp_path(run_dir, step);
+  int rc = check_files(files, n_files, err) ? -1 : write_files(temp, files, n_files, entry, n, err);
+  free(temp);
+  return not_saved(rc, step, err);
+}
+
+int checkpoint_commit(const char *run_dir, int64_t step, const CheckpointEntry *entry, int n, const char *state,
+                      CheckpointKeep keep, Error *err) {
+  char *temp = temp_path(run_dir, step), *dir = checkpoint_path(run_dir, step);
+  int rc = check_state(state, err) ? -1 : write_state(temp, step, entry, n, state, err);
   if (rc == 0 && move_into_place(temp, dir))
     rc = error_set(err, NULL, "cannot rename %.300s to %.300s: %s", temp, dir, strerror(errno));
   if (rc)
     folder_remove(temp);
   else if (folder_sync(run_dir))
     rc = error_set(err, NULL, "cannot flush %.300s to the disk: %s", run_dir, strerror(errno));
-  if (rc) {
-    error_prefix(err, "checkpoint of step %" PRId64 " not saved", step);
-  } else { // what this one replaces goes now that no crash can bring it back
+  if (rc == 0) { // what this one replaces goes now that no crash can bring it back
     remove_leftovers(run_dir);
     prune(run_dir, step, keep);
   }
   free(temp);
   free(dir);
+  return not_saved(rc, step, err);
+}
+
+void checkpoint_abandon(const char *run_dir, int64_t step) {
+  char *temp = temp_path(run_dir, step);
+  folder_remove(temp);
+  free(temp);
+}
+
+int checkpoint_save(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
+                    CheckpointKeep keep, Error *err) {
+  CheckpointEntry *entry = xcalloc((size_t)n_files + 1, sizeof *entry);
+  int n, rc = checkpoint_begin(run_dir, step, err);
+  if (rc == 0 && checkpoint_write(run_dir, step, files, n_files, entry, &n, err)) {
+    checkpoint_abandon(run_dir, step);
+    rc = -1;
+  }
+  if (rc == 0) rc = checkpoint_commit(run_dir, step, entry, n, state, keep, err);
+  free(entry);
   return rc;
 }

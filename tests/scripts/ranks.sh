@@ -43,10 +43,7 @@ run() { # PROCESSES FLAG...
   fi
 }
 same() { # RUN RUN STEP
-  local file
-  for file in model ema optimizer-0x1; do
-    cmp "$dir/$1/ckpt-$3/$file.safetensors" "$dir/$2/ckpt-$3/$file.safetensors" || fail "$1 and $2 differ after step $3"
-  done
+  "$python" tests/scripts/same_state.py "$dir/$1/ckpt-$3" "$dir/$2/ckpt-$3" || fail "$1 and $2 differ after step $3"
 }
 
 # ---- the group itself, and who cannot have one ----

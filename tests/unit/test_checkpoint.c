@@ -64,7 +64,8 @@ static int save(const char *run, int64_t step, CheckpointKeep keep, Error *err) 
   Tensors a, b;
   tensors_random(&a, (uint64_t)step, 9);
   tensors_random(&b, (uint64_t)step + 1000, 5);
-  CheckpointFile files[] = {{"model.safetensors", a.t, a.n, NULL}, {"optimizer-0x1.safetensors", b.t, b.n, NULL}};
+  CheckpointFile files[] = {{"model.safetensors", a.t, a.n, NULL, false},
+                            {"optimizer-0x1.safetensors", b.t, b.n, NULL, false}};
   char *text = xasprintf("{\"loader\": {\"draw\": \"%lld\"}, \"list\": [1, 2.5, \"]}\"]}", (long long)step * 3);
   int rc = checkpoint_save(run, step, files, 2, text, keep, err);
   free(text);
@@ -265,7 +266,7 @@ static void open_checkpoints_take_no_room(void **state) {
   enum { BYTES = 32 << 20 };
   Error err;
   SafeTensor t = {.name = "w", .dtype = SAFE_U8, .rank = 1, .shape = {BYTES}, .data = xcalloc(BYTES, 1)};
-  CheckpointFile file = {"model.safetensors", &t, 1, NULL};
+  CheckpointFile file = {"model.safetensors", &t, 1, NULL, false};
   assert_int_equal(checkpoint_save(folder, 1, &file, 1, "{}", keep_all, &err), 0);
   free((void *)t.data);
   char *dir = path_in(folder, "ckpt-1");
@@ -335,7 +336,7 @@ static void failed_save_loses_nothing(void **state) {
   Error err;
   assert_int_equal(save(folder, 1, keep_all, &err), 0);
   SafeTensor t = {"a", SAFE_U8, 0, {0}, "x"};
-  CheckpointFile small = {"small.safetensors", &t, 1, NULL};
+  CheckpointFile small = {"small.safetensors", &t, 1, NULL, false};
   signal(SIGXFSZ, SIG_IGN);
   struct rlimit old, limit;
   assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
@@ -356,7 +357,7 @@ static void failed_save_loses_nothing(void **state) {
     assert_contains(text, i ? "state.json" : "small.safetensors");
     assert_newest(1);
   }
-  CheckpointFile files[] = {small, {"../b.safetensors", &t, 1, NULL}};
+  CheckpointFile files[] = {small, {"../b.safetensors", &t, 1, NULL, false}};
   assert_int_equal(checkpoint_save(folder, 3, files, 2, "{}", keep_all, &err), -1);
   assert_contains(err.text, "\"../b.safetensors\" is no name");
   assert_int_equal(checkpoint_save(folder, 3, files, 1, "{\"a\":", keep_all, &err), -1);

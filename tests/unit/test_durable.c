@@ -116,7 +116,8 @@ static const char *const names[] = {"model.safetensors", "optimizer-0x1.safetens
 static int save(int64_t step, Error *err) {
   static const float numbers[1000] = {1, 2, 3};
   SafeTensor weight = {"w", SAFE_F32, 1, {1000}, numbers}, text = {"text", SAFE_U8, 1, {2}, "{}"};
-  CheckpointFile files[] = {{names[0], &weight, 1, NULL}, {names[1], &weight, 1, NULL}, {names[2], &text, 1, NULL}};
+  CheckpointFile files[] = {
+      {names[0], &weight, 1, NULL, false}, {names[1], &weight, 1, NULL, false}, {names[2], &text, 1, NULL, false}};
   return checkpoint_save(folder, step, files, 3, "{}", (CheckpointKeep){1, 0}, err);
 }
 

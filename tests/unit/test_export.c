@@ -37,7 +37,8 @@ static void texts_are_kept(void **state) {
       text[i] = (char)(i % 7 ? 32 + (int)(rnd(round, (uint32_t)i) % 95) : "\n\t\"\\"[i % 4]);
     text[n] = 0;
     SafeTensor content = text_tensor(text, n);
-    CheckpointFile files[] = {{"config.json", &content, 1, NULL}, {"model.safetensors", &weight, 1, NULL}};
+    CheckpointFile files[] = {{"config.json", &content, 1, NULL, false},
+                              {"model.safetensors", &weight, 1, NULL, false}};
     Error err;
     if (checkpoint_save(folder, round, files, 2, "{}", keep, &err)) fail_msg("%s", err.text);
     Checkpoint *c;
@@ -68,7 +69,7 @@ static void damaged_texts_are_found(void **state) {
   char text[] = "{\"model_type\": \"tessera\"}\n";
   size_t n = strlen(text);
   SafeTensor content = text_tensor(text, n);
-  CheckpointFile file = {"config.json", &content, 1, NULL};
+  CheckpointFile file = {"config.json", &content, 1, NULL, false};
   Error err;
   if (checkpoint_save(folder, 100, &file, 1, "{}", keep, &err)) fail_msg("%s", err.text);
   char *dir = xasprintf("%s/ckpt-100", folder), *path = xasprintf("%s/config.json", dir);
@@ -94,8 +95,9 @@ static void texts_are_bytes(void **state) {
   (void)state;
   static const float number = 1;
   SafeTensor bytes = text_tensor("ab", 2), pair[] = {bytes, bytes}, wide = {"w", SAFE_F32, 0, {0}, &number};
-  CheckpointFile bad[] = {
-      {"config.json", &wide, 1, NULL}, {"config.json", pair, 2, NULL}, {"safetensors", pair, 2, NULL}};
+  CheckpointFile bad[] = {{"config.json", &wide, 1, NULL, false},
+                          {"config.json", pair, 2, NULL, false},
+                          {"safetensors", pair, 2, NULL, false}};
   Error err;
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
     assert_int_equal(checkpoint_save(folder, 200, &bad[i], 1, "{}", keep, &err), -1);
