@@ -83,13 +83,14 @@ case $part in
       check parity_ops limited tests/ops/parity.sh ops "$build"
       check parity_model limited tests/ops/parity.sh model "$build"
       check peer limited "$python" tests/gpu/test_peer.py
+      check compare_torch limited "$python" tests/scripts/test_compare_torch.py "$build/train"
       check keys limited "$python" tests/scripts/test_keys.py "$build"
       check uses limited "$python" tests/scripts/uses.py "$build"
     elif [ "${TESSERA_REQUIRE_TORCH:-}" ]; then
       failed=$((failed + 1))
       echo "parity: FAILED: python3-torch is required here and absent"
     else
-      skipped=$((skipped + 6))
+      skipped=$((skipped + 7))
       echo "parity: SKIPPED: $python has no torch (python3-torch)"
     fi
     check resume limited tests/scripts/resume.sh "$build"

@@ -1,28 +1,25 @@
 #!/usr/bin/python3
-"""Compares the engine with PyTorch on one GPU: the slow parts as ops of their own, and whole training steps.
+"""Compares the engine's slow ops with PyTorch's on one GPU; scripts/compare_torch.py does whole steps.
 
-    make bench-gpu                              everything, about eight minutes with PyTorch's compilation
-    tests/gpu/bench_gpu.py BUILD SECTION...         some of: adaln linear attention moe step:small step:medium step:base
+    make bench-gpu                              everything
+    tests/gpu/bench_gpu.py BUILD SECTION...         some of: adaln linear attention moe
 
 Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
 engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
-measured first. Ops: captured graphs over operands beyond the L2 cache, medians of rounds that take turns; the engine's
-come from tests/gpu/cuda_peer.c. Steps: the engine, PyTorch (tests/gpu/peer_model.py says how it is written) and the
-engine again, medians over steps.
+measured first: captured graphs over operands beyond the L2 cache, medians of rounds that take turns; the engine's come
+from tests/gpu/cuda_peer.c.
 Exit code 77 without a GPU or PyTorch.
 """
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests/ops"), str(ROOT / "scripts")]
-import run_metrics
+sys.path.insert(0, str(ROOT / "scripts"))
+from timed_run import config_read
 try:
     import numpy as np
     import torch
@@ -31,8 +28,7 @@ try:
     if not torch.cuda.is_available():
         raise ImportError("PyTorch sees no GPU")
     import torch._functorch.config
-    import peer_model as M
-    import reference as R
+    import torch_model as M
 except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
@@ -325,19 +321,23 @@ def moe(table, build):
     """Base's experts. PyTorch's products are bare and its rows already sorted; the engine's ops also gather rows, apply
     SwiGLU forward and backward, weight and give the router weights' gradient. Then both as whole layers."""
     table.head("experts of base, 16384 tokens, both modalities; bare torch._grouped_mm, one call a modality")
-    s, side = M.load_sizes(ROOT / "configs/base.json")
-    sizes = dict(T=16384, C=s.C, side=side, E0=s.E[0], E1=s.E[1], F0=s.F[0], F1=s.F[1], K0=s.k[0], K1=s.k[1])
+    config = config_read(ROOT / "configs/base.json")
+    C, side = config["model"]["dim"], config["data"]["image_size"] // config["model"]["patch"]
+    E, width, top_k = ([config["model"][m][key] for m in M.MODALITY] for key in ("experts", "expert_dim", "top_k"))
+    sizes = dict(T=16384, C=C, side=side)
+    for m in (0, 1):
+        sizes |= {f"E{m}": E[m], f"F{m}": width[m], f"K{m}": top_k[m]}
     engine = Engine(build, sizes, EXPERT_OPS)
     draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
     tokens = (engine.n_text, engine.n_image)
-    rows = [n * k for n, k in zip(tokens, s.k)]
+    rows = [n * k for n, k in zip(tokens, top_k)]
     rng = np.random.default_rng(1)
-    groups = [rng.multinomial(r, [1 / e] * e).cumsum() for r, e in zip(rows, s.E)]
+    groups = [rng.multinomial(r, [1 / e] * e).cumsum() for r, e in zip(rows, E)]
     ends = [torch.tensor(g, dtype=torch.int32, device="cuda") for g in groups]
     both = (0, 1)
-    x, up = [draw(rows[m], s.C) for m in both], [draw(rows[m], 2 * s.F[m]) for m in both]
-    act = [draw(rows[m], s.F[m]) for m in both]
-    w1, w2 = [draw(s.E[m], 2 * s.F[m], s.C) for m in both], [draw(s.E[m], s.C, s.F[m]) for m in both]
+    x, up = [draw(rows[m], C) for m in both], [draw(rows[m], 2 * width[m]) for m in both]
+    act = [draw(rows[m], width[m]) for m in both]
+    w1, w2 = [draw(E[m], 2 * width[m], C) for m in both], [draw(E[m], C, width[m]) for m in both]
     mm = torch._grouped_mm
     products = {
         "EXPERT_UP_FWD": lambda m: mm(x[m], w1[m].transpose(1, 2), offs=ends[m]),
@@ -347,7 +347,7 @@ def moe(table, build):
         "EXPERT_DOWN_WGRAD": lambda m: mm(x[m].t(), act[m], offs=ends[m]),
         "EXPERT_UP_WGRAD": lambda m: mm(up[m].t(), x[m], offs=ends[m]),
     }
-    down = sum(2.0 * rows[m] * s.C * s.F[m] for m in both)
+    down = sum(2.0 * rows[m] * C * width[m] for m in both)
     ours = {}
     for op, product in products.items():
         peer = attempt(lambda: Timed([lambda: [product(m) for m in both]]))
@@ -355,12 +355,14 @@ def moe(table, build):
     for op in EXPERT_OPS:
         ours[op] = ours.get(op) or statistics.median(engine.round(op) for _ in range(ROUNDS))
 
-    one = lambda h, p, m: M.moe(p, R.MODALITY[m] + ".", h[m], s.k[m], M.grouped_mm)[0]
+    one = lambda h, p, m: M.moe(p, M.MODALITY[m] + ".", h[m], top_k[m], M.grouped_mm)[0]
     layer = torch.compile(lambda h, p: (one(h, p, 0), one(h, p, 1)), fullgraph=True, dynamic=False)
-    shapes = {n.split(".", 2)[2]: v for n, v in R.param_shapes(s).items() if n.startswith("layers.0.")}
-    p = {n: draw(*v).requires_grad_() for n, v in shapes.items() if "experts" in n or "router" in n}
-    h = [draw(n, s.C).mul_(s.C**0.5).requires_grad_() for n in tokens]
-    arriving = [draw(n, s.C) for n in tokens]
+    p = {}
+    for m, name in enumerate(M.MODALITY):
+        shapes = {"router.weight": (E[m], C), "experts.w1": (E[m], 2 * width[m], C), "experts.w2": (E[m], C, width[m])}
+        p |= {f"{name}.{n}": draw(*shape).requires_grad_() for n, shape in shapes.items()}
+    h = [draw(n, C).mul_(C**0.5).requires_grad_() for n in tokens]
+    arriving = [draw(n, C) for n in tokens]
     leaves = [*h, *p.values()]
 
     def both_ways():
@@ -377,103 +379,11 @@ def moe(table, build):
     engine.close()
 
 
-# ---- whole steps ----------------------------------------------------------------------------------------------------
-
-TOKENS = 16384
-STEPS = {"small": 160, "medium": 100, "base": 32}
-LIMIT = 200  # seconds of one run of the engine
-
-
-def bench_config(name, data):
-    """configs/NAME.json on the data of scripts/make_bench_data.py."""
-    config = json.loads("\n".join(line.split("//")[0] for line in open(ROOT / f"configs/{name}.json")))
-    config["data"] |= {"micro_batch_tokens": TOKENS, "max_caption": 96, "cfg_drop": 0, "threads": 8, "cache_mb": 1024}
-    config["data"]["tokenizer"] = f"{data}/bench.bpe"
-    config["data"]["sources"] = [{"type": "webdataset", "path": f"{data}/bench.tar"}]
-    config["eval"]["every"] = config["checkpoint"]["every"] = 0
-    return config
-
-
-def engine_steps(name, folder, data):
-    """The step lines of a run of STEPS[name] steps, without the first quarter, and the seconds until the first step
-    was done. The run is killed once it has done its steps: a checkpoint of base would take longer than all of them."""
-    (folder / "config.json").write_text(json.dumps(bench_config(name, data)))
-    log, lines, first, started = folder / "log", [], None, time.time()
-    with open(log, "w") as out:
-        command = ["./train", folder / "config.json", "--device", "cuda", "--run-dir", folder / "run"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-        while process.poll() is None and len(lines) < STEPS[name] and time.time() - started < LIMIT:
-            time.sleep(0.2)
-            lines = run_metrics.steps(folder / "run")
-            first = first or (time.time() - started if lines else None)
-        process.kill()
-        process.wait()
-    if len(lines) < STEPS[name]:
-        print(f"  the engine did {len(lines)} of {STEPS[name]} steps:", *log.read_text().splitlines()[-5:], sep="\n  ")
-    return lines[len(lines) // 4 :], first
-
-
-def peer_report(name):
-    """What tests/gpu/peer_model.py says, or None. A process of its own: its memory is free again afterwards."""
-    command = [sys.executable, ROOT / "tests/gpu/peer_model.py", ROOT / f"configs/{name}.json", "--tokens", str(TOKENS)]
-    command += ["--steps", str(max(20, STEPS[name] // 2))]
-    peer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if peer.returncode:
-        print(f"  PyTorch failed with exit code {peer.returncode}", flush=True)
-        return None
-    return json.loads(peer.stdout.splitlines()[-1])
-
-
-def step(name, folder):
-    s, side = M.load_sizes(ROOT / f"configs/{name}.json")
-    pixels, data = side * round((s.P // 3) ** 0.5), folder / "data"
-    command = [sys.executable, ROOT / "scripts/make_bench_data.py", data, "--size", str(pixels), "--samples", "1000"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    about = f"captions of 32-96 words, images of {pixels} x {pixels} pixels ({side * side} tokens)"
-    print(f"\nstep:{name}: {about}", flush=True)
-    speeds, waits = [], []
-
-    def engine():
-        with tempfile.TemporaryDirectory(dir=folder) as run:
-            lines, first = engine_steps(name, Path(run), data)
-        if not lines:
-            return
-        speed = [line["tokens"] / line["seconds"] for line in lines]
-        speeds.extend(speed)
-        waits.extend(line["data_wait"] * 1e3 for line in lines)
-        start = f"first step done after {first:.0f} s"
-        print(f"  engine  {statistics.median(speed):>9.0f} tokens/s ({len(speed)} steps; {start})", flush=True)
-
-    engine()
-    report = peer_report(name)
-    if report:
-        modes = ", ".join(f"{mode} {TOKENS / ms * 1e3:.0f}" for mode, ms in report["ms"].items())
-        note = f"; no graph: {report['no_graph']}" if "no_graph" in report else ""
-        about = f"{modes}; {report['memory_gb']:.1f} GB; loss {report['loss']:.2f}{note}"
-        print(f"  PyTorch {report['tokens_per_second']:>9.0f} tokens/s ({about})", flush=True)
-    engine()
-    if speeds and report:
-        mine, wait = statistics.median(speeds), statistics.median(waits)
-        print(f"  engine / PyTorch: {mine / report['tokens_per_second']:.2f}", end="; ")
-        print(f"of its {TOKENS / mine * 1e3:.1f} ms a step the engine waits {wait:.3f} ms for data", flush=True)
-
-
-ABOUT_STEPS = f"""
-Whole steps, {TOKENS} tokens, one micro-batch. PyTorch: bf16 weights, gradients and AdamW states, no EMA; packs and
-block masks ready on the device, the same number of text tokens in each. The engine: fp32 master weights, gradients and
-AdamW states, EMA; data read, decoded and packed as it trains."""
-
-
 SECTIONS = {"adaln": adaln, "linear": linear, "attention": attention, "moe": moe}
 
 
 def section(name, build):
     """Runs one section in this process."""
-    if name.startswith("step:"):
-        print(ABOUT_STEPS, flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            step(name[5:], Path(folder))
-        return
     # backward passes are timed again and again on one forward pass
     torch._functorch.config.donated_buffer = False
     table = Table()
@@ -482,7 +392,7 @@ def section(name, build):
 
 
 def main():
-    names = [*SECTIONS, *(f"step:{name}" for name in STEPS)]
+    names = list(SECTIONS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", help="build folder with tests/cuda_peer")
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(names))

@@ -1,16 +1,17 @@
 #!/usr/bin/python3
-"""The fast PyTorch model (tests/gpu/peer_model.py) is the reference (tests/ops/reference.py): same losses, same
+"""The fast PyTorch model (scripts/torch_model.py) is the reference (tests/ops/reference.py): same losses, same
 gradients, in float64 on the CPU, on random packs. Exit code 77 without PyTorch."""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests/ops"), str(ROOT / "scripts")]
 try:
     import numpy as np
     import torch
-    import peer_model as M
     import peer_pack
     import reference as R
+    import torch_model as M
 except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
@@ -18,6 +19,8 @@ except ImportError as error:
 CASES = {
     "shared experts": R.Sizes(C=16, L=2, H=4, G=2, D=8, Z=12, V=40, P=12, bottleneck=6, E=(4, 3), F=(8, 12), S=(8, 16),
                               k=(2, 1), per_modality=True),
+    "shared projections, tied": R.Sizes(C=24, L=2, H=2, G=1, D=12, Z=8, V=60, P=27, bottleneck=0, E=(3, 5), F=(8, 4),
+                                        S=(0, 8), k=(1, 2), tied=True),
     "plain": R.Sizes(C=24, L=3, H=2, G=2, D=12, Z=8, V=60, P=27, bottleneck=0, E=(3, 5), F=(8, 4), S=(0, 0), k=(3, 2),
                      per_modality=True),
 }  # fmt: skip

@@ -23,6 +23,7 @@ SCRIPTS = {  # others are tests/scripts/NAME.sh build
     "run_folder": [PYTHON, "tests/scripts/run_folder.py", "build/train"],
     "uses": [PYTHON, "tests/scripts/uses.py", "build"],
     "ablate": [PYTHON, "tests/scripts/test_ablate.py", "build/train"],
+    "compare_torch": [PYTHON, "tests/scripts/test_compare_torch.py", "build/train"],
     "house": [PYTHON, "tests/scripts/house.py"],
 }
 

@@ -1,22 +1,14 @@
-#!/usr/bin/python3
-"""Tessera's model as PyTorch trains it fastest: what tests/gpu/bench_gpu.py compares whole steps with.
-
-    tests/gpu/peer_model.py configs/small.json --tokens 16384 --steps 40      one line of JSON on standard output
+"""Tessera's model as PyTorch trains it fastest: what scripts/compare_torch.py compares whole steps with, and
+tests/gpu/bench_gpu.py layers.
 
 It is the model of tests/ops/reference.py, formula for formula (tests/gpu/test_peer.py compares the two), written for
-speed: bf16 weights, gradients and optimiser states; torch.compile on the block that all layers share, on the input and
-on the heads; FlexAttention over the packed sequence with its block mask; torch._grouped_mm for experts, rows sorted on
-the device; fused AdamW with the clipping folded in; the whole step captured as one CUDA graph, no host
-synchronisation, no padding. Text and image rows are kept as two tensors, so that each modality's projections are plain
-products and an image's modulation is a broadcast; gradients of permutations are written as gathers.
-
-Packs are ready on the device and their block masks made before the first step: PyTorch pays nothing for data. It keeps
-no EMA, no fp32 master weights and no fp32 gradients, all of which the engine has.
+speed: torch.compile on the block that all layers share, on the input and on the heads; FlexAttention over the packed
+sequence with its block mask; torch._grouped_mm for experts, rows sorted on the device; no host synchronisation, no
+padding, so that a whole step can be captured as one CUDA graph. Text and image rows are kept as two tensors, so that
+each modality's projections are plain products and an image's modulation is a broadcast; gradients of permutations are
+written as gathers.
 """
-import argparse
-import json
 import math
-import statistics
 import sys
 from pathlib import Path
 
@@ -24,12 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
-import peer_pack
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/ops"))
 import reference as R
-from reference import EPS, IMAGE, MODALITY, TEXT
-
-WORDS = 676  # distinct caption ids, as scripts/make_bench_data.py has
+from reference import EPS, IMAGE, MODALITY, NOISED, TEXT
 
 # ---- moving rows: every gradient is a gather ------------------------------------------------------------------------
 
@@ -115,7 +104,7 @@ def grouped_mm(x, w, ends):
 
 
 def grouped_loop(x, w, ends):
-    """grouped_mm where there is no torch._grouped_mm: on the CPU, for the test."""
+    """grouped_mm where there is no torch._grouped_mm: on the CPU."""
     begins = [0, *ends.tolist()[:-1]]
     return torch.cat([x[b:e] @ m.T for b, e, m in zip(begins, ends.tolist(), w)])
 
@@ -124,14 +113,15 @@ def grouped_loop(x, w, ends):
 
 
 class Pack:
-    """The arrays of peer_pack.pack_make as tensors; floats in `dtype`. Images: I of S patches."""
+    """A pack's arrays (kernels/batch.h, as long as its used slots) as tensors; floats in `dtype`. Images: I of S
+    patches each. Noised images end their documents, so that two conditions make the mask."""
 
     def __init__(self, a, s, dtype, device):
-        self.n_text, self.n_image, segments = (int(v) for v in a["dims"])
+        self.n_text, self.n_image, segments = (int(v) for v in a["dims"][:3])
         self.images = segments - 1
         put = lambda values, kind: torch.as_tensor(np.ascontiguousarray(values)).to(device, kind)
         long = torch.int64
-        noised = a["seg_kind"][1:] == peer_pack.NOISED  # [I]
+        noised = a["seg_kind"][1:] == NOISED  # [I]
         time = a["seg_time"][1:].astype(np.float64)
         S = self.n_image // self.images
         angle = 1000 * time[:, None] * np.power(10000.0, -np.arange(128) / 128)
@@ -141,8 +131,8 @@ class Pack:
         turn = a["position"][:, j % 2].astype(np.float32) * np.power(10000.0, -2 * j / s.D).astype(np.float32)
         real = torch.float64 if dtype == torch.float64 else torch.float32
         self.tensors = dict(
-            row=put(a["row"], long), seq=put(a["seq"], long), token=put(a["token"], long),
-            target=put(a["target"], long),  # [n_text], -1: none
+            row=put(a["row"], long), seq=put(a["seq"], long), token=put(a["token"][: self.n_text], long),
+            target=put(a["target"][: self.n_text], long),  # [n_text], -1: none
             doc_start=put(a["doc_start"], torch.int32), kv_end=put(a["kv_end"], torch.int32),  # [T] sequence order
             in_image=put(a["seq"].argsort()[:, None] >= self.n_text, torch.bool),  # [T, 1] sequence order
             cos=put(np.cos(turn.astype(np.float64)), real), sin=put(np.sin(turn.astype(np.float64)), real),  # [T, D/2]
@@ -155,7 +145,7 @@ class Pack:
                             .reshape(-1, 1, 1), real),  # [I, 1, 1]; 0: clean
             patch=put(a["patch"].reshape(self.images, S, s.P), torch.uint8),
         )  # fmt: skip
-        self.targets = int((a["target"] >= 0).sum())
+        self.targets = int((a["target"][: self.n_text] >= 0).sum())
         self.__dict__.update(self.tensors)
 
 
@@ -197,10 +187,15 @@ def modulations(p, a, parts):
     return p["mod.base"][TEXT].chunk(parts), image[:, None].chunk(parts, dim=2)
 
 
+def projections(p, name):
+    """Each modality's matrix, or the one that both share."""
+    return [p[f"{name}.{m}.weight" if f"{name}.{m}.weight" in p else f"{name}.weight"].t() for m in MODALITY]
+
+
 def attention(p, text, image, pack, s, attend):
     """text [n_text, C], image [I, S, C] -> the same, of attention over the whole pack."""
-    qkv = ToSequence.apply(text @ p["attn.qkv.text.weight"].t(),
-                           image.flatten(0, 1) @ p["attn.qkv.image.weight"].t(), pack.row, pack.seq)  # fmt: skip
+    (qkv_text, qkv_image), (out_text, out_image) = projections(p, "attn.qkv"), projections(p, "attn.out")
+    qkv = ToSequence.apply(text @ qkv_text, image.flatten(0, 1) @ qkv_image, pack.row, pack.seq)
     q, k, v = qkv.view(-1, s.H + 2 * s.G, s.D).split([s.H, s.G, s.G], dim=1)  # [T, heads, D]
     turned = []
     for x, name in ((q, "attn.q_norm"), (k, "attn.k_norm")):
@@ -212,8 +207,7 @@ def attention(p, text, image, pack, s, attend):
         turned.append(torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype))
     o = attend(*(x.transpose(0, 1)[None] for x in (*turned, v)))  # [1, H, T, D]
     text, o_image = ToRows.apply(o[0].transpose(0, 1).flatten(1), pack.row, pack.seq, pack.n_text)
-    o_image = o_image @ p["attn.out.image.weight"].t()
-    return text @ p["attn.out.text.weight"].t(), o_image.view(image.shape)
+    return text @ out_text, (o_image @ out_image).view(image.shape)
 
 
 def swiglu(pre):
@@ -291,7 +285,7 @@ def top(p, x, branch, gate, a, pack, s):
     text, image = modulations(p, a, 2)
     _, h_text = residual_norm(x[0], branch[0], gate[0], *text)
     _, h_image = residual_norm(x[1], branch[1], gate[1], *image)
-    logits = real(h_text @ p["head.weight"].t())  # [n_text, V]
+    logits = real(h_text @ p["embed.weight" if s.tied else "head.weight"].t())  # [n_text, V]
     ce = F.cross_entropy(logits, pack.target, ignore_index=-1, reduction="sum") / pack.targets
     predicted = F.silu(h_image) @ p["image_head.weight"].t() + p["image_head.bias"]  # [I, S, P]
     clean = pack.patch.to(pack.time.dtype) / 127.5 - 1
@@ -324,7 +318,7 @@ def total_loss(losses, s):
 
 
 def attend_dense(pack, allowed, s):
-    """For the test: any device, any torch. allowed [T, T] bool."""
+    """Any device, any torch: on the CPU. allowed [T, T] bool."""
 
     def attend(q, k, v):
         k, v = (x.repeat_interleave(s.H // s.G, 1) for x in (k, v))
@@ -344,158 +338,7 @@ def block_mask(doc_start, kv_end):
     return create_block_mask(allowed, None, None, T, T, device=doc_start.device)
 
 
-MASK_TENSORS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
-                "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
-
-
 def attend_flex(mask, s):
     from torch.nn.attention.flex_attention import flex_attention
 
     return lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=s.H != s.G)
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
-def load_sizes(path):
-    """Sizes from a config file; // comments, defaults of model/config/keys.c."""
-    config = json.loads("\n".join(line.split("//")[0] for line in open(path)))
-    config.setdefault("flow", {}).setdefault("t_floor", 0.05)
-    router, model = config.setdefault("router", {}), config["model"]
-    router.setdefault("balance", 0.01)
-    router.setdefault("z", 0.001)
-    config["train"].setdefault("ce_weight", 1.0)
-    model.setdefault("patch_bottleneck", 0)
-    model.setdefault("attn_per_modality", False)
-    model.setdefault("tie_embeddings", False)
-    for name in MODALITY:
-        model[name].setdefault("shared_dim", 0)
-    if model["tie_embeddings"] or not model["attn_per_modality"]:
-        sys.exit(f"peer_model: {path}: only models with projections per modality and a head of their own")
-    return R.sizes_from_config(config), config["data"]["image_size"] // model["patch"]
-
-
-def params_random(s, device):
-    """bf16 leaves, each layer's its own; std of the engine's initialisation, roughly."""
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in R.param_shapes(s).items()}
-    params = params_from_reference(shapes, s)
-
-    def leaf(name, like):
-        t = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
-        if name.endswith("_norm"):
-            t.fill_(1)
-        elif name.endswith("bias") or name.startswith("mod.") or name == "cond.kind":
-            t.zero_()
-        else:
-            t.normal_(0, 0.02)
-        if name == "mod.base":
-            t.fill_(0.5)  # gates that let the branches through
-        return t.requires_grad_()
-
-    fill = lambda group: {name: leaf(name, t) for name, t in group.items()}
-    return {"ends": fill(params["ends"]), "layers": [fill(layer) for layer in params["layers"]]}
-
-
-class Training:
-    """Model, optimiser and the live pack; step() is one step on it without a word to the host."""
-
-    def __init__(self, s, pack, mask):
-        self.s, self.pack, self.mask = s, pack, mask
-        self.params = params_random(s, "cuda")
-        self.leaves = [t for group in (self.params["ends"], *self.params["layers"]) for t in group.values()]
-        # lr as a tensor and capturable: the update can be captured. 0 weight decay, as the configs have.
-        self.optimizer = torch.optim.AdamW(self.leaves, lr=torch.tensor(1e-5, device="cuda"), betas=(0.9, 0.95),
-                                           eps=1e-8, weight_decay=0.0, fused=True, capturable=True)  # fmt: skip
-        self.optimizer.found_inf = torch.zeros((), device="cuda")
-        attend = attend_flex(mask, s)
-        compiled = lambda f: torch.compile(f, fullgraph=True, dynamic=False)
-        self.noise = compiled(lambda: noise(pack).to(torch.bfloat16))
-        self.parts = {
-            "bottom": compiled(lambda p, z: bottom(p, z, pack, s)),
-            "block": compiled(lambda p, x, b, g, a: block(p, x, b, g, a, pack, s, attend, grouped_mm)),
-            "top": compiled(lambda p, x, b, g, a: top(p, x, b, g, a, pack, s)),
-        }
-        self.loss = torch.zeros((), device="cuda")
-
-    def load(self, pack, mask):
-        """The next pack: on the device already; one launch a type."""
-        all_of = lambda pack, mask: [*pack.tensors.values(), *(getattr(mask, name) for name in MASK_TENSORS)]
-        live, new = all_of(self.pack, self.mask), all_of(pack, mask)
-        for dtype in {t.dtype for t in live}:
-            mine = [i for i, t in enumerate(live) if t.dtype == dtype]
-            torch._foreach_copy_([live[i] for i in mine], [new[i] for i in mine])
-
-    def step(self):
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = total_loss(forward(self.parts, self.params, self.noise(), self.pack, self.s), self.s)
-        loss.backward()
-        norms = torch._foreach_norm([t.grad for t in self.leaves])
-        norm = torch.linalg.vector_norm(torch.stack(norms).float())
-        # The fused update divides gradients by grad_scale: clipping to norm 1 costs no pass of its own.
-        self.optimizer.grad_scale = norm.clamp(min=1.0)
-        self.optimizer.step()
-        self.loss.copy_(loss.detach())
-
-
-def timed_steps(run, load, steps, warm_up):
-    """Milliseconds of each step, by events; nothing waits for the device in between."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + warm_up + 1)]
-    marks[0].record()
-    for i in range(steps + warm_up):
-        load(i)
-        run()
-        marks[i + 1].record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])][warm_up:]
-
-
-def train(path, T, steps, packs=4):
-    s, side = load_sizes(path)
-    rng = np.random.default_rng(1)
-    torch.manual_seed(1)
-    arrays = [peer_pack.pack_make(rng, T, side, s.V, WORDS, s.P) for _ in range(packs + 1)]
-    made = [Pack(a, s, torch.bfloat16, "cuda") for a in arrays]
-    masks = [block_mask(pack.doc_start, pack.kv_end) for pack in made]
-    training = Training(s, made[-1], masks[-1])
-    load = lambda i: training.load(made[i % packs], masks[i % packs])
-    report = {"config": path, "tokens": T, "torch": torch.__version__, "device": torch.cuda.get_device_name(),
-              "parameters": sum(t.numel() for t in training.leaves)}  # fmt: skip
-
-    side_stream = torch.cuda.Stream()  # backward runs where forward ran, and a capture must not see the default stream
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side_stream):
-        for i in range(3):
-            load(i)
-            training.step()
-        torch.cuda.synchronize()
-        modes = {"stream": timed_steps(training.step, load, steps, 3)}
-        report |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, "loss": training.loss.item()}
-        try:
-            training.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side_stream):
-                training.step()
-            modes["graph"] = timed_steps(graph.replay, load, steps, 3)
-            report["loss"] = training.loss.item()
-        except RuntimeError as error:  # out of memory is one
-            report["no_graph"] = str(error).splitlines()[0]
-    report["ms"] = {mode: statistics.median(times) for mode, times in modes.items()}
-    best = min(report["ms"], key=report["ms"].get)
-    report |= {"best": best, "tokens_per_second": T / report["ms"][best] * 1e3}
-    if not math.isfinite(report["loss"]):
-        sys.exit("peer_model: the loss is not finite")
-    return report
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Times a PyTorch training step of a config on the GPU.")
-    parser.add_argument("config")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=40, help="steps to time, a mode")
-    options = parser.parse_args()
-    print(json.dumps(train(options.config, options.tokens, options.steps)))
-
-
-if __name__ == "__main__":
-    main()
