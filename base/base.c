@@ -64,7 +64,7 @@ int error_prefix(Error *err, const char *fmt, ...) {
   return -1;
 }
 
-void fatal_code(const Error *err, int code) {
+void error_print(const Error *err) {
   char rank[32];
   await_lower_ranks();
   flockfile(stderr);
@@ -72,6 +72,10 @@ void fatal_code(const Error *err, int code) {
   fprintf(stderr, "error: %s%s\n", rank_prefix(rank), err->text);
   if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
   funlockfile(stderr);
+}
+
+void fatal_code(const Error *err, int code) {
+  error_print(err);
   exit(code);
 }
 

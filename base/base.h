@@ -17,6 +17,8 @@ int error_set(Error *err, const char *hint, const char *fmt, ...) __attribute__(
 // Puts "prefix: " before the text of an error on its way up; returns -1.
 int error_prefix(Error *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
+// Prints an error with its hint.
+void error_print(const Error *err);
 // Prints the error with its hint and leaves with exit code 2: the way every start-up error ends.
 __attribute__((noreturn)) void fatal(const Error *err);
 // The same with another exit code: 1 for an error inside a step.

@@ -8,8 +8,13 @@
 #include <time.h>
 
 #ifdef TESSERA_MPI
+#include "base/thread.h"
+
 #include <dlfcn.h>
+#include <errno.h>
 #include <mpi.h>
+#include <semaphore.h>
+#include <unistd.h>
 #endif
 
 static struct {
@@ -59,6 +64,7 @@ static struct {
   MPI_FUNCTIONS(POINTER)
 #undef POINTER
   void *comm_world, *byte, *info_null, *datatype_null;
+  int (*abort)(MPI_Comm comm, int code); // what MPI_Abort calls after its own message; NULL: not in this version
 } mpi;
 
 // Open MPI's handles are addresses of objects in its library.
@@ -93,6 +99,8 @@ static int library_open(Error *err) {
     if (!found) return error_set(err, "build this program again", "%s has no %s", TESSERA_MPI, symbols[i].name);
     memcpy(symbols[i].at, &found, sizeof found);
   }
+  void *quiet = dlsym(library, "ompi_mpi_abort");
+  memcpy(&mpi.abort, &quiet, sizeof quiet);
   return 0;
 }
 
@@ -265,7 +273,39 @@ int ranks_agree(uint64_t value, const char *what, const char *hint, Error *err) 
 // Whatever ends this process before ranks_close ends all.
 static void end_all(int code, void *unused) {
   (void)unused;
-  if (group.joined) mpi.Abort(MPI_COMM_WORLD, code ? code : 1);
+  if (!group.joined) return;
+  if (!code) code = 1;
+  if (mpi.abort) mpi.abort(MPI_COMM_WORLD, code); // the cause was said already, and nothing else need be
+  mpi.Abort(MPI_COMM_WORLD, code);
+}
+
+// ---- processes that never come ----
+
+enum { PATIENCE_S = 20 };
+
+typedef struct Arrival {
+  Launch launch;
+  sem_t complete; // posted once all are here
+} Arrival;
+
+// Ends this process, and by that all, when they are not complete in time: MPI itself would wait for ever.
+static void *watch_arrival(void *argument) {
+  Arrival *a = argument;
+  struct timespec until;
+  Error err;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += PATIENCE_S;
+  int rc;
+  while ((rc = sem_timedwait(&a->complete, &until)) != 0 && errno == EINTR) {
+  }
+  if (rc == 0) return NULL;
+  error_set(&err,
+            "does each host start the program, and does its network let them meet? what a process says before this "
+            "may tell",
+            "not all of the %d processes that %s started have come within %d s", a->launch.size, a->launch.launcher,
+            PATIENCE_S);
+  error_print(&err);
+  _exit(2);
 }
 
 int ranks_open(Error *err) {
@@ -274,6 +314,10 @@ int ranks_open(Error *err) {
   if (launch.size == 1) return 0;
   log_set_rank(launch.rank);
   if (library_open(err) != 0) return -1;
+  Arrival arrival = {.launch = launch};
+  pthread_t watch;
+  sem_init(&arrival.complete, 0, 0);
+  int watched = thread_start(&watch, watch_arrival, &arrival) == 0;
   mpi.Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &threads);
   mpi.Comm_size(MPI_COMM_WORLD, &group.size);
   mpi.Comm_rank(MPI_COMM_WORLD, &group.rank);
@@ -281,6 +325,8 @@ int ranks_open(Error *err) {
     int found = group.size;
     mpi.Finalize();
     group.size = 1;
+    sem_post(&arrival.complete);
+    if (watched) pthread_join(watch, NULL);
     return error_set(err, "srun --mpi=pmix, or the mpirun of the MPI that this program was built with",
                      "%s started %d processes, but this one finds %d", launch.launcher, launch.size, found);
   }
@@ -288,6 +334,8 @@ int ranks_open(Error *err) {
   mpi.Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, group.rank, MPI_INFO_NULL, &host);
   mpi.Comm_size(host, &group.on_host);
   mpi.Comm_free(&host);
+  sem_post(&arrival.complete);
+  if (watched) pthread_join(watch, NULL);
   group.joined = 1;
   on_exit(end_all, NULL);
   log_set_rank(group.rank);

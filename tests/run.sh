@@ -95,6 +95,7 @@ case $part in
     fi
     check resume limited tests/scripts/resume.sh "$build"
     check ranks limited tests/scripts/ranks.sh "$build"
+    check ranks_faults limited "$python" tests/scripts/ranks_faults.py --kills 2 --build "$build"
     check faults limited "$python" tests/scripts/faults.py --kills 5 --train "$build/train"
     check data_run limited "$python" tests/scripts/data_run.py "$build/train"
     check machine limited "$python" tests/scripts/machine.py "$build"

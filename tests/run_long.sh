@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that takes long, about two hours on two cores: tests/run_long.sh BUILD BUILD_SANITIZED FUZZ_TARGET...
 # One after the other, as they use all cores: long learning runs, drawings, planted bugs, real images, tests of data
-# that has to be fetched (GPT-2's merges, packs of emoji), 50 kills, 2,000 steps with flat memory, mutations of every
+# that has to be fetched (GPT-2's merges, packs of emoji), 50 kills of a run and 20 of a rank, 2,000 steps with flat memory, mutations of every
 # input format under ASan and UBSan. Then the fuzz targets, as many at a time as there are cores. From the environment:
 # FUZZ_SECONDS of each target and FUZZ_CC, a clang with libFuzzer.
 # Runs stay in BUILD/long, drawings among them; a second call starts over. All figures are in one table at the end. The
@@ -92,6 +92,7 @@ check emoji emoji
 check emoji_fill tests/scripts/emoji_fill.sh "$build"
 check gpt2 gpt2
 check faults_50 "$python" tests/scripts/faults.py --kills 50 --leaks --train "$build/train"
+check ranks_faults_20 "$python" tests/scripts/ranks_faults.py --kills 20 --build "$build"
 check many_files many_files
 check mutations_images mutated "$sanitized/tests/test_hostile" $mutations
 check mutations_corpora mutated "$sanitized/tests/test_fuzz" $rounds

@@ -22,6 +22,7 @@ TREE = "Makefile README.md train.c base configs data docs kernels model scripts 
 SCRIPTS = {  # others are tests/scripts/NAME.sh build
     "run_folder": [PYTHON, "tests/scripts/run_folder.py", "build/train"],
     "uses": [PYTHON, "tests/scripts/uses.py", "build"],
+    "ranks_faults": [PYTHON, "tests/scripts/ranks_faults.py", "--build", "build"],
     "ablate": [PYTHON, "tests/scripts/test_ablate.py", "build/train"],
     "compare_torch": [PYTHON, "tests/scripts/test_compare_torch.py", "build/train"],
     "house": [PYTHON, "tests/scripts/house.py"],
@@ -101,6 +102,8 @@ class Copy:
             targets.add("build/train")
         if "script:ranks" in tests:
             targets.add("build/tests/test_ranks")
+        if "script:ranks_faults" in tests:
+            targets.add("build/tests/slow_disk.so")
         command = ["make", "-s", f"-j{len(os.sched_getaffinity(0))}", "CUDA=0", "BUILD=build", *sorted(targets)]
         if cc := os.environ.get("MUTANTS_CC"):
             command.append(f"CC={cc}")

@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""Faults of several processes: whatever happens to one of them ends all within 30 s and is said once, the last
+checkpoint is whole, and the run goes on to the same bits as one that nothing happened to, at any number of processes.
+
+    tests/scripts/ranks_faults.py [--kills N] [--build build] [--seed N]
+
+kill -9 of a random rank at N random moments, half of them in the middle of a save on a slow disk; a rank that crashes;
+a full disk on one rank, with training going on beside it or not; a rank that never starts; another build or another
+config on one rank; images that cannot be decoded, on whichever rank they are. And checkpoints of 1 to 4 processes that
+go on at other numbers. Standard library alone; exit code 1 on the first thing that is not as it should be, 77 where
+there is no mpirun. The last line says what was counted."""
+import argparse
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import faults
+import same_state
+from checks import check, run_metrics
+from faults import Trainer, checkpoints, temporary
+
+RANKS, STEPS = 3, 24
+SECONDS = 30  # in which the end of one must be the end of all
+NOISE = re.compile(r"^-{20,}$", re.M)  # around what Open MPI says
+
+
+def job(run, ranks, *flags, within=(), **keys):
+    """A run of several processes that together take three packs a step."""
+    mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(ranks))
+    if "train__batch" not in keys:
+        keys.setdefault("train__micro_batches", 3 // ranks)
+    return Trainer(run, *flags, within=(*mpirun, *within) if ranks > 1 else within, **keys)
+
+
+def same(run, step, reference):
+    same_state.compare(run / f"ckpt-{step}", reference / f"ckpt-{step}")
+
+
+def verify(run, reference, before):
+    """The newest checkpoint is whole and no older than `before`. Its step."""
+    steps = checkpoints(run)
+    newest = steps[-1] if steps else 0
+    check(newest >= before, f"{run}: newest checkpoint {newest}, there was {before} already")
+    for step in steps:
+        if step == newest or (run / f"ckpt-{step}/state.json").exists():
+            same(run, step, reference)
+    return newest
+
+
+def end_by(trainer, cause, code=None, quiet=True):
+    """The job ends in time, says the cause once, and nothing else of its end where that is up to the engine."""
+    found = trainer.wait(SECONDS)
+    log = trainer.log()
+    check(found != 0 and code in (None, found), f"{trainer.command}\nexit code {found}, not {code}:\n{log[-2000:]}")
+    said = re.findall(cause, log, re.M)
+    check(len(said) == 1, f"{trainer.command}\nsays '{cause}' {len(said)} times:\n{log[-3000:]}")
+    if quiet:
+        check(len(re.findall(r"^error: ", log, re.M)) == 1 and not NOISE.search(log),
+              f"{trainer.command}\nsays more than the cause:\n{log[-3000:]}")
+    return log
+
+
+def processes(trainer):
+    """Those that mpirun started."""
+    found = subprocess.run(["pgrep", "-P", str(trainer.process.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def wrapper(work, name, rank, command):
+    """A program that starts another one, after `command` on one rank."""
+    path = work / f"{name}.sh"
+    path.write_text(f'#!/bin/sh\n[ "$OMPI_COMM_WORLD_RANK" != {rank} ] || {command}\nexec "$@"\n')
+    path.chmod(0o755)
+    return (str(path),)
+
+
+def test_any_number(work):
+    """Steps that are skipped change nothing but the place in the data: any row of numbers of processes has the same
+    parameters, moments and EMA after them, and the same place."""
+    spikes = {"train__batch": 12 * 256, "train__spike_patience": 1000}
+    first, run, alone = work / "numbers-first", work / "numbers", work / "numbers-alone"
+    job(first, 1, "--stop-at", 20, train__spike=1e6, **spikes).end(0)
+    for to in (run, alone):
+        shutil.copytree(first, to)
+    row = (2, 3, 4, 1, 4, 2)
+    for step, ranks in enumerate(row, 21):
+        job(run, ranks, "--resume", "--stop-at", step, train__spike=1e-6, **spikes).end(0, "SKIPPED")
+        same(run, step, first_as(run, first, step))
+        files = len(list((run / f"ckpt-{step}").glob("optimizer-*")))
+        check(files == ranks, f"{run}/ckpt-{step}: {files} files of the optimizer, by {ranks} processes")
+    job(alone, 1, "--resume", "--stop-at", 20 + len(row), train__spike=1e-6, **spikes).end(0)
+    places = [json.loads((to / f"ckpt-{20 + len(row)}/state.json").read_text())["state"]["loader"]
+              for to in (run, alone)]
+    check(places[0] == places[1], f"{places[0]}\nwith several processes, alone\n{places[1]}")
+    return f"checkpoints of {', '.join(map(str, row))} processes in turn hold the same"
+
+
+def first_as(run, first, step):
+    """The first run, with its checkpoint under the step to be compared."""
+    to = run.parent / "numbers-renamed"
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(first / "ckpt-20", to / f"ckpt-{step}")
+    return to
+
+
+def test_kills(work, reference, rng, kills, whole):
+    run, newest, done, saving, ended = work / "killed", 0, 0, 0, 0
+    while done < kills:
+        in_save = done % 2 == 0
+        trainer = job(run, RANKS, "--resume", "--stop-at", STEPS, disk={"SLOW_DISK_MB_S": "4"} if in_save else None,
+                      checkpoint__every=rng.choice((1, 2, 3)), checkpoint__copy=rng.choice(("always", "never")))
+        until = time.monotonic() + (0 if in_save else rng.random() * whole)
+        while trainer.process.poll() is None:
+            if time.monotonic() >= until and (not in_save or temporary(run)) and processes(trainer):
+                break
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.03)
+        victims = processes(trainer)
+        if victims and trainer.process.poll() is None:
+            subprocess.run(["kill", "-9", str(rng.choice(victims))], check=False)
+            if trainer.wait(SECONDS) != 0:  # of one that mpirun has just started it does not say the signal
+                check(trainer.log().count("exited on signal 9") <= 1, trainer.log())
+                done += 1
+                saving += bool(temporary(run))
+                newest = verify(run, reference, newest)
+                continue
+        trainer.end(0)
+        same(run, STEPS, reference)
+        shutil.rmtree(run)
+        newest = 0
+        ended += 1
+        check(ended < 10 + 2 * kills, f"{ended} runs ended before a kill")
+    job(run, RANKS, "--resume", "--stop-at", STEPS).end(0)
+    same(run, STEPS, reference)
+    rows = [[row for row in run_metrics.lines(r) if "loss" in row and row["step"] < STEPS] for r in (run, reference)]
+    check(len(rows[0]) == len(rows[1]) == STEPS, f"{run}/metrics.jsonl: {len(rows[0])} steps")
+    for row, expected in zip(*rows):
+        check(row["step"] == expected["step"] and abs(row["loss"] - expected["loss"]) < 1e-6 * expected["loss"],
+              f"{run}/metrics.jsonl: {row}, not {expected}")
+    check(not temporary(run), f"{run}: a save that was killed left {temporary(run)} for good")
+    check(saving >= kills // 3, f"only {saving} of {kills} kills hit a save")
+    return f"{kills} kills of a rank survived, {saving} of them in a save"
+
+
+def test_crash(work, reference):
+    run = work / "crashed"
+    trainer = job(run, RANKS, "--stop-at", 3 * STEPS)
+    trainer.wait_log("step +5 ")
+    subprocess.run(["kill", "-SEGV", str(processes(trainer)[1])], check=True)
+    end_by(trainer, "exited on signal 11", quiet=False)
+    verify(run, reference, 3)
+    return "a crash of one ends all"
+
+
+def test_full_disk(work, reference):
+    run = work / "full"
+    for copy in ("always", "never"):
+        shutil.rmtree(run, ignore_errors=True)
+        room = sum(f.stat().st_size for f in (reference / "ckpt-1").glob("optimizer-*")) * 4 // 3
+        full = wrapper(work, "full-disk", 1, f"export SLOW_DISK_ROOM={room} LD_PRELOAD={Trainer.slow_disk}")
+        trainer = job(run, RANKS, "--stop-at", STEPS, within=full, checkpoint__every=3, checkpoint__copy=copy)
+        end_by(trainer, r"^error: rank 1: checkpoint of step \d+ not saved: .*No space left on device", 1)
+        verify(run, reference, 3)
+        check(not temporary(run), f"{run}: {temporary(run)}")
+    job(run, RANKS, "--resume", "--stop-at", STEPS).end(0)
+    same(run, STEPS, reference)
+
+    # It goes on without checkpoints, and has them again later.
+    shutil.rmtree(run)
+    room = room // 4 * 3 // 2
+    full = wrapper(work, "full-disk", 1, f"export SLOW_DISK_ROOM={room} LD_PRELOAD={Trainer.slow_disk}")
+    log = job(run, RANKS, "--stop-at", 9, within=full, checkpoint__every=3, checkpoint__on_error="continue").end(
+        1, "going on, as checkpoint.on_error says", "error: rank 1: checkpoint of step 9 not saved")
+    for step in (6, 9):
+        check(log.count(f"checkpoint of step {step} not saved") == 1, f"step {step} is told more than once:\n{log}")
+    return "a full disk of one rank is said once, the old checkpoint whole"
+
+
+def start_late(work):
+    """A rank that never starts, in the background of the other tests."""
+    return job(work / "late", RANKS, within=wrapper(work, "never", 1, "exec sleep 100")), time.monotonic()
+
+
+def test_late(work, late):
+    trainer, began = late
+    left = SECONDS - (time.monotonic() - began)
+    found = trainer.wait(max(left, 0.1))
+    log = trainer.log()
+    said = "error: not all of the 3 processes that mpirun started have come within"
+    check(found == 2 and log.count(said) == 1, f"exit code {found}:\n{log}")
+    check(not (work / "late").exists(), "a job that never started left a folder")
+    return "a rank that never starts is not waited for"
+
+
+def test_mismatch(work):
+    other = work / "train"
+    shutil.copy(Trainer.binary, other)
+    with open(other, "ab") as f:
+        f.write(b"another build")
+    run, first = work / "other", ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "1", str(Trainer.binary))
+    rest = ["configs/demo.json", "--run-dir", str(run)]
+    for binary, flags, cause in (
+            (other, [], "^error: 1 of 2 processes, of rank 1, has another build of this program than rank 0"),
+            (Trainer.binary, ["--seed", "2"], "^error: 1 of 2 processes, of rank 1, has other settings than rank 0")):
+        trainer = Trainer(run, tiny=False, within=(*first, *rest, ":", "-np", "1"))
+        trainer.kill()
+        command = [*first, *rest, ":", "-np", "1", str(binary), *rest, *flags]
+        with open(trainer.log_path, "wb") as log:
+            trainer.process = subprocess.Popen(command, cwd=faults.ROOT, stdout=log, stderr=log)
+        end_by(trainer, cause, 2)
+        check(not run.exists(), "a run that is refused left a folder")
+    return "another build or config is refused"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--build", default="build")
+    parser.add_argument("--seed", type=int, default=None, help="of the random moments; printed")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.randrange(1 << 30)
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    probes = Path(options.build) / "probes.mk"
+    if not shutil.which("mpirun") or not re.search(r"^HAVE_MPI := .", probes.read_text(), re.M):
+        print("there is no mpirun (scripts/deps.sh installs Open MPI), or this build found no MPI to build with")
+        return 77
+    if not faults.SHAPES.exists():
+        subprocess.run([faults.ROOT / "scripts/make_shapes.py", faults.SHAPES], check=True)
+    with tempfile.TemporaryDirectory(prefix="tessera-ranks-") as folder:
+        work = Path(folder)
+        samples = faults.first_samples(300)
+        faults.write_tar(work / "small.tar", samples)
+        Trainer.work, Trainer.binary = work, Path(options.build).resolve() / "train"
+        Trainer.slow_disk = Trainer.binary.parent / "tests/slow_disk.so"
+        Trainer.tiny = {
+            **{key: value for key, value in faults.TINY.items() if key != "train.micro_batches"},
+            "train.steps": 10 * STEPS, "data.micro_batch_tokens": 256, "data.held_out_by": "key", "data.threads": 1,
+            "data.sources": [{"type": "webdataset", "path": str(work / "small.tar")}],
+        }
+        late = start_late(work)
+        reference = work / "reference"
+        job(reference, 1, "--stop-at", 3 * STEPS, checkpoint__keep_last=1000).end(0)
+        began = time.monotonic()
+        job(work / "timed", RANKS, "--stop-at", STEPS).end(0)
+        whole = time.monotonic() - began
+        tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference),
+                 (test_full_disk, reference), (test_mismatch,), (test_late, late)]
+        said = []
+        for test, *arguments in tests:
+            began = time.monotonic()
+            try:
+                said.append(test(work, *arguments))
+            except AssertionError as error:
+                print(f"{test.__name__}: FAILED: {error}")
+                return 1
+            finally:
+                for trainer in Trainer.all:
+                    if trainer is not late[0] or test is test_late:
+                        trainer.kill()
+            print(f"{test.__name__}: {said[-1]} ({time.monotonic() - began:.1f} s)", flush=True)
+        print("; ".join(said))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
