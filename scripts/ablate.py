@@ -2,7 +2,8 @@
 """Where the speed comes from: each technique switched off alone, the ladder from nothing to everything, and the largest
 batch, measured by short runs of ./train.
 
-    scripts/ablate.py OUT                    small, fine, base, medium and wide on a GPU, about 15 minutes
+    scripts/ablate.py OUT                    small, fine, base, medium and wide on a GPU: in 15 minutes what each
+                                             technique is worth; called again, the rest (an hour in all)
     scripts/ablate.py OUT --device cpu       the demo on a CPU, about two minutes: memory and packing alone
     scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into PAGE; measures nothing
 
@@ -22,7 +23,6 @@ import csv
 import json
 import math
 import re
-import shutil
 import statistics
 import sys
 import time
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablate_report
-from timed_run import (QUIET, ROOT, Plan, bench_data, bench_sets, config_read, device_memory, last_line, positive,
-                       run_steps)
+from timed_run import (QUIET, ROOT, Plan, bench_data, bench_sets, config_read, device_memory, has_gpu, last_line,
+                       positive, run_steps)
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -76,7 +76,6 @@ MEMORY = {
     "planned, tight": ["--set", "memory.budget_gb={tight}"],
     "tight, one stream": ["--set", "memory.budget_gb={tight}", "--streams", "single"],
     "planned, half way": ["--set", "memory.budget_gb={half}"],
-    "keep": ["--memory", "keep"],
     "offload": ["--memory", "offload"],
 }
 NOTHING = ["--adaln", "unfused", "--packing", "padded"]
@@ -110,9 +109,8 @@ def parts_of(is_gpu, has_modality):
                 Comparison("captured graphs", "everything", "no graphs", "bits")]  # fmt: skip
     memory = [Comparison("planned in recompute's memory", "planned, tight", "recompute", "bits"),
               Comparison("planned, half way to keep", "planned, half way", "recompute", "bits"),
-              Comparison("keep", "keep", "recompute", "bits"),
               Comparison("offload of everything", "offload", "recompute", "bits"),
-              Comparison("transfers in streams of their own", "planned, tight", "tight, one stream", "bits")]  # fmt: skip
+              Comparison("streams for transfers", "planned, tight", "tight, one stream", "bits")]  # fmt: skip
     rungs = list(LADDER)
     ladder = [Comparison(b, b, a, "other" if "varlen" in b else "bits" if "memory" in b else "rounding")
               for a, b in zip(rungs, rungs[1:])]  # fmt: skip
@@ -387,9 +385,10 @@ def results(rows):
                     continue
                 ratios = [float(a["tokens_per_second"]) / float(b["tokens_per_second"]) for a, b in pairs]
                 words, good = losses_of(c.losses, *pairs[0], same if "varlen" in c.technique else None)
+                percent = lambda ratio: 100 * (ratio - 1)
                 gains.append({"device": device, "model": model, "part": part, "technique": c.technique, "has": c.has,
-                              "has_not": c.has_not, "rounds": len(ratios), "gain": 100 * (statistics.median(ratios) - 1),
-                              "least": 100 * (min(ratios) - 1), "largest": 100 * (max(ratios) - 1),
+                              "has_not": c.has_not, "rounds": len(ratios), "gain": percent(statistics.median(ratios)),
+                              "least": percent(min(ratios)), "largest": percent(max(ratios)),
                               "losses": words, "losses_agree": good})  # fmt: skip
     return {"runs": runs, "gains": gains}
 
@@ -407,7 +406,7 @@ def arguments():
     parser.add_argument("--limit", type=positive, default=120, help="seconds that a run may take in all (default 120)")
     parser.add_argument("--tokens", type=int, help="of a micro-batch (default: 16384 on a GPU, else the config's)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py, for all models")
-    parser.add_argument("--init", type=Path, metavar="CKPT", help="a trained model's weights, for routing as it learned it")
+    parser.add_argument("--init", type=Path, metavar="CKPT", help="a trained model's weights, with the routing it learned")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
@@ -434,7 +433,7 @@ def main():
     if args.markdown:
         found = results(Rows(table, makes=False))
         return ablate_report.markdown(found, args.markdown)
-    device = args.device or ("cuda" if shutil.which("nvidia-smi") else "cpu")
+    device = args.device or ("cuda" if has_gpu() else "cpu")
     args.tokens = args.tokens or (16384 if device == "cuda" else None)
     models = [Model(name, args) for name in args.models or (MODELS if device == "cuda" else ["demo"])]
     for model in models:
@@ -458,8 +457,8 @@ def main():
     for path in ablate_report.pictures(found, args.out):
         print(path)
     if device == "cpu":
-        print("A CPU has no queues, graphs or other ways of an op: what AdaLN, grouped products, streams and graphs are "
-              "worth, and whether copies hide behind kernels, only a GPU shows.")  # fmt: skip
+        print("A CPU has no queues, graphs or other ways of an op: what AdaLN, grouped products, streams and graphs\n"
+              "are worth, and whether copies hide behind kernels, only a GPU shows.")  # fmt: skip
     if not whole:
         print("Not all was measured within --minutes: the same command goes on.")
     wrong = [f"{g['model']}: {g['technique']}" for g in found["gains"] if not g["losses_agree"]]

@@ -35,18 +35,18 @@ def gains_table(gains):
 
 
 def runs_table(runs):
-    table = [["model", "variant", "tokens/s", "ms a step", "MFU, %", "GB", "rows an expert, text / image",
-              "fullest expert", "rounds"]]  # fmt: skip
+    table = [["model", "variant", "tokens a step", "tokens/s", "ms a step", "MFU, %", "GB",
+              "rows an expert, text / image", "fullest expert", "rounds"]]  # fmt: skip
     shown = lambda value, form: "-" if value is None else format(value, form)
     for r in runs:
         if r["tokens_per_second"] is None:
-            table.append([r["model"], r["variant"], *["-"] * 6, r["note"]])
+            table.append([r["model"], r["variant"], *["-"] * 7, r["note"]])
             continue
         mfu = None if r["mfu"] is None else 100 * r["mfu"]
         rows = f"{shown(r['text_rows'], ',.0f')} / {shown(r['image_rows'], ',.0f')}"
-        table.append([r["model"], r["variant"], f"{r['tokens_per_second']:,.0f}", f"{r['step_ms']:.2f}",
-                      shown(mfu, ".1f"), shown(r["memory_gb"], ".3f"), rows, shown(r["load_max"], ".2f"),
-                      str(r["rounds"])])  # fmt: skip
+        table.append([r["model"], r["variant"], shown(r["tokens"], ",.0f"), shown(r["tokens_per_second"], ",.0f"),
+                      shown(r["step_ms"], ".2f"), shown(mfu, ".1f"), shown(r["memory_gb"], ".3f"), rows,
+                      shown(r["load_max"], ".2f"), str(r["rounds"])])  # fmt: skip
     return table
 
 
@@ -141,8 +141,9 @@ def gains_svg(gains):
     at = lambda v: left + (width - left - 60) * (v - low) / (high - low)
     out = legend(models, left, 66)
     for v in ticks(low, high):
-        out.append(f'<path d="M{at(v):.1f} {top}V{height - 36}" stroke="{FAINT if v == 0 else GRID}"/>'
-                   f'<text x="{at(v):.1f}" y="{height - 18}" text-anchor="middle" fill="{FAINT}">{v:+g}%</text>')
+        label = f"{v:+g}%" if v else "0"
+        out.append(f'<path d="M{at(v):.1f} {top}V{height - 36}" stroke="{GRID if v else FAINT}"/>'
+                   f'<text x="{at(v):.1f}" y="{height - 18}" text-anchor="middle" fill="{FAINT}">{label}</text>')
     for i, technique in enumerate(techniques):
         middle = top + step * (i + 0.5)
         out.append(f'<path d="M16 {top + step * (i + 1)}H{width - 16}" stroke="{GRID}"/>'
@@ -152,8 +153,8 @@ def gains_svg(gains):
                 continue
             m = models.index(g["model"])
             y, colour = middle + 13 * (m - (len(models) - 1) / 2), COLOURS[m % len(COLOURS)]
-            out.append(f'<path d="M{at(g["least"]):.1f} {y}H{at(g["largest"]):.1f}" stroke="{colour}" stroke-width="2"/>'
-                       f'<circle cx="{at(g["gain"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>'
+            out.append(f'<path d="M{at(g["least"]):.1f} {y}H{at(g["largest"]):.1f}" stroke="{colour}" '
+                       f'stroke-width="2"/><circle cx="{at(g["gain"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>'
                        f'<text x="{at(max(g["gain"], g["largest"])) + 8:.1f}" y="{y + 4}" fill="{FAINT}" '
                        f'font-size="11">{g["gain"]:+.1f}</text>')
     rounds = sorted({g["rounds"] for g in gains})
@@ -185,7 +186,7 @@ def ladder_svg(runs):
         out += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="4.5" fill="{colour}"/>' for i, v in points]
         i, v = points[-1]
         out.append(f'<text x="{x(i) + 10:.1f}" y="{y(v) + 4:.1f}" fill="{colour}">{v:.2f} x</text>')
-    return svg(width, height, "From nothing to everything", "tokens/s, in times of what runs without any technique", out)
+    return svg(width, height, "From nothing to everything", "tokens/s, as times the first rung's", out)
 
 
 def pictures(found, out):
@@ -193,7 +194,8 @@ def pictures(found, out):
     drawn = []
     for device in unique(r["device"] for r in found["runs"]):
         gains = [g for g in found["gains"] if g["device"] == device and g["part"] in ("switches", "memory")]
-        ladder = [r for r in found["runs"] if r["device"] == device and r["part"] == "ladder" and r["tokens_per_second"]]
+        ladder = [r for r in found["runs"] if r["device"] == device and r["part"] == "ladder"]
+        ladder = [r for r in ladder if r["tokens_per_second"]]
         for name, picture in (("gains", gains and gains_svg(gains)), ("ladder", ladder and ladder_svg(ladder))):
             if picture:
                 drawn.append(out / f"{name}-{device}.svg")

@@ -30,7 +30,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from timed_run import QUIET, ROOT, Plan, bench_data, bench_sets, config_read, device_memory, last_line, positive, run_steps
+from timed_run import (QUIET, ROOT, Plan, bench_data, bench_sets, config_read, device_memory, last_line, positive,
+                       run_steps)  # fmt: skip
 
 try:
     import torch
@@ -40,8 +41,9 @@ except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
 
-WARM_UP = 6  # steps of the engine before those that count
-# Most relative error of losses, and of a gradient's norm: of bf16 on both sides, or of fp32. Another formula is off by 1.
+WARM_UP, LEAST_STEPS = 6, 8  # steps of the engine: before those that count, and of those
+LIMIT = 180  # seconds of a run of it
+# Most relative error of losses and of gradients: of bf16 on both sides, of fp32. With another formula they are off by 1.
 ENOUGH = {"cuda": (0.02, 0.2), "cpu": (1e-5, 1e-3)}
 
 
@@ -237,6 +239,8 @@ def time_way(peer, way, host, seconds):
                 training.capture(stream)
             first = statistics.median(steps_timed_gpu(training.run, 3))
             ms = statistics.median(steps_timed_gpu(training.run, max(8, round(1e3 * seconds / first))))
+        if not training.loss.isfinite():
+            return {"failed": "the loss is not finite"}
         return {"ms": ms, "memory_gb": torch.cuda.max_memory_allocated() / 1e9, "loss": training.loss.item()}
     except (RuntimeError, AssertionError) as error:  # out of memory is one
         return {"failed": (str(error).splitlines() or [type(error).__name__])[0][:160]}
@@ -264,8 +268,9 @@ def check(peer, folder, host):
     said = json.loads((folder / "losses.json").read_text())
     error = max(abs(v.item() / said[name] - 1) for name, v in zip(("ce", "flow"), losses))
     want, errors = load_params(folder / "grads.safetensors", peer.s), []
-    layers = zip(params["layers"], want["layers"])
-    for at, mine, theirs in [("", params["ends"], want["ends"]), *((f"layers.{i}.", *pair) for i, pair in enumerate(layers))]:
+    groups = [("", params["ends"], want["ends"])]
+    groups += [(f"layers.{i}.", *pair) for i, pair in enumerate(zip(params["layers"], want["layers"]))]
+    for at, mine, theirs in groups:
         for name, t in mine.items():
             b = theirs[name].to(t.device)
             errors.append((((t.grad.float() - b).norm() / b.norm()).item(), at + name))
@@ -294,7 +299,8 @@ class Engine:
         self.device = device
 
     def command(self, *more):
-        command = [str(self.args.train), str(self.args.config), "--run-dir", str(self.args.out / "run"), "--device", self.device]
+        command = [str(self.args.train), str(self.args.config), "--device", self.device]
+        command += ["--run-dir", str(self.args.out / "run")]
         for assignment in [*self.sets, "train.micro_batches=1"]:
             command += ["--set", assignment]
         return [*command, *(["--tokens", str(self.args.tokens)] if self.args.tokens else []), *more]
@@ -305,13 +311,16 @@ class Engine:
             fail(f"./train --dump failed: {done.stderr.strip()}", "see what ./train CONFIG says")
 
     def round(self):
-        enough = lambda lines: sum(s["seconds"] for s in lines[WARM_UP:]) > self.args.seconds and len(lines) > WARM_UP + 8
-        lines, said = run_steps(self.command("--steps", "100000"), self.args.out / "run", self.args.out / "log", enough, 180)
+        seconds = lambda lines: sum(s["seconds"] for s in lines[WARM_UP:])
+        enough = lambda lines: len(lines) >= WARM_UP + LEAST_STEPS and seconds(lines) > self.args.seconds
+        out = self.args.out
+        lines, said = run_steps(self.command("--steps", "100000"), out / "run", out / "log", enough, LIMIT)
         if len(lines) <= WARM_UP:
             return {"failed": last_line(said)}
         lines, memory = lines[WARM_UP:], device_memory(said)
         median = lambda value: statistics.median(map(value, lines))
-        row = {"ms": 1e3 * median(lambda s: s["seconds"]), "tokens_per_second": median(lambda s: s["tokens"] / s["seconds"]),
+        row = {"ms": 1e3 * median(lambda s: s["seconds"]),
+               "tokens_per_second": median(lambda s: s["tokens"] / s["seconds"]),
                "flops_a_token": median(lambda s: s["flops_per_second"] / s["tokens_per_second"])}
         if memory:
             row["memory_gb"] = float(memory[1])
@@ -387,8 +396,9 @@ def table(found):
         faster = show(row, "engine", ".2f")
         if "engine" in row:
             faster += f" x ({row['least']:.2f} to {row['largest']:.2f})"
-        out.append([row["way"], show(row, "tokens_per_second", ",.0f"), show(row, "ms", ".2f"), show(row, "mfu", ".1f", 100),
-                    show(row, "memory_gb", ".1f"), show(row, "largest_T", ",d"), faster, show(row, "lines", "d")])  # fmt: skip
+        out.append([row["way"], show(row, "tokens_per_second", ",.0f"), show(row, "ms", ".2f"),
+                    show(row, "mfu", ".1f", 100), show(row, "memory_gb", ".1f"), show(row, "largest_T", ",d"), faster,
+                    show(row, "lines", "d")])  # fmt: skip
         if "failed" in row:
             out[-1][0] += f" ({row['failed']})"
     return out
@@ -399,8 +409,9 @@ def text_of(found):
     widths = [max(len(row[i]) for row in made) for i in range(len(made[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in made]
     about = found["about"]
-    lines.append(f"{about['config']}, {about['tokens']} tokens, {about['device']}, PyTorch {about['torch']}. GB of PyTorch: most "
-                 "allocated; its largest T follows from them, the engine's is planned. Lines: of code, the model's among them.")  # fmt: skip
+    lines.append(f"{about['config']}, {about['tokens']} tokens, {about['device']}, PyTorch {about['torch']}.\n"
+                 "GB of PyTorch: most allocated, from which its largest T follows; the engine's is planned.\n"
+                 "Lines: of code, the model's among them.")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -410,7 +421,7 @@ def arguments():
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, help="of a micro-batch (default: 16384 on a GPU, else the config's)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
-    parser.add_argument("--seconds", type=positive, default=2, help="that a round times each way for, about (default 2)")
+    parser.add_argument("--seconds", type=positive, default=2, help="that a round times each way (default 2)")
     parser.add_argument("--ways", nargs="+", choices=[w.name for w in WAYS], metavar="WAY",
                         help="of: " + "; ".join(w.name for w in WAYS))  # fmt: skip
     parser.add_argument("--autotune", action="store_true", help="compile with max-autotune, which takes minutes")
@@ -443,7 +454,7 @@ def main():
     s = R.sizes_from_config(json.loads((dump / "config.json").read_text()))
     arrays = {name: a.copy() for name, a in R.safetensors_read(dump / "micro_0.safetensors").items()}
     if len(set(arrays["seg_len"][1:].tolist())) != 1:
-        fail("the pack's images are not all of one size", "PyTorch's model is for data.image_mode=square and captioned images")
+        fail("the pack's images are not all of one size", "PyTorch's model wants data.image_mode=square and captions")
     peer, host = Peer(s, arrays, device, args.autotune), load_params(dump / "params.safetensors", s)
     agreement, good = check(peer, dump, host)
     shutil.rmtree(dump)

@@ -116,7 +116,8 @@ class Train:
         """What a run of some steps takes."""
         wanted = WARM_UP + self.args.steps
         command = self.command(policy, budget, "--set", f"train.steps={wanted + 1000}")
-        lines, said = run_steps(command, self.run, self.args.out / "log", lambda lines: len(lines) >= wanted, self.args.limit)
+        enough = lambda lines: len(lines) >= wanted
+        lines, said = run_steps(command, self.run, self.args.out / "log", enough, self.args.limit)
         lines = lines[WARM_UP:]
         if not lines:
             return {"note": last_line(said)}

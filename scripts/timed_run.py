@@ -68,11 +68,34 @@ def clear_run(run):
             path.unlink()
 
 
+def has_gpu():
+    return Path("/dev/nvidiactl").exists()
+
+
+def gpu_memory():
+    """What is used of all GPUs, as nvidia-smi says it; None without it."""
+    if not (has_gpu() and shutil.which("nvidia-smi")):
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return sum(map(int, done.stdout.split())) if done.returncode == 0 else None
+
+
+def wait_for_memory(before):
+    """A killed process's device memory may be freed after its end: the next run must not see that happen."""
+    if before is None:
+        time.sleep(0.5 if has_gpu() else 0)
+        return
+    end = time.time() + 3
+    while (gpu_memory() or 0) > before and time.time() < end:
+        time.sleep(0.05)
+
+
 def run_steps(command, run, log, enough, limit):
     """Runs `command`, whose run folder is `run`, until enough(step lines) or for `limit` seconds. Returns the step
     lines and what the run said, which goes to the file `log`."""
     clear_run(run)
-    began = time.time()
+    began, before = time.time(), gpu_memory()
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
         try:
@@ -81,6 +104,7 @@ def run_steps(command, run, log, enough, limit):
         finally:
             process.kill()
             process.wait()
+    wait_for_memory(before)
     return run_metrics.steps(run), log.read_text(errors="replace")
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
-"""scripts/compare_torch.py BUILD/train on the CPU: the model is the engine's for two configs, both are timed, and a model
-with another formula is refused. Exit code 77 without PyTorch."""
+"""scripts/compare_torch.py BUILD/train on the CPU: the model is the engine's for two configs, both are timed, and a
+model with another formula is refused. Exit code 77 without PyTorch."""
 import json
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def compare(*arguments, code=0, program=(COMPARE,)):
     done = subprocess.run([sys.executable, *map(str, (*program, *arguments))], capture_output=True, text=True)
     if done.returncode == 77:
         sys.exit(77)
-    assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done.returncode, done.stdout, done.stderr)
+    assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done)
     return done.stdout + done.stderr
 
 
