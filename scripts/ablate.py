@@ -30,8 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablate_report
-from timed_run import (QUIET, ROOT, Plan, bench_data, bench_sets, config_read, device_memory, has_gpu, last_line,
-                       positive, run_steps)
+from timed_run import QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, positive, run_steps
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -147,16 +146,11 @@ class Model:
         self.sets, self.known = [*args.set, *QUIET], {}
 
     def prepare(self):
-        """Makes the data that the config does not name."""
-        if self.args.data:
-            self.sets += bench_sets(self.args.data)
-        elif not self.config["data"].get("sources"):
-            pixels = self.config["data"]["image_size"]
-            folder = self.args.out / f"data-{pixels}"
-            bad = bench_data(folder, pixels)
-            if bad:
-                fail(bad, "or name a folder of scripts/make_bench_data.py with --data")
-            self.sets += bench_sets(folder)
+        """Makes the data that are not there."""
+        sets, bad = config_data(self.config, self.args.data, self.args.out)
+        if bad:
+            fail(bad, "or name a folder of scripts/make_bench_data.py with --data")
+        self.sets += sets
 
     def command(self, flags):
         """Flags that come later win."""

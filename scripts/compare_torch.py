@@ -30,8 +30,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from timed_run import (QUIET, ROOT, Plan, bench_data, bench_sets, config_read, device_memory, last_line, positive,
-                       run_steps)  # fmt: skip
+from timed_run import QUIET, ROOT, Plan, config_data, config_read, device_memory, last_line, positive, run_steps
 
 try:
     import torch
@@ -287,16 +286,10 @@ def check(peer, folder, host):
 
 class Engine:
     def __init__(self, args, device):
-        self.args, config = args, config_read(args.config)
-        self.sets = [*args.set, *QUIET]
-        if args.data or not config["data"].get("sources"):
-            pixels = config["data"]["image_size"]
-            folder = args.data or args.out / f"data-{pixels}"
-            bad = bench_data(folder, pixels)
-            if bad:
-                fail(bad, "or name a folder of scripts/make_bench_data.py with --data")
-            self.sets += bench_sets(folder)
-        self.device = device
+        sets, bad = config_data(config_read(args.config), args.data, args.out)
+        if bad:
+            fail(bad, "or name a folder of scripts/make_bench_data.py with --data")
+        self.args, self.device, self.sets = args, device, [*args.set, *QUIET, *sets]
 
     def command(self, *more):
         command = [str(self.args.train), str(self.args.config), "--device", self.device]

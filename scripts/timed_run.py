@@ -21,18 +21,35 @@ def config_read(path):
     return json.loads("\n".join(line.split("//")[0] for line in Path(path).read_text().splitlines()))
 
 
-def bench_data(folder, pixels, samples=1000):
-    """Makes the data set of scripts/make_bench_data.py in `folder` unless it is there. None, or what went wrong."""
-    if (folder / "bench.tar").exists():
-        return None
-    said = ""
+def make_file(path, script, *arguments):
+    """Runs a script that makes `path`, unless it is there. None, or what went wrong."""
+    said = None
     for python in dict.fromkeys([sys.executable, "/usr/bin/python3"]):  # whichever has numpy
-        command = [python, str(ROOT / "scripts/make_bench_data.py"), str(folder), "--size", str(pixels)]
-        done = subprocess.run([*command, "--samples", str(samples)], capture_output=True, text=True)
-        if done.returncode == 0:
+        if path.exists():
             return None
-        said = done.stderr.strip()
+        done = subprocess.run([python, str(ROOT / "scripts" / script), *arguments], capture_output=True, text=True)
+        said = done.stderr.strip() if done.returncode else None
     return said
+
+
+def bench_data(folder, pixels):
+    """Makes the data set of scripts/make_bench_data.py in `folder`. None, or what went wrong."""
+    arguments = [str(folder), "--size", str(pixels), "--samples", "1000"]
+    return make_file(folder / "bench.tar", "make_bench_data.py", *arguments)
+
+
+def config_data(config, data, folder):
+    """KEY=VALUE for the data of a run: of the folder `data` where it is given, else what the config names, which for
+    the demo is drawn, else a data set made in `folder`. (KEY=VALUEs, None or what went wrong)."""
+    sources = config["data"].get("sources")
+    if data or not sources:
+        pixels = config["data"]["image_size"]
+        folder = data or folder / f"data-{pixels}"
+        return bench_sets(folder), bench_data(folder, pixels)
+    drawn = ".cache/shapes/shapes.tar"
+    if any(isinstance(source, dict) and source.get("path") == drawn for source in sources):
+        return [], make_file(ROOT / drawn, "make_shapes.py", str(ROOT / drawn))
+    return [], None
 
 
 def bench_sets(folder):
