@@ -86,6 +86,16 @@ int bad_images_meet(BadImages *list, Source *const *source, ImageId id, bool bad
   return most > 0 && note(list, id, bad) && list->n > most ? too_many(list, source, most, err) : 0;
 }
 
+void bad_images_decoded(BadImages *list, int source) {
+  list->trial[source].decoded = true;
+}
+
+bool bad_images_calm(const BadImages *list) {
+  bool calm = list->restored == 0;
+  for (int i = 0; i < STREAM_SOURCES; i++) calm &= list->trial[i].bad == 0;
+  return calm;
+}
+
 void bad_images_restore(BadImages *list, ImageId id) {
   add(list, id);
   list->restored = list->n;

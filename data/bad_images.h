@@ -27,6 +27,11 @@ typedef struct BadImages {
 // when this makes more than `most` bad images (0: no limit, and no list), or a row of its source's that is so long that
 // the source must be to blame.
 int bad_images_meet(BadImages *list, Source *const *source, ImageId id, bool bad, int most, Error *err);
+// Takes note of images of a source that could be decoded, where none could not be and bad_images_calm says that it
+// makes no difference which.
+void bad_images_decoded(BadImages *list, int source);
+// Whether images that can be decoded change nothing: none is restored, and no row of bad ones is to be broken.
+bool bad_images_calm(const BadImages *list);
 // Adds one from a state, before anything is noted.
 void bad_images_restore(BadImages *list, ImageId id);
 void bad_images_free(BadImages *list);

@@ -21,10 +21,20 @@ typedef struct StepPacks {
   DraftList other; // a pack of another process
 } StepPacks;
 
-// Losses' denominators of a step: what was decoded of all its packs, over all processes.
+// What was decoded of all packs of a step, over all processes; nothing but numbers to be summed.
 typedef struct StepCounts {
-  int64_t targets, noised;
+  int64_t targets, noised; // the losses' denominators
+  int64_t lost;            // documents that were left out
+  int64_t bad;             // images that could not be decoded
+  int64_t decoded[STREAM_SOURCES];
 } StepCounts;
+
+// Why an image could not be decoded, kept until its step begins.
+typedef struct Reason {
+  ImageId id;
+  char *text;
+} Reason;
+enum { REASONS = 256 };
 
 struct Loader {
   LoaderConfig config;
@@ -53,7 +63,8 @@ struct Loader {
   Pack **spare;    // [spares] of [depth + held] those that nobody uses
   int spares;
   LoaderStats stats;
-  int64_t named; // images that could not be decoded, ahead of what was handed out
+  Reason reason[REASONS]; // of the first images that could not be decoded, ahead of what was handed out
+  int reasons;
   bool stop;
   int64_t end; // local packs from here on never come, for the reason below
   Error error;
@@ -61,7 +72,9 @@ struct Loader {
   // Of the thread that calls loader_next.
   StepCounts counts; // of the step that is being handed out
   BadImages bad;     // of the steps begun; empty without a limit
-  bool lost_step;    // there was a step of which no document could be decoded
+  ImageId named[BAD_IMAGES_NAMED];
+  int n_named;
+  bool lost_step; // there was a step of which no document could be decoded
 };
 
 // Ends the loader: its threads stop, local pack n and those after it never come.
@@ -76,44 +89,94 @@ static void loader_fail(Loader *l, int64_t n, const Error *err) {
   pthread_mutex_unlock(&l->lock);
 }
 
-// Names an image that cannot be decoded, when it is met for the first time.
-static void loader_name_bad(Loader *l, ImageId id, const Error *why) {
+static bool same_image(ImageId a, ImageId b) {
+  return a.source == b.source && a.image == b.image;
+}
+
+// Keeps why an image cannot be decoded, when it is met for the first time.
+static void loader_keep_reason(Loader *l, ImageId id, const Error *why) {
   pthread_mutex_lock(&l->lock);
-  int64_t named = ++l->named;
+  if (l->reasons < REASONS) l->reason[l->reasons++] = (Reason){id, xstrdup(why->text)};
   pthread_mutex_unlock(&l->lock);
-  if (named > BAD_IMAGES_NAMED) return;
+}
+
+// Names an image that cannot be decoded, once, on the process that tried; all call it for each such image.
+static void loader_name_bad(Loader *l, ImageId id, bool mine) {
+  for (int i = 0; i < l->n_named; i++)
+    if (same_image(l->named[i], id)) return;
+  if (l->n_named == BAD_IMAGES_NAMED) return;
+  l->named[l->n_named++] = id;
+  if (!mine) return;
+  const char *why = NULL;
+  pthread_mutex_lock(&l->lock);
+  for (int i = 0; i < l->reasons && !why; i++)
+    if (same_image(l->reason[i].id, id)) why = l->reason[i].text;
+  pthread_mutex_unlock(&l->lock);
   char *name = source_image_name(l->config.stream.source[id.source], id.image);
-  log_warn("%s cannot be decoded and is passed over: %s%s", name, why->text,
-           named == BAD_IMAGES_NAMED ? " (further ones are counted only)" : "");
+  log_warn("%s cannot be decoded and is passed over%s%s%s", name, why ? ": " : "", why ? why : "",
+           l->n_named == BAD_IMAGES_NAMED ? " (further ones are counted only)" : "");
   free(name);
 }
 
-// Counts the images of a pack that is about to be handed out. Counted here rather than where they are decoded, so that
-// neither the state nor the pack that is one too many depends on how far the threads are ahead.
-static int loader_count_bad(Loader *l, const Pack *pack, Error *err) {
-  for (int i = 0; i < pack->n_met; i++)
-    if (bad_images_meet(&l->bad, l->config.stream.source, pack->met[i].id, pack->met[i].bad, l->config.max_bad, err))
-      return -1;
-  return 0;
+// A pack of the step that is next in the queue. Nobody but the caller's thread takes them out of it.
+static const Pack *loader_step_pack(const Loader *l, int i) {
+  return l->queue[(l->given + i) % l->depth];
 }
 
-// Counts what was decoded of the step whose packs are next in the queue. Nobody but the caller's thread takes them out
-// of it.
+static void loader_sum(Loader *l, int64_t *value, int64_t n) {
+  if (l->config.world > 1) l->config.sum(l->config.sum_context, value, (int)n);
+}
+
+// Counts and names the images of all packs of a step, those of other processes too, in the packs' order: what is
+// counted does not depend on the number of processes. Counted here rather than where they are decoded, so that neither
+// the state nor the pack that is one too many depends on how far the threads are ahead.
+static int loader_count_bad(Loader *l, Error *err) {
+  const LoaderConfig *c = &l->config;
+  int64_t *count = xcalloc((size_t)c->packs_per_step, sizeof *count), total = 0, at = 0;
+  for (int i = 0; i < l->per_step; i++) count[i * c->world + c->rank] = loader_step_pack(l, i)->n_met;
+  loader_sum(l, count, c->packs_per_step);
+  for (int k = 0; k < c->packs_per_step; k++) total += count[k];
+  int64_t(*met)[2] = xcalloc((size_t)total, sizeof *met); // [total] source and whether it is bad, image
+  for (int k = 0; k < c->packs_per_step; at += count[k++])
+    for (int64_t j = 0; k % c->world == c->rank && j < count[k]; j++) {
+      const MetImage *m = &loader_step_pack(l, k / c->world)->met[j];
+      met[at + j][0] = 2 * m->id.source + m->bad;
+      met[at + j][1] = m->id.image;
+    }
+  loader_sum(l, met[0], 2 * total);
+  int rc = 0;
+  for (int k = 0, i = 0; k < c->packs_per_step && !rc; k++)
+    for (int64_t j = 0; j < count[k] && !rc; j++, i++) {
+      ImageId id = {(int)(met[i][0] / 2), met[i][1]};
+      bool bad = met[i][0] % 2;
+      if (bad) loader_name_bad(l, id, k % c->world == c->rank);
+      rc = bad_images_meet(&l->bad, c->stream.source, id, bad, c->max_bad, err);
+    }
+  free(met);
+  free(count);
+  return rc;
+}
+
+// Counts what was decoded of the step whose packs are next in the queue.
 static int loader_begin_step(Loader *l, Error *err) {
-  int64_t sum[2] = {0}; // targets, noised
-  int lost = 0;
+  StepCounts s = {0};
   for (int i = 0; i < l->per_step; i++) {
-    const Pack *pack = l->queue[(l->given + i) % l->depth];
-    if (loader_count_bad(l, pack, err)) return -1;
-    sum[0] += pack->batch.dims->n_target;
-    sum[1] += pack->noised;
-    lost += pack->lost;
+    const Pack *pack = loader_step_pack(l, i);
+    s.targets += pack->batch.dims->n_target;
+    s.noised += pack->noised;
+    s.lost += pack->lost;
+    for (int k = 0; k < pack->n_met; k++) (*(pack->met[k].bad ? &s.bad : &s.decoded[pack->met[k].id.source]))++;
   }
-  if (l->config.world > 1) l->config.sum(l->config.sum_context, sum, 2);
-  l->counts = (StepCounts){sum[0], sum[1]};
-  if (lost && !sum[0] && !sum[1] && !l->lost_step) {
+  loader_sum(l, &s.targets, (int64_t)(sizeof s / sizeof s.targets));
+  l->counts = s;
+  for (int i = 0; i < STREAM_SOURCES && !s.bad && bad_images_calm(&l->bad); i++)
+    if (s.decoded[i]) bad_images_decoded(&l->bad, i);
+  if ((s.bad || !bad_images_calm(&l->bad)) && loader_count_bad(l, err)) return -1;
+  if (s.lost && !s.targets && !s.noised && !l->lost_step) {
     l->lost_step = true;
-    log_warn("a step learns nothing: no image of its %d documents can be decoded (further ones go unnamed)", lost);
+    if (l->config.rank == 0)
+      log_warn("a step learns nothing: no image of its %lld documents can be decoded (further ones go unnamed)",
+               (long long)s.lost);
   }
   return 0;
 }
@@ -132,7 +195,7 @@ static int loader_patches(Loader *l, ImageId id, const SamplePart *from, const P
     if (rc && kept) cache_return(l->cache, kept, bytes);
     if (rc == SOURCE_CHANGED) return -1;
     *bad = rc != 0;
-    if (*bad && cache_put_bad(l->cache, id.source, id.image)) loader_name_bad(l, id, err);
+    if (*bad && cache_put_bad(l->cache, id.source, id.image)) loader_keep_reason(l, id, err);
     if (*bad || !kept) return 0;
     cached = cache_put(l->cache, id.source, id.image, kept, bytes);
   }
@@ -432,6 +495,7 @@ void loader_close(Loader *l) {
   stream_close(l->stream);
   cache_free(l->cache);
   bad_images_free(&l->bad);
+  for (int i = 0; i < l->reasons; i++) free(l->reason[i].text);
   pthread_mutex_destroy(&l->form_lock);
   pthread_mutex_destroy(&l->lock);
   pthread_cond_destroy(&l->room);

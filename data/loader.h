@@ -23,7 +23,8 @@ typedef struct LoaderConfig {
   // Where packs lie: memory aligned to 64 bytes that a device can fetch them from. NULL: there is none left.
   void *(*host_alloc)(size_t bytes);
   void (*host_release)(void *block);
-  // Sums n numbers over the processes, each in place: all call it once a step. Of no use to a process alone.
+  // Sums n numbers over the processes, each in place: all call it equally often in a step. Of no use to a process
+  // alone.
   void (*sum)(void *context, int64_t *value, int n);
   void *sum_context;
 } LoaderConfig;
@@ -74,16 +75,16 @@ void loader_close(Loader *loader);
 
 // Waits for the next pack of this process, which stays the caller's until loader_release: `held` of them at most.
 // Images are decoded into its memory directly. Returns the seconds waited, or -1 with *err set, which happens between
-// two steps only: no sample fits into a pack, or with the next step more than max_bad images of this process could not
-// be decoded (*err names the first of them), or a long row of images of a source, or a shard has changed. One thread
-// calls it.
+// two steps only: no sample fits into a pack, or with the next step more than max_bad images could not be decoded (*err
+// names the first of them), or a long row of images of a source, on all processes at once; or a shard has changed. One
+// thread calls it.
 double loader_next(Loader *loader, Pack **pack, Error *err);
 void loader_release(Loader *loader, Pack *pack);
 
 // The position after the last pack handed out, as a JSON object (malloc'd). In the middle of a step it counts as if all
-// processes were equally far. It fits any number of processes and threads and is the same on every process, but for the
-// list of the images that this one could not decode: an image counts once in a run, and no more when it was mended
-// before the run went on.
+// processes were equally far. It fits any number of processes and threads and is the same on every process, with the
+// images that any of them could not decode: one counts once in a run, and no more when it was mended before the run
+// went on.
 char *loader_state(Loader *loader);
 
 LoaderStats loader_stats(Loader *loader);

@@ -172,15 +172,44 @@ def test_full_disk(work, reference):
     job(run, RANKS, "--resume", "--stop-at", STEPS).end(0)
     same(run, STEPS, reference)
 
-    # It goes on without checkpoints, and has them again later.
+    # It goes on without checkpoints, until the last.
     shutil.rmtree(run)
     room = room // 4 * 3 // 2
     full = wrapper(work, "full-disk", 1, f"export SLOW_DISK_ROOM={room} LD_PRELOAD={Trainer.slow_disk}")
-    log = job(run, RANKS, "--stop-at", 9, within=full, checkpoint__every=3, checkpoint__on_error="continue").end(
+    log = job(run, RANKS, "--stop-at", 9, within=full, checkpoint__every=3, checkpoint__copy="never",
+              checkpoint__on_error="continue").end(
         1, "going on, as checkpoint.on_error says", "error: rank 1: checkpoint of step 9 not saved")
     for step in (6, 9):
         check(log.count(f"checkpoint of step {step} not saved") == 1, f"step {step} is told more than once:\n{log}")
     return "a full disk of one rank is said once, the old checkpoint whole"
+
+
+def test_bad_images(work, samples):
+    """Named once, counted once and saved, whichever process met them and whenever: as one process does."""
+    folder, broken = work / "pictures", 8
+    folder.mkdir()
+    (folder / "captions.tsv").write_text("".join(f"{i}.png\t{caption}\n" for i, (caption, _) in enumerate(samples)))
+    for i, (_, png) in enumerate(samples):  # a whole header, half a picture
+        (folder / f"{i}.png").write_bytes(png[: len(png) // 2] if i < broken else png)
+    keys = {"data__sources": [{"type": "folder", "path": str(folder)}], "data__held_out": 0, "checkpoint__every": 1}
+    said = {}
+    for ranks in (1, RANKS):
+        run = work / f"pictures-{ranks}"
+        said[ranks] = job(run, ranks, "--stop-at", 5, data__max_bad=broken, **keys).end(0)
+        said[ranks] += job(run, ranks, "--resume", "--stop-at", 6, data__max_bad=broken, **keys).end(0)
+        said[ranks] = said[ranks].partition("(step 5)")
+    states = [json.loads((work / f"pictures-{ranks}/ckpt-6/state.json").read_text())["state"]["loader"]
+              for ranks in (1, RANKS)]
+    check(states[0] == states[1] and len(states[0]["bad"]) == broken,
+          f"{states[0]}\nof one process, of {RANKS}\n{states[1]}")
+    for part in (0, 2):  # a resumed run names what it meets again
+        names = [re.findall(r"^warning: (?:rank \d: )?(\S*/\d+\.png) cannot be decoded and is passed over: ",
+                            said[ranks][part], re.M) for ranks in (1, RANKS)]
+        check(sorted(names[0]) == sorted(names[1]) and len(set(names[1])) == len(names[1]), names)
+    check("warning: rank 1: " in said[RANKS][0], said[RANKS][0])
+    ended = job(work / "pictures-many", RANKS, "--stop-at", 6, data__max_bad=broken - 1, **keys)
+    end_by(ended, f"^error: {broken} images cannot be decoded, more than data.max_bad = {broken - 1}")
+    return f"{broken} undecodable images are counted and named as by one process"
 
 
 def start_late(work):
@@ -252,7 +281,7 @@ def main():
         job(work / "timed", RANKS, "--stop-at", STEPS).end(0)
         whole = time.monotonic() - began
         tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference),
-                 (test_full_disk, reference), (test_mismatch,), (test_late, late)]
+                 (test_full_disk, reference), (test_mismatch,), (test_bad_images, samples[:40]), (test_late, late)]
         said = []
         for test, *arguments in tests:
             began = time.monotonic()

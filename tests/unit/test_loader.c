@@ -51,8 +51,8 @@ static int64_t count_noised(const Batch *b) {
 
 static void sum_others(void *context, int64_t *value, int n) {
   Others *others = context;
-  int64_t total[2] = {0};
-  assert_int_equal(n, 2);
+  int64_t total[2] = {0}; // of the other numbers these images, which can all be decoded, have no use
+  assert_true(n > 2);
   for (int i = others->step * others->packs_per_step; i < (others->step + 1) * others->packs_per_step && i < PACKS;
        i++) {
     Batch b;
@@ -60,7 +60,7 @@ static void sum_others(void *context, int64_t *value, int n) {
     total[0] += b.dims->n_target;
     total[1] += count_noised(&b);
   }
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < 2; i++) {
     assert_in_range(value[i], 0, total[i]);
     value[i] = total[i];
   }
