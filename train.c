@@ -247,6 +247,7 @@ static int check_group(const Options *o, const Config *c, Error *err) {
 // The end of a process that did what it should.
 static int leave(void) {
   ranks_wait();
+  backend_leave();
   ranks_close();
   signals_die();
   return 0;

@@ -18,7 +18,7 @@
 #endif
 
 static struct {
-  int rank, size, on_host;
+  int rank, size, on_host, local;
   int joined; // MPI knows this process, and will be told when it leaves
 } group = {.size = 1, .on_host = 1};
 
@@ -32,6 +32,10 @@ int ranks_size(void) {
 
 int ranks_on_host(void) {
   return group.on_host;
+}
+
+int ranks_local(void) {
+  return group.local;
 }
 
 Launch ranks_launched(void) {
@@ -333,6 +337,7 @@ int ranks_open(Error *err) {
   MPI_Comm host;
   mpi.Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, group.rank, MPI_INFO_NULL, &host);
   mpi.Comm_size(host, &group.on_host);
+  mpi.Comm_rank(host, &group.local);
   mpi.Comm_free(&host);
   sem_post(&arrival.complete);
   if (watched) pthread_join(watch, NULL);

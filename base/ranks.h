@@ -25,6 +25,7 @@ void ranks_close(void);
 int ranks_rank(void);    // from 0
 int ranks_size(void);    // 1: this process is alone
 int ranks_on_host(void); // processes on this host
+int ranks_local(void);   // which of them this one is, from 0
 
 // Waits until all have come here, however long that takes.
 void ranks_wait(void);

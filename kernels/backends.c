@@ -1,5 +1,7 @@
 #include "kernels/backends.h"
 
+#include "base/ranks.h"
+
 #include <string.h>
 
 static const Backend *host_opened(Error *err) {
@@ -31,8 +33,22 @@ static const Backend *backend_find(const Config *c, int needs_device, Error *err
   return host_opened(err);
 }
 
+// Connects the devices of the processes that train as one.
+static int group_join(const Backend *b, const Config *c, Error *err) {
+  if (c->processes == 1) return 0;
+  if (ranks_agree(b == &backend_cpu, "another device", "--device cpu or --device cuda names it", err) != 0) return -1;
+  return b->join ? b->join(c, err) : 0;
+}
+
 const Backend *backend_for_run(const Config *c, Error *err) {
-  return backend_find(c, 1, err);
+  const Backend *b = backend_find(c, 1, err);
+  return b && group_join(b, c, err) == 0 ? b : NULL;
+}
+
+void backend_leave(void) {
+#ifdef TESSERA_CUDA
+  backend_cuda.leave();
+#endif
 }
 
 // A plan with "auto" is one for the machine it is made on.

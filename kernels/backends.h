@@ -7,7 +7,11 @@
 
 // The backend for run.device, opened; "auto": the GPU where the build has its backend and the machine has one whose
 // backend can run this model, else the CPU. NULL with *err where the named one cannot be used.
+//
+// Where several processes train as one, all call it, their devices are connected, and must be of one kind;
+// backend_leave takes them apart again.
 const Backend *backend_for_run(const Config *c, Error *err);
+void backend_leave(void);
 // The same for a plan: a device that the config names need not be there.
 const Backend *backend_for_plan(const Config *c, Error *err);
 // Takes into b, a copy of a backend, the ways of computing ops that the config chooses.

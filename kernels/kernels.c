@@ -24,7 +24,7 @@ int kernels_choose(Backend *b, const char *word) {
     if (strcmp(w->word, word) != 0) continue;
     b->fn[w->op] = w->fn;
     b->scratch[w->op] = w->scratch;
-    b->no_graphs |= w->host_waits;
+    b->host_waits[w->op] = w->host_waits;
     n++;
   }
   return n;

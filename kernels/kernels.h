@@ -242,7 +242,7 @@ struct Backend {
   ScratchFn scratch[OP_COUNT]; // NULL: none
   const KernelWay *ways;       // [n_ways] beside those in fn and scratch
   int n_ways;
-  int no_graphs; // of fn, one cannot be captured
+  int host_waits[OP_COUNT]; // of fn: KernelWay.host_waits
   // Masters [n] of weights, as DT_REAL, from what is stored of them and back, in host memory. Without remainders
   // (NULL) those nearest to the weights are read. NULL: DT_ACT is the master.
   void (*weights_read)(const void *weights, const void *remainders, int64_t n, void *masters);
@@ -250,7 +250,11 @@ struct Backend {
   const Queues *queues; // NULL: an op has run when its function returns (CPU)
   // -1 with *err naming what of the config's model it cannot run. NULL: any model.
   int (*accepts)(const struct Config *c, Error *err);
-  int (*open)(Error *err);      // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  int (*open)(Error *err); // before anything below; with *err: -1 there is no such device, -2 it cannot be used
+  // Connects the open device to those of the group's other processes (base/ranks.h), which all do so together: before
+  // collectives, and before memory is planned, of which it takes some. -1 with *err. NULL: they need no connection.
+  int (*join)(const struct Config *c, Error *err);
+  void (*leave)(void);          // the reverse, when the programs that had collectives are gone
   const char *(*kernels)(void); // whose kernels compute (OpenBLAS's name, the GPU's): only equal ones give equal bits
   // Dense bf16 FLOPs a second by the open device's data sheet, which MFU is a share of. NULL: not known.
   double (*sheet_flops)(void);

@@ -20,7 +20,8 @@ Shard bucket_shard(const Model *m, const ParamBucket *b) {
 }
 
 int space_is_shared(const Model *m, Space space) {
-  return config_shards(m->config) > 1 && (space == SPACE_ADAM_M || space == SPACE_ADAM_V || space == SPACE_EMA);
+  return config_shards(m->config) > 1 &&
+         (space == SPACE_ADAM_M || space == SPACE_ADAM_V || space == SPACE_EMA || space == SPACE_REMAINDER);
 }
 
 int bucket_leaves(const Model *m, const ParamBucket *b) {

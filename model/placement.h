@@ -9,8 +9,8 @@
 // through the arena where they are computed with.
 int64_t state_host_count(const Model *m, Space space);
 
-// Adam's moments and the EMA are shared out: of every bucket each process has one of config_shards equal shares, which
-// lie one after the other in its slabs.
+// Adam's moments, the EMA and the weights' remainders are shared out: of every bucket each process has one of
+// config_shards equal shares, which lie one after the other in its slabs.
 typedef struct Shard {
   int64_t begin, end; // elements of the weights that it is of
   int64_t at;         // its first element in the slabs of a share

@@ -89,12 +89,12 @@ static TensorId place(const Parts *s, const Part *part, Space space, int64_t beg
 }
 
 static TensorId part_of(const Parts *s, const Part *part, Space space) {
+  if (!space_element(s->model->backend, space)) return NO_TENSOR;
   if (space_is_shared(s->model, space)) {
     Shard shard = bucket_shard(s->model, part->bucket);
     return place(s, part, space, shard.at + part->begin - shard.begin);
   }
-  if (space != SPACE_GRADS)
-    return space_element(s->model->backend, space) ? place(s, part, space, part->begin) : NO_TENSOR;
+  if (space != SPACE_GRADS) return place(s, part, space, part->begin);
   return place(s, part, space, gradients_begin(s->model, part->bucket) + part->begin - part->bucket->begin);
 }
 

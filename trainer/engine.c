@@ -87,10 +87,6 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   e->budget = budget_bytes(c, backend);
   e->host_left = machine_memory_left("");
   backend_choose(&e->backend, c);
-  if (c->processes > 1 && !backend->fn[OP_ALL_REDUCE])
-    return error_set(err, "start one process, or train with --device cpu",
-                     "%d processes were started, and several cannot train together on the %s yet", c->processes,
-                     backend->name);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};
   if (config_shards(c) > 1) e->model.shard = ranks_rank();
   Dims d = dims_from_config(c, e->slots, e->segments);
@@ -119,10 +115,16 @@ void engine_space_release(const Engine *e, Space space) {
     b->release(e->bases.of[space]);
 }
 
+static int host_waits(const Program *p) {
+  for (int i = 0; i < p->n_ops; i++)
+    if (p->backend->host_waits[p->ops[i].kind]) return 1;
+  return 0;
+}
+
 static void bind(Engine *e, Program *p) {
   if (!p) return;
   p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
-  p->use_graph = e->config->kernels.graph && !e->backend.no_graphs;
+  p->use_graph = e->config->kernels.graph && !host_waits(p);
   program_bind(p, &e->bases);
 }
 

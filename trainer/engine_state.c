@@ -36,7 +36,7 @@ static void set_state_bytes(Engine *e, int train) {
   // Where the weights lie while the EMA is in their place.
   if (c->train.ema > 0) e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n * (int64_t)b->dtype_bytes[DT_ACT];
   if (!train) return;
-  e->bytes[SPACE_REMAINDER] = element_bytes(e, SPACE_REMAINDER, n);
+  set_slab_bytes(e, SPACE_REMAINDER);
   set_slab_bytes(e, SPACE_ADAM_M);
   set_slab_bytes(e, SPACE_ADAM_V);
   e->bytes[SPACE_GRADS] = element_bytes(e, SPACE_GRADS, gradients_count(&e->model));

@@ -40,7 +40,8 @@ struct Saver {
   bool beside; // the copy has everything, so that training goes on while it is written
   char *copy;  // [copy_bytes] of the host, NULL: there is none
   size_t copy_bytes;
-  char *at[SPACE_COUNT]; // slabs as they are stored, in the copy or where they are; NULL: not in host memory
+  bool copied[SPACE_COUNT]; // what is in it
+  char *at[SPACE_COUNT];    // slabs as they are stored, in the copy or where they are; NULL: not in host memory
   StateLayout layout;
   SavedFile file[STATE_FILES];
   pthread_mutex_t device; // held while something is read from it
@@ -84,14 +85,18 @@ static void join_thread(Saver *s) {
   s->started = false;
 }
 
-// Takes memory for what this process writes, or only for what is put together, and says where each slab goes. 0, or -1
+// Whether a slab is copied even where files are written without: it is put together, or its other half is.
+static bool needs_copy(const Engine *e, Space space) {
+  return slab_is_gathered(e, space) || (space == SPACE_WEIGHTS && slab_is_gathered(e, SPACE_REMAINDER));
+}
+
+// Takes memory for what this process writes, or only for what needs a copy, and says where each slab goes. 0, or -1
 // with *err when there is not enough.
 static int take_copy(Saver *s, bool everything, Error *err) {
   const Engine *e = s->engine;
   size_t need = 0, bytes[SPACE_COUNT] = {0};
   for (int i = 0; i < SPACE_COUNT; i++) {
-    if (everything || (i == SPACE_EMA && space_is_shared(&e->model, SPACE_EMA)))
-      bytes[i] = page_round((size_t)slab_copy_bytes(e, (Space)i));
+    if (everything || needs_copy(e, (Space)i)) bytes[i] = page_round((size_t)slab_copy_bytes(e, (Space)i));
     need += bytes[i];
   }
   s->beside = everything;
@@ -104,15 +109,16 @@ static int take_copy(Saver *s, bool everything, Error *err) {
     s->beside = false;
     return error_set(err,
                      everything ? "checkpoint.copy=never writes them without, which holds up training"
-                                : "parallel.zero=0 needs none, or train without EMA (train.ema=0)",
+                                : "parallel.zero=0 needs none",
                      "a copy of the %s for checkpoints needs %.3f GB of host memory, and there are %.3f",
-                     everything ? "state" : "EMA", (double)need / 1e9, (double)room / 1e9);
+                     everything ? "state" : "shared state", (double)need / 1e9, (double)room / 1e9);
   }
   madvise(p, need, MADV_HUGEPAGE);
   s->copy = p;
   s->copy_bytes = need;
   char *at = s->copy;
   for (int i = 0; i < SPACE_COUNT; i++) {
+    s->copied[i] = bytes[i] > 0;
     if (bytes[i]) s->at[i] = at;
     at += bytes[i];
   }
@@ -228,7 +234,7 @@ Saver *saver_open(Engine *e, const char *run, Error *err) {
     log_info("%s: saves will hold up training", err->text);
     bad = 0;
   }
-  if (!bad && !s->beside) bad = take_copy(s, false, err) != 0;
+  if (!bad && !s->beside) bad = take_copy(s, false, err) != 0 || (s->copy && engine_stage_open(e, STAGE, err) != 0);
   for (int i = 0; !s->beside && i < SPACE_COUNT; i++) { // host memory, as it is
     if (!space_has((Space)i, SPACE_SAVED) || s->at[i]) continue;
     if (!e->model.backend->queues) s->at[i] = engine_slab(e, (Space)i);
@@ -246,13 +252,14 @@ void saver_warm(Saver *s) {
   s->started = thread_start(&s->thread, find_memory, s) == 0;
 }
 
-// Copies what this process writes, and gives the EMA's shares to who writes it.
+// Copies what this process writes, and gives its shares of the rest to who writes that.
 static void copy_state(Saver *s) {
   Engine *e = s->engine;
-  int gathers = space_is_shared(&e->model, SPACE_EMA) && engine_slab_bytes(e, SPACE_EMA);
-  for (int i = 0; s->beside && i < SPACE_COUNT; i++)
-    if (s->at[i] && !(gathers && i == SPACE_EMA)) engine_slab_copy(e, (Space)i, s->at[i]);
-  if (gathers) engine_slab_gather(e, SPACE_EMA, slab_is_written(e, SPACE_EMA) ? s->at[SPACE_EMA] : NULL);
+  for (int i = 0; i < SPACE_COUNT; i++)
+    if (slab_is_gathered(e, (Space)i))
+      engine_slab_gather(e, (Space)i, s->copied[i] ? s->at[i] : NULL);
+    else if (s->copied[i])
+      engine_slab_copy(e, (Space)i, s->at[i]);
 }
 
 void saver_begin(Saver *s, const RunState *state, double began) {

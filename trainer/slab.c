@@ -142,14 +142,19 @@ int slab_is_written(const Engine *e, Space space) {
   return rank == 0;
 }
 
+int slab_is_gathered(const Engine *e, Space space) {
+  return (space == SPACE_EMA || space == SPACE_REMAINDER) && space_is_shared(&e->model, space) &&
+         engine_slab_bytes(e, space);
+}
+
 int64_t slab_copy_bytes(const Engine *e, Space space) {
-  int gathered = space == SPACE_EMA && space_is_shared(&e->model, space);
-  return slab_is_written(e, space) ? engine_slab_bytes(e, space) * (gathered ? config_shards(e->config) : 1) : 0;
+  int shares = slab_is_gathered(e, space) ? config_shards(e->config) : 1;
+  return slab_is_written(e, space) ? engine_slab_bytes(e, space) * shares : 0;
 }
 
 void engine_slab_gather(Engine *e, Space space, void *out) {
   const ParamTable *t = &e->model.params;
-  const size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  const size_t element = space_element(e->model.backend, space);
   int64_t most = 0;
   for (int b = 0; b < t->buckets; b++) most = max_i64(most, t->bucket[b].end - t->bucket[b].begin);
   char *whole = xmalloc((size_t)most * element);
@@ -196,6 +201,24 @@ SlabWriter *slab_writer_open(Engine *e, int64_t piece, Error *err) {
   return w;
 }
 
+// Remainders of weights [first, first + count) from pinned memory; of those that are shared, this process's.
+static void put_remainders(const Engine *e, int64_t first, int64_t count, const char *from) {
+  const Model *m = &e->model;
+  const size_t element = (size_t)m->backend->remainder_bytes;
+  if (!e->bases.of[SPACE_REMAINDER]) return;
+  if (!space_is_shared(m, SPACE_REMAINDER)) {
+    queue_copy(m->backend, LANE_H2D, stored(e, SPACE_REMAINDER, first), from, (size_t)count * element);
+    return;
+  }
+  for (const ParamBucket *b = m->params.bucket; b < m->params.bucket + m->params.buckets; b++) {
+    Shard shard = bucket_shard(m, b);
+    int64_t begin = max_i64(first, shard.begin), end = min_i64(first + count, shard.end);
+    if (begin < end)
+      queue_copy(m->backend, LANE_H2D, stored(e, SPACE_REMAINDER, shard.at + begin - shard.begin),
+                 from + (size_t)(begin - first) * element, (size_t)(end - begin) * element);
+  }
+}
+
 // Elements as they lie in this process's slab.
 static void put_stored(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
   const Engine *e = w->e;
@@ -223,10 +246,9 @@ static void put_stored(SlabWriter *w, Space space, int64_t first, int64_t count,
   b->queues->finish(event);
   if (engine_converts(e, space)) {
     size_t weight_bytes = n * b->dtype_bytes[DT_ACT];
-    char *remainder = stored(e, SPACE_REMAINDER, first);
     b->weights_write(values, count, slot, slot + weight_bytes);
     queue_copy(b, LANE_H2D, stored(e, SPACE_WEIGHTS, first), slot, weight_bytes);
-    if (remainder) queue_copy(b, LANE_H2D, remainder, slot + weight_bytes, n * (size_t)b->remainder_bytes);
+    put_remainders(e, first, count, slot + weight_bytes);
   } else {
     host_copy(slot, values, n * element);
     queue_copy(b, LANE_H2D, to, slot, n * element);

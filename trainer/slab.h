@@ -9,8 +9,8 @@
 void engine_slab_read(const Engine *e, Space space, void *out);
 // Parameter i of a slab as a file's tensor, as DT_REAL, without data.
 SafeTensor slab_tensor(const Engine *e, int i, const char *name);
-// Elements [first, first + count) of a slab. `scratch` is used where engine_converts says so: a weight and its
-// remainder for each. May be called by any thread, one at a time.
+// Elements [first, first + count) of a slab that is not shared. `scratch` is used where engine_converts says so: a
+// weight and its remainder for each. May be called by any thread, one at a time.
 void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);
 // Whether a slab's elements are stored as something else than DT_REAL (Backend.weights_read).
 int engine_converts(const Engine *e, Space space);
@@ -24,7 +24,9 @@ void engine_slab_copy(Engine *e, Space space, void *out);
 // What this process has to do with a slab in checkpoints. Of several, the one that writes a file that is whole, as the
 // weights' and the EMA's are: the first and the last, so that the copies lie in the memory of two hosts.
 int slab_is_written(const Engine *e, Space space);
-// Bytes that it copies: of a share of the moments that one, of the EMA the whole where it is written here.
+// Whether it is in a file that is whole, though this process has a share of it: the EMA, and the weights' remainders.
+int slab_is_gathered(const Engine *e, Space space);
+// Bytes that it copies: of a share of the moments that one, of what is gathered the whole where it is written here.
 int64_t slab_copy_bytes(const Engine *e, Space space);
 
 // A slab of which this process has a share, put together from all: all call it, who wants it with memory for the whole,

@@ -1,20 +1,28 @@
 // The CUDA backend: its table of kernels, memory, queues and graphs of one GPU.
 #include "kernels/cuda/adaln.h"
+#include "kernels/cuda/collectives.h"
 #include "kernels/cuda/experts.h"
+#include "kernels/cuda/nccl.h"
 #include "kernels/cuda/pinned.h"
 #include "kernels/cuda/rates.h"
 #include "kernels/master.h"
 
 extern "C" {
 #include "base/base.h"
+#include "base/ranks.h"
 #include "model/config/config.h"
 }
 
+#include <algorithm>
 #include <nvtx3/nvToolsExt.h>
+#include <unistd.h>
 #include <vector>
 
 // The one GPU of this process. Set by cuda_open.
 static struct {
+  int device;  // its number
+  int sharing; // processes of the group that have it
+  bool joined;
   cudaStream_t stream[LANE_COUNT];
   std::vector<cudaEvent_t> event; // made when first named
   int sm_count;
@@ -36,7 +44,7 @@ void cuda_allow_shared(const void *kernel, const char *name, size_t bytes) {
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
   if (status == cudaSuccess) return;
   int most = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.device));
   panic("%s needs %zu bytes of shared memory a block, this GPU has %d: %s", name, bytes, most,
         cudaGetErrorString(status));
 }
@@ -50,7 +58,7 @@ static double sheet_flops(const cudaDeviceProp *prop) {
   int khz = 1830000;
   double flops = 4096;
   if (prop->major != 9) {
-    CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
+    CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, gpu.device));
     flops = prop->major > 9 ? 4096 : prop->minor ? 1024 : 2048; // 8.0 is the data centre's chip of its generation
   }
   return flops * prop->multiProcessorCount * khz * 1e3;
@@ -115,21 +123,27 @@ static int cuda_open(Error *err) {
   if (status != cudaSuccess || devices == 0)
     return error_set(err, use_cpu, "--device cuda: no GPU is visible: %s",
                      status == cudaSuccess ? "the driver lists none" : cudaGetErrorString(status));
-  status = cudaSetDevice(0);
+  // Where a launcher shows each process a GPU of its own, there is one.
+  gpu.device = ranks_local() % devices;
+  status = cudaSetDevice(gpu.device);
   if (status != cudaSuccess) { // another process has it, or its memory, to itself
     error_set(err, use_cpu, "--device cuda: the GPU cannot be used: %s", cudaGetErrorString(status));
     return -2;
   }
   cudaDeviceProp prop;
   cudaFuncAttributes loaded;
-  CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
+  CUDA_CHECK(cudaGetDeviceProperties(&prop, gpu.device));
   if (cudaFuncGetAttributes(&loaded, (const void *)build_probe) != cudaSuccess) {
     error_set(err, "make CUDA_ARCH=... builds for others; --device cpu trains on the processor",
               "--device cuda: this build has no code for %s (compute capability %d.%d)", prop.name, prop.major,
               prop.minor);
     return -2;
   }
-  for (int l = 0; l < LANE_COUNT; l++) CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream[l], cudaStreamNonBlocking));
+  // A collective's few blocks go before the many of kernels, or they would only begin when those end.
+  int lowest, highest;
+  CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+  for (int l = 0; l < LANE_COUNT; l++)
+    CUDA_CHECK(cudaStreamCreateWithPriority(&gpu.stream[l], cudaStreamNonBlocking, l == LANE_COMM ? highest : lowest));
   size_t total;
   CUDA_CHECK(cudaMemGetInfo(&gpu.free_at_open, &total));
   gpu.sm_count = prop.multiProcessorCount;
@@ -139,8 +153,38 @@ static int cuda_open(Error *err) {
   return 0;
 }
 
-// What is free now, less room for the driver's own needs (graphs, module code). Without a GPU, a plan is for one that
-// has all it asks for.
+// Whether processes have a GPU each. -1 with *err where some share one.
+static int device_alone(Error *err) {
+  if (gpu.sharing == 1) return 0;
+  return error_set(err,
+                   "start as many processes on a host as it has GPUs, or let them go through the host's memory: "
+                   "--set parallel.collectives=host, which is slow",
+                   "%d processes have the GPU %s, number %d of this host's, to themselves", gpu.sharing, gpu.name,
+                   gpu.device);
+}
+
+static int cuda_join(const Config *c, Error *err) {
+  if (gpu.joined) return 0;
+  const bool by_host = c->parallel.collectives != 0; // the other of the key's two words
+  cudaDeviceProp prop;
+  CUDA_CHECK(cudaGetDeviceProperties(&prop, gpu.device));
+  std::vector<cudaUUID_t> all(ranks_size());
+  ranks_gather(&prop.uuid, sizeof prop.uuid, all.data());
+  gpu.sharing = 0;
+  for (const cudaUUID_t &uuid : all) gpu.sharing += memcmp(&uuid, &prop.uuid, sizeof uuid) == 0;
+  if (!by_host && (device_alone(err) != 0 || nccl_open(err) != 0)) return -1;
+  if (by_host) log_info("GPUs are connected through the host's memory: slow, and steps have no graphs where they meet");
+  gpu.joined = true;
+  return 0;
+}
+
+static void cuda_leave(void) {
+  nccl_close();
+  gpu.joined = false;
+}
+
+// Of the processes that share the GPU: what is free now, less room for the driver's own needs (graphs, module code).
+// Without a GPU, a plan is for one that has all it asks for.
 static int64_t cuda_memory(void) {
   size_t free_bytes, total;
   if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) {
@@ -148,7 +192,7 @@ static int64_t cuda_memory(void) {
     return INT64_MAX;
   }
   const size_t own = (size_t)512 << 20;
-  return free_bytes > own ? (int64_t)(free_bytes - own) : 0;
+  return free_bytes > own ? (int64_t)(free_bytes - own) / std::max(gpu.sharing, 1) : 0;
 }
 
 static int64_t cuda_in_use(void) {
@@ -168,7 +212,7 @@ static cudaEvent_t event_at(int number) {
 
 static int64_t cuda_cache_bytes(void) {
   int bytes = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, 0));
+  CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, gpu.device));
   return bytes;
 }
 
@@ -193,15 +237,39 @@ static void cuda_release(void *p) {
   CUDA_CHECK(cudaFree(p));
 }
 
+// A thread that was just started has the first GPU until it says otherwise.
+void cuda_use_device(void) {
+  CUDA_CHECK(cudaSetDevice(gpu.device));
+}
+
+// Waits until `query` says that something has happened. A process alone leaves that to the driver; among several it
+// looks after the others meanwhile.
+template <class Query> static void await(Query query) {
+  const useconds_t nap = 20;
+  cudaError_t status;
+  while ((status = query()) == cudaErrorNotReady) {
+    nccl_check();
+    usleep(nap);
+  }
+  CUDA_CHECK(status);
+}
+
+static void stream_finish(cudaStream_t stream) {
+  if (gpu.joined) await([=] { return cudaStreamQuery(stream); });
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
 static void cuda_upload(void *device, const void *host, size_t bytes) {
+  cuda_use_device();
   CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream[LANE_COMPUTE]));
   // Pageable memory has been read when the call returns; pinned memory has not.
-  CUDA_CHECK(cudaStreamSynchronize(gpu.stream[LANE_COMPUTE]));
+  stream_finish(gpu.stream[LANE_COMPUTE]);
 }
 
 static void cuda_download(void *host, const void *device, size_t bytes) {
+  cuda_use_device();
   CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream[LANE_COMPUTE]));
-  CUDA_CHECK(cudaStreamSynchronize(gpu.stream[LANE_COMPUTE]));
+  stream_finish(gpu.stream[LANE_COMPUTE]);
 }
 
 static void cuda_clear(void *device, size_t bytes) {
@@ -229,6 +297,7 @@ static void queue_wait(Lane lane, int event) {
 }
 
 static void queue_finish(int event) {
+  if (gpu.joined) await([=] { return cudaEventQuery(event_at(event)); });
   CUDA_CHECK(cudaEventSynchronize(event_at(event)));
 }
 
@@ -237,7 +306,7 @@ static double queue_seconds(int from, int to) {
   cudaError_t status = cudaEventElapsedTime(&ms, event_at(from), event_at(to));
   if (status == cudaErrorNotReady) {
     cudaGetLastError(); // no error, but it would look like one to the next launch
-    CUDA_CHECK(cudaEventSynchronize(event_at(to)));
+    queue_finish(to);
     status = cudaEventElapsedTime(&ms, event_at(from), event_at(to));
   }
   CUDA_CHECK(status);
@@ -311,7 +380,14 @@ static const KernelWay own_ways[] = {
     OWN(GRAD_SQUARES, update_scratch),
 };
 
+#define THROUGH_HOST(op)                                                                                               \
+  { OP_##op, "host", cuda_##op##_host, NULL, 1, NULL }
+
 static const KernelWay other_ways[] = {
+    // parallel.collectives: copies to the host, messages there, and back.
+    THROUGH_HOST(ALL_REDUCE),
+    THROUGH_HOST(REDUCE_SCATTER),
+    THROUGH_HOST(ALL_GATHER),
     // kernels.adaln: residual, norm, modulation, activation and mask as kernels of their own.
     UNFUSED(ADALN_FWD),
     UNFUSED(ADALN_BWD),
@@ -343,10 +419,6 @@ static Backend backend_make(void) {
   b.remainder_bytes = sizeof(uint16_t);
   b.weights_read = masters_join;
   b.weights_write = masters_split;
-// One process alone.
-#define cuda_ALL_REDUCE nullptr
-#define cuda_REDUCE_SCATTER nullptr
-#define cuda_ALL_GATHER nullptr
 #define OP_ROW(name, ...) b.fn[OP_##name] = cuda_##name;
   OP_LIST(OP_ROW)
 #undef OP_ROW
@@ -356,6 +428,8 @@ static Backend backend_make(void) {
   b.queues = &queues;
   b.accepts = cuda_accepts;
   b.open = cuda_open;
+  b.join = cuda_join;
+  b.leave = cuda_leave;
   b.kernels = cuda_kernels;
   b.sheet_flops = cuda_sheet_flops;
   b.rates = cuda_rates;

@@ -50,6 +50,9 @@ static inline cudaStream_t call_stream(const KernelCall *c) {
   return (cudaStream_t)c->stream;
 }
 
+// Called first by what threads of any kind call, before they use the GPU.
+void cuda_use_device(void);
+
 // Multiprocessors of the GPU; before it is opened, as for a plan, those of an H100.
 int cuda_sm_count(void);
 

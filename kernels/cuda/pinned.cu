@@ -77,12 +77,14 @@ static void *slab_alloc(size_t bytes) {
 
 void *pinned_alloc(size_t bytes) {
   void *p = NULL;
+  cuda_use_device();
   if (bytes >= large) return slab_alloc(bytes);
   return cuda_was_allocated(cudaMallocHost(&p, bytes)) ? p : NULL;
 }
 
 void pinned_release(void *p) {
   Mapping m = {};
+  cuda_use_device();
   {
     std::lock_guard<std::mutex> guard(slabs.lock);
     const auto found = slabs.of.find(p);

@@ -165,7 +165,8 @@ typedef struct Config {
     bool graph;
   } kernels; // what ablations switch
   struct {
-    int zero; // 0: every process has all of the optimizer's state, 1: a share of it
+    int zero;        // 0: every process has all of the optimizer's state, 1: a share of it
+    int collectives; // a way of computing ops, by its number among the key's words
   } parallel;
   int processes;           // that train as one: those of the group (base/ranks.h)
   int version;             // "tessera" of the file, see model/config/history.h; 0 = it has none

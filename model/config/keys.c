@@ -164,6 +164,8 @@ const Key config_keys[] = {
 
     {"parallel.zero", KEY_INT, AT(parallel.zero), "1", 0, 1, NULL, NULL,
      "several processes: 1: each has a share of Adam's moments and the EMA; 0: each has all of them"},
+    {"parallel.collectives", KEY_WAY, AT(parallel.collectives), "nccl", 0, 0, "nccl|host", NULL,
+     "several processes on GPUs: by NCCL, a GPU each; or through the host's memory, slow and without graphs"},
 };
 const int config_key_count = sizeof config_keys / sizeof config_keys[0];
 _Static_assert(sizeof config_keys / sizeof config_keys[0] <= CONFIG_KEYS, "CONFIG_KEYS is too small");

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The proof that a GPU trains what the CPU does, one test a line: tests/gpu/run_gpu.sh BUILD
-# It needs BUILD/train, BUILD/tests/cuda_ops, cuda_model and cuda_large, and python3 with numpy; nothing is built here.
+# It needs BUILD/train, BUILD/tests/cuda_ops, cuda_model, cuda_large and cuda_group, and python3 with numpy; nothing is
+# built here.
 # One test needs BUILD/tests/cuda_calls.so and CUPTI, and is skipped without them.
 # The last line is "N passed, N failed[, N skipped]". Exit code 1 when anything failed, 77 where there is no GPU. About
 # three minutes on an H100. BUILD/logs keeps what each test said, BUILD/logs/curves the losses of CPU and GPU.
@@ -222,6 +223,86 @@ sys.exit(not worst <= AT_MOST)
 P
 }
 
+# ---- several processes ----
+
+launch=(mpirun --allow-run-as-root --oversubscribe --bind-to none)
+
+has_mpi() {
+  mpirun --version >/dev/null 2>&1 && grep -q '^HAVE_MPI := .' "$build/probes.mk" && return
+  echo "there is no mpirun, or this build found no MPI to build with" && return 1
+}
+
+# Collectives alone: two and three processes that share this GPU, and NCCL with one.
+group() {
+  local n
+  has_mpi || return 77
+  for n in 2 3; do
+    limited 60 "${launch[@]}" -np $n "$build/tests/cuda_group" host >"$work/said" 2>&1 || { cat "$work/said" && return 1; }
+    tail -1 "$work/said"
+  done
+  limited 60 "$build/tests/cuda_group" nccl >"$work/said" 2>&1 && tail -1 "$work/said" && return
+  grep 'there is no libnccl' "$work/said" && return 77
+  cat "$work/said"
+  return 1
+}
+
+several() { # PROCESSES NAME FLAG...: as demo
+  local alone=$train train=$work/several
+  printf '#!/bin/sh\nexec %s -np %s %s "$@"\n' "${launch[*]}" "$1" "$alone" >"$train"
+  chmod +x "$train"
+  shift
+  demo "$@"
+}
+
+# Processes that share this GPU train as one that takes their micro-batches in turn, within rounding, whatever
+# parallel.zero is; twice they have the same bits, also with a stop between.
+ranks() {
+  local n zero steps=20
+  local flags=(--device cuda --memory keep --set eval.every=0 --set eval.documents=0 --set parallel.collectives=host
+    --set train.ema_every=2 --set train.clip=0.5)
+  has_mpi || return 77
+  for n in 2 3; do
+    demo alone$n "${flags[@]}" --stop-at $steps --set train.micro_batches=$n || return
+    for zero in 0 1; do
+      several $n zero$n$zero "${flags[@]}" --stop-at $steps --set parallel.zero=$zero || return
+    done
+    several $n again$n "${flags[@]}" --stop-at 7 || return
+    several $n again$n "${flags[@]}" --stop-at $steps --resume --set checkpoint.copy=never || return
+    demo mixed$n "${flags[@]}" --stop-at 7 --set train.micro_batches=$n || return
+    several $n mixed$n "${flags[@]}" --stop-at $steps --resume --set train.micro_batches=1 || return
+    "$python" tests/scripts/same_state.py "$work/zero${n}1/ckpt-$steps" "$work/again$n/ckpt-$steps" || return
+  done
+  grep -q "through the host's memory" "$work/zero21.log" || { echo "not through the host" && return 1; }
+  "$python" - "$work" <<'P'
+import json, sys
+
+AT_MOST = 0.01
+worst = 0
+for n in 2, 3:
+    losses = {}
+    for run in f"alone{n}", f"zero{n}0", f"zero{n}1", f"again{n}", f"mixed{n}":
+        rows = map(json.loads, open(f"{sys.argv[1]}/{run}/metrics.jsonl"))
+        losses[run] = [row["loss"] for row in rows if "loss" in row]
+    want = losses[f"alone{n}"]
+    for run, got in losses.items():
+        assert len(got) == len(want) == 20, (run, len(got))
+        worst = max(worst, *(abs(a - b) / b for a, b in zip(got, want)))
+print(f"2 and 3 processes, parallel.zero 0 and 1, stopped and resumed, begun by one: losses {100 * worst:.4f}% apart "
+      f"at most (may be {100 * AT_MOST:.0f}%); two runs have the same bits")
+sys.exit(not worst <= AT_MOST)
+P
+}
+
+# More processes than GPUs, without saying that they share one.
+ranks_refused() {
+  has_mpi || return 77
+  says 2 'processes have the GPU .* to themselves' 'hint: .*parallel.collectives=host' -- \
+    "${launch[@]}" -np "$(($(nvidia-smi -L | wc -l) + 1))" "$train" configs/demo.json --device cuda \
+    --run-dir "$work/refused" || return
+  [ ! -e "$work/refused" ] || { echo "a run that is refused left a folder" && return 1; }
+  grep -m 1 '^error' "$work/said"
+}
+
 # ---- messages ----
 
 # A command that must end with an exit code and say each pattern, and not by a signal.
@@ -304,7 +385,7 @@ racecheck_sm90() {
 
 # ---- all of it ----
 
-for program in train tests/cuda_ops tests/cuda_model tests/cuda_large; do
+for program in train tests/cuda_ops tests/cuda_model tests/cuda_large tests/cuda_group; do
   [ -x "$build/$program" ] || { echo "test-gpu: there is no $build/$program: make test-gpu builds it"; exit 2; }
 done
 if ! limited 60 "$build/tests/cuda_ops" ZERO >"$work/gpu" 2>&1 && grep -q 'device cuda:' "$work/gpu"; then
@@ -326,6 +407,9 @@ check use_run use_run
 check ablations ablations
 check driver_calls driver_calls
 check predicted predicted
+check group group
+check ranks ranks
+check ranks_refused ranks_refused
 check out_of_memory out_of_memory
 check no_gpu no_gpu
 check memcheck memcheck

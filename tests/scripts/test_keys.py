@@ -619,12 +619,13 @@ def _():
     assert fill[1] < fill[0] - 0.02, fill
 
 
-@key("kernels.adaln", "kernels.moe_gemm", "kernels.streams", "kernels.graph")
+@key("kernels.adaln", "kernels.moe_gemm", "kernels.streams", "kernels.graph", "parallel.collectives")
 def _():  # the GPU's; the CPU says that they are
     plain = run()
-    for name, value in (("adaln", "unfused"), ("moe_gemm", "loop"), ("streams", "single"), ("graph", False)):
-        r = run({f"kernels.{name}": value})
-        assert re.search(rf"kernels\.{name}.* changes? nothing on the cpu", r.log), (name, r.log)
+    for name, value in (("kernels.adaln", "unfused"), ("kernels.moe_gemm", "loop"), ("kernels.streams", "single"),
+                        ("kernels.graph", False), ("parallel.collectives", "host")):
+        r = run({name: value})
+        assert re.search(rf"{re.escape(name)}.* changes? nothing on the cpu", r.log), (name, r.log)
         assert r.rows[0]["loss"] == plain.rows[0]["loss"] and "nothing on the cpu" not in plain.log
 
 

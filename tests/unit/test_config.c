@@ -220,7 +220,8 @@ static const char *const other_values[] = {
     "kernels.moe_gemm=loop",
     "kernels.streams=single",
     "kernels.graph=false",
-    "parallel.zero=0"};
+    "parallel.zero=0",
+    "parallel.collectives=host"};
 
 static char *value_text(const Config *c, const Key *key) {
   char *text;

@@ -92,10 +92,11 @@ static void test_a_word_chooses_its_rows(void **state) {
   assert_ptr_equal(b.fn[OP_SILU_FWD], other_silu);
   assert_int_equal(kernel_scratch(&b, OP_SILU_FWD, &dims, &args), OP_SILU_FWD + 7 + 1);
   assert_null(b.fn[OP_SILU_BWD]);
-  assert_true(b.no_graphs);
+  assert_true(b.host_waits[OP_SILU_FWD]);
+  assert_false(b.host_waits[OP_SILU_BWD]);
   b = own;
   assert_int_equal(kernels_choose(&b, "slower"), 1);
-  assert_false(b.no_graphs);
+  assert_false(b.host_waits[OP_SILU_FWD]);
 }
 
 // Every word of a key that chooses among ways, but the first, has rows in some backend; and every row has such a word.

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "base/ranks.h"
+#include "kernels/group.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -102,6 +103,74 @@ static void check_tensors(size_t bytes) {
   free(in);
 }
 
+// ---- collectives that pass through host memory ----
+
+static void copy(void *to, const void *from, size_t bytes, void *stream) {
+  (void)stream;
+  memcpy(to, from, bytes);
+}
+
+// Rank r's element i: sums of these are exact.
+static double summand(int r, int64_t i) {
+  return (r + 1) * 1000.0 + (double)(i % 97);
+}
+
+static double value_at(const void *values, size_t element, int64_t i) {
+  return element == sizeof(double) ? ((const double *)values)[i] : (double)((const float *)values)[i];
+}
+
+// Of `each` elements a rank and `rest` more, in pieces of `share`; what lies behind them stays as it is.
+static void check_sums(size_t element, int64_t each, int64_t rest, int64_t share, int scatter) {
+  int rank = ranks_rank(), size = ranks_size(), right = 1;
+  int64_t count = each * size + rest, first = scatter ? rank * each : 0, n = scatter ? each : count;
+  void *values = xcalloc((size_t)count + 1, element);
+  for (int64_t i = 0; i <= count; i++) {
+    if (element == sizeof(double))
+      ((double *)values)[i] = summand(rank, i);
+    else
+      ((float *)values)[i] = (float)summand(rank, i);
+  }
+  GroupTensor t = {.values = values, .count = count, .element = element, .share = share, .copy = copy};
+  t.room = xmalloc(group_room(element, share));
+  (scatter ? group_reduce_scatter : group_all_reduce)(&t);
+  for (int64_t i = first; i < first + n; i++) {
+    double want = 0;
+    for (int r = 0; r < size; r++) want += summand(r, i);
+    right &= value_at(values, element, i) == want;
+  }
+  need(right && value_at(values, element, count) == summand(rank, count), scatter ? "shares of a sum" : "a sum");
+  free(t.room);
+  free(values);
+}
+
+static void check_gather(int64_t each, int64_t share) {
+  int rank = ranks_rank(), size = ranks_size(), right = 1;
+  uint16_t *values = xcalloc((size_t)(each * size) + 1, sizeof *values);
+  for (int64_t i = 0; i < each; i++) values[rank * each + i] = (uint16_t)summand(rank, i);
+  GroupTensor t = {.values = values, .count = each * size, .element = sizeof *values, .share = share, .copy = copy};
+  t.room = xmalloc(group_room(t.element, share));
+  group_all_gather(&t);
+  for (int r = 0; r < size; r++)
+    for (int64_t i = 0; i < each; i++) right &= values[r * each + i] == (uint16_t)summand(r, i);
+  need(right && !values[each * size], "shares put together");
+  free(t.room);
+  free(values);
+}
+
+static void check_collectives(void) {
+  const int64_t each[] = {1, 64}, shares[] = {20, 512};
+  for (size_t e = 0; e < sizeof each / sizeof *each; e++)
+    for (size_t s = 0; s < sizeof shares / sizeof *shares; s++) {
+      for (size_t element = sizeof(float); element <= sizeof(double); element *= 2) {
+        check_sums(element, each[e], 0, shares[s], 1);
+        check_sums(element, each[e], 1, shares[s], 0);
+      }
+      check_gather(each[e], shares[s]);
+    }
+}
+
+// ---- all of it ----
+
 static void check_group(void) {
   int rank = ranks_rank(), size = ranks_size();
   Error err;
@@ -123,6 +192,7 @@ static void check_group(void) {
   char *want = xasprintf("1 of %d processes, of rank 1, has other settings than rank 0", size);
   need(strcmp(err.text, want) == 0, err.text);
   free(want);
+  check_collectives();
   ranks_wait();
   if (rank == 0) printf("a group of %d\n", size);
 }

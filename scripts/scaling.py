@@ -1,0 +1,228 @@
+#!/usr/bin/python3
+"""What several GPUs of one host give: one table, in less than eight minutes.
+
+    scripts/make_bench_data.py DATA/64 --size 64; scripts/make_bench_data.py DATA/256 --size 256
+    scripts/scaling.py DATA OUT [--ranks N]      N: as many as there are GPUs; needs mpirun
+
+curve   the losses of N processes with a micro-batch each beside one process with N: within rounding; parallel.zero 0
+        and 1; the same bits in two runs
+kill    kill -9 of a process: how long the others live, and whether the resumed run has the bits of an unbroken one;
+        the same checkpoint continued by one process
+weak    tokens a second and GPU of medium and base, T 16384, against one GPU in the same run; a step's time beyond that
+        of one GPU is communication that nothing hides
+Exit code 1 when a loss, the bits or the end of a killed run is not as it should be.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import run_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20  # of curves and of the run that is killed
+SAVED = 10  # its checkpoint
+WARM_UP = 5
+ROUNDING = 0.01  # of a loss: what bf16 and another order of sums may do in STEPS steps
+KILLED_WITHIN = 30  # seconds
+
+
+def median(values):
+    return statistics.median(values) if values else float("nan")
+
+
+class Runs:
+    def __init__(self, args):
+        self.args = args
+        self.failed = []
+        self.began = time.time()
+
+    def say(self, what, text, good=True):
+        print(f"{what:<34} {text}{'' if good else '  WRONG'}", flush=True)
+        if not good:
+            self.failed.append(what)
+
+    def command(self, config, size, run, processes, *more):
+        """`size`: the pictures' side in pixels."""
+        data = self.args.data / str(size)
+        sources = [{"type": "webdataset", "path": str(data / "bench.tar")}]
+        sets = [f"data.sources={json.dumps(sources)}", f"data.tokenizer={data / 'bench.bpe'}", "data.max_caption=96",
+                "data.threads=6", "data.cache_mb=1024", "eval.every=0", "eval.documents=0", "eval.samples=0",
+                "checkpoint.every=0", *self.args.set]
+        # A process bound to one core would decode and launch with that one.
+        launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(processes)]
+        command = [*(launch if processes > 1 else []), str(self.args.train), str(ROOT / "configs" / f"{config}.json"),
+                   "--run-dir", str(self.args.out / run), "--device", self.args.device, "--memory", "keep"]
+        for assignment in sets:
+            command += ["--set", assignment]
+        return command + list(more)
+
+    def start(self, config, size, run, processes, *more):
+        (self.args.out / run).mkdir(parents=True, exist_ok=True)
+        with open(self.args.out / f"{run}.log", "a") as log:
+            return subprocess.Popen(self.command(config, size, run, processes, *more), cwd=ROOT, stdout=log, stderr=log)
+
+    def wait_for(self, process, run, steps, seconds=150):
+        """Whether the run came to have so many steps."""
+        until = time.time() + seconds
+        while process.poll() is None and time.time() < until:
+            if len(run_metrics.steps(self.args.out / run)) >= steps:
+                return True
+            time.sleep(0.1)
+        return len(run_metrics.steps(self.args.out / run)) >= steps
+
+    def train(self, config, size, run, processes, *more):
+        """A run to its end; its steps."""
+        process = self.start(config, size, run, processes, *more)
+        try:
+            code = process.wait(150)
+        except subprocess.TimeoutExpired:
+            self.end(process)
+            code = "no end"
+        if code:
+            self.say(run, f"{code}: {self.last_lines(run)}", False)
+        return run_metrics.steps(self.args.out / run)
+
+    def last_lines(self, run):
+        lines = (self.args.out / f"{run}.log").read_text(errors="replace").splitlines()
+        told = [line for line in lines if line.startswith(("error", "  hint"))] or lines[-3:]
+        return " / ".join(told)[:400]
+
+    def end(self, process):
+        """Kills one of the processes of a job, which ends all; how long that took."""
+        began = time.time()
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[-1]) if ranks else process.pid, signal.SIGKILL)
+        try:
+            process.wait(KILLED_WITHIN)
+        except subprocess.TimeoutExpired:
+            for pid in [*map(int, ranks), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+            return float("inf")
+        return time.time() - began
+
+
+def worst_difference(a, b, key="loss"):
+    if not a or len(a) != len(b):
+        return float("inf")
+    return max(abs(x[key] - y[key]) / abs(y[key]) for x, y in zip(a, b))
+
+
+def figures(steps):
+    return [(row["loss"], row["grad_norm"]) for row in steps]
+
+
+def state_hash(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def same_bits(runs, *names):
+    a, b = (state_hash(runs.args.out / name / f"ckpt-{STEPS}") for name in names)
+    return bool(a) and a == b
+
+
+def curve(runs, n):
+    stop = ["--stop-at", str(STEPS)]
+    one = runs.train("small", 64, "one", 1, *stop, "--set", f"train.micro_batches={n}")
+    many = runs.train("small", 64, "many", n, *stop)
+    again = runs.train("small", 64, "again", n, *stop)
+    whole = runs.train("small", 64, "whole", n, *stop, "--set", "parallel.zero=0")
+    off = worst_difference(many, one)
+    runs.say(f"losses of {n} x 1 beside 1 x {n}", f"{100 * off:.4f}% apart at most, in {len(many)} steps", off <= ROUNDING)
+    off = worst_difference(whole, many)
+    runs.say("parallel.zero 0 beside 1", f"{100 * off:.4f}% apart at most", off <= ROUNDING)
+    same = figures(many) == figures(again) and same_bits(runs, "many", "again")
+    runs.say("two runs", "the same bits" if same else "other bits", same)
+    if one and many:
+        a, b = (median([row["tokens"] / row["seconds"] for row in rows[WARM_UP:]]) for rows in (many, one))
+        runs.say("small, tokens/s", f"{a:.0f} by {n}, {b:.0f} by one that takes {n} micro-batches: {a / b / n:.3f} a GPU")
+
+
+def kill(runs, n):
+    out, save = runs.args.out, ["--set", f"checkpoint.every={SAVED}", "--set", "checkpoint.keep_last=9"]
+    process = runs.start("small", 64, "killed", n, *save)
+    runs.wait_for(process, "killed", SAVED + 3)
+    until = time.time() + 60
+    while not (out / "killed" / f"ckpt-{SAVED}").exists() and process.poll() is None and time.time() < until:
+        time.sleep(0.1)
+    took = runs.end(process)
+    runs.say("kill -9 of a process", f"the job ends after {took:.1f} s", took <= KILLED_WITHIN)
+    for path in (out / "killed").glob("ckpt-*"):
+        if path.name != f"ckpt-{SAVED}":
+            shutil.rmtree(path)
+    shutil.rmtree(out / "other", ignore_errors=True)
+    shutil.copytree(out / "killed", out / "other")
+    stop = ["--resume", "--stop-at", str(STEPS)]
+    killed = runs.train("small", 64, "killed", n, *stop)
+    other = runs.train("small", 64, "other", 1, *stop, "--set", f"train.micro_batches={n}")
+    if (out / "many").exists():
+        same = same_bits(runs, "killed", "many")
+        runs.say("resumed", "the bits of an unbroken run" if same else "other bits than an unbroken run", same)
+    off = worst_difference(other[-STEPS + SAVED :], killed[-STEPS + SAVED :])
+    runs.say("continued by one process", f"{100 * off:.4f}% apart at most", off <= ROUNDING)
+
+
+def weak(runs, n):
+    for config, size, steps in ("medium", 64, 30), ("base", 256, 12):
+        took = {}
+        for processes in sorted({1, n}):
+            run = f"{config}-{processes}"
+            process = runs.start(config, size, run, processes, "--tokens", "16384")
+            enough = runs.wait_for(process, run, WARM_UP + steps)
+            runs.end(process)  # no checkpoint of so much
+            rows = run_metrics.steps(runs.args.out / run)[WARM_UP:]
+            if not enough or not rows:
+                runs.say(run, runs.last_lines(run), False)
+                continue
+            took[processes] = median([row["seconds"] for row in rows])
+            rate = median([row["tokens"] / row["seconds"] for row in rows]) / processes
+            text = f"{1e3 * took[processes]:7.2f} ms a step, {rate:8.0f} tokens/s a GPU"
+            if processes == 1:
+                alone = rate
+            elif 1 in took:
+                text += f" = {rate / alone:.3f} of one; {1e3 * (took[processes] - took[1]):.2f} ms exposed"
+            runs.say(f"{config}, T 16384, {processes} GPU{'s' * (processes > 1)}", text)
+
+
+def gpus():
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return 0
+    return len(re.findall(r"^GPU ", listed, re.M))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="with the folders 64 and 256")
+    parser.add_argument("out", type=Path, help="folder for runs and logs")
+    parser.add_argument("--ranks", type=int, default=gpus(), help="processes (default: GPUs)")
+    parser.add_argument("--sections", nargs="+", default=["curve", "kill", "weak"], choices=["curve", "kill", "weak"])
+    parser.add_argument("--device", default="cuda", help="as ./train takes it")
+    parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
+    args = parser.parse_args()
+    args.data, args.out, args.train = args.data.resolve(), args.out.resolve(), args.train.resolve()
+    if args.ranks < 1:
+        sys.exit("error: no GPU is visible\n  hint: --ranks 2 --set parallel.collectives=host tries two processes on one")
+    if args.out.exists() and any(args.out.iterdir()):
+        sys.exit(f"error: {args.out} is not empty\n  hint: name a new folder: runs there would be continued")
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs = Runs(args)
+    for section in args.sections:
+        {"curve": curve, "kill": kill, "weak": weak}[section](runs, args.ranks)
+    print(f"{args.ranks} processes, {time.time() - runs.began:.0f} s; {len(runs.failed)} wrong")
+    sys.exit(bool(runs.failed))
+
+
+if __name__ == "__main__":
+    main()
