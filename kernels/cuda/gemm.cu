@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constan
   __shared__ GemmTiles t;
   const GemmWork &l = launch.work;
   gemm_counts_load(l, &t);
-  gemm_parts_build(KIND, &l.shape, l.bn, &t);
+  gemm_parts_build(KIND, &l.shape, &t);
   int64_t first = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
   float scale = GemmEpilogue<End>::scale(launch.end[0]); // both sides' is one
   for (int g = 0; g < gemm_groups(&l.shape); g++) {
@@ -64,14 +64,14 @@ static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constan
 static GemmWork work_make(const Gemm *g, int kind, bool splits) {
   GemmWork l = {};
   l.g = *g;
-  GemmPlan p = gemm_plan(g, kind);
-  l.bn = p.bn;
+  const GemmPlan p = gemm_plan(g, kind);
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &l.g.side[m];
     if (gemm_side_empty(s, kind)) s->groups = 0;
     l.shape.groups[m] = s->groups;
     l.shape.rows[m] = s->rows;
     l.shape.M[m] = s->M, l.shape.N[m] = s->N, l.shape.K[m] = s->K;
+    l.shape.bn[m] = p.bn[m];
     l.shape.parts[m] = g->scratch && splits ? p.parts[m] : 1;
   }
   l.partial = (float *)g->scratch;
@@ -116,7 +116,7 @@ template <class End> static void gemm_launch(const Gemm *g, const End *end, int 
   if (gemm_sm90_usable()) {
     gemm_sm90(&l, kind, load_of(work), stream);
   } else {
-    work->bn = GEMM_PORTABLE_BN;
+    work->shape.bn[TEXT] = work->shape.bn[IMAGE] = GEMM_PORTABLE_BN;
     gemm_portable(&l, kind, stream);
   }
   bool whole = true;

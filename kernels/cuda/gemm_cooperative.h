@@ -10,7 +10,7 @@
 
 #include "kernels/cuda/gemm_load.h"
 
-// Tiles of 128 x BN; the ring of stages takes 192 KiB either way.
+// Tiles of 128 x BN, or of 128 x 128 on one side; the ring of stages takes 192 KiB either way.
 template <int BN_> struct Cooperative {
   static constexpr int BN = BN_, THREADS = 3 * GEMM_GROUP, STAGES = BN == 256 ? 4 : 6;
   static constexpr int A_BYTES = GEMM_BM * GEMM_BK * 2, B_BYTES = BN * GEMM_BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
@@ -44,49 +44,61 @@ template <class Tile> static __device__ inline void zero_tail(unsigned char *sta
   named_barrier_sync(1, 2 * GEMM_GROUP);
 }
 
+// Multiplies and stores a warpgroup's half of a tile of BN columns.
+template <int KIND, int LOAD, class Tile, int BN, class End>
+static __device__ __forceinline__ void multiply(const GemmLaunch<End> &launch, const GemmTile &t,
+                                                typename Tile::Control *control, unsigned char *memory,
+                                                Ring<Tile::STAGES> &ring) {
+  constexpr bool A_MN = KIND == GEMM_TN, B_MN = KIND != GEMM_NT;
+  const int half =
+      threadIdx.x / GEMM_GROUP - 1; // rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`
+  const bool speaks = (threadIdx.x & 31) == 0;
+  const bool idle =
+      t.m + 64 * half >= t.m_end; // nothing to multiply: the other warpgroup has the tensor cores to itself
+  float acc[BN / 2];
+#pragma unroll
+  for (int i = 0; i < BN / 2; i++) acc[i] = 0;
+  int last = -1; // the stage that products under way may still read
+  for (int inner = t.inner; inner < t.inner_end; inner += GEMM_BK, ring.step()) {
+    unsigned char *stage = memory + ring.stage * Tile::STAGE_BYTES;
+    barrier_wait(shared_address(&control->full[ring.stage]), ring.parity);
+    if (LOAD != GEMM_IN_PLACE) fence_async_proxy(); // cp.async writes as ordinary stores do
+    if (KIND == GEMM_TN && t.inner_end - inner < GEMM_BK) zero_tail<Tile>(stage, t.inner_end - inner);
+    if (idle) {
+      if (speaks) barrier_arrive(shared_address(&control->empty[ring.stage]));
+      continue;
+    }
+    uint64_t a = wgmma_descriptor(shared_address(stage) + half * GEMM_BOX_BYTES, GEMM_BOX_BYTES);
+    uint64_t b = wgmma_descriptor(shared_address(stage) + Tile::A_BYTES, GEMM_BOX_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < GEMM_BK / 16; k++)
+      wgmma_bf16<A_MN, B_MN>(acc, a + k * ((A_MN ? 2048 : 32) >> 4), b + k * ((B_MN ? 2048 : 32) >> 4));
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
+    last = ring.stage;
+  }
+  wgmma_wait<0>();
+  wgmma_keep(acc);
+  if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
+  int warp = threadIdx.x / 32 - GEMM_GROUP / 32; // of the consumers
+  if (!idle) GemmEpilogue<End>::template rows<BN>(launch, t, t.m + warp * 16, acc, control->staged[warp]);
+}
+
 template <int KIND, int LOAD, class Tile, class End>
 static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Control *control, unsigned char *memory) {
-  constexpr int BN = Tile::BN;
-  const GemmWork &l = launch.work;
-  constexpr bool A_MN = KIND == GEMM_TN, B_MN = KIND != GEMM_NT;
-  int half = threadIdx.x / GEMM_GROUP - 1; // rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`
-  bool speaks = (threadIdx.x & 31) == 0;
+  const GemmShape &shape = launch.work.shape;
   Ring<Tile::STAGES> ring;
-  const int total = gemm_tiles_total(&l.shape, &control->tiles);
+  const int total = gemm_tiles_total(&shape, &control->tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
     int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break;
-    GemmTile t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, BN, GEMM_BK);
-    bool idle = t.m + 64 * half >= t.m_end; // nothing to multiply: the other warpgroup has the tensor cores to itself
-    float acc[BN / 2];
-#pragma unroll
-    for (int i = 0; i < BN / 2; i++) acc[i] = 0;
-    int last = -1; // the stage that products under way may still read
-    for (int inner = t.inner; inner < t.inner_end; inner += GEMM_BK, ring.step()) {
-      unsigned char *stage = memory + ring.stage * Tile::STAGE_BYTES;
-      barrier_wait(shared_address(&control->full[ring.stage]), ring.parity);
-      if (LOAD != GEMM_IN_PLACE) fence_async_proxy(); // cp.async writes as ordinary stores do
-      if (KIND == GEMM_TN && t.inner_end - inner < GEMM_BK) zero_tail<Tile>(stage, t.inner_end - inner);
-      if (idle) {
-        if (speaks) barrier_arrive(shared_address(&control->empty[ring.stage]));
-        continue;
-      }
-      uint64_t a = wgmma_descriptor(shared_address(stage) + half * GEMM_BOX_BYTES, GEMM_BOX_BYTES);
-      uint64_t b = wgmma_descriptor(shared_address(stage) + Tile::A_BYTES, GEMM_BOX_BYTES);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < GEMM_BK / 16; k++)
-        wgmma_bf16<A_MN, B_MN>(acc, a + k * ((A_MN ? 2048 : 32) >> 4), b + k * ((B_MN ? 2048 : 32) >> 4));
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
-      last = ring.stage;
-    }
-    wgmma_wait<0>();
-    wgmma_keep(acc);
-    if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
-    int warp = threadIdx.x / 32 - GEMM_GROUP / 32; // of the consumers
-    if (!idle) GemmEpilogue<End>::template rows<BN>(launch, t, t.m + warp * 16, acc, control->staged[warp]);
+    const GemmTile t = gemm_tile_at(KIND, &shape, &control->tiles, number, GEMM_BK);
+    if (Tile::BN == 256 && shape.bn[t.side] == 128)
+      multiply<KIND, LOAD, Tile, 128>(launch, t, control, memory, ring);
+    else
+      multiply<KIND, LOAD, Tile, Tile::BN>(launch, t, control, memory, ring);
   }
 }
 
@@ -104,7 +116,7 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
     }
     barrier_init_fence();
   }
-  gemm_tiles_load<KIND>(l.work, Tile::BN, &control->tiles); // ends with a __syncthreads()
+  gemm_tiles_load<KIND>(l.work, &control->tiles); // ends with a __syncthreads()
   if (threadIdx.x < GEMM_GROUP) {
     registers_give<GATHER ? 56 : 40>();
     if (GATHER || threadIdx.x == 0) produce<KIND, LOAD, Tile>(l, maps, control, shared_address(memory));

@@ -7,7 +7,7 @@
 //              next; rows behind the tile's last take part (other cards)
 //   pair       stores columns col, col + 1 (col even) of a row from their products, summed over the parts of the inner
 //              dimension and scaled by scale() (where it was cut)
-//   prefetch   brings what the tile's epilogue will read into L2, if PREFETCHES; by a whole warpgroup
+//   prefetch   brings what the epilogue of a tile of bn columns will read into L2, if PREFETCHES; by a warpgroup
 #ifndef TESSERA_GEMM_EPILOGUE_H
 #define TESSERA_GEMM_EPILOGUE_H
 
@@ -164,14 +164,12 @@ template <> struct GemmEpilogue<GemmSwigluBackward> {
   static constexpr bool PREFETCHES = true;
 
   // A row by each thread.
-  template <int BN> static __device__ inline void prefetch(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t) {
+  static __device__ inline void prefetch(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int bn) {
     const GemmSide &s = l.work.g.side[t.side];
-    int row = t.m + (int)(threadIdx.x % GEMM_BM);
+    const int row = t.m + (int)(threadIdx.x % GEMM_BM), end = 2 * min(bn, s.N - t.n);
     if (row >= t.m_end) return;
     const bf16 *pre = l.end[t.side].pre + ((int64_t)row * s.N + t.n) * 2;
-#pragma unroll
-    for (int i = 0; i < BN * 2; i += 64) // 128 bytes
-      if (2 * t.n + i < 2 * s.N) prefetch_l2(pre + i);
+    for (int i = 0; i < end; i += 64) prefetch_l2(pre + i); // 128 bytes
   }
 
   template <int BN>

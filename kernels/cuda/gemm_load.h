@@ -84,11 +84,11 @@ static __device__ inline void copy_inner(const GemmWork &l, const bf16 *base, in
   }
 }
 
-// The copy engine's part of a stage; one thread.
+// The copy engine's part of a stage of a tile of bn columns; one thread.
 template <int KIND, class Tile>
-static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t, int inner, uint32_t stage,
+static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t, int bn, int inner, uint32_t stage,
                                          uint32_t full, bool a, bool b) {
-  barrier_arrive_expect(full, (a ? Tile::A_BYTES : 0) + (b ? Tile::B_BYTES : 0));
+  barrier_arrive_expect(full, (a ? Tile::A_BYTES : 0) + (b ? bn * GEMM_BK * 2 : 0));
   const CUtensorMap *map_a = &maps.a[t.side], *map_b = &maps.b[t.side];
   if (a && KIND != GEMM_TN) tma_load_2d(stage, map_a, full, inner, t.m);
   if (a && KIND == GEMM_TN) {
@@ -100,6 +100,7 @@ static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t
   if (b && KIND != GEMM_NT) {
 #pragma unroll
     for (int i = 0; i < Tile::BN / 64; i++) {
+      if (64 * i >= bn) break;
       if (KIND == GEMM_NN)
         tma_load_3d(stage + i * GEMM_BOX_BYTES, map_b, full, t.n + 64 * i, inner, t.group);
       else
@@ -121,8 +122,9 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
   for (int round = 0; round * (int)gridDim.x < total; round++) {
     int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break; // only the last round can be short
-    GemmTile t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, Tile::BN, GEMM_BK);
+    GemmTile t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, GEMM_BK);
     const GemmSide &s = l.g.side[t.side];
+    const int bn = l.shape.bn[t.side];
     bool second = false;
     const bf16 *rows[8];
     int a = -1, b = -1, next_a = -1, next_b = -1; // index entries of this pair of stages and of the next
@@ -141,8 +143,8 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
       }
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
       if constexpr (GemmEpilogue<End>::PREFETCHES)
-        if (inner == begun) GemmEpilogue<End>::template prefetch<Tile::BN>(launch, t);
-      if (threadIdx.x == 0) copy_boxes<KIND, Tile>(maps, t, inner, stage, full, !gather_a, !gather_b);
+        if (inner == begun) GemmEpilogue<End>::template prefetch(launch, t, bn);
+      if (threadIdx.x == 0) copy_boxes<KIND, Tile>(maps, t, bn, inner, stage, full, !gather_a, !gather_b);
       if (!GATHER) continue;
       if (KIND != GEMM_TN && gather_a) {
         int column = inner + copy_chunk() * 8;

@@ -45,16 +45,17 @@ static int side_parts(const GemmSide *s, int kind, int bn, int parts) {
   return whole ? 1 : 0;
 }
 
-// What a launch takes. One side: whole rounds of tiles. Two: they fill each other's gaps but for the longest tiles.
-static double launch_us(const Gemm *g, int kind, const TileKind *tile, int parts) {
+// What a launch takes with these tiles. One side: whole rounds of tiles. Two: they fill each other's gaps but for the
+// longest tiles.
+static double launch_us(const Gemm *g, int kind, const TileKind *const tile[MODALITIES], int parts) {
   double work = 0, longest = 0, rounds = 0;
   int sides = 0;
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
     if (gemm_side_empty(s, kind)) continue;
     int own = s->groups == 1 ? parts : 1;
-    double us = (double)side_inner(s, kind) / own * tile->inner_us + tile->tile_us;
-    int64_t tiles = side_tiles(s, kind, tile->bn) * own;
+    double us = (double)side_inner(s, kind) / own * tile[m]->inner_us + tile[m]->tile_us;
+    int64_t tiles = side_tiles(s, kind, tile[m]->bn) * own;
     sides++;
     work += tiles * us / GEMM_SHARES;
     rounds += ceil_div64(tiles, GEMM_SHARES) * us;
@@ -69,30 +70,35 @@ static double launch_us(const Gemm *g, int kind, const TileKind *tile, int parts
 
 GemmPlan gemm_plan(const Gemm *g, int kind) {
   enum { MIN_INNER = 512 }; // of a part
-  int most = GEMM_MAX_PARTS, best = 1;
+  int most = GEMM_MAX_PARTS, parts = 1;
+  bool same = g->same_tiles;
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
+    same |= gemm_side_empty(s, kind);
     if (gemm_side_empty(s, kind) || s->groups > 1) continue;
     int longest = side_inner(s, kind) / MIN_INNER;
     if (longest < most) most = longest;
   }
-  const TileKind *tile = &tile_kinds[TILE_KINDS - 1]; // the widest, where nothing is faster
-  double least = launch_us(g, kind, tile, best);
-  for (int i = 0; i < TILE_KINDS; i++)
-    for (int parts = 1; parts == 1 || parts <= most; parts++) {
-      double us = launch_us(g, kind, &tile_kinds[i], parts);
-      if (us < least) least = us, tile = &tile_kinds[i], best = parts;
-    }
-  GemmPlan p = {tile->bn, {1, 1}, 0};
-  size_t sums = 0; // floats of parts of weight gradients, if all groups were cut as far as they may be
+  const TileKind *widest = &tile_kinds[TILE_KINDS - 1], *best[MODALITIES] = {widest, widest}; // if nothing is faster
+  double least = launch_us(g, kind, best, parts);
+  for (const TileKind *text = tile_kinds; text <= widest; text++)
+    for (const TileKind *image = same ? text : tile_kinds; image <= (same ? text : widest); image++)
+      for (int p = 1; p == 1 || p <= most; p++) {
+        const TileKind *const tile[MODALITIES] = {text, image};
+        const double us = launch_us(g, kind, tile, p);
+        if (us < least) least = us, best[TEXT] = text, best[IMAGE] = image, parts = p;
+      }
+  GemmPlan p = {{best[TEXT]->bn, best[IMAGE]->bn}, {1, 1}, 0};
+  size_t sums = 0, most_sums = 0; // floats of parts of weight gradients, if all groups were cut as far as they may be
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &g->side[m];
     if (gemm_side_empty(s, kind)) continue;
-    p.parts[m] = side_parts(s, kind, p.bn, best);
-    if (p.parts[m] > 1) p.scratch += (size_t)best * tile_rows(s, kind) * s->N * sizeof(float);
+    p.parts[m] = side_parts(s, kind, p.bn[m], parts);
+    if (p.parts[m] > 1) p.scratch += (size_t)parts * tile_rows(s, kind) * s->N * sizeof(float);
     if (p.parts[m] == 0) sums += (size_t)(s->rows / GEMM_SHARE_DEPTH + s->groups) / GEMM_SHORTEST_PART * s->M * s->N;
+    const size_t all = (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn[m];
+    if (all > most_sums) most_sums = all;
   }
-  const size_t most_sums = (size_t)GEMM_SHARE_UNITS * GEMM_BM * p.bn;
   p.scratch += (sums < most_sums ? sums : most_sums) * sizeof(float);
   return p;
 }

@@ -5,7 +5,7 @@
 #include "kernels/cuda/gemm_tiles.h"
 
 typedef struct GemmPlan {
-  int bn;                // columns of a tile
+  int bn[MODALITIES];    // columns of a tile
   int parts[MODALITIES]; // of an inner dimension; 0: as the counts want it
   size_t scratch;        // bytes of the parts' sums
 } GemmPlan;

@@ -92,12 +92,12 @@ static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_co
   __shared__ GemmTiles tiles;
   uint32_t shared = shared_address(stages);
   int warp = threadIdx.x >> 5;
-  gemm_tiles_load<KIND>(l, BN, &tiles);
+  gemm_tiles_load<KIND>(l, &tiles);
   const int total = gemm_tiles_total(&l.shape, &tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
     int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break; // only the last round can be short
-    GemmTile t = gemm_tile_at(KIND, &l.shape, &tiles, number, BN, BK);
+    GemmTile t = gemm_tile_at(KIND, &l.shape, &tiles, number, BK);
     Operand a = operand_a<KIND>(l, t), b = operand_b<KIND>(l, t);
     int steps = ceil_div(t.inner_end - t.inner, BK);
     float acc[4][4][4] = {}; // [16-row block][8-column block][fragment]

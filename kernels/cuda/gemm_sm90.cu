@@ -40,7 +40,7 @@ static void map_encode(EncodeTiled encode, CUtensorMap *map, const bf16 *base, i
           (const void *)base, box_y, (int)status);
 }
 
-static GemmMaps maps_encode(const GemmWork *l, int kind, int bn) {
+static GemmMaps maps_encode(const GemmWork *l, int kind) {
   static const EncodeTiled encode = encoder();
   GemmMaps maps = {};
   for (int m = 0; m < MODALITIES; m++) {
@@ -48,7 +48,7 @@ static GemmMaps maps_encode(const GemmWork *l, int kind, int bn) {
     if (s->groups == 0 || s->rows == 0) continue;
     int wide = kind == GEMM_TN ? s->M : s->K;
     if (!s->a_index) map_encode(encode, &maps.a[m], s->a, wide, s->rows, 0, kind == GEMM_TN ? GEMM_BK : (int)GEMM_BM);
-    if (kind == GEMM_NT) map_encode(encode, &maps.b[m], s->b, s->K, s->N, s->groups, bn);
+    if (kind == GEMM_NT) map_encode(encode, &maps.b[m], s->b, s->K, s->N, s->groups, l->shape.bn[m]);
     if (kind == GEMM_NN) map_encode(encode, &maps.b[m], s->b, s->N, s->K, s->groups, GEMM_BK);
     if (kind == GEMM_TN && !s->b_index) map_encode(encode, &maps.b[m], s->b, s->N, s->rows, 0, GEMM_BK);
   }
@@ -58,13 +58,13 @@ static GemmMaps maps_encode(const GemmWork *l, int kind, int bn) {
 template <int KIND, int LOAD, class Tile, class End> static void launch(const GemmLaunch<End> *l, cudaStream_t stream) {
   auto kernel = gemm_sm90_kernel<KIND, LOAD, Tile, End>;
   CUDA_ALLOW_SHARED(kernel, Tile::SHARED_BYTES);
-  CUDA_LAUNCH(kernel, cuda_sm_count(), Tile::THREADS, Tile::SHARED_BYTES, stream, *l,
-              maps_encode(&l->work, KIND, Tile::BN));
+  CUDA_LAUNCH(kernel, cuda_sm_count(), Tile::THREADS, Tile::SHARED_BYTES, stream, *l, maps_encode(&l->work, KIND));
 }
 
-// The plan's tile kind.
+// The plan's tile kind: of two, the wider one's kernel makes both.
 template <int KIND, int LOAD, class End> static void launch_planned(const GemmLaunch<End> *l, cudaStream_t stream) {
-  if (l->work.bn == 256)
+  const GemmShape *s = &l->work.shape;
+  if ((s->groups[TEXT] && s->bn[TEXT] == 256) || (s->groups[IMAGE] && s->bn[IMAGE] == 256))
     launch<KIND, LOAD, Cooperative<256>>(l, stream);
   else
     launch<KIND, LOAD, Cooperative<128>>(l, stream);

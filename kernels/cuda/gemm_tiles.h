@@ -25,7 +25,6 @@ typedef struct GemmWork {
   Gemm g;
   GemmShape shape;
   float *partial;         // by group, where it has more than one part: [parts, rows, N] (gemm_weights: [parts, M, N])
-  int bn;                 // columns of a tile
   uint32_t divide_factor; // i / index_divisor = i * divide_factor >> divide_shift, for all i >= 0
   int divide_shift;
 } GemmWork;
@@ -58,9 +57,9 @@ static __device__ inline void gemm_counts_load(const GemmWork &l, GemmTiles *t) 
   __syncthreads();
 }
 // Fills *t; at least two warps.
-template <int KIND> static __device__ inline void gemm_tiles_load(const GemmWork &l, int bn, GemmTiles *t) {
+template <int KIND> static __device__ inline void gemm_tiles_load(const GemmWork &l, GemmTiles *t) {
   gemm_counts_load(l, t);
-  gemm_tiles_build(KIND, &l.shape, bn, t);
+  gemm_tiles_build(KIND, &l.shape, t);
 }
 
 // Where a tile's part of an inner dimension leaves its sums: [., N], row 0 as tile.m counts.

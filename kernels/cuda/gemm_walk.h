@@ -52,6 +52,7 @@ typedef struct GemmShape {
   int groups[MODALITIES];                          // 0: the side is absent
   int rows[MODALITIES];                            // capacity
   int M[MODALITIES], N[MODALITIES], K[MODALITIES]; // as in GemmSide
+  int bn[MODALITIES];                              // columns of a tile
   int parts[MODALITIES];                           // of an inner dimension; 0: as the counts want it
   int adds;                                        // to what is there: a weight gradient of no rows has no tiles
 } GemmShape;
@@ -93,8 +94,8 @@ static GEMM_BOTH int gemm_group_side(const GemmShape *s, int group) {
   return group < s->groups[TEXT] ? TEXT : IMAGE;
 }
 // Tiles of one part of a weight gradient.
-static GEMM_BOTH int gemm_weight_tiles(const GemmShape *s, int m, int bn) {
-  return gemm_up(s->M[m], GEMM_BM) * gemm_up(s->N[m], bn);
+static GEMM_BOTH int gemm_weight_tiles(const GemmShape *s, int m) {
+  return gemm_up(s->M[m], GEMM_BM) * gemm_up(s->N[m], s->bn[m]);
 }
 // Floats of the sums of one part of a group.
 static GEMM_BOTH int64_t gemm_part_size(int kind, const GemmShape *s, int m) {
@@ -112,13 +113,13 @@ static GEMM_BOTH int gemm_even_parts(int count, int longest) {
 // ---- parts of weight gradients ----
 
 // What a group of a weight gradient adds to the launch's work.
-static GEMM_BOTH int64_t gemm_group_work(const GemmShape *s, const GemmTiles *t, int i, int bn) {
-  return (int64_t)gemm_weight_tiles(s, gemm_group_side(s, i), bn) * gemm_up(t->count[i], GEMM_SHARE_DEPTH);
+static GEMM_BOTH int64_t gemm_group_work(const GemmShape *s, const GemmTiles *t, int i) {
+  return (int64_t)gemm_weight_tiles(s, gemm_group_side(s, i)) * gemm_up(t->count[i], GEMM_SHARE_DEPTH);
 }
 // Its tiles with parts of up to `longest`; GEMM_SHARES + 1 stands for all that are more.
-static GEMM_BOTH int gemm_group_tried(const GemmShape *s, const GemmTiles *t, int i, int bn, int longest) {
+static GEMM_BOTH int gemm_group_tried(const GemmShape *s, const GemmTiles *t, int i, int longest) {
   const int m = gemm_group_side(s, i), parts = s->parts[m] ? s->parts[m] : gemm_even_parts(t->count[i], longest);
-  const int64_t tiles = (int64_t)gemm_weight_tiles(s, m, bn) * parts;
+  const int64_t tiles = (int64_t)gemm_weight_tiles(s, m) * parts;
   return tiles <= GEMM_SHARES ? (int)tiles : GEMM_SHARES + 1;
 }
 static GEMM_BOTH int gemm_share_of(int64_t work) {
@@ -132,20 +133,20 @@ static GEMM_BOTH int gemm_try_longest(int share, int i) {
 
 // Fills t->share and t->one_round: the shortest parts of those tried with which each multiprocessor has one tile at
 // most; one share, where it has several with all of them.
-static GEMM_BOTH void gemm_share_find(const GemmShape *s, int bn, GemmTiles *t) {
+static GEMM_BOTH void gemm_share_find(const GemmShape *s, GemmTiles *t) {
   const int groups = gemm_groups(s);
   int fits;
 #ifdef __CUDA_ARCH__
   static_assert(GEMM_TRIES == 32, "a lane looks at each try");
   const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   int64_t work = 0;
-  for (int i = lane; i < groups; i += 32) work += gemm_group_work(s, t, i, bn);
+  for (int i = lane; i < groups; i += 32) work += gemm_group_work(s, t, i);
 #pragma unroll
   for (int d = 16; d; d >>= 1) work += __shfl_xor_sync(0xffffffffu, work, d);
   const int share = gemm_share_of(work);
   for (int k = threadIdx.x >> 5; k < GEMM_TRIES; k += warps) {
     int tiles = 0;
-    for (int i = lane; i < groups; i += 32) tiles += gemm_group_tried(s, t, i, bn, gemm_try_longest(share, k));
+    for (int i = lane; i < groups; i += 32) tiles += gemm_group_tried(s, t, i, gemm_try_longest(share, k));
 #pragma unroll
     for (int d = 16; d; d >>= 1) tiles += __shfl_xor_sync(0xffffffffu, tiles, d);
     if (lane == 0) t->tried[k] = tiles;
@@ -154,12 +155,12 @@ static GEMM_BOTH void gemm_share_find(const GemmShape *s, int bn, GemmTiles *t) 
   fits = __ffs((int)__ballot_sync(0xffffffffu, t->tried[lane] <= GEMM_SHARES)) - 1;
 #else
   int64_t work = 0;
-  for (int i = 0; i < groups; i++) work += gemm_group_work(s, t, i, bn);
+  for (int i = 0; i < groups; i++) work += gemm_group_work(s, t, i);
   const int share = gemm_share_of(work);
   fits = -1;
   for (int k = GEMM_TRIES - 1; k >= 0; k--) {
     t->tried[k] = 0;
-    for (int i = 0; i < groups; i++) t->tried[k] += gemm_group_tried(s, t, i, bn, gemm_try_longest(share, k));
+    for (int i = 0; i < groups; i++) t->tried[k] += gemm_group_tried(s, t, i, gemm_try_longest(share, k));
     if (t->tried[k] <= GEMM_SHARES) fits = k;
   }
 #endif
@@ -229,9 +230,9 @@ static GEMM_BOTH void gemm_places_by_rows(const GemmShape *s, GemmTiles *t) {
 
 // Fills parts (and share, one_round) from begin and count, which are there. All threads of the block take part, here
 // and below; at least two warps of them.
-static GEMM_BOTH void gemm_parts_find(int kind, const GemmShape *s, int bn, GemmTiles *t) {
+static GEMM_BOTH void gemm_parts_find(int kind, const GemmShape *s, GemmTiles *t) {
   const bool by_counts = (s->groups[TEXT] > 0 && s->parts[TEXT] == 0) || (s->groups[IMAGE] > 0 && s->parts[IMAGE] == 0);
-  if (kind == GEMM_TN && by_counts) gemm_share_find(s, bn, t);
+  if (kind == GEMM_TN && by_counts) gemm_share_find(s, t);
   GEMM_EACH(g, gemm_groups(s)) t->parts[g] = (int16_t)gemm_group_parts(kind, s, t, g);
 }
 // Fills partial from the parts, once all are there, but for running sums.
@@ -243,8 +244,8 @@ static GEMM_BOTH void gemm_sums_find(int kind, const GemmShape *s, GemmTiles *t)
 }
 
 // What adds the parts' sums needs of *t: parts and partial.
-static GEMM_BOTH void gemm_parts_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
-  gemm_parts_find(kind, s, bn, t);
+static GEMM_BOTH void gemm_parts_build(int kind, const GemmShape *s, GemmTiles *t) {
+  gemm_parts_find(kind, s, t);
   GEMM_SYNC();
   gemm_sums_find(kind, s, t);
   GEMM_SYNC();
@@ -253,9 +254,9 @@ static GEMM_BOTH void gemm_parts_build(int kind, const GemmShape *s, int bn, Gem
 }
 
 // What walks the tiles needs of it: everything.
-static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, GemmTiles *t) {
+static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, GemmTiles *t) {
   const int groups = gemm_groups(s);
-  gemm_parts_find(kind, s, bn, t);
+  gemm_parts_find(kind, s, t);
   GEMM_SYNC();
   if (kind == GEMM_TN)
     gemm_places_by_rows(s, t);
@@ -266,7 +267,7 @@ static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, int bn, Gem
   GEMM_EACH(i, groups) {
     const int g = t->group[i], m = gemm_group_side(s, g), rows = kind == GEMM_TN ? s->M[m] : t->count[g];
     const bool nothing = kind == GEMM_TN && s->adds && t->count[g] == 0; // what is stored must be zeros
-    t->first[i + 1] = nothing ? 0 : gemm_up(rows, GEMM_BM) * gemm_up(s->N[m], bn) * t->parts[g];
+    t->first[i + 1] = nothing ? 0 : gemm_up(rows, GEMM_BM) * gemm_up(s->N[m], s->bn[m]) * t->parts[g];
   }
   if (GEMM_FIRST_THREAD) t->first[0] = 0;
   GEMM_SYNC();
@@ -287,8 +288,7 @@ static GEMM_BOTH int gemm_tile_number(int round, int block, int blocks) {
 }
 
 // Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
-static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmTiles *t, int number, int bn,
-                                       int depth) {
+static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmTiles *t, int number, int depth) {
   int lo = 0, hi = gemm_groups(s); // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     const int mid = (lo + hi) / 2;
@@ -303,7 +303,7 @@ static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmT
   tile.side = m;
   tile.group = g - (m == IMAGE ? s->groups[TEXT] : 0);
   const int rows = kind == GEMM_TN ? s->M[m] : t->count[g];
-  const int m_tiles = gemm_up(rows, GEMM_BM), n_tiles = gemm_up(s->N[m], bn);
+  const int m_tiles = gemm_up(rows, GEMM_BM), n_tiles = gemm_up(s->N[m], s->bn[m]);
   tile.part = i / (m_tiles * n_tiles);
   tile.partial = parts > 1;
   tile.partial_at = g > 0 ? t->partial[g - 1] : 0;
@@ -311,7 +311,7 @@ static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmT
   const int band = i / (GEMM_BAND * n_tiles), height = gemm_less(GEMM_BAND, m_tiles - band * GEMM_BAND);
   i -= band * GEMM_BAND * n_tiles;
   tile.m = (band * GEMM_BAND + i % height) * GEMM_BM;
-  tile.n = i / height * bn;
+  tile.n = i / height * s->bn[m];
   tile.m_end = rows;
   const int inner = kind == GEMM_TN ? t->count[g] : s->K[m], steps = gemm_up(inner, depth);
   tile.inner = (int)((int64_t)steps * tile.part / parts) * depth;

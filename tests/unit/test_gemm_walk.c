@@ -16,7 +16,7 @@ enum { DEPTH = 64, BLOCKS = 132 };
 
 typedef struct Walk {
   uint64_t state;
-  int kind, bn;
+  int kind;
   GemmShape shape;
   GemmTiles tiles;
 } Walk;
@@ -51,12 +51,12 @@ static void set_counts(Walk *w, Routing routing) {
 
 static void set_shape(Walk *w, int kind, const int groups[MODALITIES], int rows) {
   w->kind = kind;
-  w->bn = draw(w, 2) ? 128 : 256;
   w->shape.adds = draw(w, 2);
   for (int m = 0; m < MODALITIES; m++) {
     GemmShape *s = &w->shape;
     s->groups[m] = groups[m];
     s->rows[m] = rows;
+    s->bn[m] = draw(w, 2) ? 128 : 256;
     s->M[m] = 8 * (1 + draw(w, 60));
     s->N[m] = 8 * (1 + draw(w, 80));
     s->K[m] = 8 * (1 + draw(w, 300));
@@ -79,7 +79,7 @@ static void check_covered(const Walk *w) {
       if (number >= total) continue;
       assert_false(taken[number]);
       taken[number] = 1;
-      const GemmTile t = gemm_tile_at(w->kind, s, &w->tiles, number, w->bn, DEPTH);
+      const GemmTile t = gemm_tile_at(w->kind, s, &w->tiles, number, DEPTH);
       const int g = t.group + (t.side == IMAGE ? s->groups[TEXT] : 0), parts = w->tiles.parts[g];
       assert_in_range(t.group, 0, s->groups[t.side] - 1);
       assert_in_range(t.part, 0, parts - 1);
@@ -89,12 +89,12 @@ static void check_covered(const Walk *w) {
       const int inner0 = w->kind == GEMM_TN ? w->tiles.begin[g] : 0;
       const int inner = w->kind == GEMM_TN ? w->tiles.count[g] : s->K[t.side];
       assert_int_equal((t.m - row0) % GEMM_BM, 0);
-      assert_int_equal(t.n % w->bn, 0);
+      assert_int_equal(t.n % s->bn[t.side], 0);
       assert_true(t.m >= row0 && t.m < t.m_end && t.n >= 0 && t.n < s->N[t.side]);
       assert_int_equal(t.m_end, row0 + rows);
       assert_true(t.inner >= inner0 && t.inner_end <= inner0 + inner && t.inner <= t.inner_end);
       assert_int_equal((t.inner - inner0) % DEPTH, 0);
-      const int64_t own = (int64_t)gemm_less(GEMM_BM, t.m_end - t.m) * gemm_less(w->bn, s->N[t.side] - t.n);
+      const int64_t own = (int64_t)gemm_less(GEMM_BM, t.m_end - t.m) * gemm_less(s->bn[t.side], s->N[t.side] - t.n);
       area[g] += own;
       volume[g] += own * (t.inner_end - t.inner);
     }
@@ -116,8 +116,8 @@ static void check_distinct(const Walk *w) {
   const int total = gemm_tiles_total(&w->shape, &w->tiles);
   for (int i = 0; i < total && i < 300; i++)
     for (int j = 0; j < i; j++) {
-      const GemmTile a = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, w->bn, DEPTH);
-      const GemmTile b = gemm_tile_at(w->kind, &w->shape, &w->tiles, j, w->bn, DEPTH);
+      const GemmTile a = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, DEPTH);
+      const GemmTile b = gemm_tile_at(w->kind, &w->shape, &w->tiles, j, DEPTH);
       if (a.side == b.side && a.group == b.group && a.part == b.part) assert_true(a.m != b.m || a.n != b.n);
     }
 }
@@ -126,7 +126,7 @@ static void check_distinct(const Walk *w) {
 static void check_order(const Walk *w) {
   int64_t last = INT64_MAX;
   for (int number = 0; number < gemm_tiles_total(&w->shape, &w->tiles); number++) {
-    const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, number, w->bn, DEPTH);
+    const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, number, DEPTH);
     const int g = t.group + (t.side == IMAGE ? w->shape.groups[TEXT] : 0), parts = w->tiles.parts[g];
     const int64_t length = w->kind == GEMM_TN ? gemm_up(w->tiles.count[g], parts) : 6 * w->shape.K[t.side] / parts;
     assert_true(length <= last); // parts are 1, 2 or 3
@@ -146,7 +146,7 @@ static void check_parts(const Walk *w) {
     end += parts > 1 ? parts * gemm_part_size(w->kind, s, m) : 0;
     assert_int_equal(w->tiles.partial[g], end);
     if (w->kind != GEMM_TN || s->parts[m] || parts == 1) continue;
-    cut += parts * gemm_weight_tiles(s, m, w->bn);
+    cut += parts * gemm_weight_tiles(s, m);
     assert_true(w->tiles.count[g] > (parts * GEMM_SHORTEST_PART - 1) * GEMM_SHARE_DEPTH);
   }
   assert_true(cut <= GEMM_SHARE_UNITS);
@@ -157,14 +157,14 @@ static void check_parts_alone(const Walk *w) {
   GemmTiles *t = xcalloc(1, sizeof *t);
   const size_t groups = (size_t)gemm_groups(&w->shape);
   memcpy(t->count, w->tiles.count, sizeof t->count);
-  gemm_parts_build(w->kind, &w->shape, w->bn, t);
+  gemm_parts_build(w->kind, &w->shape, t);
   assert_memory_equal(t->parts, w->tiles.parts, groups * sizeof *t->parts);
   assert_memory_equal(t->partial, w->tiles.partial, groups * sizeof *t->partial);
   free(t);
 }
 
 static void check_walk(Walk *w) {
-  gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
+  gemm_tiles_build(w->kind, &w->shape, &w->tiles);
   check_covered(w);
   check_distinct(w);
   check_order(w);
@@ -196,14 +196,14 @@ static void test_longest_side_first(void **state) {
   (void)state;
   Walk *w = xcalloc(1, sizeof *w);
   w->kind = GEMM_NT;
-  w->bn = 128;
   const int counts[] = {200, 129, 64, 0, 300};
   memcpy(w->tiles.count, counts, sizeof counts);
   for (int image_first = 0; image_first < 2; image_first++) {
     const int order[2][5] = {{0, 1, 2, 3, 4}, {2, 3, 4, 0, 1}};
-    w->shape = (GemmShape){.groups = {2, 3}, .rows = {512, 512}, .N = {128, 128}, .K = {512, 512}, .parts = {1, 1}};
+    w->shape = (GemmShape){
+        .groups = {2, 3}, .rows = {512, 512}, .N = {128, 128}, .K = {512, 512}, .bn = {128, 128}, .parts = {1, 1}};
     w->shape.K[IMAGE] += image_first;
-    gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
+    gemm_tiles_build(w->kind, &w->shape, &w->tiles);
     assert_int_equal(gemm_tiles_total(&w->shape, &w->tiles), 2 + 2 + 1 + 3);
     for (int i = 0; i < 5; i++) assert_int_equal(w->tiles.group[i], order[image_first][i]);
   }
@@ -215,16 +215,15 @@ static void test_groups_without_rows(void **state) {
   (void)state;
   Walk *w = xcalloc(1, sizeof *w);
   w->kind = GEMM_TN;
-  w->bn = 128;
   for (int adds = 0; adds < 2; adds++)
     for (int rows = 0; rows < 2; rows++) {
-      w->shape = (GemmShape){.groups = {4, 0}, .rows = {64, 64}, .M = {256}, .N = {256}, .adds = adds};
+      w->shape = (GemmShape){.groups = {4, 0}, .rows = {64, 64}, .M = {256}, .N = {256}, .bn = {128}, .adds = adds};
       memset(w->tiles.count, 0, sizeof w->tiles.count);
       w->tiles.count[2] = 40 * rows;
-      gemm_tiles_build(w->kind, &w->shape, w->bn, &w->tiles);
+      gemm_tiles_build(w->kind, &w->shape, &w->tiles);
       assert_int_equal(gemm_tiles_total(&w->shape, &w->tiles), adds ? 4 * rows : 16);
       for (int i = 0; i < gemm_tiles_total(&w->shape, &w->tiles); i++) {
-        const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, w->bn, DEPTH);
+        const GemmTile t = gemm_tile_at(w->kind, &w->shape, &w->tiles, i, DEPTH);
         assert_int_equal(t.inner_end - t.inner, t.group == 2 ? 40 * rows : 0);
       }
     }
