@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -115,12 +116,14 @@ def run_steps(command, run, log, enough, limit):
     began, before = time.time(), gpu_memory()
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the run, too
         try:
             while process.poll() is None and not enough(run_metrics.steps(run)) and time.time() - began < limit:
                 time.sleep(0.05)
         finally:
             process.kill()
             process.wait()
+            signal.signal(signal.SIGTERM, handler)
     wait_for_memory(before)
     return run_metrics.steps(run), log.read_text(errors="replace")
 
