@@ -32,9 +32,10 @@ typedef struct OpArgs {
       int silu_image;         // image rows: h = silu(n); the final site
       int x_is_new;           // ADALN_BWD: x already is xnew (the branch only serves dgate and dbranch)
     } adaln;
-    struct {             // ROUTER_LOSS, ROUTER_BWD
+    struct {             // ROUTER_*
       double balance, z; // router loss coefficients, already divided by the number of layers
       int layer;
+      int even; // ROUTER_FWD: experts in turn, not those of the largest logits
     } router;
     struct {     // HEAD_CE
       int chunk; // rows of logits at a time
@@ -227,7 +228,8 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 // ATTENTION_BWD   dout, o in row order; dq [T,H,D], dk, dv [T,G,D] in sequence order; filler 0.
 // ROUTER_FWD      logits (two-sided, R = 1, widths E_m; filler rows 0) = h Wr_m^T in DT_REAL; top-k of each row, ties
 //                 to the lower index, in descending order; weights [T,Kmax] = softmax over the chosen logits (K_m = 1:
-//                 the full-softmax probability), 0 where unused; route (struct Route).
+//                 the full-softmax probability), 0 where unused; route (struct Route). Where loads are to be even,
+//                 choice j of a modality's i-th row is expert (i K_m + j) mod E_m instead.
 // ROUTER_LOSS     per modality with rows: balance * E_m sum_e f_e P_e + z * mean(lse^2), times dims->router_scale,
 //                 added to metrics->balance and ->z; f_e = count_e / (rows K_m), P_e = mean full-softmax probability.
 //                 Adds counts to load[layer].

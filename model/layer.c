@@ -22,9 +22,11 @@ static int has_shared(const Dims *d) {
 }
 
 static OpArgs router_args(const Recording *r, int l) {
-  return (OpArgs){
-      .accumulate = r->accumulate,
-      .router = {.balance = r->config->router.balance / r->d.L, .z = r->config->router.z / r->d.L, .layer = l}};
+  return (OpArgs){.accumulate = r->accumulate,
+                  .router = {.balance = r->config->router.balance / r->d.L,
+                             .z = r->config->router.z / r->d.L,
+                             .layer = l,
+                             .even = r->config->router.even}};
 }
 
 // ---- forward ----

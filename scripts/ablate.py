@@ -51,7 +51,7 @@ def fail(text, fix):
 @dataclass
 class Comparison:
     """A technique: the variant that has it against the one that has not. How their losses compare: "bits", "rounding",
-    or "other" where steps hold other documents."""
+    "other" where steps hold other documents, "routing" where tokens go to other experts."""
 
     technique: str
     has: str
@@ -69,6 +69,8 @@ SWITCHES = {
     "padded": ["--packing", "padded"],
     "one tile kind": ["--moe-gemm", "grouped"],
     "no graphs": ["--graph", "off"],
+    "even loads": ["--set", "router.even=true"],
+    "a product an expert, even": ["--set", "router.even=true", "--moe-gemm", "loop"],
 }
 MEMORY = {
     "recompute": ["--memory", "recompute"],
@@ -105,7 +107,9 @@ def parts_of(is_gpu, has_modality):
                 Comparison("keep instead of recompute", "everything", "recompute", "bits"),
                 Comparison("varlen packing", "everything", "padded", "other"),
                 Comparison("tiles by modality", "everything", "one tile kind"),
-                Comparison("captured graphs", "everything", "no graphs", "bits")]  # fmt: skip
+                Comparison("captured graphs", "everything", "no graphs", "bits"),
+                Comparison("even loads", "even loads", "everything", "routing"),
+                Comparison("grouped GEMM, even loads", "even loads", "a product an expert, even")]  # fmt: skip
     memory = [Comparison("planned in recompute's memory", "planned, tight", "recompute", "bits"),
               Comparison("planned, half way to keep", "planned, half way", "recompute", "bits"),
               Comparison("offload of everything", "offload", "recompute", "bits"),
@@ -118,7 +122,7 @@ def parts_of(is_gpu, has_modality):
              Comparison("planned instead of recompute", "2 T, planned", "2 T, recompute", "bits"),
              Comparison("the largest batch", "most, planned", "T, keep", "other")]  # fmt: skip
     if not is_gpu:  # the CPU has one way of each op, no queues and no graphs
-        switches = [c for c in switches if c.has_not in ("recompute", "padded")]
+        switches = [c for c in switches if c.has_not in ("recompute", "padded", "everything")]
         memory = [c for c in memory if "stream" not in c.has_not]
         ladder = [c for c in ladder if "GEMM" not in c.technique]
         ladder[1].has_not = "+ planned memory"
@@ -343,8 +347,8 @@ def losses_of(kind, a, b, same):
             return "other documents a step", True
         x, y = (values(row, "first_losses") for row in same)
         return ("the same digits" if x == y else f"{far(x, y):.0e}") + " on the same documents", far(x, y) < 1e-2
-    if not (a["loss"] and b["loss"]):
-        return "-", True
+    if kind == "routing" or not (a["loss"] and b["loss"]):
+        return "other experts" if kind == "routing" else "-", True
     if a["loss"] == b["loss"] and a["first_losses"] == b["first_losses"]:
         return "the same digits", True
     apart = far(values(a, "loss"), values(b, "loss"))

@@ -95,6 +95,7 @@ void overview_log(const Engine *e, Source *const *source, int sources, const Tok
            short_number(d, (double)params_active(c, IMAGE)));
   log_info("data: %lld samples with %lld images, about %s tokens; held out: %lld samples", (long long)epoch.samples,
            (long long)epoch.images, short_number(a, epoch.tokens), (long long)epoch.held_out);
+  if (c->router.even) log_warn("router.even: tokens go to experts in turn, whatever the routers learn");
   if (epoch.cut)
     log_warn("%lld of %lld captions looked at are longer than data.max_caption = %d tokens: training cuts them",
              (long long)epoch.cut, (long long)epoch.probed, c->data.max_caption);

@@ -51,6 +51,11 @@ static void choose_top(const real *s, int64_t E, int64_t K, int32_t *chosen) {
   }
 }
 
+// Row i of a modality takes the experts in turn.
+static void choose_in_turn(int64_t i, int64_t E, int64_t K, int32_t *chosen) {
+  for (int64_t j = 0; j < K; j++) chosen[j] = (int32_t)((i * K + j) % E);
+}
+
 // weight [K] of the chosen experts: softmax over them, or the full-softmax probability when there is one.
 static void chosen_weights(const real *s, int64_t E, int64_t K, const int32_t *chosen, real *weight) {
   real top = s[chosen[0]], sum = 0;
@@ -122,7 +127,10 @@ void cpu_ROUTER_FWD(const KernelCall *c) {
   for (int64_t r = 0; r < used; r++) {
     const Side *s = &side[r < side[IMAGE].first ? TEXT : IMAGE];
     const real *row = logits + s->base + r * s->E;
-    choose_top(row, s->E, s->K, route.slot + r * kmax);
+    if (c->args->router.even)
+      choose_in_turn(r - s->first, s->E, s->K, route.slot + r * kmax);
+    else
+      choose_top(row, s->E, s->K, route.slot + r * kmax);
     chosen_weights(row, s->E, s->K, route.slot + r * kmax, weights + r * kmax);
   }
   for (int m = 0; m < MODALITIES; m++) {

@@ -65,7 +65,7 @@ static __device__ void tile_logits(const Sides &s, RowTile t, const bf16 *h, con
 template <int COLUMNS>
 static __global__ void __launch_bounds__(THREADS, 2)
     choose_kernel(const BatchDims *n, const __grid_constant__ Sides s, const bf16 *h, const bf16 *wr0, const bf16 *wr1,
-                  float *logits, float *weights, int32_t *slots, uint8_t *counts, int counts_stride) {
+                  float *logits, float *weights, int32_t *slots, uint8_t *counts, int counts_stride, int even) {
   extern __shared__ float tile[];                     // [TILE, logit_stride]
   __shared__ unsigned long long takers[EXPERTS_MOST]; // bit r: row r of the tile chose the expert
   RowTile t = row_tile(n, s.T, TILE, blockIdx.x);
@@ -96,6 +96,11 @@ static __global__ void __launch_bounds__(THREADS, 2)
     chosen[j] = -1;
     value[j] = 0;
     if (j >= K) continue;
+    if (even) { // in turn
+      chosen[j] = ((t.ordinal * TILE + row) * K + j) % E;
+      value[j] = x[chosen[j]];
+      continue;
+    }
     int best = -1;
     float most = 0;
     for (int e = q; e < E; e += QUAD) {
@@ -252,7 +257,8 @@ template <int COLUMNS> static void choose_launch(const KernelCall *c, const Rout
   CUDA_LAUNCH((choose_kernel<COLUMNS>), tiles_most(d->T, TILE), THREADS, tile_bytes(d), call_stream(c), c->batch->dims,
               sides_of(d), (const bf16 *)c->in.ROUTER_FWD.h, (const bf16 *)c->in.ROUTER_FWD.wr[TEXT],
               (const bf16 *)c->in.ROUTER_FWD.wr[IMAGE], (float *)c->out.ROUTER_FWD.logits,
-              (float *)c->out.ROUTER_FWD.weights, route->slot, (uint8_t *)c->scratch, counts_stride_of(d));
+              (float *)c->out.ROUTER_FWD.weights, route->slot, (uint8_t *)c->scratch, counts_stride_of(d),
+              c->args->router.even);
 }
 
 extern "C" void cuda_ROUTER_FWD(const KernelCall *c) {

@@ -15,7 +15,7 @@ enum {
   CONFIG_SOURCES = 16,         // most data sources
   CONFIG_PER_TENSOR = 16,      // most entries of memory.per_tensor
   CONFIG_MAX_PIXELS = 1 << 26, // of an image
-  CONFIG_KEYS = 96,            // room for the origin of every key
+  CONFIG_KEYS = 112,           // room for the origin of every key
 };
 
 typedef enum ImageMode {
@@ -131,6 +131,7 @@ typedef struct Config {
   } flow;
   struct {
     double balance, z;
+    bool even; // experts in turn: to measure with
   } router;
   struct {
     int every;     // steps, 0 = only at the end

@@ -116,6 +116,8 @@ const Key config_keys[] = {
     {"flow.t_floor", KEY_FLOAT, AT(flow.t_floor), "0.05", 1e-6, 1, NULL, NULL, "least 1-t that the loss divides by"},
     {"router.balance", KEY_FLOAT, AT(router.balance), "0.01", 0, 1e6, NULL, NULL, "weight of the load-balancing loss"},
     {"router.z", KEY_FLOAT, AT(router.z), "0.001", 0, 1e6, NULL, NULL, "weight of the router's z-loss"},
+    {"router.even", KEY_BOOL, AT(router.even), "false", 0, 0, NULL, NULL,
+     "tokens go to the experts in turn: to measure speed with even loads, not to train"},
 
     {"eval.every", KEY_INT, AT(eval.every), "250", 0, ANY, NULL, NULL, "steps between evaluations; 0: at the end only"},
     {"eval.samples", KEY_INT, AT(eval.samples), "16", 0, 1024, NULL, NULL, "images generated at each"},

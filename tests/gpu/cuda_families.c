@@ -270,6 +270,13 @@ static void run_router(CudaCase *c, const CudaShape *shape) {
   cuda_case_call(c, OP_ROUTER_FWD, ARGS(.span = {0}), VALUES_IN(r.h, r.wr[0], r.wr[1]),
                  VALUES_OUT(value_sided(c, DT_REAL, one, d->E, 0, true), value_out(c, DT_REAL, d->T, kmax),
                             value_out(c, DT_I32, 1, r.route.count)));
+  if (!c->bench) {
+    cuda_case_variant(c, "%d/%d experts in turn, top %d/%d", d->E[0], d->E[1], d->K[0], d->K[1]);
+    cuda_case_call(c, OP_ROUTER_FWD, ARGS(.router = {.even = 1}), VALUES_IN(r.h, r.wr[0], r.wr[1]),
+                   VALUES_OUT(value_sided(c, DT_REAL, one, d->E, 0, true), value_out(c, DT_REAL, d->T, kmax),
+                              value_out(c, DT_I32, 1, r.route.count)));
+    cuda_case_variant(c, "%d/%d experts, top %d/%d", d->E[0], d->E[1], d->K[0], d->K[1]);
+  }
   OpArgs a = {.router = {.balance = 0.3, .z = 0.2, .layer = layer}};
   cuda_case_call(c, OP_ROUTER_LOSS, a, VALUES_IN(r.logits, r.route), VALUES_OUT(value_metrics(c)));
   Value dweights = value_random(c, DT_REAL, d->T, kmax, 1);

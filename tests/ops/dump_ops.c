@@ -80,6 +80,9 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
     NUMBER(adaln, silu_image);
     NUMBER(adaln, x_is_new);
     break;
+  case OP_ROUTER_FWD:
+    NUMBER(router, even);
+    break;
   case OP_ROUTER_LOSS:
   case OP_ROUTER_BWD:
     NUMBER(router, balance);

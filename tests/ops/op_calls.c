@@ -177,7 +177,9 @@ static void call_router(OpCalls *w, Value *route, Value *weights, Value h) {
   *weights = poison_value(w, TK);
   Route bound;
   *route = int_value(w, route_bind(&bound, d, NULL));
-  call(w, OP_ROUTER_FWD, ARGS(.span = {0}), IN(h, wr[0], wr[1]), OUT(logits, *weights, *route));
+  call(w, OP_ROUTER_FWD, ARGS(.router = {.even = 1}), IN(h, wr[0], wr[1]),
+       OUT(poison_value(w, n_logits), poison_value(w, TK), int_value(w, route_bind(&bound, d, NULL))));
+  call(w, OP_ROUTER_FWD, ARGS(.router = {0}), IN(h, wr[0], wr[1]), OUT(logits, *weights, *route));
   OpArgs a = {.router = {.balance = 0.3, .z = 0.2, .layer = case_int(&w->c, 0, d->L - 1)}};
   call(w, OP_ROUTER_LOSS, a, IN(logits, *route), OUT(metrics_value(w)));
   for (int accumulate = 0; accumulate < 2; accumulate++) {

@@ -400,6 +400,8 @@ def op_router_fwd(c, r):
         logits.append(c.rows(r.i["h"], m) @ r.i[f"wr_{m}"].view(c.E[m], c.C).T)
         own = c.view(r.out["logits"], m, (1, 1), c.E)
         ids = torch.tensor([sorted(range(c.E[m]), key=lambda e: (-row[e], e))[: c.K[m]] for row in own.tolist()])
+        if int(r.arg["even"]):
+            ids = torch.arange(len(own) * c.K[m]) % c.E[m]
         ids = ids.long().view(len(own), c.K[m])
         full = own.softmax(1).gather(1, ids)
         weights[c.span[m], : c.K[m]] = full if c.K[m] == 1 else own.gather(1, ids).softmax(1)

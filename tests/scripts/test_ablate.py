@@ -79,18 +79,19 @@ def stand_in(top):
     calls = (top / "calls").read_text().splitlines()
     same, rounds = calls[:2], calls[2:]
     assert same == ["--set data.max_images=50", "--packing padded --set data.max_images=50"], same
-    assert len(rounds) == 14 and rounds[:7] == rounds[7:][::-1], rounds
+    assert len(rounds) == 18 and rounds[:9] == rounds[9:][::-1], rounds
     assert rounds[:3] == ["", "--adaln unfused", "--moe-gemm loop"], rounds[:3]
     found = json.loads((out / "ablate.json").read_text())
     gains = {g["technique"]: g for g in found["gains"]}
     for technique, slower in (("AdaLN in one kernel", 1.2), ("grouped GEMM", 1.5), ("varlen packing", 1.25),
-                              ("tiles by modality", 1.04), ("captured graphs", 1.06)):  # fmt: skip
+                              ("tiles by modality", 1.04), ("captured graphs", 1.06), ("grouped GEMM, even loads", 1.5)):  # fmt: skip
         g = gains[technique]
         assert g["rounds"] == 2 and g["least"] + 1 < 100 * (slower - 1) < g["largest"] - 0.9, g
         assert abs(g["gain"] - 100 * (slower - 1)) < 0.5, g  # what drifts in a round, the next takes back
     assert gains["captured graphs"]["losses"] == gains["keep instead of recompute"]["losses"] == "the same digits"
     assert gains["grouped GEMM"]["losses"] == "2e-05", gains["grouped GEMM"]
     assert gains["varlen packing"]["losses"] == "1e-05 on the same documents", gains["varlen packing"]
+    assert gains["even loads"]["losses"] == "other experts" and abs(gains["even loads"]["gain"]) < 0.5, gains
     run = found["runs"][2]
     assert run["variant"] == "everything" and run["memory_gb"] == 10 and run["mfu"] == 0.4, run
     # 20 tokens a sample, 4 of them an image's: a fifth of 1000 tokens on 8 experts, and two choices each of the others
@@ -119,7 +120,7 @@ def stand_in(top):
     assert "error: no more memory" in (out / "ablate.txt").read_text(), said
     for name in ("gains", "ladder"):
         root = xml.parse(out / f"{name}-cuda.svg").getroot()
-        assert len(list(root.iter(f"{SVG}circle"))) == {"gains": 1 + 6 + 3, "ladder": 1 + 5}[name], name
+        assert len(list(root.iter(f"{SVG}circle"))) == {"gains": 1 + 8 + 3, "ladder": 1 + 5}[name], name
 
     page = top / "page.md"
     places = ("<!-- ablate cuda switches -->\nold\n<!-- end -->\n", "<!-- ablate cpu switches -->\nkept\n<!-- end -->\n")

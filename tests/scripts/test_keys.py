@@ -477,6 +477,12 @@ def _():
         close(norm(pull[1]), 2 * norm(pull[0]), 1e-2)
 
 
+@key("router.even")
+def _():  # the loads of a step over their fair shares, the worst: a row more at most
+    load = {even: run({"router.even": even}).rows[0]["expert_load_max"] for even in (False, True)}
+    assert load[True] < load[False] and load[True] < 1.2, load
+
+
 @key("eval.every")
 def _():
     assert sorted(run({"eval.every": 2, "train.steps": 5, "eval.documents": 3}).evals) == [2, 4, 5]

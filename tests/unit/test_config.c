@@ -194,6 +194,7 @@ static const char *const other_values[] = {
     "flow.t_floor=0.01",
     "router.balance=0",
     "router.z=0",
+    "router.even=true",
     "eval.every=0",
     "eval.samples=0",
     "eval.documents=3",

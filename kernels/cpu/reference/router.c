@@ -52,7 +52,9 @@ void reference_ROUTER_FWD(const KernelCall *c) {
       for (int64_t i = 0; i < C && r < used_rows(c); i++) s[e] += h[r * C + i] * Wr[e * C + i];
     }
     if (r >= used_rows(c)) continue;
-    for (int j = 0; j < K; j++) chosen[j] = next_choice(s, E, chosen, j);
+    const int64_t i = r - (m == TEXT ? 0 : c->batch->dims->n_text); // row of its modality
+    for (int j = 0; j < K; j++)
+      chosen[j] = c->args->router.even ? (int32_t)((i * K + j) % E) : next_choice(s, E, chosen, j);
     double lse = log_sum_exp(s, E);
     for (int j = 0; j < K; j++) chosen_sum += exp(s[chosen[j]] - lse);
     for (int j = 0; j < K; j++) weights[r * kmax + j] = exp(s[chosen[j]] - lse) / (K == 1 ? 1 : chosen_sum);
