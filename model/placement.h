@@ -22,14 +22,24 @@ int space_is_shared(const Model *m, Space space);
 // leave for SPACE_HOST_GRADS while the layers below are computed. Those outside of layers stay.
 enum { GRADIENT_SLOTS = 3 };
 int bucket_leaves(const Model *m, const ParamBucket *b);
-// Elements of SPACE_GRADS: gradients that stay, in the slabs' order, then the slots.
-int64_t gradients_count(const Model *m);
 // Elements of SPACE_HOST_GRADS, where those that leave lie as in the slabs.
 int64_t gradients_host_count(const Model *m);
-// The element of SPACE_GRADS that a bucket's gradients begin at while they are formed.
+// Where gradients are shared out (parallel.zero 2), SPACE_GRADS has this process's shares of the step's. Those of a
+// micro-step are formed whole in SPACE_MICRO_GRADS, as above where they leave: of layers in turn, in one slot while the
+// processes sum the other.
+int gradients_are_shared(const Model *m);
+Space gradients_space(const Model *m);
+// Elements of gradients_space: gradients that stay, in the slabs' order, then the slots.
+int64_t gradients_count(const Model *m);
+// The element of it that a bucket's gradients begin at while they are formed.
 int64_t gradients_begin(const Model *m, const ParamBucket *b);
-// Gradients [begin, end) of a bucket in SPACE_GRADS, in SPACE_HOST_GRADS.
+// A bucket's gradients in gradients_space, or in another space as in the slabs.
 TensorId bucket_gradients(Program *p, const Model *m, const ParamBucket *b, Space space);
+// This process's share of them there, and of the step's.
+TensorId bucket_gradient_share(Program *p, const Model *m, const ParamBucket *b, Space space);
+
+// Where weights are updated in shares: all of a bucket's, from all processes.
+void bucket_gather(Program *p, const Model *m, const ParamBucket *b);
 
 // Sums over the gradients of n parameters from `first` on, in SPACE_PARAM_SUMS: of their squares ([n, EXACT_WORDS] F64,
 // GRAD_SQUARES), or of their mixed bits ([n] U64, GRAD_HASH).

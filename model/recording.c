@@ -21,8 +21,8 @@ TensorId gradient(Recording *r, int param) {
   char name[64];
   snprintf(name, sizeof name, "d %s", w->name);
   const ParamBucket *b = bucket_of(&r->model->params, param);
-  int64_t begin = r->grads == SPACE_GRADS ? gradients_begin(r->model, b) + w->offset - b->begin : w->offset;
-  return program_external(r->p, r->grads, begin * bytes, DT_REAL, w->count, name);
+  int64_t at = r->grads == gradients_space(r->model) ? gradients_begin(r->model, b) : b->begin;
+  return program_external(r->p, r->grads, (at + w->offset - b->begin) * bytes, DT_REAL, w->count, name);
 }
 
 TensorId rows_tensor(Recording *r, int width, const char *name) {

@@ -28,9 +28,22 @@ static void record_sums_return(Recording *r, int l) {
                bucket_gradients(r->p, r->model, b, SPACE_GRADS));
 }
 
+// This process's share of the sum of a micro-step's gradients over all is added to the step's.
+static void record_gradient_share(Recording *r, const ParamBucket *b) {
+  program_collective(r->p, OP_REDUCE_SCATTER, bucket_gradients(r->p, r->model, b, SPACE_MICRO_GRADS));
+  Shard share = bucket_shard(r->model, b);
+  OpArgs a = {.accumulate = !mode_is_first(r->mode), .span = {.count = share.end - share.begin}};
+  program_op(r->p, OP_ADD, IN(bucket_gradient_share(r->p, r->model, b, SPACE_MICRO_GRADS)),
+             OUT(bucket_gradient_share(r->p, r->model, b, SPACE_GRADS)), &a);
+}
+
 // A layer's gradients are there: they are summed over the processes, those that leave do, and the step's are squared
 // while they are at hand.
 static void record_gradients_end(Recording *r, const ParamBucket *b) {
+  if (gradients_are_shared(r->model)) {
+    record_gradient_share(r, b);
+    return;
+  }
   if (r->grads == SPACE_MICRO_GRADS) record_gradient_sum(r, b);
   if (mode_is_last(r->mode) && r->config->processes > 1)
     program_collective(r->p, config_shards(r->config) > 1 ? OP_REDUCE_SCATTER : OP_ALL_REDUCE,
@@ -51,6 +64,8 @@ static void record_backward(Recording *r, const Input *in, const Heads *heads) {
   program_layer(r->p, L);
   record_sums_return(r, L - 1);
   SiteGradient g = record_heads_backward(r, heads, r->layer[L - 1].end.h);
+  const ParamBucket *of_heads = bucket_of(w, w->image_head);
+  record_gradients_end(r, of_heads);
   r->dmod = program_tensor(r->p, DT_ACT, (int64_t)r->d.segments * r->d.M, "d modulation");
   for (int l = L - 1; l >= 0; l--) {
     if (l) record_sums_return(r, l - 1);
@@ -61,7 +76,16 @@ static void record_backward(Recording *r, const Input *in, const Heads *heads) {
   program_layer(r->p, -1);
   record_input_backward(r, in, dx);
   for (int b = 0; b < w->buckets; b++)
-    if (w->bucket[b].layer < 0) record_gradients_end(r, &w->bucket[b]);
+    if (w->bucket[b].layer < 0 && &w->bucket[b] != of_heads) record_gradients_end(r, &w->bucket[b]);
+}
+
+// Weights that the update before left in shares come together, on the comm lane: each bucket ahead of what reads it.
+static void record_gathers(Recording *r) {
+  const ParamTable *w = &r->model->params;
+  const ParamBucket *modulation = bucket_of(w, w->mod_weight); // read before the layers
+  bucket_gather(r->p, r->model, &w->bucket[0]);
+  bucket_gather(r->p, r->model, modulation);
+  for (const ParamBucket *b = w->bucket + 1; b < modulation; b++) bucket_gather(r->p, r->model, b);
 }
 
 ModelProgram transformer_record(const Model *model, Mode mode, int slots, int segments, const PolicyTable *policy) {
@@ -80,7 +104,8 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   r->d = dims_from_config(c, slots, segments);
   r->mode = mode;
   r->train = mode_trains(mode);
-  int adds = r->train && !mode_is_first(mode), apart = adds && model->backend->gradient_per_micro;
+  int adds = r->train && !mode_is_first(mode);
+  int apart = gradients_are_shared(model) || (adds && model->backend->gradient_per_micro);
   r->accumulate = adds && !apart;
   r->grads = apart ? SPACE_MICRO_GRADS : SPACE_GRADS;
   Program *p = r->p = program_new(names[mode], &r->d, model->backend, r->train ? policy : NULL);
@@ -95,6 +120,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   if (mode_is_first(mode)) { // evaluation sums over many replays
     OpArgs zero = {.span = {.count = n_metrics * (int64_t)sizeof(double)}};
     program_op(p, OP_ZERO, IN(), OUT(r->metrics), &zero);
+    record_gathers(r);
   }
 
   Input in;

@@ -102,13 +102,6 @@ static int is_away(const Parts *s, const Part *part, Space space) {
   return space == SPACE_HOST_GRADS || part->end <= state_host_count(s->model, space);
 }
 
-// A share's weights are new: everybody gets those of the whole bucket.
-static void part_gather(const Parts *s, const Part *part) {
-  if (!is_shared(s)) return;
-  const Part whole = {.begin = part->bucket->begin, .end = part->bucket->end};
-  program_collective(s->p, OP_ALL_GATHER, place(s, &whole, SPACE_WEIGHTS, whole.begin));
-}
-
 // The part of a space as ops take it: where it lies, or what travels in from the host.
 static TensorId part_lend(const Parts *s, const Part *part, Space space) {
   Space from = space == SPACE_GRADS && bucket_leaves(s->model, part->bucket) ? SPACE_HOST_GRADS : space;
@@ -203,7 +196,6 @@ Program *update_record(const Model *model, int ema) {
   for (int i = 0, sent = 0; i < s.n; i++) {
     for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) lent[sent] = update_lend(&s, &s.of[sent], ema);
     record_part(&s, &s.of[i], lent[i], status, scalars, ema);
-    part_gather(&s, &s.of[i]);
     if (sent < s.n) lent[sent] = update_lend(&s, &s.of[sent], ema), sent++;
     update_return(&s, &s.of[i], lent[i], ema);
   }
@@ -213,9 +205,18 @@ Program *update_record(const Model *model, int ema) {
 
 // ---- others ----
 
+Program *gather_record(const Model *model) {
+  Parts s = parts_open(model, "weights of all");
+  for (int b = 0; b < model->params.buckets; b++) bucket_gather(s.p, model, &model->params.bucket[b]);
+  return parts_close(&s);
+}
+
 Program *hash_record(const Model *model) {
   Parts s = parts_open(model, "gradient hash");
-  parts_join(&s, 1);
+  if (gradients_are_shared(model))
+    parts_share(&s);
+  else
+    parts_join(&s, 1);
   for (const Part *part = s.of; part < s.of + s.n; part++) {
     OpArgs a = part_args(&s, part);
     program_op(s.p, OP_GRAD_HASH, IN(part_lend(&s, part, SPACE_GRADS)),
@@ -224,28 +225,41 @@ Program *hash_record(const Model *model) {
   return parts_close(&s);
 }
 
+// A part of the weights, where it is laid aside: among the gradients, shares one after the other.
+static TensorId part_aside(const Parts *s, const Part *part) {
+  int away = s->model->state == STATE_GRADIENTS; // the gradients' slab has no room
+  int64_t at = is_shared(s) ? bucket_shard(s->model, part->bucket).at : part->begin;
+  return program_external(s->p, away ? SPACE_HOST_GRADS : SPACE_GRADS,
+                          at * (int64_t)s->model->backend->dtype_bytes[DT_ACT], DT_ACT, part->end - part->begin,
+                          "weights laid aside");
+}
+
+static void record_aside(const Parts *s, const Part *part, int enter) {
+  TensorId weights = part_of(s, part, SPACE_WEIGHTS), aside = part_aside(s, part);
+  Lane lane = s->model->state != STATE_GRADIENTS ? LANE_COMPUTE : enter ? LANE_D2H : LANE_H2D;
+  program_copy(s->p, lane, enter ? weights : aside, enter ? aside : weights);
+}
+
 Program *ema_record(const Model *model, int enter) {
   Parts s = parts_open(model, enter ? "ema in" : "ema out");
   const Part all = {.bucket = model->params.bucket, .n = model->params.n, .end = model->params.total};
-  int away = model->state == STATE_GRADIENTS; // the gradients' slab has no room
-  TensorId weights = part_of(&s, &all, SPACE_WEIGHTS);
-  TensorId aside =
-      program_external(s.p, away ? SPACE_HOST_GRADS : SPACE_GRADS, 0, DT_ACT, all.end, "weights laid aside");
-  TensorId from = enter ? weights : aside, to = enter ? aside : weights;
-  program_copy(s.p, !away ? LANE_COMPUTE : enter ? LANE_D2H : LANE_H2D, from, to);
-  if (!enter) return parts_close(&s);
-  if (is_shared(&s))
+  if (is_shared(&s)) {
     parts_share(&s);
-  else if (state_host_count(model, SPACE_EMA))
-    parts_cut(&s);
-  else
-    parts_add(&s, all);
+    for (int i = 0; i < s.n; i++) record_aside(&s, &s.of[i], enter);
+  } else {
+    record_aside(&s, &all, enter);
+    if (enter && state_host_count(model, SPACE_EMA))
+      parts_cut(&s);
+    else
+      parts_add(&s, all);
+  }
+  if (!enter) return parts_close(&s);
   TensorId *ema = xcalloc((size_t)s.n, sizeof *ema);
   for (int i = 0, sent = 0; i < s.n; i++) {
     for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) ema[sent] = part_lend(&s, &s.of[sent], SPACE_EMA);
     OpArgs cast = {.span = {.count = s.of[i].end - s.of[i].begin}};
     program_op(s.p, OP_CAST, IN(ema[i]), OUT(part_of(&s, &s.of[i], SPACE_WEIGHTS)), &cast);
-    part_gather(&s, &s.of[i]);
+    bucket_gather(s.p, model, s.of[i].bucket);
   }
   free(ema);
   return parts_close(&s);

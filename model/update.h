@@ -7,11 +7,14 @@
 // The update: squares of the gradients that are on the device, the step's decision, AdamW, and with `ema` the moving
 // average. What lies on the host passes through the arena.
 Program *update_record(const Model *model, int ema);
-// Hashes of all gradients, into SPACE_PARAM_SUMS (SUMS_OF_BITS).
+// Where every process updates its share of the weights: everybody gets all of them, as from the first micro-step of the
+// next step, which begins with that.
+Program *gather_record(const Model *model);
+// Hashes of all gradients, of which shared ones are this process's shares, into SPACE_PARAM_SUMS (SUMS_OF_BITS).
 Program *hash_record(const Model *model);
 
 // Puts the EMA in the place of the weights and saves the weights in the gradients' slab, on the host where gradients
-// leave; the program with `enter` 0 restores them, bit for bit. Only between steps: a step's first micro-step
-// overwrites the gradients.
+// leave; the program with `enter` 0 restores them, bit for bit: of weights updated in shares this process's, as after
+// an update. Only between steps: a step's first micro-step overwrites the gradients.
 Program *ema_record(const Model *model, int enter);
 #endif

@@ -218,6 +218,7 @@ void engine_bind(Engine *e) {
   bind(e, e->last.program);
   bind(e, e->update);
   bind(e, e->update_ema);
+  bind(e, e->gather);
   bind(e, e->hash);
   bind(e, e->ema_in);
   bind(e, e->ema_out);
@@ -237,8 +238,17 @@ int engine_allocate(Engine *e, Error *err) {
   return engine_allocate_begin(e, err) != 0 ? -1 : engine_allocate_end(e, err);
 }
 
+void engine_flush(Engine *e) {
+  if (e->gather_due) program_replay(e->gather, NULL);
+  e->gather_due = 0;
+}
+
 void engine_use_ema(Engine *e, int ema) {
-  if (e->ema_in && ema != e->uses_ema) program_replay(ema ? e->ema_in : e->ema_out, NULL);
+  if (!e->ema_in) engine_flush(e);
+  if (e->ema_in && ema != e->uses_ema) {
+    program_replay(ema ? e->ema_in : e->ema_out, NULL);
+    e->gather_due = !ema && e->gather;
+  }
   e->uses_ema = ema;
 }
 
@@ -291,6 +301,7 @@ void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *time
   BatchShape shape = dims_batch_shape(&m->program->dims);
   stage_pack(e, pack, batch_bind(&(Batch){0}, shape, NULL));
   program_replay(m->program, times);
+  if (m->program == e->first.program) e->gather_due = 0;
 }
 
 int engine_packs_sent(const Engine *e) {
@@ -311,6 +322,7 @@ void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times
     b->upload(e->bases.of[SPACE_SCALARS], scalars, sizeof *scalars);
   }
   program_replay(ema ? e->update_ema : e->update, times);
+  e->gather_due = e->gather != NULL;
   if (!b->queues) return;
   queue_copy(b, LANE_COMPUTE, e->pinned.status, e->bases.of[SPACE_STATUS], sizeof *e->pinned.status);
   queue_copy(b, LANE_COMPUTE, e->pinned.metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);

@@ -41,6 +41,8 @@ typedef struct Engine {
   ModelProgram first, later; // micro-steps; later: those of several that no other is for
   ModelProgram last;         // the last of several, where gradients leave in it
   Program *update, *update_ema;
+  Program *gather;           // where the update leaves weights in shares
+  int gather_due;            // it has, and nobody has brought them together since
   Program *ema_in, *ema_out; // with an EMA: puts it in the weights' place, and the weights back
   Program *hash;             // with train.verify_every
   int uses_ema;
@@ -127,8 +129,11 @@ void engine_hash(Engine *e, uint64_t *hash);
 // Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);
 
+// After an update whose weights are in shares, which the next step's first micro-step would bring together: does so,
+// for whoever else reads them. All processes call it.
+void engine_flush(Engine *e);
 // Puts the EMA, where there is one, in the place of the weights (1) or the weights back (0). Between steps only, and
-// nothing is trained or saved meanwhile.
+// nothing is trained or saved meanwhile. All processes call it.
 void engine_use_ema(Engine *e, int ema);
 
 // Bytes of the device that all slabs take.

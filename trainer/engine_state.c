@@ -8,7 +8,7 @@
 #include <string.h>
 
 void engine_free_state_programs(Engine *e) {
-  Program **all[] = {&e->update, &e->update_ema, &e->ema_in, &e->ema_out, &e->hash};
+  Program **all[] = {&e->update, &e->update_ema, &e->gather, &e->ema_in, &e->ema_out, &e->hash};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
     program_free(*all[i]);
     *all[i] = NULL;
@@ -34,16 +34,18 @@ static void set_state_bytes(Engine *e, int train) {
   int away = e->model.state == STATE_GRADIENTS;
   if (c->train.ema > 0) set_slab_bytes(e, SPACE_EMA);
   // Where the weights lie while the EMA is in their place.
-  if (c->train.ema > 0) e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n * (int64_t)b->dtype_bytes[DT_ACT];
+  if (c->train.ema > 0)
+    e->bytes[away ? SPACE_HOST_GRADS : SPACE_GRADS] = n / config_shards(c) * (int64_t)b->dtype_bytes[DT_ACT];
   if (!train) return;
   set_slab_bytes(e, SPACE_REMAINDER);
   set_slab_bytes(e, SPACE_ADAM_M);
   set_slab_bytes(e, SPACE_ADAM_V);
-  e->bytes[SPACE_GRADS] = element_bytes(e, SPACE_GRADS, gradients_count(&e->model));
-  e->bytes[SPACE_HOST_GRADS] =
-      max_i64(e->bytes[SPACE_HOST_GRADS], element_bytes(e, SPACE_HOST_GRADS, gradients_host_count(&e->model)));
   if (c->train.micro_batches > 1 && b->gradient_per_micro)
     e->bytes[SPACE_MICRO_GRADS] = element_bytes(e, SPACE_MICRO_GRADS, n);
+  e->bytes[SPACE_GRADS] = element_bytes(e, SPACE_GRADS, n / config_gradient_shards(c));
+  e->bytes[gradients_space(&e->model)] = element_bytes(e, SPACE_GRADS, gradients_count(&e->model));
+  e->bytes[SPACE_HOST_GRADS] =
+      max_i64(e->bytes[SPACE_HOST_GRADS], element_bytes(e, SPACE_HOST_GRADS, gradients_host_count(&e->model)));
   e->bytes[SPACE_PARAM_SUMS] = param_sums_offset(&e->model.params, PARAM_SUMS);
   e->bytes[SPACE_SCALARS] = sizeof(StepScalars);
   e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
@@ -64,9 +66,10 @@ static void record_state(Engine *e, MemoryState state, int kept, const int64_t f
     e->ema_out = ema_record(&e->model, 0);
   }
   if (train) e->update = update_record(&e->model, 0);
+  if (train && config_shards(c) > 1) e->gather = gather_record(&e->model);
   if (train && has_ema) e->update_ema = update_record(&e->model, 1);
   if (train && c->train.verify_every) e->hash = hash_record(&e->model);
-  const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->hash};
+  const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->gather, e->hash};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
     if (all[i]) engine_measure(e, all[i]);
 }

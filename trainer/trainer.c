@@ -199,6 +199,7 @@ static int check_save(Trainer *t, int wait, int last, Error *err) {
 
 // Begins a save, when the one before is on the disk. The run's last save makes up for one that was not written.
 static int save(Trainer *t, const Feed *feed, int last, Error *err) {
+  engine_flush(&t->engine); // the weights, for who writes them
   double began = time_now();
   if (last && saver_result(t->saver, 1, err) != 0)
     warn_once(err->text, "");

@@ -150,7 +150,7 @@ static __device__ inline int64_t chunk_single(Chunk c, Eights e) {
 
 // What a thread reads of a chunk at a time, and how often.
 enum { SQUARE_LOADS = CHUNK / (4 * THREADS) };
-static_assert(SQUARE_LOADS == (int)EXACT_LEAF / 4, "a thread is left with one leaf");
+static_assert(SQUARE_LOADS == 16 && EXACT_LEAF == 16 * 4, "a thread is left with one leaf");
 
 // The square of a float is exact as a double.
 static __device__ inline double squares4(float4 g) {
@@ -164,9 +164,20 @@ static __device__ inline float4 load_four(const float *x, int64_t at, int64_t en
                      at + 3 < end ? x[at + 3] : 0);
 }
 
+// Of 2 HALF leaves that threads share, one of a pair of threads keeps half and the other the other half; in the end
+// each has a whole one, added up as a tree of the CPU's shape.
+template <int HALF> static __device__ inline void halve_leaves(double (&quad)[SQUARE_LOADS]) {
+  bool upper = threadIdx.x & HALF;
+#pragma unroll
+  for (int k = 0; k < HALF; k++) {
+    double keep = upper ? quad[k + HALF] : quad[k], give = upper ? quad[k] : quad[k + HALF];
+    quad[k] = keep + __shfl_xor_sync(~0u, give, HALF);
+  }
+  if constexpr (HALF > 1) halve_leaves<HALF / 2>(quad);
+}
+
 // sums[word, chunk] = the exact sum of a chunk's leaves. Sixteen neighbouring threads read a leaf, a quad each, sixteen
-// times; then each of them adds up another leaf: of pairs of threads, one keeps half of the leaves and the other the
-// other half, as a tree of the same shape as the CPU's.
+// times.
 static __global__ void __launch_bounds__(THREADS)
     square_kernel(const float *grads, const __grid_constant__ SpanBatch batch, uint32_t *sums) {
   __shared__ uint32_t words[EXACT_WORDS]; // a chunk's leaves are too few for a word to overflow
@@ -191,15 +202,7 @@ static __global__ void __launch_bounds__(THREADS)
       quad[k] = squares4(load_four(grads, begin + threadIdx.x * 4 + k * (4 * THREADS), end));
     }
   }
-#pragma unroll
-  for (int half = SQUARE_LOADS / 2; half; half /= 2) {
-    bool upper = threadIdx.x & half;
-#pragma unroll
-    for (int k = 0; k < half; k++) {
-      double keep = upper ? quad[k + half] : quad[k], give = upper ? quad[k] : quad[k + half];
-      quad[k] = keep + __shfl_xor_sync(~0u, give, half);
-    }
-  }
+  halve_leaves<SQUARE_LOADS / 2>(quad);
   ExactParts parts = exact_parts(quad[0]);
 #pragma unroll
   for (int i = 0; i < EXACT_PARTS; i++)

@@ -31,3 +31,7 @@ SaveCopy config_save_copy(const Config *c) {
 int config_shards(const Config *c) {
   return c->parallel.zero && c->processes > 1 ? c->processes : 1;
 }
+
+int config_gradient_shards(const Config *c) {
+  return c->parallel.zero == 2 ? config_shards(c) : 1;
+}

@@ -166,7 +166,7 @@ typedef struct Config {
     bool graph;
   } kernels; // what ablations switch
   struct {
-    int zero;        // 0: every process has all of the optimizer's state, 1: a share of it
+    int zero;        // 0: every process has all of the optimizer's state, 1: a share of it, 2: of the gradients too
     int collectives; // a way of computing ops, by its number among the key's words
   } parallel;
   int processes;           // that train as one: those of the group (base/ranks.h)
@@ -196,6 +196,8 @@ int config_max_document(const Config *c);
 int config_max_images(const Config *c);
 // Processes that Adam's moments and the EMA are shared out to; 1: every one has all of them.
 int config_shards(const Config *c);
+// The same of the gradients.
+int config_gradient_shards(const Config *c);
 // checkpoint.copy, which is never where auto has nothing to gain: the only save is the one that ends the run.
 SaveCopy config_save_copy(const Config *c);
 #endif

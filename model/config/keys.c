@@ -164,8 +164,8 @@ const Key config_keys[] = {
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",
      "GPU: a step is launched as captured graphs, or op by op"},
 
-    {"parallel.zero", KEY_INT, AT(parallel.zero), "1", 0, 1, NULL, NULL,
-     "several processes: 1: each has a share of Adam's moments and the EMA; 0: each has all of them"},
+    {"parallel.zero", KEY_INT, AT(parallel.zero), "1", 0, 2, NULL, NULL,
+     "several processes: 1: each has a share of Adam's moments and the EMA; 2: of the gradients too; 0: all of them"},
     {"parallel.collectives", KEY_WAY, AT(parallel.collectives), "nccl", 0, 0, "nccl|host", NULL,
      "several processes on GPUs: by NCCL, a GPU each; or through the host's memory, slow and without graphs"},
 };

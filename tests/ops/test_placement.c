@@ -186,6 +186,76 @@ static void test_every_wait_is_needed(void **state) {
   model_case_free(&c);
 }
 
+// The same of what several processes do, whatever each of them has of the state.
+static void test_every_wait_of_a_group(void **state) {
+  (void)state;
+  ModelCase c;
+  model_case_init(&c, 911, 3);
+  Config *config = &c.config;
+  config->processes = 3;
+  config->train.micro_batches = 2;
+  c.model.state = STATE_DEVICE;
+  for (config->parallel.zero = 0; config->parallel.zero < 3; config->parallel.zero++) {
+    int waits = 0;
+    params_free(&c.model.params);
+    c.model.params = params_build(config);
+    for (c.model.shard = 0; c.model.shard < config_shards(config); c.model.shard += 2) {
+      for (int k = 0; k < 2; k++) {
+        check_order(update_record(&c.model, k), &waits);
+        check_order(ema_record(&c.model, k), &waits);
+      }
+      check_order(gather_record(&c.model), &waits);
+      for (Mode m = MODE_TRAIN_MIDDLE; m <= MODE_TRAIN_ONLY; m++) {
+        PolicyTable t = policy_table_new(config->model.layers, MEMORY_OFFLOAD);
+        check_order(transformer_record(&c.model, m, c.ops.dims.T, c.ops.dims.segments, &t).program, &waits);
+        policy_table_free(&t);
+      }
+    }
+    assert_true(waits > 20);
+  }
+  config->processes = 1; // the case's own
+  model_case_free(&c);
+}
+
+// Shares of all processes make up a bucket, and lie behind each other; where gradients are shared, those of a
+// micro-step meet nothing but a layer's that is summed before.
+static void test_shares(void **state) {
+  (void)state;
+  ModelCase c;
+  model_case_init(&c, 921, 3);
+  Config *config = &c.config;
+  config->parallel.zero = 2;
+  for (config->processes = 2; config->processes < 6; config->processes++) {
+    Model *m = &c.model;
+    params_free(&m->params);
+    m->params = params_build(config);
+    const ParamTable *t = &m->params;
+    int64_t at = 0;
+    for (int i = 0; i < t->buckets; i++) {
+      const ParamBucket *b = &t->bucket[i];
+      int64_t end = b->begin, begin = gradients_begin(m, b);
+      for (m->shard = 0; m->shard < config->processes; m->shard++) {
+        Shard s = bucket_shard(m, b);
+        assert_true(s.begin == end && s.at == at && (s.end - s.begin) % 64 == 0);
+        end = s.end;
+      }
+      assert_int_equal(end, b->end);
+      at += (b->end - b->begin) / config->processes;
+      assert_true(begin >= 0 && begin + b->end - b->begin <= gradients_count(m));
+      for (int k = 0; k < i; k++) {
+        const ParamBucket *o = &t->bucket[k];
+        int64_t other = gradients_begin(m, o);
+        int in_turn = b->layer >= 0 && o->layer >= 0 && (b->layer - o->layer) % 2 == 0;
+        assert_true(in_turn || begin + b->end - b->begin <= other || other + o->end - o->begin <= begin);
+      }
+    }
+    m->shard = 0;
+    assert_true(at * config->processes == t->total && gradients_count(m) < t->total);
+  }
+  config->processes = 1;
+  model_case_free(&c);
+}
+
 // Gradients that stay, and slots for those that leave: nothing lies on anything else but layers in turn.
 static void test_places(void **state) {
   (void)state;
@@ -222,6 +292,7 @@ static void test_places(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_random_orders_same_bits),
-                                     cmocka_unit_test(test_every_wait_is_needed), cmocka_unit_test(test_places)};
+                                     cmocka_unit_test(test_every_wait_is_needed), cmocka_unit_test(test_places),
+                                     cmocka_unit_test(test_every_wait_of_a_group), cmocka_unit_test(test_shares)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

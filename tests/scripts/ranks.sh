@@ -61,7 +61,8 @@ rc=0
 # ---- bits: 2 and 3 processes, and 2 of 2 micro-batches each within rounding; resumed at other numbers ----
 run 1 --run-dir "$dir/one" --set train.micro_batches=3 --stop-at 6
 run 3 --run-dir "$dir/three" --stop-at 2
-run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=0
+run 3 --run-dir "$dir/three" --resume --stop-at 3 --set parallel.zero=0
+run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=2 --set 'memory.per_tensor={"h1": "recompute"}'
 run 1 --run-dir "$dir/three" --resume --set train.micro_batches=3 --stop-at 5
 run 3 --run-dir "$dir/three" --resume --set train.micro_batches=1 --stop-at 6
 same one three 6
@@ -70,8 +71,10 @@ run 2 --run-dir "$dir/pair" --set train.batch=800 --stop-at 2 # two micro-batche
 cp -r "$dir/pair" "$dir/again"
 run 2 --run-dir "$dir/again" --resume --set train.batch=800 --stop-at 3 --set memory.policy=recompute --set parallel.zero=0
 [ "$(grep -c '^warning: ' "$dir/log")" = 1 ] || fail "warnings at a resume: more or less than one"
+cp -r "$dir/pair" "$dir/apart"
 run 2 --run-dir "$dir/pair" --resume --set train.batch=800 --stop-at 3
 same pair again 3
+run 2 --run-dir "$dir/apart" --resume --set train.batch=800 --stop-at 3 --set parallel.zero=2
 run 3 --run-dir "$dir/again" --resume --set train.batch=600 --stop-at 4
 # Its saved config speaks of one micro-batch of each of three processes.
 "$train" "$dir/again" --resume --stop-at 5 2>"$dir/log" || fail "the folder of a run of other processes as config"
@@ -79,11 +82,11 @@ grep -q '^steps 5 to 5 of 3000: 3 x 200 ' "$dir/log" || fail "train.batch: other
 "$python" - "$dir" <<'P'
 import json, sys
 rows = {name: [json.loads(line) for line in open(f"{sys.argv[1]}/{name}/metrics.jsonl")] for name in
-        ("one", "three", "four", "pair")}
+        ("one", "three", "four", "pair", "apart")}
 rows = {name: [row for row in all if "loss" in row] for name, all in rows.items()}
-assert [len(rows[name]) for name in ("one", "three", "four", "pair")] == [6, 6, 4, 3], rows
+assert [len(rows[name]) for name in ("one", "three", "four", "pair", "apart")] == [6, 6, 4, 3, 3], rows
 KEYS = "loss flow ce ce_caption ce_text balance z lr grad_norm tokens fill expert_load_max".split()
-for name, like, tolerance in ("three", "one", 2e-9), ("pair", "four", 1e-4):
+for name, like, tolerance in ("three", "one", 0), ("pair", "four", 1e-4), ("apart", "four", 1e-4):
     for a, b in zip(rows[name], rows[like]):
         for key in KEYS:
             assert abs(a[key] - b[key]) <= tolerance * abs(b[key]), (name, a["step"], key, a[key], b[key])
@@ -94,13 +97,16 @@ P
 [ "$(grep -c '^usage' "$dir/help")" = 1 ] || fail "--help: printed more or less than once"
 "${launch[@]}" -np 2 "$train" "${flags[@]}" --print-config --batch 1100 >"$dir/config" 2>"$dir/log" || fail "--print-config"
 grep -q '^train.micro_batches *derived *3$' "$dir/config" || fail "--batch: not shared out over the processes"
-moments() { # PROCESSES FLAG...: bytes of Adam's first moments in one of them
-  local n=$1
-  shift
-  "${launch[@]}" -np "$n" "$train" "${flags[@]}" --plan "$@" 2>"$dir/log" | awk '/^  Adam m/ { print $3 }'
+planned() { # LABEL PROCESSES FLAG...: bytes of a slab in one of them
+  local label=$1 n=$2
+  shift 2
+  "${launch[@]}" -np "$n" "$train" "${flags[@]}" --plan "$@" 2>"$dir/log" |
+    awk -v label="  $label " 'index($0, label) == 1 { print substr($0, 27) + 0 }'
 }
-all=$(moments 1) third=$(moments 3)
-[ "$(moments 3 --set parallel.zero=0)" = "$all" ] && [ $((3 * third)) -ge "$all" ] && [ $((3 * third)) -le $((all + 3 * 4096)) ] ||
+all=$(planned "Adam m" 1) third=$(planned "Adam m" 3)
+[ "$(planned gradients 3 --set parallel.zero=2)" = "$third" ] && [ "$(planned gradients 3)" -gt "$third" ] ||
+  fail "parallel.zero=2: the gradients of each"
+[ "$(planned "Adam m" 3 --set parallel.zero=0)" = "$all" ] && [ $((3 * third)) -ge "$all" ] && [ $((3 * third)) -le $((all + 3 * 4096)) ] ||
   fail "parallel.zero: a share of $third bytes of $all"
 "${launch[@]}" -np 2 "$train" "${flags[@]}" --dump "$dir/dump2" 2>"$dir/log" || fail "--dump"
 "$train" "${flags[@]}" --set train.micro_batches=2 --dump "$dir/dump1" 2>"$dir/log" || fail "--dump, one process"
