@@ -8,8 +8,8 @@ curve   the losses of N processes with a micro-batch each beside one process wit
         and 1; the same bits in two runs
 kill    kill -9 of a process: how long the others live, and whether the resumed run has the bits of an unbroken one;
         the same checkpoint continued by one process
-weak    tokens a second and GPU of medium and base, T 16384, against one GPU in the same run; a step's time beyond that
-        of one GPU is communication that nothing hides
+weak    tokens a second and GPU of medium and base, T 16384, against one GPU in the same run; and of a traced step
+        (OUT/base.trace.json) how long GPUs talked, and how much of it with no op beside it
 Exit code 1 when a loss, the bits or the end of a killed run is not as it should be.
 """
 import argparse
@@ -26,11 +26,13 @@ import time
 from pathlib import Path
 
 import run_metrics
+import trace_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20  # of curves and of the run that is killed
 SAVED = 10  # its checkpoint
 WARM_UP = 5
+FIRST_ROUNDING = 1e-5  # of the first step's loss and norm
 ROUNDING = 0.01  # of a loss: what bf16 and another order of sums may do in STEPS steps
 KILLED_WITHIN = 30  # seconds
 
@@ -130,12 +132,24 @@ def same_bits(runs, *names):
     return bool(a) and a == b
 
 
+def exposed(path):
+    """What a traced step says of the lane between processes."""
+    if not path.exists():
+        return "no trace"
+    slices = trace_picture.read_trace(path)[2]
+    took, hidden = trace_picture.copy_times(trace_picture.LANES[-1:], slices)
+    return f"{trace_picture.copies_text(trace_picture.LANES[-1], slices)}; {took - hidden:.2f} ms with no op beside them"
+
+
 def curve(runs, n):
     stop = ["--stop-at", str(STEPS)]
     one = runs.train("small", 64, "one", 1, *stop, "--set", f"train.micro_batches={n}")
     many = runs.train("small", 64, "many", n, *stop)
     again = runs.train("small", 64, "again", n, *stop)
     whole = runs.train("small", 64, "whole", n, *stop, "--set", "parallel.zero=0")
+    for key in "loss", "grad_norm":  # before rounding makes other routes of some tokens
+        off = worst_difference(many[:1], one[:1], key)
+        runs.say(f"first {key} of {n} x 1 beside 1 x {n}", f"{off:.1e} apart", off <= FIRST_ROUNDING)
     off = worst_difference(many, one)
     runs.say(f"losses of {n} x 1 beside 1 x {n}", f"{100 * off:.4f}% apart at most, in {len(many)} steps", off <= ROUNDING)
     off = worst_difference(whole, many)
@@ -176,7 +190,9 @@ def weak(runs, n):
         took = {}
         for processes in sorted({1, n}):
             run = f"{config}-{processes}"
-            process = runs.start(config, size, run, processes, "--tokens", "16384")
+            trace = runs.args.out / f"{config}.trace.json"
+            process = runs.start(config, size, run, processes, "--tokens", "16384",
+                                 *(["--trace", str(trace)] if processes > 1 else []))
             enough = runs.wait_for(process, run, WARM_UP + steps)
             runs.end(process)  # no checkpoint of so much
             rows = run_metrics.steps(runs.args.out / run)[WARM_UP:]
@@ -189,8 +205,10 @@ def weak(runs, n):
             if processes == 1:
                 alone = rate
             elif 1 in took:
-                text += f" = {rate / alone:.3f} of one; {1e3 * (took[processes] - took[1]):.2f} ms exposed"
+                text += f" = {rate / alone:.3f} of one; a step takes {1e3 * (took[processes] - took[1]):+.2f} ms"
             runs.say(f"{config}, T 16384, {processes} GPU{'s' * (processes > 1)}", text)
+            if processes > 1:
+                runs.say("", exposed(trace))
 
 
 def gpus():

@@ -122,7 +122,7 @@ static void trace_replay(Profile *p, const Program *program, const Extents *x) {
     json_write_string(p->trace, named == NO_TENSOR ? "" : program->tensors[named].name);
     if (op->layer >= 0) fprintf(p->trace, ", \"layer\": %d", op->layer);
     if (op->lane != LANE_COMPUTE) { // over the link they go once, while an op's bytes are read and written
-      bytes = (double)op->args.span.count;
+      bytes = (double)program->tensors[op->out[0]].bytes;
       fprintf(p->trace, ", \"bytes\": %.0f", bytes);
     }
     if (seconds > 0) fprintf(p->trace, ", \"GB/s\": %.4g", bytes / seconds / 1e9);
@@ -150,7 +150,7 @@ int profile_note(Profile *p, const Program *program, const Extents *extents, int
   if (!is_traced(p, step)) return 0;
   if (trace_open(p, err) != 0) return -1;
   trace_replay(p, program, x);
-  return 0;
+  return extents ? 0 : trace_close(p, err); // the update ends the step: the trace is whole, whatever becomes of the run
 }
 
 static void print_table(Profile *p) {
