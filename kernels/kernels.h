@@ -230,6 +230,12 @@ typedef struct LinkRates {
   double latency;            // seconds that a copy takes besides
 } LinkRates;
 
+// What a process sends to the others of its group in a collective, while it receives as much.
+typedef struct GroupRates {
+  double bytes;   // a second; 0: nothing is known
+  double latency; // seconds that a collective takes besides
+} GroupRates;
+
 struct Config; // model/config/config.h
 typedef struct Backend Backend;
 struct Backend {
@@ -263,6 +269,7 @@ struct Backend {
   LinkRates (*link)(void);
   DeviceRates assumed; // of the device that plans are made for where none is open
   LinkRates assumed_link;
+  GroupRates assumed_group;
   int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known
   int64_t (*memory)(void);      // bytes that a run may plan with
   int64_t (*in_use)(void);      // of the open device, taken since it was opened; NULL: not known

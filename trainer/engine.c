@@ -82,6 +82,7 @@ int engine_record(Engine *e, const Config *c, const Backend *backend, int train,
 int engine_record_with(Engine *e, const Config *c, const Backend *backend, int train, Costs costs,
                        const PolicyTable *given, Error *err) {
   *e = (Engine){.config = c, .costs = costs, .slots = c->data.micro_batch_tokens, .segments = config_max_images(c) + 1};
+  e->costs.processes = c->processes;
   e->given = given;
   e->backend = *backend;
   e->budget = budget_bytes(c, backend);

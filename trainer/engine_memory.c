@@ -124,9 +124,11 @@ static void print_row(FILE *f, const char *label, int64_t bytes, const char *not
 
 void engine_print_plan(const Engine *e, FILE *f) {
   const Config *c = e->config;
-  fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s\n",
+  fprintf(f, "parameters %.3f M, slots %d, modulation rows %d, micro-batches %d, policy %s",
           (double)e->model.params.parameters / 1e6, e->slots, e->segments, c->train.micro_batches,
           memory_policy_name[e->chosen]);
+  if (c->processes > 1) fprintf(f, "; each of %d processes", c->processes);
+  fputc('\n', f);
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], engine_counts(e, (Space)s) ? "" : OF_HOST);
     if (e->bases.host_bytes[s]) print_row(f, space_info[s].label, e->bases.host_bytes[s], OF_HOST);

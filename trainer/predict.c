@@ -19,12 +19,12 @@ static void add(Simulation *sum, double times, const Simulation *s) {
 }
 
 // The micro-steps of a step.
-static Simulation play_passes(const Engine *e) {
+static Simulation play_passes(const Engine *e, const Costs *c) {
   Simulation sum = {0}, s = {0};
   const ModelProgram *played = NULL;
   for (int k = 0; k < e->config->train.micro_batches; k++) {
     const ModelProgram *m = engine_micro_step(e, k);
-    if (m != played) s = play(&e->costs, m->program);
+    if (m != played) s = play(c, m->program);
     played = m;
     add(&sum, 1, &s);
   }
@@ -32,22 +32,40 @@ static Simulation play_passes(const Engine *e) {
 }
 
 double predict_step(const Engine *e, int ema) {
-  return play_passes(e).seconds + play(&e->costs, ema ? e->update_ema : e->update).seconds;
+  return play_passes(e, &e->costs).seconds + play(&e->costs, ema ? e->update_ema : e->update).seconds;
 }
 
-void predict_print(const Engine *e, FILE *f) {
-  Simulation step = play_passes(e), update = {0}, plain = play(&e->costs, e->update);
+// Updates with and without EMA, as they take turns.
+static Simulation play_update(const Engine *e, const Costs *c) {
+  Simulation update = {0}, plain = play(c, e->update);
   double share = e->update_ema ? 1.0 / e->config->train.ema_every : 0;
   add(&update, 1 - share, &plain);
   if (e->update_ema) {
-    Simulation ema = play(&e->costs, e->update_ema);
+    Simulation ema = play(c, e->update_ema);
     add(&update, share, &ema);
   }
+  return update;
+}
+
+// Of several processes: what they send each other, and what is left of a step's time when that takes none.
+static void print_group(const Engine *e, const Simulation *step, FILE *f) {
+  Costs alone = e->costs;
+  alone.processes = 1;
+  Simulation without = play_passes(e, &alone), update = play_update(e, &alone);
+  add(&without, 1, &update);
+  fprintf(f, "; collectives %.2f ms, %.2f ms of them exposed", 1e3 * step->busy[LANE_COMM],
+          1e3 * (step->seconds - without.seconds));
+}
+
+void predict_print(const Engine *e, FILE *f) {
+  Simulation step = play_passes(e, &e->costs), update = play_update(e, &e->costs);
   add(&step, 1, &update);
   fprintf(f, "a step: predicted %.2f ms, %.2f of them the update; ", 1e3 * step.seconds, 1e3 * update.seconds);
   if (step.busy[LANE_D2H] + step.busy[LANE_H2D] > 0)
-    fprintf(f, "copies to the host %.2f ms, from it %.2f ms, %.1f%% hidden\n", 1e3 * step.busy[LANE_D2H],
+    fprintf(f, "copies to the host %.2f ms, from it %.2f ms, %.1f%% hidden", 1e3 * step.busy[LANE_D2H],
             1e3 * step.busy[LANE_H2D], 100 * simulation_hidden(&step));
   else
-    fputs("no copies\n", f);
+    fputs("no copies", f);
+  if (e->config->processes > 1) print_group(e, &step, f);
+  fputc('\n', f);
 }

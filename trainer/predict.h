@@ -7,6 +7,7 @@
 // Seconds of a step, with or without the EMA's update.
 double predict_step(const Engine *e, int ema);
 // Appends the line of --plan: what a step takes with its update and the mean share of the EMA's, the part of it that is
-// spent on the update, and the share of transfers that ops hide.
+// spent on the update, and the share of transfers that ops hide; of several processes also what collectives take, and
+// the part of it that nothing hides.
 void predict_print(const Engine *e, FILE *f);
 #endif

@@ -438,6 +438,7 @@ static Backend backend_make(void) {
   // An H200's, in a socket of fifth-generation PCI Express.
   b.assumed = {4.2e12, 710e12, 0};
   b.assumed_link = {55.3e9, 55.3e9, 48.9e9, 48.9e9, 10e-6};
+  b.assumed_group = {350e9, 20e-6}; // NCCL in a host whose GPUs NVLink connects
   b.cache_bytes = cuda_cache_bytes;
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;

@@ -165,7 +165,7 @@ void costs_put(Costs *c, const ClassSeconds *x) {
 }
 
 Costs costs_new(const Backend *b, const Extents *extents) {
-  return (Costs){.rates = b->assumed, .link = b->assumed_link, .extents = *extents};
+  return (Costs){.rates = b->assumed, .link = b->assumed_link, .group = b->assumed_group, .extents = *extents};
 }
 
 void costs_free(Costs *c) {
@@ -181,7 +181,15 @@ double copy_seconds(const Costs *c, Lane lane, double bytes, int both) {
   return l->latency + bytes / rate;
 }
 
+// Of N shares a process sends N - 1; a sum that everybody gets is scattered and gathered.
+static double collective_seconds(const Costs *c, const Program *p, const Op *op) {
+  double bytes = (double)p->tensors[op->out[0]].bytes * (op->kind == OP_ALL_REDUCE ? 2 : 1);
+  if (c->processes < 2 || c->group.bytes <= 0) return 0;
+  return c->group.latency + bytes * (c->processes - 1) / c->processes / c->group.bytes;
+}
+
 double op_seconds(const Costs *c, const Program *p, const Op *op) {
+  if (op->lane == LANE_COMM) return collective_seconds(c, p, op);
   if (op->lane == LANE_D2H || op->lane == LANE_H2D) return copy_seconds(c, op->lane, (double)op->args.span.count, 0);
   uint64_t of = op_class(p, op);
   int at = class_at(c, of);

@@ -18,6 +18,8 @@ typedef struct ClassSeconds {
 typedef struct Costs {
   DeviceRates rates;
   LinkRates link;
+  GroupRates group;
+  int processes;         // of that group
   Extents extents;       // of a pack as the data fill it, which the model reckons with
   ClassSeconds *classes; // [n_classes], ascending by `of`
   int n_classes, room;
@@ -33,7 +35,7 @@ uint64_t op_class(const Program *p, const Op *op);
 // launch.
 double op_model_seconds(const Costs *c, const Program *p, const Op *op);
 // Seconds of an op while other lanes are idle. Compute lane: its class's measured time, else the model's time by its
-// kind's scale. Copy lanes: its transfer.
+// kind's scale. Copy lanes: its transfer. Comm lane: what a process sends, at the assumed rate of its links.
 double op_seconds(const Costs *c, const Program *p, const Op *op);
 // Seconds of a transfer on LANE_D2H or LANE_H2D; both: while the other of the two is busy.
 double copy_seconds(const Costs *c, Lane lane, double bytes, int both);

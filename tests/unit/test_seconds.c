@@ -301,15 +301,42 @@ static void test_file(void **state) {
   free(path);
 }
 
+// A collective takes what a process sends at the rate of its links, and alone nothing.
+static void test_collectives(void **state) {
+  (void)state;
+  Config c;
+  Error err;
+  Backend b = sized_backend();
+  b.assumed_group = (GroupRates){.bytes = 1e9, .latency = 1e-3};
+  assert_int_equal(config_load(&c, NULL, (const char *[]){"model.layers=3"}, 1, &err), 0);
+  c.processes = 4;
+  Model model = {.config = &c, .backend = &b, .params = params_build(&c)};
+  ModelProgram m = transformer_record(&model, MODE_TRAIN_ONLY, 256, 5, NULL);
+  Costs costs = costs_new(&b, &sketchy);
+  int found[OP_COUNT] = {0};
+  for (int i = 0; i < m.program->n_ops; i++) {
+    const Op *op = &m.program->ops[i];
+    if (op->lane != LANE_COMM) continue;
+    costs.processes = 1;
+    assert_true(op_seconds(&costs, m.program, op) == 0);
+    costs.processes = 4;
+    double sent = (double)m.program->tensors[op->out[0]].bytes * (op->kind == OP_ALL_REDUCE ? 1.5 : .75);
+    assert_true(fabs(op_seconds(&costs, m.program, op) - 1e-3 - sent / 1e9) < 1e-12);
+    found[op->kind]++;
+  }
+  int buckets = model.params.buckets;
+  assert_true(found[OP_ALL_GATHER] == buckets && found[OP_REDUCE_SCATTER] == buckets && found[OP_ALL_REDUCE] == 1);
+  costs_free(&costs);
+  program_free(m.program);
+  params_free(&model.params);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_classes),
-      cmocka_unit_test(test_noted),
-      cmocka_unit_test(test_gap),
-      cmocka_unit_test(test_copies),
-      cmocka_unit_test(test_model),
-      cmocka_unit_test(test_expected),
-      cmocka_unit_test_setup(test_file, empty_folder),
+      cmocka_unit_test(test_collectives), cmocka_unit_test(test_classes),
+      cmocka_unit_test(test_noted),       cmocka_unit_test(test_gap),
+      cmocka_unit_test(test_copies),      cmocka_unit_test(test_model),
+      cmocka_unit_test(test_expected),    cmocka_unit_test_setup(test_file, empty_folder),
   };
   return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }
