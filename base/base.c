@@ -15,14 +15,18 @@
 // Used under the lock of stderr, and as an atomic for ThreadSanitizer, which does not see that lock.
 static void (*before_log_line)(void);
 
-static int log_rank, log_opening;
+static int log_rank, log_shared;
 
 void log_set_rank(int rank) {
-  log_rank = log_opening = rank;
+  log_rank = log_shared = rank;
 }
 
 void log_begin_own(void) {
-  log_opening = 0;
+  log_shared = 0;
+}
+
+void log_begin_shared(void) {
+  log_shared = log_rank;
 }
 
 // "rank 3: ", or nothing. Into `text`.
@@ -69,8 +73,8 @@ void error_print(const Error *err) {
   await_lower_ranks();
   flockfile(stderr);
   run_hook();
-  fprintf(stderr, "error: %s%s\n", rank_prefix(rank), err->text);
-  if (err->hint[0]) fprintf(stderr, "  hint: %s\n", err->hint);
+  fprintf(stderr, "error: %s%s\n%s%s%s", rank_prefix(rank), err->text, err->hint[0] ? "  hint: " : "", err->hint,
+          err->hint[0] ? "\n" : "");
   funlockfile(stderr);
 }
 
@@ -83,14 +87,15 @@ void fatal(const Error *err) {
   fatal_code(err, 2);
 }
 
+// Written at once: between parts of it mpirun puts what other processes say.
 static void log_line(const char *prefix, const char *fmt, va_list ap) {
-  char rank[32];
+  char rank[32], *text = NULL;
+  if (vasprintf(&text, fmt, ap) < 0) text = NULL;
   flockfile(stderr);
   run_hook();
-  fprintf(stderr, "%s%s", prefix, rank_prefix(rank));
-  vfprintf(stderr, fmt, ap);
-  fputc('\n', stderr);
+  fprintf(stderr, "%s%s%s\n", prefix, rank_prefix(rank), text ? text : fmt);
   funlockfile(stderr);
+  free(text);
 }
 
 void panic(const char *fmt, ...) {
@@ -112,7 +117,7 @@ void log_info(const char *fmt, ...) {
 
 void log_warn(const char *fmt, ...) {
   va_list ap;
-  if (log_opening) return;
+  if (log_shared) return;
   va_start(ap, fmt);
   log_line("warning: ", fmt, ap);
   va_end(ap);

@@ -37,8 +37,9 @@ void log_set_hook(void (*before_line)(void));
 // is said by one, whose end ends the others.
 void log_set_rank(int rank);
 // Warnings of ranks above 0 are left out until this is called: what they find while they open the same run is what rank
-// 0 finds.
+// 0 finds. log_begin_shared: again so, where all do the same.
 void log_begin_own(void);
+void log_begin_shared(void);
 
 // Allocation that cannot fail: out of memory ends the process with a message naming the size. Free with free().
 void *xmalloc(size_t bytes);

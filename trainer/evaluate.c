@@ -1,5 +1,6 @@
 #include "trainer/evaluate.h"
 
+#include "base/ranks.h"
 #include "data/sample_patches.h"
 #include "trainer/forward.h"
 #include "trainer/signals.h"
@@ -167,6 +168,15 @@ static void pack_collect(EvalSet *s, const ForwardPack *p, int first, const floa
   }
 }
 
+// Puts together what each process ran, of which the others have zeros.
+static int set_share(EvalSet *s, int rc, Error *err) {
+  if (s->engine->config->processes == 1) return rc;
+  if (ranks_worst(rc, err) != 0) return -1;
+  ranks_sum_f64(s->nll, s->n);
+  ranks_sum_f64(s->error, s->n);
+  return 0;
+}
+
 // Runs the n documents of the set: nll [n], summed over caption and eos of a described image; error [n], mean squared
 // error of a noised one.
 static int set_run(EvalSet *s, Error *err) {
@@ -174,11 +184,14 @@ static int set_run(EvalSet *s, Error *err) {
   Engine *e = s->engine;
   float *nll = xmalloc((size_t)e->slots * sizeof *nll);        // [T]
   float *error = xmalloc((size_t)e->segments * sizeof *error); // [SEG]
-  int taken = 0;
-  for (int at = 0; at < s->n; at += taken) {
+  int taken = 0, ranks = e->config->processes, rank = ranks > 1 ? ranks_rank() : 0;
+  memset(s->nll, 0, (size_t)s->n * sizeof *s->nll);
+  memset(s->error, 0, (size_t)s->n * sizeof *s->error);
+  for (int at = 0, number = 0; at < s->n; at += taken, number++) {
     int stopped = signals_check(err) != 0;
     taken = stopped ? -1 : forward_pack_fill(&pack, e, MODE_EVAL, s->list + at, s->n - at, EVAL_SEED, err);
     if (taken < 0) break;
+    if (number % ranks != rank) continue;
     const ModelProgram *m = &pack.program->m;
     engine_run(e, m, pack.block, NULL);
     engine_read(e, m, m->nll, pack.batch.dims->n_text, nll);
@@ -188,7 +201,7 @@ static int set_run(EvalSet *s, Error *err) {
   forward_pack_free(&pack);
   free(nll);
   free(error);
-  return taken < 0 ? -1 : 0;
+  return set_share(s, taken < 0 ? -1 : 0, err);
 }
 
 // Predicts every image, noised to its time, with the caption of item text[i]: mean squared error and velocity error per
@@ -294,6 +307,7 @@ int evaluate(Engine *e, const Tokenizer *t, const EvalItem *items, int n, Evalua
   }
   // Every replay has added its assignments to what was zeroed above.
   e->model.backend->download(metrics, engine_slab(e, SPACE_METRICS), metrics_bytes);
+  if (e->config->processes > 1 && !failed) ranks_sum_f64(metrics, metrics_size(&d));
   load_figures(metrics_load(metrics), &d, out->load);
   free(metrics);
   free(own);

@@ -1,5 +1,7 @@
 // Quality figures on a fixed set of captioned images, with fixed times and noise: the same for every run that holds out
-// the same samples, whatever its seed. They use the weights that engine_use_ema chose.
+// the same samples, whatever its seed. They use the weights that engine_use_ema chose. Processes that train together
+// (Config.processes) measure together: each runs its share of the packs, and all have the same figures. What ends one
+// of them early, a signal too, ends all with its error.
 #ifndef TESSERA_EVALUATE_H
 #define TESSERA_EVALUATE_H
 

@@ -1,6 +1,7 @@
 #include "trainer/sampler.h"
 
 #include "base/philox.h"
+#include "base/ranks.h"
 #include "data/flow_time.h"
 #include "trainer/forward.h"
 #include "trainer/signals.h"
@@ -224,13 +225,29 @@ static int draw_check(const Engine *e, const Tokenizer *t, ImageGrid grid, const
                    "an image of %d x %d patches does not fit %lld tokens", grid.rows, grid.columns, (long long)room);
 }
 
+// Brings the images [n] of all processes together, of which each has `share` in a row.
+static void share_images(Image *drawn, int n, int share, ImageGrid grid, int patch) {
+  int width = grid.columns * patch, height = grid.rows * patch, rank = ranks_rank();
+  size_t bytes = (size_t)width * (size_t)height * 3;
+  uint8_t *all = xcalloc((size_t)(ranks_size() * share), bytes);
+  for (int i = rank * share; i < n && i < (rank + 1) * share; i++) memcpy(all + (size_t)i * bytes, drawn[i].rgb, bytes);
+  ranks_share(all, (size_t)share * bytes);
+  for (int i = 0; i < n; i++) {
+    if (drawn[i].rgb) continue;
+    drawn[i] = (Image){.width = width, .height = height, .rgb = xmalloc(bytes)};
+    memcpy(drawn[i].rgb, all + (size_t)i * bytes, bytes);
+  }
+  free(all);
+}
+
 int sampler_generate(Engine *e, const Tokenizer *t, const char *const *captions, int n, ImageGrid grid, uint64_t seed,
                      const SamplerOptions *options, Image *out, Error *err) {
   if (draw_check(e, t, grid, options, err) != 0) return -1;
   int branches = options->guidance != 1 && options->guidance_from < 1 ? 2 : 1, failed = 0;
+  int ranks = e->config->processes, rank = ranks > 1 ? ranks_rank() : 0, share = (n + ranks - 1) / ranks;
   Image *drawn = xcalloc((size_t)n + 1, sizeof *drawn);
-  for (int at = 0; at < n && !failed;) {
-    DrawGroup g = {.images = group_take(e, t, captions + at, n - at, grid, branches), .branches = branches};
+  for (int at = rank * share, end = (int)min_i64(n, at + share); at < end && !failed;) {
+    DrawGroup g = {.images = group_take(e, t, captions + at, end - at, grid, branches), .branches = branches};
     failed = group_make(&g, e, t, captions + at, grid, err) != 0;
     if (!failed) {
       for (int i = 0; i < g.images; i++) noise_fill(g.z + i * g.elements, g.elements, seed, (uint64_t)(at + i));
@@ -241,6 +258,8 @@ int sampler_generate(Engine *e, const Tokenizer *t, const char *const *captions,
     at += g.images;
     group_free(&g);
   }
+  if (ranks > 1) failed = ranks_worst(failed ? -1 : 0, err) != 0;
+  if (ranks > 1 && !failed) share_images(drawn, n, share, grid, e->config->model.patch);
   for (int i = 0; i < n; i++) {
     if (failed)
       image_free(&drawn[i]);

@@ -212,35 +212,49 @@ static int save(Trainer *t, const Feed *feed, int last, Error *err) {
   return 0;
 }
 
+// Whether a signal came to one of the processes: all leave after the same step. And whether all have written what they
+// had to of a save.
+static int group_stops(Trainer *t) {
+  int64_t sums[] = {signals_stop() != 0, t->saver && saver_has_written(t->saver)};
+  ranks_sum_i64(sums, 2);
+  t->save_written = sums[1] == ranks_size();
+  return t->stopped = sums[0] != 0;
+}
+
+// Draws the sheet. A picture is not worth a run.
+static void draw_sheet(Trainer *t, Report *report) {
+  Error err;
+  char *path = xasprintf("%s/samples/step-%06lld.png", t->run, (long long)t->state.step);
+  int bad = trainer_write_sheet(t, path, &err);
+  if (report && !bad) {
+    log_info("drawings: %s", path);
+    report_drawings(report, path, t->state.step);
+  } else if (report && !signals_stop()) {
+    log_warn("no drawings: %s", err.text);
+  }
+  free(path);
+}
+
 // The line of the figures comes last: a run that is killed or stopped in its evaluation owes it still.
 static int evaluate_weights(Trainer *t, Report *report, int last, Error *err) {
   Evaluation figures;
+  log_begin_shared();
   trainer_load_items(t);
+  log_begin_own();
   if (trainer_measure(t, &figures, err) != 0) return -1;
-  if (t->config->eval.samples > 0 && t->n_held_out + t->n_training > 0) {
-    char *path = xasprintf("%s/samples/step-%06lld.png", t->run, (long long)t->state.step);
-    if (trainer_write_sheet(t, path, err) == 0) {
-      log_info("drawings: %s", path);
-      report_drawings(report, path, t->state.step);
-    } else if (!signals_stop()) {
-      log_warn("no drawings: %s", err->text); // a picture is not worth a run
-    }
-    free(path);
-  }
+  if (t->config->eval.samples > 0 && t->n_held_out + t->n_training > 0) draw_sheet(t, report);
+  if (!report) return 0;
   if (signals_check(err) != 0 || (last && trainer_read_captions(t, 8, err) != 0)) return -1;
   report_evaluation(report, &figures, t->state.step);
   return 0;
 }
 
-// The quality figures and drawings of the EMA, where there is one. One that a signal stops is no failure. Rank 0 has
-// the report and evaluates, the others wait.
+// The quality figures and drawings of the EMA, where there is one, by all processes; rank 0 has the report. An
+// evaluation that a signal stops is no failure.
 static int evaluate_step(Trainer *t, Report *report, int last, Error *err) {
-  int bad = 0;
   engine_use_ema(&t->engine, 1);
-  if (report) bad = evaluate_weights(t, report, last, err);
-  if (signals_stop()) bad = 0;
-  if (bad) return -1;
-  ranks_wait();
+  int bad = evaluate_weights(t, report, last, err), stops = group_stops(t);
+  if (bad && !stops) return -1;
   engine_use_ema(&t->engine, 0);
   return 0;
 }
@@ -258,6 +272,7 @@ static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
                      (long long)given_up, (long long)t->state.optimizer.skipped_in_row, c->train.spike,
                      (long long)rewinds - 1);
   int64_t below = INT64_MAX;
+  log_begin_shared();
   int found = check_save(t, 1, 0, err) ? -1 : trainer_find(t, &below, &checkpoint, err);
   if (found < 0) return -1;
   if (!found)
@@ -279,6 +294,7 @@ static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
     }
   }
   checkpoint_close(checkpoint);
+  log_begin_own();
   engine_begin_step(&t->engine);
   return bad ? -1 : 0;
 }
@@ -287,15 +303,6 @@ static int go_back(Trainer *t, Report **report, int64_t *kept, Error *err) {
 static int64_t end_step(const Trainer *t) {
   int64_t steps = t->config->train.steps;
   return t->options->stop_at ? min_i64(t->options->stop_at, steps) : steps;
-}
-
-// Whether a signal came to one of the processes: all leave after the same step. And whether all have written what they
-// had to of a save.
-static int group_stops(Trainer *t) {
-  int64_t sums[] = {signals_stop() != 0, t->saver && saver_has_written(t->saver)};
-  ranks_sum_i64(sums, 2);
-  t->save_written = sums[1] == ranks_size();
-  return t->stopped = sums[0] != 0;
 }
 
 // Keeps the steps since the last save when the data ends the run, unless they are being skipped. The data of one

@@ -1,6 +1,7 @@
 // What a checkpoint is used for: quality figures, drawings, captions.
 #include "trainer/trainer_internal.h"
 
+#include "base/ranks.h"
 #include "base/utf8.h"
 #include "trainer/output/grid.h"
 #include "trainer/sampler.h"
@@ -99,7 +100,7 @@ int trainer_write_sheet(Trainer *t, const char *path, Error *err) {
     sections[made] = (GridSection){.title = titles[s], .column_title = columns, .cells = cells[made], .n = 2 * n[s]};
     made++;
   }
-  if (!bad) bad = grid_write(path, sections, made, COLUMNS, SHEET_SCALE, err) != 0;
+  if (!bad && ranks_rank() == 0) bad = grid_write(path, sections, made, COLUMNS, SHEET_SCALE, err) != 0;
   for (int s = 0; s < made; s++) {
     for (int i = 0; i < sections[s].n; i++) image_free(&images[s][i]);
     free(images[s]);

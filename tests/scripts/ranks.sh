@@ -113,8 +113,12 @@ all=$(planned "Adam m" 1) third=$(planned "Adam m" 3)
 diff -rq "$dir/dump1" "$dir/dump2" || fail "--dump: not the same step"
 "${launch[@]}" -np 2 "$train" "$dir/pair" --sample "a red circle" --out "$dir/drawn.png" 2>"$dir/log" || fail "--sample"
 [ "$(grep -c '^drawn' "$dir/log")" = 1 ] || fail "--sample: said more or less than once"
-run 2 --run-dir "$dir/evaluated" --stop-at 2 --set eval.every=2 --set eval.documents=2 --set eval.samples=1
+evaluation=(--stop-at 2 --set eval.every=2 --set eval.documents=24 --set eval.samples=3 --set data.held_out=0.3)
+run 3 --run-dir "$dir/evaluated" "${evaluation[@]}"
 [ "$(grep -c '"eval"' "$dir/evaluated/metrics.jsonl")" = 1 ] || fail "evaluated more or less than once"
+run 1 --run-dir "$dir/figures" "${evaluation[@]}" --set train.micro_batches=3
+cmp <(grep '"eval"' "$dir/evaluated/metrics.jsonl") <(grep '"eval"' "$dir/figures/metrics.jsonl") || fail "other figures"
+cmp "$dir"/{evaluated,figures}/samples/step-000002.png || fail "other drawings"
 
 # ---- the end of one is the end of all ----
 ended() { # WHAT CODE SECONDS PATTERN: the job in $pid

@@ -6,7 +6,7 @@ checkpoint is whole, and the run goes on to the same bits as one that nothing ha
 
 kill -9 of a random rank at N random moments, half of them in the middle of a save on a slow disk; a rank that crashes;
 a full disk on one rank, with training going on beside it or not; a rank that never starts; another build or another
-config on one rank; images that cannot be decoded, on whichever rank they are. And checkpoints of 1 to 4 processes that
+config on one rank; a signal to one that evaluates; images that cannot be decoded, on whichever rank they are. And checkpoints of 1 to 4 processes that
 go on at other numbers. Standard library alone; exit code 1 on the first thing that is not as it should be, 77 where
 there is no mpirun. The last line says what was counted."""
 import argparse
@@ -159,6 +159,18 @@ def test_crash(work, reference):
     return "a crash of one ends all"
 
 
+def test_stop_in_evaluation(work):
+    """A signal to one process while all evaluate: all stop, and what was not saved is."""
+    run = work / "stopped"
+    trainer = job(run, RANKS, "--stop-at", STEPS, eval__every=5, eval__documents=64, eval__samples=4,
+                  checkpoint__every=0, data__held_out=0.5)
+    trainer.wait_log("step +5 ")
+    subprocess.run(["kill", "-USR1", str(processes(trainer)[1])], check=True)
+    trainer.end(0, "stopped by a signal after step 5;")
+    check(checkpoints(run) == [5] and '"eval"' not in (run / "metrics.jsonl").read_text(), f"{run}: {checkpoints(run)}")
+    return "a signal to one of them ends the evaluation of all"
+
+
 def test_full_disk(work, reference):
     run = work / "full"
     for copy in ("always", "never"):
@@ -280,7 +292,7 @@ def main():
         began = time.monotonic()
         job(work / "timed", RANKS, "--stop-at", STEPS).end(0)
         whole = time.monotonic() - began
-        tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference),
+        tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference), (test_stop_in_evaluation,),
                  (test_full_disk, reference), (test_mismatch,), (test_bad_images, samples[:40]), (test_late, late)]
         said = []
         for test, *arguments in tests:
