@@ -54,9 +54,10 @@ typedef struct Recording {
   Mode mode;
   int train;
   Space grads;
-  int accumulate; // gradients of this program add to what is there
-  TensorId mod;   // [SEG, M]
-  TensorId dmod;  // [SEG, M]
+  int accumulate;             // gradients of this program add to what is there
+  const ParamBucket *summing; // whose gradients the processes sum while others are computed; NULL: none's
+  TensorId mod;               // [SEG, M]
+  TensorId dmod;              // [SEG, M]
   TensorId metrics;
   Activations layer[]; // [L]
 } Recording;

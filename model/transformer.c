@@ -28,20 +28,24 @@ static void record_sums_return(Recording *r, int l) {
                bucket_gradients(r->p, r->model, b, SPACE_GRADS));
 }
 
-// This process's share of the sum of a micro-step's gradients over all is added to the step's.
-static void record_gradient_share(Recording *r, const ParamBucket *b) {
-  program_collective(r->p, OP_REDUCE_SCATTER, bucket_gradients(r->p, r->model, b, SPACE_MICRO_GRADS));
+// Where gradients are shared out, this process's share of what the processes have summed is added to the step's.
+static void record_share_sum(Recording *r) {
+  const ParamBucket *b = r->summing;
+  if (!b) return;
   Shard share = bucket_shard(r->model, b);
   OpArgs a = {.accumulate = !mode_is_first(r->mode), .span = {.count = share.end - share.begin}};
   program_op(r->p, OP_ADD, IN(bucket_gradient_share(r->p, r->model, b, SPACE_MICRO_GRADS)),
              OUT(bucket_gradient_share(r->p, r->model, b, SPACE_GRADS)), &a);
+  r->summing = NULL;
 }
 
 // A layer's gradients are there: they are summed over the processes, those that leave do, and the step's are squared
 // while they are at hand.
 static void record_gradients_end(Recording *r, const ParamBucket *b) {
   if (gradients_are_shared(r->model)) {
-    record_gradient_share(r, b);
+    program_collective(r->p, OP_REDUCE_SCATTER, bucket_gradients(r->p, r->model, b, SPACE_MICRO_GRADS));
+    record_share_sum(r); // of the bucket before, whose collective has run beside the ops since
+    r->summing = b;
     return;
   }
   if (r->grads == SPACE_MICRO_GRADS) record_gradient_sum(r, b);
@@ -77,6 +81,7 @@ static void record_backward(Recording *r, const Input *in, const Heads *heads) {
   record_input_backward(r, in, dx);
   for (int b = 0; b < w->buckets; b++)
     if (w->bucket[b].layer < 0 && &w->bucket[b] != of_heads) record_gradients_end(r, &w->bucket[b]);
+  record_share_sum(r);
 }
 
 // Weights that the update before left in shares come together, on the comm lane: each bucket ahead of what reads it.
