@@ -1,7 +1,8 @@
 // The programs between passes: the update, hashes of gradients, the EMA in the weights' place and back.
 //
 // What lies on the host passes through the arena part by part: a part travels in while the one before is worked on and
-// the one before that travels back.
+// the one before that travels back. Where only some do, the others are worked on in between, so that the link is busy
+// from the first to the last.
 #include "model/update.h"
 
 #include "model/placement.h"
@@ -75,6 +76,20 @@ static void parts_cut(Parts *s) {
       while (part.first + part.n < b->first + b->n && w->of[part.first + part.n].offset < part.end) part.n++;
       parts_add(s, part);
     }
+}
+
+// Parts of the first `away` of all elements travel: they are spread evenly among the others.
+static void parts_spread(Parts *s, int64_t away) {
+  Part *spread = xmalloc((size_t)s->n * sizeof *spread);
+  int travel = 0;
+  while (travel < s->n && s->of[travel].end <= away) travel++;
+  const int stay = s->n - travel;
+  for (int i = 0, sent = 0, stayed = 0; i < s->n; i++) {
+    int goes = sent < travel && (stayed == stay || (int64_t)stayed * travel * 2 > (2 * (int64_t)sent + 1) * stay);
+    spread[i] = s->of[goes ? sent++ : travel + stayed++];
+  }
+  free(s->of);
+  s->of = spread;
 }
 
 // ---- operands ----
@@ -180,23 +195,41 @@ static void record_part(const Parts *s, const Part *part, Lent lent, TensorId st
   if (ema) program_op(s->p, OP_EMA, IN(weights, status, scalars, remainders), OUT(lent.ema), &a);
 }
 
+static int part_travels(const Parts *s, const Part *part, int ema) {
+  return is_away(s, part, SPACE_ADAM_M) || (ema && is_away(s, part, SPACE_EMA));
+}
+
+// Lends parts from *sent on until as many as may be on their way, *ahead of them, are; those between them stay.
+static void lend_ahead(const Parts *s, Lent *lent, int ema, int *sent, int *ahead) {
+  for (; *sent < s->n; (*sent)++) {
+    int travels = part_travels(s, &s->of[*sent], ema);
+    if (travels && *ahead == IN_FLIGHT - 1) break;
+    lent[*sent] = update_lend(s, &s->of[*sent], ema);
+    *ahead += travels;
+  }
+}
+
 Program *update_record(const Model *model, int ema) {
   Parts s = parts_open(model, ema ? "update with ema" : "update");
   TensorId scalars = program_external(s.p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
   TensorId status = record_decision(model, s.p, scalars);
+  // With the EMA's update what follows from the moments does from the EMA, which leaves before them.
+  int64_t away = state_host_count(model, ema ? SPACE_EMA : SPACE_ADAM_M);
   if (is_shared(&s))
     parts_share(&s);
-  else if (state_host_count(model, SPACE_ADAM_M) || (ema && state_host_count(model, SPACE_EMA)))
+  else if (away)
     parts_cut(&s);
   else
     parts_join(&s, 1);
+  if (away) parts_spread(&s, away);
   Lent *lent = xcalloc((size_t)s.n, sizeof *lent);
   // A part is sent for before the one that makes room for it travels back: by addresses alone it waits for the one
   // before that.
-  for (int i = 0, sent = 0; i < s.n; i++) {
-    for (; sent < s.n && sent < i + IN_FLIGHT - 1; sent++) lent[sent] = update_lend(&s, &s.of[sent], ema);
+  for (int i = 0, sent = 0, ahead = 0; i < s.n; i++) {
+    lend_ahead(&s, lent, ema, &sent, &ahead);
     record_part(&s, &s.of[i], lent[i], status, scalars, ema);
-    if (sent < s.n) lent[sent] = update_lend(&s, &s.of[sent], ema), sent++;
+    ahead -= part_travels(&s, &s.of[i], ema);
+    lend_ahead(&s, lent, ema, &sent, &ahead);
     update_return(&s, &s.of[i], lent[i], ema);
   }
   free(lent);

@@ -21,15 +21,32 @@ void engine_bind(Engine *e);
 // engine_memory.c: names a space that could not be allocated; -1.
 int engine_refuse_space(const Engine *e, Space space, Error *err);
 
-// engine_plan.c: records the training programs as memory.policy says, on top of all others, which are measured. -1 with
-// *err when memory.per_tensor names something wrongly.
-int engine_choose_policy(Engine *e, Error *err);
+// engine_plan.c: records the training programs as memory.policy says, on top of all others, which are measured; with
+// "auto" for both, the optimizer's state goes where that makes a step shortest, else it stays where it is. `forward`:
+// bytes of the forward-only programs. -1 with *err when memory.per_tensor names something wrongly.
+int engine_choose_policy(Engine *e, const int64_t forward[SPACE_COUNT], Error *err);
 void engine_free_train_programs(Engine *e);
 // What the engine would need of the device with the smallest training programs that memory.policy allows.
 int64_t engine_least_bytes(Engine *e, int train);
+// What is left to the training programs beside all else.
+Room engine_room(const Engine *e);
 
-// engine_state.c: records the programs between passes for the place of the state that memory.state says, "auto": the
-// least that lets the smallest need of activations fit beside it; then the training programs. -1 as above.
+// engine_state.c: where the optimizer's state lies.
+typedef struct Place {
+  MemoryState state;
+  int kept; // model.h
+} Place;
+// Records the programs between passes for a place of the state, on top of `forward`; no bytes of training programs.
+void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUNT], int train);
+// Where the state may lie for training, and the room that this leaves: one place where memory.state says which; else
+// the device, then more and more of it on the host, gradients excepted. Returns the number; free both.
+int engine_places(Engine *e, Place **place, Room **room);
+// Whether any of it can be on the host: beside a device, and not shared out; and whether that is to be chosen.
+int engine_may_leave(const Engine *e);
+int engine_chooses_state(const Engine *e);
+// Gradients on the host too, but for what fits beside the smallest need of activations.
+Place engine_last_place(Engine *e, const int64_t forward[SPACE_COUNT]);
+// Records all programs but the forward-only ones. -1 as above.
 int engine_choose_state(Engine *e, int train, Error *err);
 void engine_free_state_programs(Engine *e);
 // "EMA and moments on the host, 21.327 GB"; empty where all of the state is on the device. malloc'd.

@@ -48,6 +48,10 @@ static void name_ways_out(const Engine *e, int64_t need, int64_t activations, ch
                   (double)(need - activations) / 1e9);
   if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] > 4 * engine_host_budget(e))
     n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb may help");
+  int leaves = engine_may_leave(e) && c->memory.state == STATE_AUTO && c->memory.policy != MEMORY_AUTO;
+  if (leaves)
+    n += snprintf(text + n, size - (size_t)n, "; --memory auto, or memory.state=%s, moves state to the host",
+                  c->train.ema > 0 ? "ema" : "moments");
   snprintf(text + n, size - (size_t)n, "; --plan shows the table");
 }
 

@@ -2,6 +2,7 @@
 #include "model/program/policy.h"
 #include "trainer/engine_internal.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 void engine_free_train_programs(Engine *e) {
@@ -80,10 +81,9 @@ ChooseTask engine_choose_task(const Engine *e) {
   ChooseTask t = {.record = record_plan,
                   .model = e,
                   .layers = c->model.layers,
+                  .passes = c->train.micro_batches,
                   .costs = &e->costs,
-                  .rules = {.offload = !engine_counts(e, SPACE_HOST), .least_copy = least_copy(&e->costs)},
-                  .arena = max_i64(0, e->budget - engine_device_bytes(e) + e->bytes[SPACE_ARENA]),
-                  .host = engine_host_budget(e)};
+                  .rules = {.offload = !engine_counts(e, SPACE_HOST), .least_copy = least_copy(&e->costs)}};
   if (policy_of_config(c, MEMORY_KEEP, &keep, &never) != 0) panic("%s", never.text);
   if (policy_of_config(c, MEMORY_RECOMPUTE, &recompute, &never) != 0) panic("%s", never.text);
   for (int s = 0; s < SAVED_COUNT; s++) // what no policy for all changes is pinned; x is kept by both, and free
@@ -119,29 +119,79 @@ static int plan_obeys(const PolicyTable *t, const MenuRules *rules) {
   return 1;
 }
 
+Room engine_room(const Engine *e) {
+  return (Room){.arena = max_i64(0, e->budget - engine_device_bytes(e) + e->bytes[SPACE_ARENA]),
+                .host = engine_host_budget(e)};
+}
+
+// The place that costs least of those with room for the training programs as they are, or -1.
+static int cheapest_place(const Engine *e, const Room *room, int n) {
+  int64_t arena = 0, host = 0;
+  int best = -1;
+  const Program *all[] = {e->first.program, e->later.program, e->last.program};
+  for (int i = 0; i < 3; i++) {
+    if (all[i]) arena = max_i64(arena, all[i]->arena_bytes);
+    if (all[i]) host = max_i64(host, all[i]->host_bytes);
+  }
+  for (int i = 0; i < n; i++)
+    if (room[i].arena >= arena && room[i].host >= host && (best < 0 || room[i].seconds < room[best].seconds)) best = i;
+  return best;
+}
+
+// Puts the state at `place` and takes the table for the training programs. 1: all fits.
+static int go_by(Engine *e, Place place, PolicyTable table, const int64_t forward[SPACE_COUNT]) {
+  int64_t others[SPACE_COUNT];
+  engine_place_state(e, place, forward, 1);
+  memcpy(others, e->bytes, sizeof others);
+  table.costs = &e->costs;
+  return try_policy(e, MEMORY_AUTO, table, others);
+}
+
+// The plan of before, where it is one of this config and there is a place with room for it. 1: taken.
+static int take_given(Engine *e, const ChooseTask *task, const Place *place, const Room *room, int n,
+                      const int64_t forward[SPACE_COUNT]) {
+  if (!e->given || !plan_obeys(e->given, &task->rules)) return 0;
+  PolicyTable table = policy_table_copy(e->given);
+  table.costs = &e->costs;
+  record_train(e, MEMORY_AUTO, table);
+  int at = cheapest_place(e, room, n);
+  e->plan.was_given = at >= 0 && go_by(e, place[at], policy_table_copy(e->given), forward);
+  return e->plan.was_given;
+}
+
+// Chooses among these places. 1: a plan fits.
+static int choose_among(Engine *e, const Place *place, const Room *room, int n, const int64_t forward[SPACE_COUNT]) {
+  const ChooseTask task = engine_choose_task(e);
+  double began = time_now();
+  if (take_given(e, &task, place, room, n, forward)) return 1;
+  Chosen c = choose(&task, room, n);
+  int fits = go_by(e, place[c.room], c.policy, forward);
+  e->plan = (EnginePlan){.bound = c.bound, .tried = c.tried, .took = time_now() - began};
+  return fits;
+}
+
 // "auto" keeps everything where that fits. Else it takes the plan that was given, where that still does, or chooses.
-int engine_choose_policy(Engine *e, Error *err) {
+int engine_choose_policy(Engine *e, const int64_t forward[SPACE_COUNT], Error *err) {
   MemoryPolicy want = e->config->memory.policy;
   int64_t others[SPACE_COUNT];
   PolicyTable table;
+  Place *place;
+  Room *room;
   memcpy(others, e->bytes, sizeof others);
   if (policy_of_config(e->config, want, &table, err) != 0) return -1;
   if (want == MEMORY_AUTO) table.costs = &e->costs; // what is pinned to be offloaded is copied by the clock
   e->plan = (EnginePlan){0};
   if (try_policy(e, want == MEMORY_AUTO ? MEMORY_KEEP : want, table, others) || want != MEMORY_AUTO) return 0;
-  const ChooseTask task = engine_choose_task(e);
-  if (e->given && plan_obeys(e->given, &task.rules)) {
-    table = policy_table_copy(e->given);
-    table.costs = &e->costs;
-    e->plan.was_given = 1;
-    if (try_policy(e, MEMORY_AUTO, table, others)) return 0;
-    log_info("the run's plan (" PLAN_FILE ") needs %.3f GB more than there are: planning again",
-             (double)max_i64(engine_device_bytes(e) - e->budget, 0) / 1e9);
+  memcpy(e->bytes, others, sizeof others);
+  int n = engine_places(e, &place, &room), fits = choose_among(e, place, room, n, forward);
+  if (!fits && engine_chooses_state(e)) {
+    Place last = engine_last_place(e, forward);
+    Room left = engine_room(e);
+    fits = choose_among(e, &last, &left, 1, forward);
   }
-  double began = time_now();
-  Chosen c = choose(&task);
-  try_policy(e, MEMORY_AUTO, c.policy, others);
-  e->plan = (EnginePlan){.bound = c.bound, .tried = c.tried, .took = time_now() - began};
+  free(place);
+  free(room);
+  if (e->given && fits && !e->plan.was_given) log_info("the run's plan (" PLAN_FILE ") does not fit: planning again");
   return 0;
 }
 
@@ -157,9 +207,10 @@ int engine_plan_again(Engine *e, Error *err) {
   if (e->chosen != MEMORY_AUTO) return 0;
   const double worth = .997; // of a micro-step's time: below that graphs need not be captured again
   const ChooseTask task = engine_choose_task(e);
+  const Room room = engine_room(e);
   PlanOutcome present = outcome_of(&task, &e->policy);
   double began = time_now();
-  Chosen c = choose(&task);
+  Chosen c = choose(&task, &room, 1);
   if (!c.fits || c.outcome.time.seconds > worth * present.time.seconds) {
     policy_table_free(&c.policy);
     return 0;

@@ -1,7 +1,9 @@
 // Where the optimizer's state lies, and the programs that depend on it.
+#include "kernels/backends.h"
 #include "model/placement.h"
 #include "model/update.h"
 #include "trainer/engine_internal.h"
+#include "trainer/predict.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -13,6 +15,15 @@ void engine_free_state_programs(Engine *e) {
     program_free(*all[i]);
     *all[i] = NULL;
   }
+}
+
+int engine_may_leave(const Engine *e) {
+  return e->model.backend->queues && config_shards(e->config) == 1;
+}
+
+int engine_chooses_state(const Engine *e) {
+  const Config *c = e->config;
+  return engine_may_leave(e) && c->memory.state == STATE_AUTO && c->memory.policy == MEMORY_AUTO;
 }
 
 // Bytes of `count` elements of a space that has one for each parameter.
@@ -51,15 +62,13 @@ static void set_state_bytes(Engine *e, int train) {
   e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
 }
 
-// Records all programs but training's and the forward-only ones for a place of the state, on top of `forward`, the
-// bytes of those.
-static void record_state(Engine *e, MemoryState state, int kept, const int64_t forward[SPACE_COUNT], int train) {
+void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUNT], int train) {
   const Config *c = e->config;
   int has_ema = c->train.ema > 0;
   engine_free_state_programs(e);
   memcpy(e->bytes, forward, sizeof e->bytes);
-  e->model.state = state;
-  e->model.kept = kept;
+  e->model.state = place.state;
+  e->model.kept = place.kept;
   set_state_bytes(e, train);
   if (has_ema) {
     e->ema_in = ema_record(&e->model, 1);
@@ -91,17 +100,114 @@ static int most_kept(Engine *e, int train) {
   return kept;
 }
 
-// memory.state: what it names, or as "auto" the least that lets the smallest need of activations fit beside it.
+// ---- places ----
+
+// An update with all of what a state names on the host: seconds in all, of its ops, and of the link, which is slower.
+typedef struct Away {
+  double seconds, ops, link;
+  int64_t arena;
+} Away;
+
+static Away away_of(const Engine *e, int ema) {
+  Program *p = update_record(&e->model, ema);
+  Simulation s = predict_program(&e->costs, p);
+  Away a = {s.seconds, s.busy[LANE_COMPUTE], fmax(s.busy[LANE_H2D], s.busy[LANE_D2H]), p->arena_bytes};
+  program_free(p);
+  return a;
+}
+
+// Seconds of it where only this share of what travels does: less of the link, whose first and last copies the other
+// parts hide about half, or what the ops take beside it.
+static double partly(const Away *a, double share) {
+  return fmax(a->ops, a->seconds - (1 - share) * (a->seconds + a->link) / 2);
+}
+
+typedef struct PlaceList {
+  Place *place;
+  Room *room;
+  int n;
+} PlaceList;
+
+// A place, where this machine has the memory that it takes.
+static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, double seconds) {
+  e->model.state = place.state;
+  e->model.kept = place.kept;
+  set_state_bytes(e, 1);
+  Room room = engine_room(e);
+  room.seconds = seconds;
+  if (room.arena < arena || engine_state_on_host(e) > backend_of_host()->memory()) return;
+  list->place = xrealloc(list->place, (size_t)(list->n + 1) * sizeof *list->place);
+  list->room = xrealloc(list->room, (size_t)(list->n + 1) * sizeof *list->room);
+  list->place[list->n] = place;
+  list->room[list->n++] = room;
+}
+
+// A state with fewer and fewer buckets kept, from `kept` on.
+static void list_state(Engine *e, PlaceList *list, MemoryState state, int kept) {
+  const int has_ema = e->config->train.ema > 0;
+  const double ema_share = has_ema ? 1.0 / e->config->train.ema_every : 0, total = (double)e->model.params.total;
+  e->model.state = state;
+  e->model.kept = 0;
+  const Away plain = away_of(e, 0), ema = has_ema ? away_of(e, 1) : plain;
+  for (; kept >= 0; kept--) {
+    e->model.kept = kept;
+    double moments = (double)state_host_count(&e->model, SPACE_ADAM_M) / total,
+           average = has_ema ? (double)state_host_count(&e->model, SPACE_EMA) / total : 0;
+    if (state < STATE_MOMENTS) moments = 1; // the plain update is as it is
+    double with = state < STATE_MOMENTS ? average : (2 * moments + average) / (2 + has_ema);
+    if (state == STATE_DEVICE) with = 1;
+    double seconds = (1 - ema_share) * partly(&plain, moments) + ema_share * partly(&ema, with);
+    list_place(e, list, (Place){state, kept}, max_i64(plain.arena, ema.arena), seconds);
+  }
+}
+
+int engine_places(Engine *e, Place **place, Room **room) {
+  int64_t bytes[SPACE_COUNT], host_bytes[SPACE_COUNT];
+  const Place now = {e->model.state, e->model.kept};
+  const int most = e->model.params.buckets - 1;
+  PlaceList list = {0};
+  memcpy(bytes, e->bytes, sizeof bytes);
+  memcpy(host_bytes, e->bases.host_bytes, sizeof host_bytes);
+  if (engine_chooses_state(e) && now.state < STATE_GRADIENTS) {
+    list_state(e, &list, STATE_DEVICE, 0);
+    if (e->config->train.ema > 0) list_state(e, &list, STATE_EMA, most);
+    list_state(e, &list, STATE_MOMENTS, most);
+  } else {
+    list_place(e, &list, now, 0, predict_update(e));
+  }
+  e->model.state = now.state;
+  e->model.kept = now.kept;
+  memcpy(e->bytes, bytes, sizeof bytes);
+  memcpy(e->bases.host_bytes, host_bytes, sizeof host_bytes);
+  *place = list.place;
+  *room = list.room;
+  return list.n;
+}
+
+Place engine_last_place(Engine *e, const int64_t forward[SPACE_COUNT]) {
+  engine_place_state(e, (Place){STATE_GRADIENTS, 0}, forward, 1);
+  Place last = {STATE_GRADIENTS, most_kept(e, 1)};
+  engine_place_state(e, last, forward, 1);
+  return last;
+}
+
+// memory.state: what it names; "auto" begins on the device, and with another policy than "auto" stays there.
 int engine_choose_state(Engine *e, int train, Error *err) {
-  MemoryState want = e->config->memory.state, state = want == STATE_AUTO ? STATE_DEVICE : want;
+  MemoryState want = e->config->memory.state;
   int64_t forward[SPACE_COUNT];
   memcpy(forward, e->bytes, sizeof forward);
-  if (!e->model.backend->queues || config_shards(e->config) > 1) state = want = STATE_DEVICE;
-  record_state(e, state, 0, forward, train);
-  while (want == STATE_AUTO && state < STATE_GRADIENTS && engine_least_bytes(e, train) > e->budget)
-    record_state(e, ++state, 0, forward, train);
-  if (want == STATE_AUTO && state > STATE_DEVICE) record_state(e, state, most_kept(e, train), forward, train);
-  return train ? engine_choose_policy(e, err) : 0;
+  Place place = {want == STATE_AUTO || !engine_may_leave(e) ? STATE_DEVICE : want, 0};
+  engine_place_state(e, place, forward, train);
+  if (train) return engine_choose_policy(e, forward, err);
+  // Without training nothing is slower for it: the least that must.
+  if (want != STATE_AUTO || !engine_may_leave(e)) return 0;
+  while (place.state < STATE_GRADIENTS && engine_device_bytes(e) > e->budget) {
+    place.state++;
+    engine_place_state(e, place, forward, 0);
+  }
+  place.kept = place.state > STATE_DEVICE ? most_kept(e, 0) : 0;
+  if (place.kept) engine_place_state(e, place, forward, 0);
+  return 0;
 }
 
 char *engine_state_text(const Engine *e) {

@@ -1,10 +1,8 @@
 #include "trainer/predict.h"
 
-#include "model/program/simulate.h"
-
 #include <stdlib.h>
 
-static Simulation play(const Costs *c, const Program *p) {
+Simulation predict_program(const Costs *c, const Program *p) {
   double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
   for (int i = 0; i < p->n_ops; i++) seconds[i] = op_seconds(c, p, &p->ops[i]);
   Simulation s = simulate(p, seconds, c, NULL);
@@ -24,7 +22,7 @@ static Simulation play_passes(const Engine *e, const Costs *c) {
   const ModelProgram *played = NULL;
   for (int k = 0; k < e->config->train.micro_batches; k++) {
     const ModelProgram *m = engine_micro_step(e, k);
-    if (m != played) s = play(c, m->program);
+    if (m != played) s = predict_program(c, m->program);
     played = m;
     add(&sum, 1, &s);
   }
@@ -32,19 +30,23 @@ static Simulation play_passes(const Engine *e, const Costs *c) {
 }
 
 double predict_step(const Engine *e, int ema) {
-  return play_passes(e, &e->costs).seconds + play(&e->costs, ema ? e->update_ema : e->update).seconds;
+  return play_passes(e, &e->costs).seconds + predict_program(&e->costs, ema ? e->update_ema : e->update).seconds;
 }
 
 // Updates with and without EMA, as they take turns.
 static Simulation play_update(const Engine *e, const Costs *c) {
-  Simulation update = {0}, plain = play(c, e->update);
+  Simulation update = {0}, plain = predict_program(c, e->update);
   double share = e->update_ema ? 1.0 / e->config->train.ema_every : 0;
   add(&update, 1 - share, &plain);
   if (e->update_ema) {
-    Simulation ema = play(c, e->update_ema);
+    Simulation ema = predict_program(c, e->update_ema);
     add(&update, share, &ema);
   }
   return update;
+}
+
+double predict_update(const Engine *e) {
+  return play_update(e, &e->costs).seconds;
 }
 
 // Of several processes: what they send each other, and what is left of a step's time when that takes none.

@@ -2,8 +2,13 @@
 #ifndef TESSERA_PREDICT_H
 #define TESSERA_PREDICT_H
 
+#include "model/program/simulate.h"
 #include "trainer/engine.h"
 
+// One replay of a finished program.
+Simulation predict_program(const Costs *c, const Program *p);
+// Seconds of the mean update: with the EMA's, as often as that runs.
+double predict_update(const Engine *e);
 // Seconds of a step, with or without the EMA's update.
 double predict_step(const Engine *e, int ema);
 // Appends the line of --plan: what a step takes with its update and the mean share of the EMA's, the part of it that is

@@ -145,7 +145,9 @@ const Key config_keys[] = {
     {"memory.budget_gb", KEY_FLOAT, AT(memory.budget_gb), "auto", 1e-6, 1e6, "auto", NULL,
      "device memory to plan for, 10^9 bytes; auto: all there is"},
     {"memory.state", KEY_ENUM, AT(memory.state), "auto", 0, 0, "auto|device|ema|moments|gradients", NULL,
-     "what lies in host memory and passes through the update: EMA; Adam's moments too; gradients too; auto: what must"},
+     "what lies in host memory and passes through the update: EMA; Adam's moments too; gradients too; auto: what makes "
+     "a "
+     "step shortest in the budget, with another memory.policy than auto none"},
     {"memory.host_gb", KEY_FLOAT, AT(memory.host_gb), "auto", 1e-6, 1e6, "auto", NULL,
      "host memory that activations may be offloaded to, 10^9 bytes; auto: half of what is left"},
     {"memory.per_tensor", KEY_POLICIES, AT(memory.per_tensor), "{}", 0, 0, "keep|recompute|offload", NULL,

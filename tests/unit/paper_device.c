@@ -47,10 +47,10 @@ void paper_open(Paper *p, const char *file, const char *const *sets, int n_sets)
   p->task = (ChooseTask){.record = record,
                          .model = p,
                          .layers = p->config.model.layers,
+                         .passes = 1,
                          .costs = &p->costs,
-                         .rules = {.offload = 1, .least_copy = 2 << 20},
-                         .arena = INT64_MAX / 4,
-                         .host = INT64_MAX / 4};
+                         .rules = {.offload = 1, .least_copy = 2 << 20}};
+  p->room = (Room){.arena = INT64_MAX / 4, .host = INT64_MAX / 4};
   memset(p->task.rules.pinned, POLICY_COUNT, sizeof p->task.rules.pinned);
 }
 

@@ -14,7 +14,8 @@ typedef struct Paper {
   Backend backend;
   Model model;
   Costs costs;
-  ChooseTask task; // any policy, any amount of memory
+  ChooseTask task; // any policy
+  Room room;       // any amount of memory
 } Paper;
 // Fails the test where the config is wrong. The paper must stay where it is.
 void paper_open(Paper *p, const char *file, const char *const *sets, int n_sets);

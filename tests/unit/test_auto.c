@@ -30,6 +30,7 @@ static void world_open(World *w, uint64_t seed) {
   model_case_init(&w->c, seed, 1);
   w->c.config.train.ema = 0;
   w->c.config.memory.host_gb = 1;
+  w->c.config.memory.state = STATE_DEVICE; // what it makes room for is tests/unit/test_places.c's
   w->backend = backend_queued_cpu;
   // A GPU's, a thousandth of it, and a launch that is short beside.
   w->backend.assumed = (DeviceRates){4e7, 4e9, 0};

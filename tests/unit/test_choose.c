@@ -26,10 +26,10 @@ static double cpu_seconds(void) {
 }
 
 static Chosen choose_within(Paper *p, double arena) {
-  p->task.arena = (int64_t)arena;
-  Chosen c = choose(&p->task);
+  p->room.arena = (int64_t)arena;
+  Chosen c = choose(&p->task, &p->room, 1);
   if (c.fits) {
-    assert_true(c.outcome.arena <= p->task.arena && c.outcome.host <= p->task.host);
+    assert_true(c.outcome.arena <= p->room.arena && c.outcome.host <= p->room.host);
     assert_true(c.outcome.time.seconds >= c.bound * (1 - 1e-9));
   }
   return c;
@@ -168,12 +168,12 @@ static void test_limits_hold(void **state) {
   assert_true(none.fits && none.outcome.host == 0 && none.outcome.time.busy[LANE_D2H] == 0);
   assert_true(none.outcome.time.seconds <= recompute.time.seconds);
   p.task.rules.offload = 1;
-  p.task.host = 1000000000;
+  p.room.host = 1000000000;
   Chosen some = choose_within(&p, (double)recompute.arena);
   assert_true(some.fits && some.outcome.host > 0);
   assert_true(some.outcome.time.seconds < none.outcome.time.seconds);
   // A pinned tensor keeps its policy in every layer.
-  p.task.host = INT64_MAX / 4;
+  p.room.host = INT64_MAX / 4;
   p.task.rules.pinned[SAVED_B2] = POLICY_KEEP;
   p.task.rules.pinned[SAVED_H1] = POLICY_OFFLOAD;
   Chosen pinned = choose_within(&p, 10e9);

@@ -340,8 +340,8 @@ static void test_state_on_host(void **state) {
   }
 }
 
-// Each further state takes less of the device; auto takes the first with which a budget holds, and of what leaves no
-// more than must: the bits are the same.
+// Each further state takes less of the device. With a policy of its own "auto" leaves all there; where both are chosen,
+// ever more of it goes as the budget falls, and the bits are the same.
 static void test_state_auto(void **state) {
   (void)state;
   World w;
@@ -364,20 +364,30 @@ static void test_state_auto(void **state) {
     engine_free(&e);
   }
   c->memory.state = STATE_AUTO;
-  for (MemoryState s = STATE_DEVICE; s <= STATE_MOMENTS; s++)
-    for (int most = 0; most < 2; most++) {
-      int64_t before = s == STATE_DEVICE ? need[s] : need[s - 1], budget = most ? (need[s] + before) / 2 : need[s];
-      c->memory.budget_gb = ((double)budget + 100) / 1e9;
-      queued_cpu_start((uint64_t)(600 + 2 * s + most), FAULT_NONE);
-      assert_int_equal(engine_record(&e, c, &backend_queued_cpu, 1, &err), 0);
-      assert_int_equal(e.model.state, s);
-      assert_true(engine_device_bytes(&e) <= e.budget);
-      if (s > STATE_DEVICE && most) assert_true(e.model.kept > 0 && engine_device_bytes(&e) > need[s]);
-      engine_free(&e);
-      Outcome got = run(&w, &backend_queued_cpu, -1);
-      if (!outcomes_equal(&got, &want)) fail_msg("state %d, %d: other bits", s, most);
-      outcome_free(&got);
-    }
+  c->memory.policy = MEMORY_KEEP;
+  c->memory.budget_gb = (double)need[STATE_EMA] / 1e9;
+  assert_int_equal(engine_record(&e, c, &backend_queued_cpu, 1, &err), 0);
+  assert_int_equal(e.model.state, STATE_DEVICE);
+  assert_int_equal(engine_check_budget(&e, &err), -1);
+  assert_non_null(strstr(err.hint, "memory.state=ema"));
+  engine_free(&e);
+  c->memory.policy = MEMORY_AUTO;
+  c->memory.host_gb = 1;
+  int seen[STATE_GRADIENTS + 1] = {0}, kept = 0;
+  for (double budget = (double)need[STATE_DEVICE]; budget > .52 * (double)need[STATE_DEVICE]; budget *= .94) {
+    c->memory.budget_gb = (budget + 100) / 1e9;
+    queued_cpu_start((uint64_t)budget, FAULT_NONE);
+    assert_int_equal(engine_record(&e, c, &backend_queued_cpu, 1, &err), 0);
+    assert_true(engine_device_bytes(&e) <= e.budget);
+    seen[e.model.state]++;
+    kept += e.model.kept > 0;
+    engine_free(&e);
+    Outcome got = run(&w, &backend_queued_cpu, -1);
+    if (!outcomes_equal(&got, &want)) fail_msg("%g bytes: other bits", budget);
+    outcome_free(&got);
+  }
+  assert_true(seen[STATE_DEVICE] > 0 && seen[STATE_EMA] > 0 && seen[STATE_MOMENTS] > 0);
+  assert_true(kept > 2);
   outcome_free(&want);
   world_close(&w);
 }

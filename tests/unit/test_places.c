@@ -1,0 +1,218 @@
+// The place of the optimizer's state and the plan of activations, chosen together on a device on paper: as short a step
+// as any place by itself allows, in the memory that there is.
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "model/config/load.h"
+#include "model/program/expected.h"
+#include "model/program/policy.h"
+#include "tests/unit/paper_device.h"
+#include "trainer/engine_internal.h"
+#include "trainer/predict.h"
+
+// Small enough for all of its state to find room on the host of a test.
+static const char *const base_of_four[] = {"data.tokenizer=bytes", "model.layers=4", "model.vocab=4096"};
+static const char *const medium[] = {"data.tokenizer=bytes"};
+static const struct {
+  const char *file;
+  const char *const *sets;
+  int n;
+} models[] = {{"configs/base.json", base_of_four, 3}, {"configs/medium.json", medium, 1}};
+enum { MODELS = sizeof models / sizeof *models };
+
+static void open_config(Config *c, int model) {
+  Error err;
+  if (config_load(c, models[model].file, models[model].sets, models[model].n, &err) != 0) fail_msg("%s", err.text);
+  c->memory.host_gb = 10;
+}
+
+static void record(Engine *e, const Backend *b, Config *c, MemoryPolicy policy, MemoryState state, double budget,
+                   const PolicyTable *given) {
+  Error err;
+  Extents x = extents_expected(c, c->data.micro_batch_tokens);
+  c->memory.policy = policy;
+  c->memory.state = state;
+  c->memory.budget_gb = budget;
+  if (engine_record_with(e, c, b, 1, costs_new(b, &x), given, &err) != 0) fail_msg("%s", err.text);
+}
+
+// Of a mean step; infinite where it does not fit.
+static double seconds_of(const Engine *e) {
+  double ema = 1.0 / e->config->train.ema_every;
+  if (engine_device_bytes(e) > e->budget) return INFINITY;
+  return (1 - ema) * predict_step(e, 0) + ema * predict_step(e, 1);
+}
+
+static double needs(const Backend *b, Config *c, MemoryPolicy policy, MemoryState state) {
+  Engine e;
+  record(&e, b, c, policy, state, 1e3, NULL);
+  double gb = (double)engine_device_bytes(&e) / 1e9;
+  engine_free(&e);
+  return gb;
+}
+
+// Whatever the budget, and whether an update comes after one pass or four and the EMA's with each or seldom.
+static void test_best_of_places(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  int seen[STATE_GRADIENTS + 1] = {0}, gains = 0;
+  for (int m = 0; m < MODELS; m++)
+    for (int variant = 0; variant < 2; variant++) {
+      static Config c;
+      open_config(&c, m);
+      c.train.ema_every = variant ? 1 : 10;
+      c.train.micro_batches = variant ? 4 : 1;
+      const double least[] = {needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS),
+                              needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE)},
+                   most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE);
+      double before = INFINITY;
+      for (int i = 0; i < 6; i++) { // three budgets below what the device alone can do with
+        double from = i < 3 ? least[0] : least[1], to = i < 3 ? least[1] : most,
+               budget = from + (to - from) * (i % 3) / 3 + 1e-3;
+        double best = INFINITY, on_device = INFINITY;
+        Engine e;
+        record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, budget, NULL);
+        double got = seconds_of(&e);
+        seen[e.model.state]++;
+        engine_free(&e);
+        for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+          record(&e, &b, &c, MEMORY_AUTO, s, budget, NULL);
+          best = fmin(best, seconds_of(&e));
+          if (s == STATE_DEVICE) on_device = seconds_of(&e);
+          engine_free(&e);
+        }
+        if (!(got <= 1.01 * best)) fail_msg("%s in %g GB: %g s, %g", models[m].file, budget, got, best);
+        if (!(got <= 1.01 * before)) fail_msg("%s in %g GB: %g s, %g with less", models[m].file, budget, got, before);
+        gains += isfinite(on_device) && got < .99 * on_device;
+        before = got;
+      }
+    }
+  assert_true(seen[STATE_DEVICE] > 0 && seen[STATE_EMA] > 0 && seen[STATE_MOMENTS] > 0);
+  assert_true(gains > 0); // it leaves where it need not
+}
+
+// What a place is said to cost and leave is what its programs do.
+static void test_rooms(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  for (int m = 0; m < MODELS; m++) {
+    Engine e;
+    Place *place;
+    Room *room;
+    int64_t forward[SPACE_COUNT];
+    open_config(&c, m);
+    c.train.ema_every = 3;
+    record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, 1e3, NULL);
+    memcpy(forward, e.bytes, sizeof forward);
+    forward[SPACE_ARENA] = 0;
+    int n = engine_places(&e, &place, &room);
+    assert_int_equal(n, 1 + 2 * e.model.params.buckets);
+    assert_int_equal(e.model.state, STATE_DEVICE);
+    for (int i = 0; i < n; i++) {
+      engine_place_state(&e, place[i], forward, 1);
+      Room real = engine_room(&e);
+      assert_int_equal(room[i].arena, real.arena);
+      double seconds = predict_update(&e);
+      if (!(fabs(room[i].seconds / seconds - 1) < .1))
+        fail_msg("%s, state %d, %d kept: %g s, %g", models[m].file, place[i].state, place[i].kept, room[i].seconds,
+                 seconds);
+      if (i) assert_true(room[i].arena >= room[i - 1].arena && room[i].seconds >= room[i - 1].seconds * (1 - 1e-9));
+    }
+    free(place);
+    free(room);
+    engine_free(&e);
+  }
+}
+
+// What does not travel is worked on while what does travels: a little of the EMA on the host costs nothing.
+static void test_hidden_by_the_rest(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  open_config(&c, 0);
+  Engine e;
+  record(&e, &b, &c, MEMORY_KEEP, STATE_DEVICE, 1e3, NULL);
+  int64_t forward[SPACE_COUNT];
+  memcpy(forward, e.bytes, sizeof forward);
+  for (MemoryState s = STATE_DEVICE; s <= STATE_MOMENTS; s++) {
+    engine_place_state(&e, (Place){s, s > STATE_DEVICE ? e.model.params.buckets - 1 : 0}, forward, 1);
+    const Program *p = s == STATE_MOMENTS ? e.update : e.update_ema;
+    Simulation x = predict_program(&e.costs, p);
+    if (s > STATE_DEVICE) assert_true(x.busy[LANE_H2D] > 0 && x.busy[LANE_D2H] > 0);
+    assert_true(x.stalled <= .02 * x.seconds);
+  }
+  // With all of it there the link is what takes the time, in both directions at once.
+  engine_place_state(&e, (Place){STATE_MOMENTS, 0}, forward, 1);
+  Simulation x = predict_program(&e.costs, e.update);
+  assert_true(x.busy[LANE_H2D] > .95 * x.seconds && x.busy[LANE_D2H] > .95 * x.seconds);
+  engine_free(&e);
+}
+
+// A plan of before goes where there is room for it, and gives way where there is none.
+static void test_given(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  open_config(&c, 0);
+  double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS);
+  double budget = .6 * least + .4 * most;
+  Engine e;
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, budget, NULL);
+  assert_true(e.model.state > STATE_DEVICE);
+  const Place place = {e.model.state, e.model.kept};
+  PolicyTable plan = policy_table_copy(&e.policy);
+  engine_free(&e);
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, budget, &plan);
+  assert_true(e.plan.was_given && e.model.state == place.state && e.model.kept == place.kept);
+  engine_free(&e);
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, budget + .2 * (most - least), &plan);
+  assert_true(e.plan.was_given);
+  assert_true(e.model.state < place.state || (e.model.state == place.state && e.model.kept >= place.kept));
+  engine_free(&e);
+  memset(plan.of, POLICY_KEEP, (size_t)plan.layers * SAVED_COUNT);
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, least + 1e-3, &plan);
+  assert_true(!e.plan.was_given && engine_device_bytes(&e) <= e.budget);
+  engine_free(&e);
+  policy_table_free(&plan);
+}
+
+static double cpu_seconds(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void test_takes_little_time(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  Error err;
+  const char *sets[] = {"data.tokenizer=bytes", "model.layers=64", "model.dim=512", "model.heads=4"};
+  if (config_load(&c, "configs/base.json", sets, 4, &err) != 0) fail_msg("%s", err.text);
+  double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE);
+  Engine e;
+  double before = cpu_seconds();
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, .3 * most + .7 * least, NULL);
+  double took = cpu_seconds() - before;
+  print_message("64 layers, state and activations: %d plans tried in %.2f s of one core\n", e.plan.tried, took);
+  assert_true(e.plan.tried > 1 && engine_device_bytes(&e) <= e.budget && took < 5); // sanitizers take many times that
+  engine_free(&e);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_best_of_places),     cmocka_unit_test(test_rooms),
+      cmocka_unit_test(test_hidden_by_the_rest), cmocka_unit_test(test_given),
+      cmocka_unit_test(test_takes_little_time),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
