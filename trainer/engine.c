@@ -35,7 +35,8 @@ int64_t engine_state_on_host(const Engine *e) {
 
 int64_t engine_host_budget(const Engine *e) {
   double given = e->config->memory.host_gb;
-  return given > 0 ? (int64_t)(given * 1e9) : max_i64(0, e->host_left - engine_state_on_host(e)) / 2;
+  // Every process of this host has its own.
+  return given > 0 ? (int64_t)(given * 1e9) : max_i64(0, e->host_left / ranks_on_host() - engine_state_on_host(e)) / 2;
 }
 
 void engine_measure(Engine *e, const Program *p) {

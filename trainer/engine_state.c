@@ -236,6 +236,9 @@ void engine_print_state(const Engine *e, FILE *f) {
   const LinkRates *link = &e->costs.link;
   const Program *updates[] = {e->update, e->update_ema};
   static const char *const names[] = {"a step", "a step with EMA"};
+  if (!e->model.backend->queues)
+    fprintf(f, "state: in the memory of the %s with all else; memory.state moves it beside a GPU only\n",
+            e->model.backend->name);
   if (e->model.state <= STATE_DEVICE) return;
   char *text = engine_state_text(e);
   fprintf(f, "state: %s\n", text);

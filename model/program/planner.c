@@ -138,6 +138,23 @@ static void layer_counts(const Program *p, const Costs *costs, KindCosts kind[SA
   }
 }
 
+// What the policies offload but is too small for a copy of its own.
+static void small_print(const Program *p, FILE *out) {
+  double bytes = 0;
+  int n = 0;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (x->saved < 0 || x->layer < 0 || x->layer >= p->policy.layers) continue;
+    if (p->policy.of[x->layer * SAVED_COUNT + x->saved] != POLICY_OFFLOAD) continue;
+    if (p->state->revival[t].policy == POLICY_OFFLOAD) continue;
+    bytes += (double)x->bytes;
+    n++;
+  }
+  if (n)
+    fprintf(out, "  %d tensors to offload, %.3f GB, stay on the device: each is less than the %.3f MB worth a copy\n",
+            n, bytes / 1e9, (double)p->policy.least_copy / 1e6);
+}
+
 void planner_print_costs(const Program *p, const Costs *costs, void *out_file) {
   FILE *out = out_file;
   KindCosts kind[SAVED_COUNT + 1] = {{{0}, 0, 0}};
@@ -157,4 +174,5 @@ void planner_print_costs(const Program *p, const Costs *costs, void *out_file) {
             k->layers[POLICY_RECOMPUTE], 1e3 * k->again, k->layers[POLICY_OFFLOAD], 1e3 * k->copied);
   }
   fprintf(out, "  %-14s %6s %10s %9.3f %8s %9.3f\n", "sum", "", "", 1e3 * again, "", 1e3 * copied);
+  small_print(p, out);
 }

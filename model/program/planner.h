@@ -23,6 +23,7 @@ Peak planner_peak(const Program *p);
 void planner_print(const Program *p, void *out_file);
 
 // What the policies cost, appended to `out_file` (a FILE *): per saved kind how many layers keep, recompute and offload
-// it, the seconds of ops that make it again, and of its copies each way; then all of them together.
+// it, the seconds of ops that make it again, and of its copies each way; then all of them together, and what stays
+// because it is too small for a copy.
 void planner_print_costs(const Program *p, const Costs *costs, void *out_file);
 #endif

@@ -230,6 +230,36 @@ static void test_cost_table(void **state) {
   paper_close(&p);
 }
 
+// What is too small for a copy is told: how many, and how many bytes.
+static void test_small_stay(void **state) {
+  (void)state;
+  Paper p;
+  paper_open(&p, "configs/base.json", bytes_only, 1);
+  PolicyTable t = policy_table_new(p.task.layers, MEMORY_OFFLOAD);
+  for (int small = 0; small < 2; small++) {
+    t.least_copy = small ? (int64_t)70 << 20 : 1; // of x, attention, b1 and b2 each is less
+    Program *q = p.task.record(p.task.model, &t);
+    int64_t want = 0;
+    int n = 0;
+    for (TensorId i = 0; i < q->n_tensors; i++) {
+      const Tensor *x = &q->tensors[i];
+      if (x->saved < 0 || x->layer < 0 || t.of[x->layer * SAVED_COUNT + x->saved] != POLICY_OFFLOAD) continue;
+      if (x->bytes < t.least_copy) want += x->bytes, n++;
+    }
+    char *text, line[64];
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+    planner_print_costs(q, &p.costs, f);
+    fclose(f);
+    snprintf(line, sizeof line, "%d tensors to offload, %.3f GB, stay", n, (double)want / 1e9);
+    assert_true(small ? n > 60 && strstr(text, line) : !strstr(text, "tensors to offload"));
+    free(text);
+    program_free(q);
+  }
+  policy_table_free(&t);
+  paper_close(&p);
+}
+
 static void test_takes_little_time(void **state) {
   (void)state;
   Paper p;
@@ -310,6 +340,7 @@ int main(void) {
       cmocka_unit_test(test_base_beats_the_hand), cmocka_unit_test(test_other_sizes),
       cmocka_unit_test(test_limits_hold),         cmocka_unit_test(test_cost_table),
       cmocka_unit_test(test_takes_little_time),   cmocka_unit_test(test_against_all_plans),
+      cmocka_unit_test(test_small_stay),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
