@@ -51,9 +51,10 @@ void backend_leave(void) {
 #endif
 }
 
-// A plan with "auto" is one for the machine it is made on.
+// A plan is one for the machine it is made on; where the device that is asked for is missing, by its assumed rates.
 const Backend *backend_for_plan(const Config *c, Error *err) {
-  return backend_find(c, c->run.device != DEVICE_CUDA, err);
+  const Backend *b = backend_find(c, 1, err);
+  return b || c->run.device != DEVICE_CUDA ? b : backend_find(c, 0, err);
 }
 
 const Backend *backend_of_host(void) {

@@ -49,7 +49,8 @@ typedef struct OwnKey {
 
 static OwnKey own_key(const Config *c, const Backend *b, const char *run) {
   OwnKey k = {xasprintf("%s/" COSTS_FILE, run), build_hash(), sizes_text(c), {0}};
-  k.key = (CostsKey){b->kernels(), k.build, k.sizes};
+  const char *device = b->kernels(); // none: a plan for one that is not here
+  k.key = (CostsKey){device[0] ? device : NULL, k.build, k.sizes};
   return k;
 }
 

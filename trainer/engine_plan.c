@@ -26,9 +26,12 @@ static int policy_of_config(const Config *c, MemoryPolicy policy, PolicyTable *t
   return 0;
 }
 
-// A copy of fewer bytes is mostly its latency.
+// A copy of fewer bytes is mostly its latency. A power of two, so that links measured twice agree.
 static int64_t least_copy(const Costs *c) {
-  return (int64_t)(4 * c->link.latency * c->link.d2h);
+  const double bytes = 4 * c->link.latency * c->link.d2h;
+  int64_t least = 1;
+  while ((double)least < bytes) least *= 2;
+  return least;
 }
 
 static Mode first_mode(const Engine *e) {

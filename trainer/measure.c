@@ -52,15 +52,21 @@ static int uses_copies(const Program *p) {
   return 0;
 }
 
-// Measures a bound program. *gap: see seconds_gap; taken over where copies run beside the ops, whose sum is unknown.
-static void measure_program(Engine *e, const ModelProgram *m, const void *pack, double *gap, Costs *c) {
+// Measures a bound program with its copies in the ops' queue: beside copies ops are slower, by which share the
+// simulation says, and how long the whole takes depends on what waits for what.
+static void measure_program(Engine *e, const ModelProgram *m, const void *pack) {
   Program *p = m->program;
+  int one_queue = p->one_queue, binds = uses_copies(p) && !one_queue;
   double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
+  p->one_queue |= binds;
+  if (binds) program_bind(p, &e->bases);
   engine_run(e, m, pack, NULL); // loads kernels, captures the graph, wakes the clocks
   time_ops(p, seconds);
-  if (!uses_copies(p)) *gap = seconds_gap(p, seconds, time_replays(e->model.backend->queues, p));
-  seconds_close(p, seconds, *gap);
-  costs_note(c, p, seconds);
+  seconds_close(p, seconds, seconds_gap(p, seconds, time_replays(e->model.backend->queues, p)));
+  costs_note(&e->costs, p, seconds);
+  engine_await(e);
+  p->one_queue = one_queue;
+  if (binds) program_bind(p, &e->bases);
   free(seconds);
 }
 
@@ -76,7 +82,7 @@ static int fits(const Engine *e, const Program *p) {
 }
 
 // Measures the program of a mode with everything recomputed, where it fits; returns how many were.
-static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again, double *gap) {
+static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again) {
   PolicyTable policy = policy_table_new(e->config->model.layers, MEMORY_RECOMPUTE);
   ModelProgram m = transformer_record(&e->model, mode, e->slots, e->segments, &policy);
   int measures = fits(e, m.program) && (again || !measure_has(&e->costs, m.program));
@@ -84,7 +90,7 @@ static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again,
     m.program->one_queue = e->first.program->one_queue;
     m.program->use_graph = e->first.program->use_graph;
     program_bind(m.program, &e->bases);
-    measure_program(e, &m, pack, gap, &e->costs);
+    measure_program(e, &m, pack);
   }
   program_free(m.program);
   policy_table_free(&policy);
@@ -98,15 +104,15 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
   } own[] = {{&e->first, e->config->train.micro_batches > 1 ? MODE_TRAIN_FIRST : MODE_TRAIN_ONLY},
              {&e->later, MODE_TRAIN_MIDDLE},
              {&e->last, MODE_TRAIN_LAST}};
-  double began = time_now(), gap = 3e-6; // of an H200 and its host
+  double began = time_now();
   int n = 0;
   if (!e->model.backend->queues || e->bases.separate) return 0;
   e->costs.extents = *extents;
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
     if (!own[i].of->program) continue;
-    if (e->chosen == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again, &gap);
+    if (e->chosen == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again);
     if (!again && measure_has(&e->costs, own[i].of->program)) continue;
-    measure_program(e, own[i].of, pack, &gap, &e->costs);
+    measure_program(e, own[i].of, pack);
     n++;
   }
   if (n) log_info("%d kinds of ops timed in %.1f s", e->costs.n_classes, time_now() - began);

@@ -9,7 +9,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-static const double too_much = .05; // of the prediction
+static const double too_much = .02; // of the prediction; as much as a device's pace changes from run to run
 
 Watch watch_open(const Engine *e, const char *run, int64_t from, int profiled) {
   // The processes of a group would have to agree on what each of them found.

@@ -244,7 +244,7 @@ static double closed(double seconds, double gap) {
 static double closed_sum(const Program *p, const double *seconds, double gap) {
   double sum = 0;
   for (int i = 0; i < p->n_ops; i++)
-    if (p->ops[i].lane == LANE_COMPUTE) sum += closed(seconds[i], gap);
+    if (p->ops[i].lane == LANE_COMPUTE || p->one_queue) sum += closed(seconds[i], gap);
   return sum;
 }
 

@@ -50,8 +50,8 @@ void costs_put(Costs *c, const ClassSeconds *x);
 // classes before.
 void costs_note(Costs *c, const Program *p, const double *seconds);
 // Ops timed one by one take longer than in a graph, by their events and launches. seconds_gap returns the seconds, at
-// least 0, by which each op of the compute lane has to be shortened so that all sum up to `total`; seconds_close
-// shortens them, each by half at most.
+// least 0, by which each op of the compute lane (with one_queue: of all) has to be shortened so that they sum up to
+// `total`; seconds_close shortens all, each by half at most.
 double seconds_gap(const Program *p, const double *seconds, double total);
 void seconds_close(const Program *p, double *seconds, double gap);
 #endif

@@ -144,7 +144,7 @@ int costs_load(Costs *c, const CostsKey *key, const char *path) {
   Costs read = {0};
   const char *other = NULL;
   for (int i = 0; i < 3 && !other; i++)
-    if (strcmp(read_text(root, named[i][0]), named[i][1]) != 0) other = named[i][0];
+    if (named[i][1] && strcmp(read_text(root, named[i][0]), named[i][1]) != 0) other = named[i][0];
   int good = !other && read_all(root, &read);
   if (other)
     log_info("%s has times of another %s: they are measured again", path,

@@ -8,7 +8,8 @@
 
 #include "model/program/seconds.h"
 
-// What times depend on besides the classes: costs are of no use where one of these is another.
+// What times depend on besides the classes: costs are of no use where one of these is another. NULL, of costs that are
+// loaded: any.
 typedef struct CostsKey {
   const char *device, *build, *sizes;
 } CostsKey;

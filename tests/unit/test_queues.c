@@ -96,7 +96,7 @@ static double device_time(void) {
 // another may add: those of everything recomputed.
 static void measure(World *w, Engine *e) {
   const Extents extents = {.text = 3, .image = 4, .segments = 1, .targets = 2, .pairs = 20};
-  int is_chosen = e->chosen == MEMORY_AUTO;
+  int is_chosen = e->chosen == MEMORY_AUTO, one_queue = e->first.program->one_queue;
   PolicyTable policy = policy_table_new(w->c.config.model.layers, MEMORY_RECOMPUTE);
   ModelProgram m = transformer_record(&e->model, MODE_TRAIN_MIDDLE, e->slots, e->segments, &policy);
   int timed = measure_train(e, w->pack[1], &extents, 0);
@@ -104,6 +104,7 @@ static void measure(World *w, Engine *e) {
     assert_int_equal(timed, 0);
   } else {
     assert_true(timed >= 2 && e->costs.extents.pairs == extents.pairs);
+    assert_int_equal(e->first.program->one_queue, one_queue); // copies are in their lanes again
     assert_true(measure_has(&e->costs, e->first.program) && measure_has(&e->costs, e->later.program));
     assert_true(is_chosen == (w->c.config.memory.policy == MEMORY_AUTO));
     assert_true(!is_chosen || measure_has(&e->costs, m.program));

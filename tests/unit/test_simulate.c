@@ -112,7 +112,7 @@ static void test_one_queue(void **state) {
 static void test_drag(void **state) {
   (void)state;
   Case c = {0};
-  const Costs costs = {.rates = {.bytes = 1}, .link = {.d2h = .5, .h2d = .5, .both_d2h = .5, .both_h2d = .5}};
+  const Costs costs = {.rates = {.bytes = 2}, .link = {.d2h = .5, .h2d = .5, .both_d2h = .5, .both_h2d = .5}};
   check(copy_drag(&costs), .25);
   const Given ops[] = {{D, 2, {-1, -1}}, {C, 4, {-1, -1}}, {H, 1, {0, -1}}};
   Simulation s = play(&c, ops, 3, &costs);
