@@ -8,8 +8,9 @@ Writes OUT/curve.csv, a row as soon as it is known: what is there already is not
 broken off goes on. OUT/curve.svg is drawn anew each time. At the end the errors of the predictions are printed.
 
 Budgets: six from the smallest in which a plan runs to all that keep needs, unless given. A policy that leaves nothing
-to choose takes the same time in any budget that it fits: it is measured once. Runs are killed after their steps, before
-they write a checkpoint. FOLDER is one of scripts/make_bench_data.py; without it the config's own data are read.
+to choose takes the same time in any budget that it fits: it is measured once. A step's time is the mean of those with
+and without the EMA's update. Runs are killed after their steps, before they write a checkpoint. FOLDER is one of
+scripts/make_bench_data.py; without it the config's own data are read.
 Needs nothing but Python 3.
 """
 import argparse
@@ -121,15 +122,28 @@ class Train:
         lines = lines[WARM_UP:]
         if not lines:
             return {"note": last_line(said)}
-        seconds = statistics.median(line["seconds"] for line in lines)
-        row = {"measured_ms": f"{1e3 * seconds:.3f}",
-               "tokens_per_second": f"{statistics.median(line['tokens'] / line['seconds'] for line in lines):.0f}"}
-        found = re.findall(r"a step: predicted ([\d.]+) ms, measured", said)
-        if found:
-            row["predicted_ms"] = found[-1]
+        predicted = re.findall(r"a step: predicted ([\d.]+) ms, measured", said)
+        extra = re.findall(r"every (\d+) steps the EMA takes ([\d.]+) ms more", said)
+        every, more = (int(extra[-1][0]), 1e-3 * float(extra[-1][1])) if extra else (1, 0.0)
+        seconds = mean_step(lines, every, more)
+        tokens = statistics.median(line["tokens"] for line in lines)
+        row = {"measured_ms": f"{1e3 * seconds:.3f}", "tokens_per_second": f"{tokens / seconds:.0f}"}
+        if predicted:
+            row["predicted_ms"] = f"{float(predicted[-1]) + 1e3 * more / every:.2f}"
         if device_memory(said):
             row["planned_gb"], row["in_use_gb"] = device_memory(said)
         return row
+
+
+def mean_step(lines, every, more):
+    """Seconds of a step: the medians of those with the EMA's update, each `every`th, and of those without, as they take
+    turns. `more`: what the EMA should add, where none of the lines has it."""
+    ema = [line["seconds"] for line in lines if every > 1 and (line["step"] + 1) % every == 0]
+    plain = [line["seconds"] for line in lines if every == 1 or (line["step"] + 1) % every]
+    if not plain:
+        return statistics.median(ema)
+    added = statistics.median(ema) - statistics.median(plain) if ema else more
+    return statistics.median(plain) + added / every
 
 
 def smallest_budget(train, needed):

@@ -82,16 +82,20 @@ static int step_compare(const void *pa, const void *pb) {
   return (x > y) - (x < y);
 }
 
-static void log_comparison(const Engine *e, const WatchedStep *s) {
+static void log_comparison(const Watch *w, const Engine *e, const WatchedStep *s) {
   const Backend *b = e->model.backend;
-  char memory[128] = "";
+  const int every = e->config->train.ema_every;
+  char memory[128] = "", ema[64] = "";
+  if (e->update_ema && every > 1)
+    snprintf(ema, sizeof ema, "; every %d steps the EMA takes %.2f ms more", every,
+             1e3 * (w->predicted[1] - w->predicted[0]));
   if (b->in_use) {
     double planned = (double)engine_device_bytes(e), used = (double)b->in_use();
     snprintf(memory, sizeof memory, "; device memory: planned %.3f GB, in use %.3f GB (%+.2f%%)", planned / 1e9,
              used / 1e9, percent(used, planned));
   }
-  log_info("a step: predicted %.2f ms, measured %.2f ms (%+.1f%%)%s", 1e3 * s->predicted, 1e3 * s->measured,
-           percent(s->measured, s->predicted), memory);
+  log_info("a step: predicted %.2f ms, measured %.2f ms (%+.1f%%)%s%s", 1e3 * s->predicted, 1e3 * s->measured,
+           percent(s->measured, s->predicted), ema, memory);
 }
 
 void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
@@ -100,7 +104,7 @@ void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
   if (w->n < w->wanted) return;
   qsort(w->step, (size_t)w->n, sizeof *w->step, step_compare);
   const WatchedStep *middle = &w->step[w->n / 2];
-  log_comparison(e, middle);
+  log_comparison(w, e, middle);
   keep_costs(w, e);
   int is_off = fabs(middle->measured / middle->predicted - 1) > too_much;
   if (w->rounds > 1 || !(is_off || w->on_zeros)) return;
