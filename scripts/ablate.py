@@ -20,7 +20,6 @@ name none, needs numpy.
 """
 import argparse
 import csv
-import json
 import math
 import re
 import statistics
@@ -430,6 +429,7 @@ def main():
     table = args.out / "ablate.csv"
     if args.markdown:
         found = results(Rows(table, makes=False))
+        ablate_report.files(found, args.out)
         return ablate_report.markdown(found, args.markdown)
     device = args.device or ("cuda" if has_gpu() else "cpu")
     args.tokens = args.tokens or (16384 if device == "cuda" else None)
@@ -448,12 +448,8 @@ def main():
     rows = Rows(table)
     whole = measure_all(rows, models, parts, args, device)
     found = results(rows)
-    (args.out / "ablate.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = ablate_report.text(found)
-    (args.out / "ablate.txt").write_text(text)
-    print("\n" + text, end="")
-    for path in ablate_report.pictures(found, args.out):
-        print(path)
+    print("\n" + ablate_report.text(found), end="")
+    print("\n".join(map(str, ablate_report.files(found, args.out))))
     if device == "cpu":
         print("A CPU has no queues, graphs or other ways of an op: what AdaLN, grouped products, streams and graphs\n"
               "are worth, and whether copies hide behind kernels, only a GPU shows.")  # fmt: skip

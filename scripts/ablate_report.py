@@ -1,5 +1,6 @@
 """What scripts/ablate.py found, as text, as Markdown and as SVGs."""
 import html
+import json
 import math
 import re
 import sys
@@ -189,15 +190,17 @@ def ladder_svg(runs):
     return svg(width, height, "From nothing to everything", "tokens/s, as times the first rung's", out)
 
 
-def pictures(found, out):
-    """Draws what there is; returns the paths."""
-    drawn = []
+def files(found, out):
+    """Writes ablate.json, ablate.txt and, for each device, the pictures of what there is; returns their paths."""
+    made = {"ablate.json": json.dumps(found, indent=1) + "\n", "ablate.txt": text(found)}
     for device in unique(r["device"] for r in found["runs"]):
         gains = [g for g in found["gains"] if g["device"] == device and g["part"] in ("switches", "memory")]
         ladder = [r for r in found["runs"] if r["device"] == device and r["part"] == "ladder"]
         ladder = [r for r in ladder if r["tokens_per_second"]]
-        for name, picture in (("gains", gains and gains_svg(gains)), ("ladder", ladder and ladder_svg(ladder))):
-            if picture:
-                drawn.append(out / f"{name}-{device}.svg")
-                drawn[-1].write_text(picture, encoding="utf-8")
-    return drawn
+        if gains:
+            made[f"gains-{device}.svg"] = gains_svg(gains)
+        if ladder:
+            made[f"ladder-{device}.svg"] = ladder_svg(ladder)
+    for name, content in made.items():
+        (out / name).write_text(content, encoding="utf-8")
+    return [out / name for name in made]

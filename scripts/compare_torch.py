@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """The engine beside PyTorch, written as a good user of it would: the same weights, the same pack, in one run.
 
-    scripts/compare_torch.py CONFIG OUT              on a GPU; OUT/torch.json and torch.txt
+    scripts/compare_torch.py CONFIG OUT              on a GPU; OUT/torch.json, torch.txt and torch.md
     scripts/compare_torch.py CONFIG OUT --device cpu only eager PyTorch: small configs such as configs/demo.json
 
 First ./train --dump writes a step: weights, a pack with its noise, losses, every gradient. PyTorch's model
@@ -30,6 +30,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ablate_report import markdown_table
 from timed_run import QUIET, ROOT, Plan, config_data, config_read, device_memory, last_line, positive, run_steps
 
 try:
@@ -475,6 +476,7 @@ def main():
         (args.out / "torch.json").write_text(json.dumps(found, indent=1) + "\n")
     text = text_of(found)
     (args.out / "torch.txt").write_text(text)
+    (args.out / "torch.md").write_text(markdown_table(table(found)) + "\n")
     print(text, end="")
     if not good:
         sys.exit("compare_torch: PyTorch's losses or gradients are not the engine's: its times are of another model")
