@@ -165,6 +165,23 @@ static __device__ inline void tile_store(bf16 *tile, int row, const float c[D / 
   }
 }
 
+// Four lanes t exchange: word k of lane t becomes word t of lane k. With word i a lane's pair of fragment i, lane t has
+// the 8 columns of fragment t afterwards.
+static __device__ inline uint4 quad_transpose(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
+  bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w0 : w1, 1), b = __shfl_xor_sync(0xffffffffu, odd ? w2 : w3, 1);
+  if (odd)
+    w0 = a, w2 = b;
+  else
+    w1 = a, w3 = b;
+  a = __shfl_xor_sync(0xffffffffu, high ? w0 : w2, 2), b = __shfl_xor_sync(0xffffffffu, high ? w1 : w3, 2);
+  if (high)
+    w0 = a, w1 = b;
+  else
+    w2 = a, w3 = b;
+  return make_uint4(w0, w1, w2, w3);
+}
+
 // Chunk `i` of a tile's rows from `row` on, counted along them.
 template <int D, int rows> static __device__ inline uint4 tile_chunk(const bf16 *tile, int row, int i) {
   return *(const uint4 *)(tile + tile_at<D, rows>(row + i / (D / 8), i % (D / 8)));

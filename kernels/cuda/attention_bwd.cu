@@ -8,8 +8,8 @@
 // part.
 #include "kernels/cuda/attention_bwd.h"
 
-size_t attention_scratch(OpKind kind, const Dims *d, const OpArgs *) {
-  return kind == OP_ATTENTION_BWD ? sizeof(float) * d->H * d->T : 0; // delta
+size_t attention_bwd_scratch(OpKind, const Dims *d, const OpArgs *) {
+  return sizeof(float) * d->H * d->T; // delta
 }
 
 extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {

@@ -3,6 +3,10 @@
 // in part.
 #include "kernels/cuda/attention_fwd.h"
 
+size_t attention_fwd_scratch(OpKind, const Dims *d, const OpArgs *) {
+  return d->D == 128 ? attention_fwd_wide_scratch(d) : 0;
+}
+
 extern "C" void cuda_ATTENTION_FWD(const KernelCall *call) {
   const Dims *d = call->dims;
   ForwardCall c = {.q = (const bf16 *)call->in.ATTENTION_FWD.q,
@@ -12,8 +16,10 @@ extern "C" void cuda_ATTENTION_FWD(const KernelCall *call) {
                    .lse = (float *)call->out.ATTENTION_FWD.lse,
                    .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
                    .b = *call->batch};
-  if (d->D > 32 && attention_fwd_sm90_usable())
-    attention_fwd_sm90(&c, d->D, call_stream(call));
-  else
+  if (d->D == 32 || !attention_fwd_sm90_usable())
     attention_fwd_portable(&c, d->D, call_stream(call));
+  else if (d->D == 64)
+    attention_fwd_sm90(&c, call_stream(call));
+  else
+    attention_fwd_wide(&c, call->scratch, call_stream(call));
 }

@@ -1,5 +1,6 @@
-// What the two kernels of the forward attention share (attention_fwd_portable.cu, attention_fwd_sm90.cu): a block takes
-// 128 queries of one head as sets of 16 queries a warp; tiles of 64 keys stream past, two in shared memory.
+// What kernels of the forward attention share (attention_fwd_portable.cu, attention_fwd_sm90.cu; attention_fwd_wide.cu
+// has only the call of this): a block takes 128 queries of one head as sets of 16 queries a warp; tiles of 64 keys
+// stream past, two in shared memory.
 #ifndef TESSERA_ATTENTION_FWD_H
 #define TESSERA_ATTENTION_FWD_H
 
@@ -30,9 +31,12 @@ typedef struct ForwardCall {
 // For head_dim 32, 64 or 128 on any card from sm_80 on.
 void attention_fwd_portable(const ForwardCall *c, int D, cudaStream_t stream);
 
-// For head_dim 64 or 128 on Hopper, and whether this card and this build have it.
+// For head_dim 64 and for 128 on Hopper, and whether this card and this build have them. Bytes of scratch of the
+// latter.
 bool attention_fwd_sm90_usable(void);
-void attention_fwd_sm90(const ForwardCall *c, int D, cudaStream_t stream);
+void attention_fwd_sm90(const ForwardCall *c, cudaStream_t stream);
+void attention_fwd_wide(const ForwardCall *c, void *scratch, cudaStream_t stream);
+size_t attention_fwd_wide_scratch(const Dims *d);
 
 // Starts copying the queries and the first tile of keys.
 template <int D> static __device__ inline QueryBlock block_begin(ForwardShared<D> *s, const ForwardCall &c) {

@@ -1,4 +1,5 @@
-// The forward attention on Hopper: one warpgroup multiplies (wgmma). Warp w holds queries 64 m + 16 w, m = 0 and 1.
+// The forward attention on Hopper for head_dim 64: one warpgroup multiplies (wgmma). Warp w holds queries 64 m + 16 w,
+// m = 0 and 1.
 #include "kernels/cuda/attention_fwd.h"
 #include "kernels/cuda/attention_wgmma.h"
 
@@ -85,11 +86,10 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
 }
 
 bool attention_fwd_sm90_usable(void) {
-  static const bool usable = built_for_sm90((const void *)attention_forward_sm90<128>);
+  static const bool usable = built_for_sm90((const void *)attention_forward_sm90<64>);
   return usable;
 }
 
-void attention_fwd_sm90(const ForwardCall *c, int D, cudaStream_t stream) {
-  if (D == 64) return launch_forward<64>(c, attention_forward_sm90<64>, stream);
-  launch_forward<128>(c, attention_forward_sm90<128>, stream);
+void attention_fwd_sm90(const ForwardCall *c, cudaStream_t stream) {
+  launch_forward<64>(c, attention_forward_sm90<64>, stream);
 }

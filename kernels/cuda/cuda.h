@@ -101,13 +101,14 @@ OP_LIST(OP_DECLARE)
 #undef OP_DECLARE
 
 // Scratch that the ops of each family need (KernelWay.scratch), in bytes, 0 for none. Other ops need none.
-size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // LINEAR_*
-size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // EXPERT_*
-size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // HEAD_*
-size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args);     // ADALN_*, COMBINE_ADALN_*
-size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // QKNORM_ROPE_*
-size_t attention_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_*
-size_t router_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // ROUTER_*
-size_t flow_scratch(OpKind kind, const Dims *dims, const OpArgs *args);      // NOISE, FLOW_LOSS
-size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args);    // GRAD_*, ADAMW, EMA
+size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);        // LINEAR_*
+size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);        // EXPERT_*
+size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);          // HEAD_*
+size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args);         // ADALN_*, COMBINE_ADALN_*
+size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);          // QKNORM_ROPE_*
+size_t attention_fwd_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_FWD
+size_t attention_bwd_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_BWD
+size_t router_scratch(OpKind kind, const Dims *dims, const OpArgs *args);        // ROUTER_*
+size_t flow_scratch(OpKind kind, const Dims *dims, const OpArgs *args);          // NOISE, FLOW_LOSS
+size_t update_scratch(OpKind kind, const Dims *dims, const OpArgs *args);        // GRAD_*, ADAMW, EMA
 #endif

@@ -79,12 +79,22 @@ template <int TRANS_A, int TRANS_B> static __device__ inline void wgmma_bf16(flo
                : "l"(a), "l"(b), "n"(TRANS_A), "n"(TRANS_B));
 }
 
-// d [64, 64] = a [64, 16] b [64, 16]^T, added to d if `add`.
+// d [64, N] = a [64, 16] b [N, 16]^T, N = 64 or 128, added to d if `add`; TRANS: the operand is MN-major.
+template <int TRANS_A = 0, int TRANS_B = 0>
 static __device__ inline void wgmma_score(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
   asm volatile("{.reg .pred add; setp.ne.b32 add, %34, 0; "
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_LIST_32 "}, %32, %33, add, 1, 1, 0, 0;}"
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_LIST_32
+               "}, %32, %33, add, 1, 1, %35, %36;}"
                : WGMMA_8(d, 0)
-               : "l"(a), "l"(b), "r"(add));
+               : "l"(a), "l"(b), "r"(add), "n"(TRANS_A), "n"(TRANS_B));
+}
+template <int TRANS_A = 0, int TRANS_B = 0>
+static __device__ inline void wgmma_score(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
+  asm volatile("{.reg .pred add; setp.ne.b32 add, %66, 0; "
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_LIST_64
+               "}, %64, %65, add, 1, 1, %67, %68;}"
+               : WGMMA_8(d, 0), WGMMA_8(d, 8)
+               : "l"(a), "l"(b), "r"(add), "n"(TRANS_A), "n"(TRANS_B));
 }
 
 // d [64, N] += a [64, 16] b [16, N], N = 64 or 128; a: this warp's rows as an A fragment.

@@ -1,0 +1,348 @@
+// The forward attention on Hopper for head_dim 128.
+//
+// A block is three warpgroups and takes units until none is left: two sets of 64 queries of one document that share a
+// kv head. They are the same queries of two heads where a kv head has an even number of those, or else neighbours. The
+// first warpgroup copies, the other two have a set each. Their tensor cores multiply the next tile's scores while they
+// take the softmax of this one.
+#include "kernels/cuda/attention_copy.h"
+#include "kernels/cuda/attention_fwd.h"
+#include "kernels/cuda/attention_spans.h"
+#include "kernels/cuda/attention_wgmma.h"
+
+enum {
+  D = 128,
+  GROUP = 128,
+  FLASH_THREADS = 3 * GROUP,
+  FLASH_KEYS = 128, // of a tile
+  FLASH_SETS = 2,
+  FLASH_ROWS = 64, // queries of a set
+  FLASH_UNITS = 4,
+  FLASH_STAGES = 2,
+  COPY_WARPS = GROUP / 32,
+  CONSUMER_WARPS = 2 * GROUP / 32
+};
+
+typedef struct FlashCall {
+  ForwardCall c;
+  SpanList queries; // tiles of FLASH_ROWS queries (of heads in pairs) or of FLASH_SETS * FLASH_ROWS
+} FlashCall;
+
+// What a block takes.
+typedef struct Unit {
+  int start, kv_head;                         // its keys begin at `start`; start < 0: there are no more
+  int first[FLASH_SETS], head[FLASH_SETS];    // the set's queries begin at `first`,
+  int count[FLASH_SETS], key_end[FLASH_SETS]; // as many are there; the keys that some of them see end there
+  int keys_end;                               // the larger one
+} Unit;
+
+struct FlashShared {
+  bf16 q[FLASH_STAGES][FLASH_SETS][FLASH_ROWS * D];
+  bf16 k[FLASH_STAGES][FLASH_KEYS * D], v[FLASH_STAGES][FLASH_KEYS * D];
+  int32_t kv_end[FLASH_STAGES][FLASH_SETS][FLASH_ROWS], row[FLASH_STAGES][FLASH_SETS][FLASH_ROWS]; // of the queries
+  int32_t q_end[FLASH_STAGES][FLASH_KEYS]; // of the keys; zeros past the last
+  int32_t early_end[FLASH_STAGES];         // the least of them
+  Unit unit[FLASH_UNITS];
+  uint64_t unit_full[FLASH_UNITS], q_full[FLASH_STAGES], q_empty[FLASH_STAGES];
+  uint64_t k_full[FLASH_STAGES], k_empty[FLASH_STAGES], v_full[FLASH_STAGES], v_empty[FLASH_STAGES];
+};
+static_assert(sizeof(FlashShared) <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
+
+static __global__ void __launch_bounds__(SPAN_THREADS) attention_list(SpanList list, Batch b, int rows) {
+  list_spans(list, b, rows);
+}
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// ---- the warps that copy ----
+
+// Takes the next unit; a warp.
+static __device__ inline void take_unit(const FlashCall &p, Unit *u) {
+  const Batch &b = p.c.b;
+  const int H = p.c.shape.H, G = p.c.shape.G, pairs = H / G % 2 == 0, sets = pairs ? H / 2 : H;
+  int lane = threadIdx.x & 31, number = 0;
+  if (lane == 0) number = atomicAdd(&p.queries.counts->taken, 1);
+  number = __shfl_sync(0xffffffffu, number, 0);
+  if (number >= p.queries.counts->spans * sets) {
+    if (lane == 0) u->start = -1;
+    __syncwarp();
+    return;
+  }
+  Span span = p.queries.span[number / sets];
+  if (lane < FLASH_SETS) {
+    int first = span.first + (pairs ? 0 : lane * FLASH_ROWS), head = pairs ? number % sets * 2 + lane : number % sets;
+    int count = max(0, min(FLASH_ROWS, span.end - first));
+    int end = count ? b.kv_end[first + count - 1] : span.start, other = __shfl_xor_sync(0x3, end, 1);
+    u->first[lane] = first;
+    u->head[lane] = head;
+    u->count[lane] = count;
+    u->key_end[lane] = end;
+    if (lane == 0) {
+      u->start = span.start;
+      u->kv_head = head / (H / G);
+      u->keys_end = max(end, other);
+    }
+  }
+  __syncwarp();
+}
+
+// What there is to do: queries, keys and values; four warps.
+static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p) {
+  const ForwardCall &c = p.c;
+  const int H = c.shape.H, G = c.shape.G;
+  Place<FLASH_UNITS> slot;
+  Place<FLASH_STAGES> place, stage;
+  for (;; slot.step(), place.step()) {
+    const Unit &u = s->unit[slot.at];
+    if (threadIdx.x < 32) {
+      take_unit(p, &s->unit[slot.at]);
+      if (threadIdx.x == 0) barrier_arrive(shared_address(&s->unit_full[slot.at]));
+    }
+    barrier_wait(shared_address(&s->unit_full[slot.at]), slot.parity);
+    if (u.start < 0) return;
+    barrier_wait(shared_address(&s->q_empty[place.at]), place.parity ^ 1);
+#pragma unroll 1
+    for (int set = 0; set < FLASH_SETS; set++) {
+      int first = u.first[set], count = u.count[set];
+      copy_rows<D, FLASH_ROWS, COPY_WARPS>(s->q[place.at][set], c.q + ((int64_t)first * H + u.head[set]) * D, H * D,
+                                           count);
+      line_load<FLASH_ROWS>(s->kv_end[place.at][set], c.b.kv_end + first, count);
+      line_load<FLASH_ROWS>(s->row[place.at][set], c.b.row + first, count);
+    }
+    barrier_arrive_after_copies(shared_address(&s->q_full[place.at]));
+    for (int key = u.start; key < u.keys_end; key += FLASH_KEYS, stage.step()) {
+      int end = u.keys_end, early_end = INT_MAX, lane = (int)recompute(threadIdx.x & 31);
+      if (threadIdx.x < 32) {
+        for (int i = key + lane; i < min(key + FLASH_KEYS, end); i += 32) early_end = min(early_end, c.b.q_end[i]);
+      }
+      barrier_wait(shared_address(&s->k_empty[stage.at]), stage.parity ^ 1);
+      int64_t at = ((int64_t)key * G + u.kv_head) * D;
+      copy_rows<D, FLASH_KEYS, COPY_WARPS>(s->k[stage.at], c.k + at, G * D, end - key);
+      line_load<FLASH_KEYS>(s->q_end[stage.at], c.b.q_end + key, end - key);
+      barrier_arrive_after_copies(shared_address(&s->k_full[stage.at]));
+      if (threadIdx.x < 32) {
+        early_end = __reduce_min_sync(0xffffffffu, early_end);
+        if (lane == 0) {
+          s->early_end[stage.at] = early_end;
+          barrier_arrive(shared_address(&s->k_full[stage.at]));
+        }
+      }
+      barrier_wait(shared_address(&s->v_empty[stage.at]), stage.parity ^ 1);
+      copy_rows<D, FLASH_KEYS, COPY_WARPS>(s->v[stage.at], c.v + at, G * D, end - key);
+      barrier_arrive_after_copies(shared_address(&s->v_full[stage.at]));
+    }
+  }
+}
+
+// ---- the warpgroups that multiply ----
+
+enum { SCORES = FLASH_KEYS / 8 };
+
+// Two rows of a thread, g and g + 8 of its warp's 16.
+typedef struct RowPair {
+  float top[2], sum[2]; // largest score so far; this lane's share of the sum of p
+  int kv_end[2];
+} RowPair;
+
+// Hides the scores of keys [key, key + FLASH_KEYS) that queries `query` and query + 8 don't see.
+static __device__ inline void hide_scores(float (&score)[SCORES][4], const RowPair &r, const int32_t *q_end,
+                                          bool intervals, int key, int query) {
+  int t = threadIdx.x & 3;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int end = r.kv_end[h] - key - 2 * t;
+#pragma unroll
+    for (int j = 0; j < SCORES; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (8 * j + i >= end) score[j][2 * h + i] = -INFINITY;
+  }
+  if (!intervals) return;
+#pragma unroll
+  for (int j = 0; j < SCORES; j++) {
+    int2 end = *(const int2 *)(q_end + 8 * j + 2 * t);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (query + 8 * h >= end.x) score[j][2 * h] = -INFINITY;
+      if (query + 8 * h >= end.y) score[j][2 * h + 1] = -INFINITY;
+    }
+  }
+}
+
+// score -> p = exp2(scale2 (score - top)) with the new top; keep[h]: what sums so far are multiplied by.
+static __device__ inline void raise_scores(float (&score)[SCORES][4], RowPair *r, float keep[2], float scale2) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float top = r->top[h], added = 0;
+#pragma unroll
+    for (int j = 0; j < SCORES; j++) top = fmaxf(top, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    float shift = top == -INFINITY ? 0 : top * scale2; // nothing seen yet: every term becomes 0
+    keep[h] = exp2_fast(r->top[h] * scale2 - shift);
+    r->top[h] = top;
+#pragma unroll
+    for (int j = 0; j < SCORES; j++) {
+      score[j][2 * h] = exp2_fast(score[j][2 * h] * scale2 - shift);
+      score[j][2 * h + 1] = exp2_fast(score[j][2 * h + 1] * scale2 - shift);
+      added += score[j][2 * h] + score[j][2 * h + 1];
+    }
+    r->sum[h] = r->sum[h] * keep[h] + added;
+  }
+}
+
+static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
+  const ForwardCall &c = p.c;
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0) - 1; // its set
+  const bool speaks = (threadIdx.x & 31) == 0;
+  const float scale2 = c.shape.scale * LOG2E;
+  Place<FLASH_STAGES> stage;
+  for (uint32_t units = 0;; units++) {
+    const Unit *u = &s->unit[units % FLASH_UNITS];
+    barrier_wait(shared_address(&s->unit_full[units % FLASH_UNITS]), units / FLASH_UNITS & 1);
+    if (u->start < 0) return;
+    const int lane_row = threadIdx.x % GROUP / 32 * 16 + ((threadIdx.x & 31) >> 2), place = units & 1;
+    const bf16 *q = s->q[place][own];
+    barrier_wait(shared_address(&s->q_full[place]), units >> 1 & 1);
+    int left = ceil_div(u->key_end[own] - u->start, FLASH_KEYS); // tiles
+    const int others = ceil_div(u->keys_end - u->start, FLASH_KEYS) - left;
+    float o[D / 8][4];
+    RowPair r;
+    fragments_zero(o);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      r.top[h] = -INFINITY, r.sum[h] = 0, r.kv_end[h] = s->kv_end[place][own][lane_row + 8 * h];
+    const int least_end = s->kv_end[place][own][0], first = u->first[own], count = u->count[own];
+    if (left > 0) {
+      int key = u->start;
+      float score[SCORES][4], keep[2];
+      uint32_t pairs[SCORES][2];
+      barrier_wait(shared_address(&s->k_full[stage.at]), stage.parity);
+      fence_async_proxy();
+      start_scores<D, FLASH_ROWS>(score, q, s->k[stage.at]);
+      wgmma_wait<0>();
+      wgmma_keep(score);
+      bool intervals = s->early_end[stage.at] < first + count;
+      if (intervals || least_end < key + FLASH_KEYS)
+        hide_scores(score, r, s->q_end[stage.at], intervals, key, first + lane_row);
+      if (speaks) barrier_arrive(shared_address(&s->k_empty[stage.at]));
+      raise_scores(score, &r, keep, scale2);
+#pragma unroll
+      for (int j = 0; j < SCORES; j++)
+        pairs[j][0] = pack2(score[j][0], score[j][1]), pairs[j][1] = pack2(score[j][2], score[j][3]);
+      for (; left > 1; left--) {
+        Place<FLASH_STAGES> last = stage;
+        stage.step();
+        key += FLASH_KEYS;
+        barrier_wait(shared_address(&s->k_full[stage.at]), stage.parity);
+        barrier_wait(shared_address(&s->v_full[last.at]), last.parity);
+        fence_async_proxy();
+        start_scores<D, FLASH_ROWS>(score, q, s->k[stage.at]);
+        start_sum<D>(o, pairs, s->v[last.at]);
+        wgmma_wait<1>();
+        wgmma_keep(score);
+        intervals = s->early_end[stage.at] < first + count;
+        if (intervals || least_end < key + FLASH_KEYS)
+          hide_scores(score, r, s->q_end[stage.at], intervals, key, first + lane_row);
+        if (speaks) barrier_arrive(shared_address(&s->k_empty[stage.at]));
+        raise_scores(score, &r, keep, scale2);
+        wgmma_wait<0>();
+        wgmma_keep(o);
+        if (speaks) barrier_arrive(shared_address(&s->v_empty[last.at]));
+#pragma unroll
+        for (int j = 0; j < SCORES; j++)
+          pairs[j][0] = pack2(score[j][0], score[j][1]), pairs[j][1] = pack2(score[j][2], score[j][3]);
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) o[i][0] *= keep[0], o[i][1] *= keep[0], o[i][2] *= keep[1], o[i][3] *= keep[1];
+      }
+      barrier_wait(shared_address(&s->v_full[stage.at]), stage.parity);
+      fence_async_proxy();
+      start_sum<D>(o, pairs, s->v[stage.at]);
+      wgmma_wait<0>();
+      wgmma_keep(o);
+      if (speaks) barrier_arrive(shared_address(&s->v_empty[stage.at]));
+      stage.step();
+    }
+    for (int i = 0; i < others; i++, stage.step()) { // tiles that the other set alone sees
+      barrier_wait(shared_address(&s->k_full[stage.at]), stage.parity);
+      if (speaks) barrier_arrive(shared_address(&s->k_empty[stage.at]));
+      barrier_wait(shared_address(&s->v_full[stage.at]), stage.parity);
+      if (speaks) barrier_arrive(shared_address(&s->v_empty[stage.at]));
+    }
+    const int head = u->head[own];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int at = lane_row + 8 * h, row = s->row[place][own][at];
+      float sum = r.sum[h];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      float inverse = __fdividef(1, sum);
+      if ((threadIdx.x & 3) == 0 && at < count)
+        c.lse[(int64_t)head * c.shape.T + first + at] = r.top[h] * c.shape.scale + logf(sum);
+      bf16 *to = c.o + ((int64_t)row * c.shape.H + head) * D + (threadIdx.x & 3) * 8;
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = pack2(o[n + i][2 * h] * inverse, o[n + i][2 * h + 1] * inverse);
+        uint4 out = quad_transpose(w[0], w[1], w[2], w[3]);
+        if (at < count) *(uint4 *)(to + 8 * n) = out;
+      }
+    }
+    __syncwarp();
+    if (speaks) barrier_arrive(shared_address(&s->q_empty[place]));
+  }
+}
+
+// o = 0 and lse = inf for filler.
+static __device__ inline void write_filler(const ForwardCall &c) {
+  const int H = c.shape.H, T = c.shape.T, used = batch_used(c.b);
+  for (int64_t i = (int64_t)used * H * (D / 8) + blockIdx.x * 2 * GROUP + threadIdx.x - GROUP;
+       i < (int64_t)T * H * (D / 8); i += (int64_t)gridDim.x * 2 * GROUP)
+    ((uint4 *)c.o)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = used * H + blockIdx.x * 2 * GROUP + threadIdx.x - GROUP; i < T * H; i += gridDim.x * 2 * GROUP)
+    c.lse[(int64_t)(i % H) * T + i / H] = INFINITY;
+}
+#endif
+
+static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wide(FlashCall p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char shared[];
+  FlashShared *s = (FlashShared *)shared;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < FLASH_UNITS; i++) barrier_init(shared_address(&s->unit_full[i]), 1);
+    for (int i = 0; i < FLASH_STAGES; i++) {
+      barrier_init(shared_address(&s->q_full[i]), GROUP);
+      barrier_init(shared_address(&s->q_empty[i]), CONSUMER_WARPS);
+      barrier_init(shared_address(&s->k_full[i]), GROUP + 1);
+      barrier_init(shared_address(&s->k_empty[i]), CONSUMER_WARPS);
+      barrier_init(shared_address(&s->v_full[i]), GROUP);
+      barrier_init(shared_address(&s->v_empty[i]), CONSUMER_WARPS);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < GROUP) {
+    registers_give<56>();
+    copy_tiles(s, p);
+  } else {
+    registers_take<224>();
+    write_filler(p.c);
+    multiply(s, p);
+  }
+#endif
+}
+
+// ---- the host side ----
+
+size_t attention_fwd_wide_scratch(const Dims *d) {
+  SpanList list;
+  return span_list_bind(&list, d->T, NULL);
+}
+
+void attention_fwd_wide(const ForwardCall *c, void *scratch, cudaStream_t stream) {
+  FlashCall p = {.c = *c, .queries = {}};
+  span_list_bind(&p.queries, c->shape.T, scratch);
+  int rows = c->shape.H / c->shape.G % 2 == 0 ? FLASH_ROWS : FLASH_SETS * FLASH_ROWS;
+  CUDA_LAUNCH(attention_list, 1, SPAN_THREADS, 0, stream, p.queries, c->b, rows);
+  CUDA_ALLOW_SHARED(attention_forward_wide, sizeof(FlashShared));
+  CUDA_LAUNCH(attention_forward_wide, cuda_sm_count(), FLASH_THREADS, sizeof(FlashShared), stream, p);
+}
