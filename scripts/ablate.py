@@ -11,12 +11,12 @@ OUT/ablate.csv gets a row as soon as it is measured, and what is there is not me
 by --minutes or by hand, goes on. OUT/ablate.txt, ablate.json and two SVGs are made of the rows at the end.
 
 A run trains on the same documents from the same first weights as all others of its model, and its tokens/s are those of
-its median step behind the first; padding is no token. A round runs every variant of a part once; each next round goes
-the other way round. A gain is the median over the rounds of the ratio within a round, so that a machine that gets
-slower or faster takes all variants with it; beside it stand the least and the largest of these ratios. Whatever a
-variant does to the speed, its losses must stay: those of memory, graphs and streams to the last digit that is logged,
-of others within rounding. Needs nothing but Python 3; scripts/make_bench_data.py, which makes the data of models that
-name none, needs numpy.
+its median step behind the first, with its share of an EMA's update; padding is no token. A round runs every variant of
+a part once; each next round goes the other way round. A gain is the median over the rounds of the ratio within a round,
+so that a machine that gets slower or faster takes all variants with it; beside it stand the least and the largest of
+these ratios. Whatever a variant does to the speed, its losses must stay: those of memory, graphs and streams to the last
+digit that is logged, of others within rounding. Needs nothing but Python 3; scripts/make_bench_data.py, which makes the
+data of models that name none, needs numpy.
 """
 import argparse
 import csv
@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablate_report
-from timed_run import QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, positive, run_steps
+from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
+                       positive, run_steps)  # fmt: skip
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -247,9 +248,11 @@ class Model:
         if flags is None:
             return {"note": "no plan has room for it"}
 
+        every = self.config["train"].get("ema_every", 1)
+
         def enough(lines):
             lines = lines[WARM_UP:]
-            return len(lines) >= LEAST_STEPS and sum(line["seconds"] for line in lines) >= self.args.seconds
+            return len(lines) >= max(LEAST_STEPS, every) and sum(s["seconds"] for s in lines) >= self.args.seconds
 
         flags += ["--steps", str(RUN_STEPS)]
         lines, said = run_steps(self.command(flags), self.run, self.args.out / "log", enough, self.args.limit)
@@ -257,16 +260,16 @@ class Model:
         if not counted:
             return {"note": last_line(said)}
         median = lambda value: statistics.median(map(value, counted))
-        row = {"tokens": f"{median(lambda s: s['tokens']):.0f}",
-               "tokens_per_second": f"{median(lambda s: s['tokens'] / s['seconds']):.0f}",
-               "step_ms": f"{1e3 * median(lambda s: s['seconds']):.3f}",
+        tokens, seconds = median(lambda s: s["tokens"]), mean_step(counted, every)
+        row = {"tokens": f"{tokens:.0f}", "tokens_per_second": f"{tokens / seconds:.0f}",
+               "step_ms": f"{1e3 * seconds:.3f}",
                "load_max": f"{median(lambda s: s['expert_load_max']):.2f}",
                "fill": f"{median(lambda s: s['fill']):.4f}", "steps": len(counted),
                "first_losses": " ".join(f"{lines[0].get(key, math.nan):.9g}" for key in ("flow", "ce"))}  # fmt: skip
         if len(lines) >= LOSS_STEP:
             row["loss"] = f"{lines[LOSS_STEP - 1]['loss']:.9g}"
         if "mfu" in counted[0]:
-            row["mfu"] = f"{median(lambda s: s['mfu']):.4f}"
+            row["mfu"] = f"{median(lambda s: s['mfu'] * s['seconds']) / seconds:.4f}"
         planned = re.search(r"memory: ([\d.]+) GB of the", said)
         memory = device_memory(said)
         row["memory_gb"] = memory[1] if memory else planned[1] if planned else ""

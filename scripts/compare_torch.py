@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_report import markdown_table
-from timed_run import QUIET, ROOT, Plan, config_data, config_read, device_memory, last_line, positive, run_steps
+from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, last_line, mean_step, positive,
+                       run_steps)  # fmt: skip
 
 try:
     import torch
@@ -287,7 +288,9 @@ def check(peer, folder, host):
 
 class Engine:
     def __init__(self, args, device):
-        sets, bad = config_data(config_read(args.config), args.data, args.out)
+        config = config_read(args.config)
+        self.every = config["train"].get("ema_every", 1)  # steps between updates of the average
+        sets, bad = config_data(config, args.data, args.out)
         if bad:
             fail(bad, "or name a folder of scripts/make_bench_data.py with --data")
         self.args, self.device, self.sets = args, device, [*args.set, *QUIET, *sets]
@@ -306,20 +309,22 @@ class Engine:
 
     def round(self):
         seconds = lambda lines: sum(s["seconds"] for s in lines[WARM_UP:])
-        enough = lambda lines: len(lines) >= WARM_UP + LEAST_STEPS and seconds(lines) > self.args.seconds
+        least = WARM_UP + max(LEAST_STEPS, self.every)
+        enough = lambda lines: len(lines) >= least and seconds(lines) > self.args.seconds
         out = self.args.out
         lines, said = run_steps(self.command("--steps", "100000"), out / "run", out / "log", enough, LIMIT)
         if len(lines) <= WARM_UP:
             return {"failed": last_line(said)}
         lines, memory = lines[WARM_UP:], device_memory(said)
         median = lambda value: statistics.median(map(value, lines))
-        row = {"ms": 1e3 * median(lambda s: s["seconds"]),
-               "tokens_per_second": median(lambda s: s["tokens"] / s["seconds"]),
+        step = mean_step(lines, self.every)
+        row = {"ms": 1e3 * step, "tokens_per_second": median(lambda s: s["tokens"]) / step,
                "flops_a_token": median(lambda s: s["flops_per_second"] / s["tokens_per_second"])}
         if memory:
             row["memory_gb"] = float(memory[1])
         if "mfu" in lines[0]:
-            row |= {"mfu": median(lambda s: s["mfu"]), "sheet": median(lambda s: s["flops_per_second"] / s["mfu"])}
+            row |= {"mfu": median(lambda s: s["mfu"] * s["seconds"]) / step,
+                    "sheet": median(lambda s: s["flops_per_second"] / s["mfu"])}  # fmt: skip
         return row
 
     def largest(self):

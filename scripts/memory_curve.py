@@ -22,7 +22,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from timed_run import QUIET, ROOT, Plan, bench_sets, device_memory, last_line, positive, run_steps
+from timed_run import QUIET, ROOT, Plan, bench_sets, device_memory, last_line, mean_step, positive, run_steps
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -133,17 +133,6 @@ class Train:
         if device_memory(said):
             row["planned_gb"], row["in_use_gb"] = device_memory(said)
         return row
-
-
-def mean_step(lines, every, more):
-    """Seconds of a step: the medians of those with the EMA's update, each `every`th, and of those without, as they take
-    turns. `more`: what the EMA should add, where none of the lines has it."""
-    ema = [line["seconds"] for line in lines if every > 1 and (line["step"] + 1) % every == 0]
-    plain = [line["seconds"] for line in lines if every == 1 or (line["step"] + 1) % every]
-    if not plain:
-        return statistics.median(ema)
-    added = statistics.median(ema) - statistics.median(plain) if ema else more
-    return statistics.median(plain) + added / every
 
 
 def smallest_budget(train, needed):

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -126,6 +127,17 @@ def run_steps(command, run, log, enough, limit):
             signal.signal(signal.SIGTERM, handler)
     wait_for_memory(before)
     return run_metrics.steps(run), log.read_text(errors="replace")
+
+
+def mean_step(lines, every, more=0.0):
+    """Seconds of a step: the medians of those with the EMA's update, each `every`th, and of those without, as they take
+    turns. `more`: what the EMA should add, where none of the lines has it."""
+    ema = [line["seconds"] for line in lines if every > 1 and (line["step"] + 1) % every == 0]
+    plain = [line["seconds"] for line in lines if every == 1 or (line["step"] + 1) % every]
+    if not plain:
+        return statistics.median(ema)
+    added = statistics.median(ema) - statistics.median(plain) if ema else more
+    return statistics.median(plain) + added / every
 
 
 def last_line(said):
