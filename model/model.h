@@ -8,6 +8,13 @@
 
 enum { UPDATE_PART = 1 << 24 }; // what models are made with: 64 MB of fp32
 
+// What a step's first micro-step opens with, each bucket ahead of what reads it.
+typedef enum Opening {
+  OPEN_WEIGHTS,   // weights that were updated in shares come together
+  OPEN_UPDATE,    // weights are updated by the gradients of the step before, and come together
+  OPEN_UPDATE_EMA // their moving average is, too
+} Opening;
+
 typedef struct Model {
   const Config *config;
   const Backend *backend;
@@ -15,6 +22,7 @@ typedef struct Model {
   MemoryState state;   // what lies on the host (placement.h); STATE_AUTO as STATE_DEVICE
   int kept;            // buckets, the last ones, whose part of what `state` names last stays on the device
   int shard;           // which of config_shards is this process's
+  Opening opening;     // of the programs that are recorded
   int64_t update_part; // elements that travel at once, at most, where state passes through the arena
 } Model;
 

@@ -4,6 +4,7 @@
 #include "model/placement.h"
 #include "model/program/compile.h"
 #include "model/recording.h"
+#include "model/update.h"
 
 #include <stdlib.h>
 
@@ -84,13 +85,29 @@ static void record_backward(Recording *r, const Input *in, const Heads *heads) {
   record_share_sum(r);
 }
 
-// Weights that the update before left in shares come together, on the comm lane: each bucket ahead of what reads it.
-static void record_gathers(Recording *r) {
+// What a step opens with, of a bucket.
+static void record_opening(Recording *r, const ParamBucket *b) {
+  if (r->model->opening == OPEN_WEIGHTS)
+    bucket_gather(r->p, r->model, b);
+  else
+    bucket_update(r->p, r->model, b, r->model->opening == OPEN_UPDATE_EMA);
+}
+
+// The buckets that are read before the layers and in the first one. Of the others weights that only come together do so
+// from here on, on the comm lane; an update is recorded a layer ahead of its own (record_next_opening).
+static void record_first_openings(Recording *r) {
   const ParamTable *w = &r->model->params;
-  const ParamBucket *modulation = bucket_of(w, w->mod_weight); // read before the layers
-  bucket_gather(r->p, r->model, &w->bucket[0]);
-  bucket_gather(r->p, r->model, modulation);
-  for (const ParamBucket *b = w->bucket + 1; b < modulation; b++) bucket_gather(r->p, r->model, b);
+  const ParamBucket *modulation = bucket_of(w, w->mod_weight);
+  record_opening(r, &w->bucket[0]);
+  record_opening(r, modulation);
+  for (const ParamBucket *b = w->bucket + 1; b < modulation; b++)
+    if (r->model->opening == OPEN_WEIGHTS || b->layer == 0) record_opening(r, b);
+}
+
+// Of what follows layer l.
+static void record_next_opening(Recording *r, int l) {
+  const ParamTable *w = &r->model->params;
+  if (mode_is_first(r->mode) && r->model->opening != OPEN_WEIGHTS) record_opening(r, layer_bucket(w, l) + 1);
 }
 
 ModelProgram transformer_record(const Model *model, Mode mode, int slots, int segments, const PolicyTable *policy) {
@@ -125,13 +142,16 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   if (mode_is_first(mode)) { // evaluation sums over many replays
     OpArgs zero = {.span = {.count = n_metrics * (int64_t)sizeof(double)}};
     program_op(p, OP_ZERO, IN(), OUT(r->metrics), &zero);
-    record_gathers(r);
+    record_first_openings(r);
   }
 
   Input in;
   program_layer(p, -1);
   Site site = record_first_site(r, record_input(r, &in));
-  for (int l = 0; l < r->d.L; l++) site = record_layer(r, l, site);
+  for (int l = 0; l < r->d.L; l++) {
+    record_next_opening(r, l);
+    site = record_layer(r, l, site);
+  }
   program_layer(p, r->d.L);
   Heads heads = record_heads(r, site.h, &out);
   if (r->train) record_backward(r, &in, &heads);

@@ -148,8 +148,16 @@ static Program *parts_close(Parts *s) {
 
 // ---- the update ----
 
+static TensorId scalars_of(Program *p) {
+  return program_external(p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
+}
+
+static TensorId status_of(Program *p) {
+  return program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
+}
+
 // Sums of squares of the gradients that are on the device, and the decision of the step.
-static TensorId record_decision(const Model *model, Program *p, TensorId scalars) {
+static void record_decision(const Model *model, Program *p) {
   Parts s = {.model = model, .p = p};
   if (is_shared(&s))
     parts_share(&s);
@@ -163,11 +171,9 @@ static TensorId record_decision(const Model *model, Program *p, TensorId scalars
   free(s.of);
   TensorId squares = param_sums(p, &model->params, SUMS_OF_SQUARES, 0, model->params.n);
   if (is_shared(&s)) program_collective(p, OP_ALL_REDUCE, squares);
-  TensorId status = program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
   TensorId metrics = program_external(p, SPACE_METRICS, 0, DT_F64, metrics_size(&p->dims), "metrics");
   OpArgs a = {.params = {.spans = model->params.spans, .n = model->params.n, .end = model->params.total}};
-  program_op(p, OP_GRAD_DECIDE, IN(squares, metrics, scalars), OUT(status), &a);
-  return status;
+  program_op(p, OP_GRAD_DECIDE, IN(squares, metrics, scalars_of(p)), OUT(status_of(p)), &a);
 }
 
 // What the update of a part takes, lent to it.
@@ -209,31 +215,56 @@ static void lend_ahead(const Parts *s, Lent *lent, int ema, int *sent, int *ahea
   }
 }
 
-Program *update_record(const Model *model, int ema) {
-  Parts s = parts_open(model, ema ? "update with ema" : "update");
-  TensorId scalars = program_external(s.p, SPACE_SCALARS, 0, DT_U8, sizeof(StepScalars), "scalars");
-  TensorId status = record_decision(model, s.p, scalars);
+// Of everything, part by part, after the decision.
+static void record_apply(Parts *s, TensorId status, TensorId scalars, int ema) {
   // With the EMA's update what follows from the moments does from the EMA, which leaves before them.
-  int64_t away = state_host_count(model, ema ? SPACE_EMA : SPACE_ADAM_M);
-  if (is_shared(&s))
-    parts_share(&s);
+  int64_t away = state_host_count(s->model, ema ? SPACE_EMA : SPACE_ADAM_M);
+  if (is_shared(s))
+    parts_share(s);
   else if (away)
-    parts_cut(&s);
+    parts_cut(s);
   else
-    parts_join(&s, 1);
-  if (away) parts_spread(&s, away);
-  Lent *lent = xcalloc((size_t)s.n, sizeof *lent);
+    parts_join(s, 1);
+  if (away) parts_spread(s, away);
+  Lent *lent = xcalloc((size_t)s->n, sizeof *lent);
   // A part is sent for before the one that makes room for it travels back: by addresses alone it waits for the one
   // before that.
-  for (int i = 0, sent = 0, ahead = 0; i < s.n; i++) {
-    lend_ahead(&s, lent, ema, &sent, &ahead);
-    record_part(&s, &s.of[i], lent[i], status, scalars, ema);
-    ahead -= part_travels(&s, &s.of[i], ema);
-    lend_ahead(&s, lent, ema, &sent, &ahead);
-    update_return(&s, &s.of[i], lent[i], ema);
+  for (int i = 0, sent = 0, ahead = 0; i < s->n; i++) {
+    lend_ahead(s, lent, ema, &sent, &ahead);
+    record_part(s, &s->of[i], lent[i], status, scalars, ema);
+    ahead -= part_travels(s, &s->of[i], ema);
+    lend_ahead(s, lent, ema, &sent, &ahead);
+    update_return(s, &s->of[i], lent[i], ema);
   }
   free(lent);
+}
+
+Program *update_record(const Model *model, int ema) {
+  Parts s = parts_open(model, ema ? "update with ema" : "update");
+  record_decision(model, s.p);
+  record_apply(&s, status_of(s.p), scalars_of(s.p), ema);
   return parts_close(&s);
+}
+
+Program *decision_record(const Model *model) {
+  Parts s = parts_open(model, "decision");
+  record_decision(model, s.p);
+  return parts_close(&s);
+}
+
+Program *apply_record(const Model *model, int ema) {
+  Parts s = parts_open(model, ema ? "update at once with ema" : "update at once");
+  record_apply(&s, status_of(s.p), scalars_of(s.p), ema);
+  for (int b = 0; b < model->params.buckets; b++) bucket_gather(s.p, model, &model->params.bucket[b]);
+  return parts_close(&s);
+}
+
+void bucket_update(Program *p, const Model *model, const ParamBucket *b, int ema) {
+  const Parts s = {.model = model, .p = p};
+  Shard shard = bucket_shard(model, b);
+  const Part part = {b, b->first, b->n, shard.begin, shard.end};
+  record_part(&s, &part, update_lend(&s, &part, ema), status_of(p), scalars_of(p), ema);
+  bucket_gather(p, model, b);
 }
 
 // ---- others ----

@@ -7,6 +7,12 @@
 // The update: squares of the gradients that are on the device, the step's decision, AdamW, and with `ema` the moving
 // average. What lies on the host passes through the arena.
 Program *update_record(const Model *model, int ema);
+// The update in two halves: squares and decision; and then all the rest, after which weights that are updated in shares
+// come together.
+Program *decision_record(const Model *model);
+Program *apply_record(const Model *model, int ema);
+// What apply_record does with a bucket, all of whose state is on the device.
+void bucket_update(Program *p, const Model *model, const ParamBucket *b, int ema);
 // Where every process updates its share of the weights: everybody gets all of them, as from the first micro-step of the
 // next step, which begins with that.
 Program *gather_record(const Model *model);

@@ -150,6 +150,8 @@ static void name_idle_queues(const Engine *e) {
   const Backend *b = e->model.backend;
   const Config *c = e->config;
   if (!b->queues && c->memory.state > STATE_DEVICE) log_info("memory.state changes nothing on the %s", b->name);
+  if (c->kernels.update == UPDATE_OVERLAPPED && e->update && !engine_overlaps(e))
+    log_info("kernels.update: the optimizer's state is on the host, and is updated at each step's end");
   if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph))
     log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
 }
@@ -220,7 +222,8 @@ void engine_bind(Engine *e) {
   bind(e, e->last.program);
   bind(e, e->update);
   bind(e, e->update_ema);
-  bind(e, e->gather);
+  for (int i = 0; i < DUE_COUNT; i++) bind(e, e->flush[i]);
+  for (int i = 0; i < 2; i++) bind(e, e->opening[i].program);
   bind(e, e->hash);
   bind(e, e->ema_in);
   bind(e, e->ema_out);
@@ -241,15 +244,16 @@ int engine_allocate(Engine *e, Error *err) {
 }
 
 void engine_flush(Engine *e) {
-  if (e->gather_due) program_replay(e->gather, NULL);
-  e->gather_due = 0;
+  Program *p = e->flush[e->due];
+  if (p) program_replay(p, NULL);
+  e->due = DUE_NOTHING;
 }
 
 void engine_use_ema(Engine *e, int ema) {
-  if (!e->ema_in) engine_flush(e);
+  if (!e->ema_in || e->due > DUE_WEIGHTS) engine_flush(e); // else ema_in does with the shares as they are
   if (e->ema_in && ema != e->uses_ema) {
     program_replay(ema ? e->ema_in : e->ema_out, NULL);
-    e->gather_due = !ema && e->gather;
+    e->due = !ema && e->flush[DUE_WEIGHTS] ? DUE_WEIGHTS : DUE_NOTHING;
   }
   e->uses_ema = ema;
 }
@@ -296,14 +300,29 @@ static void stage_pack(Engine *e, const void *pack, size_t bytes) {
 
 const ModelProgram *engine_micro_step(const Engine *e, int k) {
   int last = k == e->config->train.micro_batches - 1 && e->last.program;
+  if (k == 0 && e->due > DUE_WEIGHTS) return &e->opening[e->due - DUE_UPDATE];
   return !k ? &e->first : last ? &e->last : &e->later;
+}
+
+const ModelProgram *engine_first_step(const Engine *e, int ema) {
+  return e->opening[ema].program ? &e->opening[ema] : &e->first;
+}
+
+// What a program does of what is due.
+static Due program_does(const Engine *e, const Program *p) {
+  for (int i = 0; i < 2; i++)
+    if (p == e->opening[i].program) return i ? DUE_UPDATE_EMA : DUE_UPDATE;
+  return p == e->first.program ? DUE_WEIGHTS : DUE_NOTHING;
 }
 
 void engine_run(Engine *e, const ModelProgram *m, const void *pack, OpTime *times) {
   BatchShape shape = dims_batch_shape(&m->program->dims);
+  Due does = program_does(e, m->program);
+  if (does > DUE_WEIGHTS && does != e->due) panic("an update that is not due");
+  if (does != e->due) engine_flush(e);
+  e->due = DUE_NOTHING;
   stage_pack(e, pack, batch_bind(&(Batch){0}, shape, NULL));
   program_replay(m->program, times);
-  if (m->program == e->first.program) e->gather_due = 0;
 }
 
 int engine_packs_sent(const Engine *e) {
@@ -324,7 +343,8 @@ void engine_update(Engine *e, const StepScalars *scalars, int ema, OpTime *times
     b->upload(e->bases.of[SPACE_SCALARS], scalars, sizeof *scalars);
   }
   program_replay(ema ? e->update_ema : e->update, times);
-  e->gather_due = e->gather != NULL;
+  Due update = ema ? DUE_UPDATE_EMA : DUE_UPDATE;
+  e->due = e->flush[update] ? update : e->flush[DUE_WEIGHTS] ? DUE_WEIGHTS : DUE_NOTHING;
   if (!b->queues) return;
   queue_copy(b, LANE_COMPUTE, e->pinned.status, e->bases.of[SPACE_STATUS], sizeof *e->pinned.status);
   queue_copy(b, LANE_COMPUTE, e->pinned.metrics, e->bases.of[SPACE_METRICS], (size_t)e->bytes[SPACE_METRICS]);

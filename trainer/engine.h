@@ -21,6 +21,9 @@ typedef struct ForwardProgram {
   ModelProgram m;
 } ForwardProgram;
 
+// What the last update has left to the next step's first micro-step, which opens with it, or to engine_flush.
+typedef enum Due { DUE_NOTHING, DUE_WEIGHTS, DUE_UPDATE, DUE_UPDATE_EMA, DUE_COUNT } Due; // the last three as Opening
+
 typedef struct EnginePlan {
   int was_given; // rather than chosen
   double bound;  // seconds of a micro-step: by the costs no plan that fits is shorter
@@ -40,11 +43,12 @@ typedef struct Engine {
   int slots, segments;       // capacities of a training pack
   ModelProgram first, later; // micro-steps; later: those of several that no other is for
   ModelProgram last;         // the last of several, where gradients leave in it
-  Program *update, *update_ema;
-  Program *gather;           // where the update leaves weights in shares
-  int gather_due;            // it has, and nobody has brought them together since
-  Program *ema_in, *ema_out; // with an EMA: puts it in the weights' place, and the weights back
-  Program *hash;             // with train.verify_every
+  ModelProgram opening[2]; // where updates are overlapped: the first, with the update of the step before; with its EMA
+  Program *update, *update_ema; // where they are, only the decision
+  Program *flush[DUE_COUNT];    // what is due, at once
+  Due due;                      // nobody has done it since
+  Program *ema_in, *ema_out;    // with an EMA: puts it in the weights' place, and the weights back
+  Program *hash;                // with train.verify_every
   int uses_ema;
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
@@ -102,8 +106,10 @@ int engine_plan_again(Engine *e, Error *err);
 // The smallest forward-only program with room for this many tokens and image segments; NULL when none has.
 const ForwardProgram *engine_forward(const Engine *e, Mode mode, int tokens, int images);
 
-// The program of micro-step k, from 0, of a step.
+// The program of micro-step k, from 0, of a step, after all that came before that micro-step.
 const ModelProgram *engine_micro_step(const Engine *e, int k);
+// The first one's after an update, with or without the EMA's.
+const ModelProgram *engine_first_step(const Engine *e, int ema);
 // Stages a laid-out pack (batch_bind's block for the program's capacities) and replays. On a backend with queues the
 // device fetches the pack later, at full speed from the backend's host_alloc: it stays as it is until
 // engine_await_packs or what waits for the replay itself (engine_read, engine_hash, engine_results).
@@ -129,8 +135,8 @@ void engine_hash(Engine *e, uint64_t *hash);
 // Copies a result of the last replay to host memory: `count` elements, DT_ACT and DT_REAL as float.
 void engine_read(const Engine *e, const ModelProgram *m, TensorId t, int64_t count, float *out);
 
-// After an update whose weights are in shares, which the next step's first micro-step would bring together: does so,
-// for whoever else reads them. All processes call it.
+// Does what the last update has left to the next step, for whoever else reads weights and state: brings weights that
+// are in shares together, or updates them. All processes call it.
 void engine_flush(Engine *e);
 // Puts the EMA, where there is one, in the place of the weights (1) or the weights back (0). Between steps only, and
 // nothing is trained or saved meanwhile. All processes call it.

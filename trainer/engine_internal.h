@@ -49,6 +49,8 @@ Place engine_last_place(Engine *e, const int64_t forward[SPACE_COUNT]);
 // Records all programs but the forward-only ones. -1 as above.
 int engine_choose_state(Engine *e, int train, Error *err);
 void engine_free_state_programs(Engine *e);
+// Whether steps open with the update of the one before: not where that passes through the arena.
+int engine_overlaps(const Engine *e);
 // "EMA and moments on the host, 21.327 GB"; empty where all of the state is on the device. malloc'd.
 char *engine_state_text(const Engine *e);
 // The same for --plan, with what it costs a step.

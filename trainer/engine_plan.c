@@ -9,6 +9,10 @@ void engine_free_train_programs(Engine *e) {
   program_free(e->first.program);
   program_free(e->later.program);
   program_free(e->last.program);
+  for (int i = 0; i < 2; i++) {
+    program_free(e->opening[i].program);
+    e->opening[i] = (ModelProgram){0};
+  }
   e->first = e->later = e->last = (ModelProgram){0};
   policy_table_free(&e->policy);
 }
@@ -57,6 +61,11 @@ static void record_train(Engine *e, MemoryPolicy policy, PolicyTable table) {
   for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
     if (variants[i].needed)
       *variants[i].to = transformer_record(&e->model, variants[i].mode, e->slots, e->segments, &e->policy);
+  for (int ema = 0; engine_overlaps(e) && ema < 1 + (c->train.ema > 0); ema++) {
+    Model model = e->model;
+    model.opening = ema ? OPEN_UPDATE_EMA : OPEN_UPDATE;
+    e->opening[ema] = transformer_record(&model, first_mode(e), e->slots, e->segments, &e->policy);
+  }
 }
 
 // Records the training programs and measures them on top of `others`, the bytes of all other programs. 1: they fit.
@@ -64,6 +73,8 @@ static int try_policy(Engine *e, MemoryPolicy policy, PolicyTable table, const i
   record_train(e, policy, table);
   memcpy(e->bytes, others, sizeof e->bytes);
   engine_measure(e, e->first.program);
+  for (int i = 0; i < 2; i++)
+    if (e->opening[i].program) engine_measure(e, e->opening[i].program);
   if (e->later.program) engine_measure(e, e->later.program);
   if (e->last.program) engine_measure(e, e->last.program);
   return engine_device_bytes(e) <= e->budget &&

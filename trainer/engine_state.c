@@ -10,11 +10,22 @@
 #include <string.h>
 
 void engine_free_state_programs(Engine *e) {
-  Program **all[] = {&e->update, &e->update_ema, &e->gather, &e->ema_in, &e->ema_out, &e->hash};
+  Program **all[] = {&e->update,
+                     &e->update_ema,
+                     &e->ema_in,
+                     &e->ema_out,
+                     &e->hash,
+                     &e->flush[DUE_WEIGHTS],
+                     &e->flush[DUE_UPDATE],
+                     &e->flush[DUE_UPDATE_EMA]};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
     program_free(*all[i]);
     *all[i] = NULL;
   }
+}
+
+int engine_overlaps(const Engine *e) {
+  return e->config->kernels.update == UPDATE_OVERLAPPED && e->model.state <= STATE_DEVICE;
 }
 
 int engine_may_leave(const Engine *e) {
@@ -62,6 +73,21 @@ static void set_state_bytes(Engine *e, int train) {
   e->bytes[SPACE_STATUS] = sizeof(UpdateStatus);
 }
 
+static void record_updates(Engine *e, int has_ema) {
+  const Model *m = &e->model;
+  if (config_shards(e->config) > 1) e->flush[DUE_WEIGHTS] = gather_record(m);
+  if (!engine_overlaps(e)) {
+    e->update = update_record(m, 0);
+    if (has_ema) e->update_ema = update_record(m, 1);
+    return;
+  }
+  e->update = decision_record(m);
+  e->flush[DUE_UPDATE] = apply_record(m, 0);
+  if (!has_ema) return;
+  e->update_ema = decision_record(m);
+  e->flush[DUE_UPDATE_EMA] = apply_record(m, 1);
+}
+
 void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUNT], int train) {
   const Config *c = e->config;
   int has_ema = c->train.ema > 0;
@@ -74,11 +100,16 @@ void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUN
     e->ema_in = ema_record(&e->model, 1);
     e->ema_out = ema_record(&e->model, 0);
   }
-  if (train) e->update = update_record(&e->model, 0);
-  if (train && config_shards(c) > 1) e->gather = gather_record(&e->model);
-  if (train && has_ema) e->update_ema = update_record(&e->model, 1);
+  if (train) record_updates(e, has_ema);
   if (train && c->train.verify_every) e->hash = hash_record(&e->model);
-  const Program *all[] = {e->ema_in, e->ema_out, e->update, e->update_ema, e->gather, e->hash};
+  const Program *all[] = {e->ema_in,
+                          e->ema_out,
+                          e->update,
+                          e->update_ema,
+                          e->hash,
+                          e->flush[DUE_WEIGHTS],
+                          e->flush[DUE_UPDATE],
+                          e->flush[DUE_UPDATE_EMA]};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
     if (all[i]) engine_measure(e, all[i]);
 }

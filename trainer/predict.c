@@ -17,11 +17,11 @@ static void add(Simulation *sum, double times, const Simulation *s) {
 }
 
 // The micro-steps of a step.
-static Simulation play_passes(const Engine *e, const Costs *c) {
+static Simulation play_passes(const Engine *e, const Costs *c, int ema) {
   Simulation sum = {0}, s = {0};
   const ModelProgram *played = NULL;
   for (int k = 0; k < e->config->train.micro_batches; k++) {
-    const ModelProgram *m = engine_micro_step(e, k);
+    const ModelProgram *m = k ? engine_micro_step(e, k) : engine_first_step(e, ema);
     if (m != played) s = predict_program(c, m->program);
     played = m;
     add(&sum, 1, &s);
@@ -30,7 +30,7 @@ static Simulation play_passes(const Engine *e, const Costs *c) {
 }
 
 double predict_step(const Engine *e, int ema) {
-  return play_passes(e, &e->costs).seconds + predict_program(&e->costs, ema ? e->update_ema : e->update).seconds;
+  return play_passes(e, &e->costs, ema).seconds + predict_program(&e->costs, ema ? e->update_ema : e->update).seconds;
 }
 
 // Updates with and without EMA, as they take turns.
@@ -53,14 +53,14 @@ double predict_update(const Engine *e) {
 static void print_group(const Engine *e, const Simulation *step, FILE *f) {
   Costs alone = e->costs;
   alone.processes = 1;
-  Simulation without = play_passes(e, &alone), update = play_update(e, &alone);
+  Simulation without = play_passes(e, &alone, 0), update = play_update(e, &alone);
   add(&without, 1, &update);
   fprintf(f, "; collectives %.2f ms, %.2f ms of them exposed", 1e3 * step->busy[LANE_COMM],
           1e3 * (step->seconds - without.seconds));
 }
 
 void predict_print(const Engine *e, FILE *f) {
-  Simulation step = play_passes(e, &e->costs), update = play_update(e, &e->costs);
+  Simulation step = play_passes(e, &e->costs, 0), update = play_update(e, &e->costs);
   add(&step, 1, &update);
   fprintf(f, "a step: predicted %.2f ms, %.2f of them the update; ", 1e3 * step.seconds, 1e3 * update.seconds);
   if (step.busy[LANE_D2H] + step.busy[LANE_H2D] > 0)

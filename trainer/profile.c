@@ -28,7 +28,8 @@ struct Profile {
 };
 
 Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first) {
-  const Program *programs[] = {e->first.program, e->later.program, e->last.program, e->update, e->update_ema};
+  const Program *programs[] = {e->first.program, e->later.program,      e->last.program,      e->update,
+                               e->update_ema,    e->opening[0].program, e->opening[1].program};
   int most = 0;
   for (size_t i = 0; i < sizeof programs / sizeof *programs; i++)
     if (programs[i] && programs[i]->n_ops > most) most = programs[i]->n_ops;

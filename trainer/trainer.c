@@ -79,13 +79,13 @@ static int run_micro_steps(Trainer *t, Feed *feed, Profile *profile, StepSums *s
     const BatchDims *d = pack->batch.dims;
     s->data_wait += waited;
     s->tokens += d->n_text + d->n_image - pack->padding;
-    const ModelProgram *m = engine_micro_step(e, k);
     const Extents extents = {d->n_text, d->n_image, d->n_segments - 1, d->n_target, (double)batch_pairs(&pack->batch)};
     // What the model needs: padding is work, but no use.
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
     s->slots += e->slots;
     if (k == 0 && watch_due(&t->watch) && time_ops(t, pack->block, &extents, err) != 0) return -1;
     OpTime *times = profile_times(profile, t->state.step);
+    const ModelProgram *m = engine_micro_step(e, k);
     engine_run(e, m, pack->block, times);
     int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&
                 verify_micro_step(e, &pack->batch, t->state.step, t->run, err) != 0;

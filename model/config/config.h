@@ -66,6 +66,7 @@ typedef struct TensorPolicy {
 enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
 
 typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
+typedef enum UpdateKind { UPDATE_SEQUENTIAL, UPDATE_OVERLAPPED } UpdateKind;
 
 // Plain data: may be copied and compared; nothing to free. Names as in the file.
 typedef struct Config {
@@ -164,6 +165,7 @@ typedef struct Config {
     Packing packing;     // of training; packs of evaluation and sampling are varlen
     StreamKind streams;  // of the GPU, as is graph
     bool graph;
+    UpdateKind update;
   } kernels; // what ablations switch
   struct {
     int zero;        // 0: every process has all of the optimizer's state, 1: a share of it, 2: of the gradients too

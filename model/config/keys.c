@@ -165,6 +165,8 @@ const Key config_keys[] = {
      "GPU: transfers in queues of their own, or in that of the kernels"},
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",
      "GPU: a step is launched as captured graphs, or op by op"},
+    {"kernels.update", KEY_ENUM, AT(kernels.update), "sequential", 0, 0, "sequential|overlapped", NULL,
+     "weights are updated at a step's end, or bucket by bucket in the next step's forward pass, ahead of their layer"},
 
     {"parallel.zero", KEY_INT, AT(parallel.zero), "1", 0, 2, NULL, NULL,
      "several processes: 1: each has a share of Adam's moments and the EMA; 2: of the gradients too; 0: all of them"},

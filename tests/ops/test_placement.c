@@ -205,9 +205,13 @@ static void test_every_wait_of_a_group(void **state) {
         check_order(ema_record(&c.model, k), &waits);
       }
       check_order(gather_record(&c.model), &waits);
-      for (Mode m = MODE_TRAIN_MIDDLE; m <= MODE_TRAIN_ONLY; m++) {
+      check_order(decision_record(&c.model), &waits);
+      check_order(apply_record(&c.model, 1), &waits);
+      for (int i = 0; i < 6; i++) {
+        Mode mode = (Mode)(i < 4 ? i : MODE_TRAIN_ONLY);
+        c.model.opening = i < 4 ? OPEN_WEIGHTS : i == 4 ? OPEN_UPDATE : OPEN_UPDATE_EMA;
         PolicyTable t = policy_table_new(config->model.layers, MEMORY_OFFLOAD);
-        check_order(transformer_record(&c.model, m, c.ops.dims.T, c.ops.dims.segments, &t).program, &waits);
+        check_order(transformer_record(&c.model, mode, c.ops.dims.T, c.ops.dims.segments, &t).program, &waits);
         policy_table_free(&t);
       }
     }

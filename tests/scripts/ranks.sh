@@ -62,8 +62,9 @@ rc=0
 run 1 --run-dir "$dir/one" --set train.micro_batches=3 --stop-at 6
 run 3 --run-dir "$dir/three" --stop-at 2
 run 3 --run-dir "$dir/three" --resume --stop-at 3 --set parallel.zero=0
-run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=2 --set 'memory.per_tensor={"h1": "recompute"}'
-run 1 --run-dir "$dir/three" --resume --set train.micro_batches=3 --stop-at 5
+run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=2 --set 'memory.per_tensor={"h1": "recompute"}' \
+  --set kernels.update=overlapped
+run 1 --run-dir "$dir/three" --resume --set train.micro_batches=3 --stop-at 5 --set kernels.update=overlapped
 run 3 --run-dir "$dir/three" --resume --set train.micro_batches=1 --stop-at 6
 same one three 6
 run 1 --run-dir "$dir/four" --set train.batch=800 --stop-at 4

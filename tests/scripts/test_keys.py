@@ -635,6 +635,16 @@ def _():  # the GPU's; the CPU says that they are
         assert r.rows[0]["loss"] == plain.rows[0]["loss"] and "nothing on the cpu" not in plain.log
 
 
+@key("kernels.update")
+def _():  # the same bits, and the metrics of each step
+    ways = ("sequential", "overlapped")
+    end, head = (run({"train.steps": 5, "kernels.update": way, "train.ema_every": 2}) for way in ways)
+    assert [r["loss"] for r in end.rows] == [r["loss"] for r in head.rows]
+    for file in ("model", "ema"):
+        one, two = end.tensors(file, 5), head.tensors(file, 5)
+        assert all((one[n] == two[n]).all() for n in one)
+
+
 @key("parallel.zero")
 def _():  # one process has all of the state; what several have is tests/scripts/ranks.sh's
     losses = {run({"train.steps": 2, "parallel.zero": z}).rows[1]["loss"] for z in (0, 1, 2)}

@@ -221,6 +221,7 @@ static const char *const other_values[] = {
     "kernels.moe_gemm=loop",
     "kernels.streams=single",
     "kernels.graph=false",
+    "kernels.update=overlapped",
     "parallel.zero=0",
     "parallel.collectives=host"};
 
