@@ -263,7 +263,7 @@ ranks() {
   has_mpi || return 77
   for n in 2 3; do
     demo alone$n "${flags[@]}" --stop-at $steps --set train.micro_batches=$n || return
-    for zero in 0 1; do
+    for zero in 0 1 2; do
       several $n zero$n$zero "${flags[@]}" --stop-at $steps --set parallel.zero=$zero || return
     done
     several $n again$n "${flags[@]}" --stop-at 7 || return
@@ -280,7 +280,7 @@ AT_MOST, FIRST = 0.01, 1e-5  # of the first step, before rounding makes other ro
 worst = first = 0
 for n in 2, 3:
     losses, norms = {}, {}
-    for run in f"alone{n}", f"zero{n}0", f"zero{n}1", f"again{n}", f"mixed{n}":
+    for run in f"alone{n}", f"zero{n}0", f"zero{n}1", f"zero{n}2", f"again{n}", f"mixed{n}":
         rows = [json.loads(line) for line in open(f"{sys.argv[1]}/{run}/metrics.jsonl")]
         losses[run] = [row["loss"] for row in rows if "loss" in row]
         norms[run] = next(row["grad_norm"] for row in rows if "loss" in row)
@@ -289,7 +289,7 @@ for n in 2, 3:
         first = max(first, abs(got[0] / want[0] - 1), abs(norms[run] / norm - 1))
         assert len(got) == len(want) == 20, (run, len(got))
         worst = max(worst, *(abs(a - b) / b for a, b in zip(got, want)))
-print(f"2 and 3 processes, parallel.zero 0 and 1, stopped and resumed, begun by one: losses {100 * worst:.4f}% apart "
+print(f"2 and 3 processes, parallel.zero 0, 1 and 2, stopped and resumed, begun by one: losses {100 * worst:.4f}% apart "
       f"at most (may be {100 * AT_MOST:.0f}%), the first one and its norm {first:.1e}; two runs have the same bits")
 sys.exit(not (worst <= AT_MOST and first <= FIRST))
 P
