@@ -20,7 +20,7 @@ typedef struct Model {
   const Backend *backend;
   ParamTable params;
   MemoryState state;   // what lies on the host (placement.h); STATE_AUTO as STATE_DEVICE
-  int kept;            // buckets, the last ones, whose part of what `state` names last stays on the device
+  int64_t kept;        // elements, the last ones, that stay on the device of what `state` names last: a multiple of 64
   int shard;           // which of config_shards is this process's
   Opening opening;     // of the programs that are recorded
   int64_t update_part; // elements that travel at once, at most, where state passes through the arena

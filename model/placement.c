@@ -4,8 +4,7 @@
 
 // Of what the state names last: elements that do not stay.
 static int64_t away_count(const Model *m) {
-  const ParamTable *t = &m->params;
-  return m->kept ? t->bucket[t->buckets - m->kept].begin : t->total;
+  return m->params.total - m->kept;
 }
 
 int64_t state_host_count(const Model *m, Space space) {

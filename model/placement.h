@@ -5,8 +5,8 @@
 
 #include "model/model.h"
 
-// Elements of a slab of the optimizer's state that lie on the host, from its beginning on: whole buckets, which pass
-// through the arena where they are computed with.
+// Elements of a slab of the optimizer's state that lie on the host, from its beginning on. They pass through the arena
+// where they are computed with.
 int64_t state_host_count(const Model *m, Space space);
 
 // Adam's moments, the EMA and the weights' remainders are shared out: of every bucket each process has one of

@@ -66,12 +66,16 @@ static int is_shared(const Parts *s) {
   return config_shards(s->model->config) > 1;
 }
 
-// Buckets, cut where they are large.
+// Buckets, cut where they are large and where what lies on the host ends.
 static void parts_cut(Parts *s) {
   const ParamTable *w = &s->model->params;
+  const int64_t ends[] = {state_host_count(s->model, SPACE_EMA), state_host_count(s->model, SPACE_ADAM_M)};
   for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++)
-    for (int64_t begin = b->begin; begin < b->end; begin += s->model->update_part) {
-      Part part = {b, b->first, 0, begin, min_i64(begin + s->model->update_part, b->end)};
+    for (int64_t begin = b->begin, end; begin < b->end; begin = end) {
+      end = min_i64(begin + s->model->update_part, b->end);
+      for (int i = 0; i < 2; i++)
+        if (begin < ends[i]) end = min_i64(end, ends[i]);
+      Part part = {b, b->first, 0, begin, end};
       while (w->of[part.first].offset + w->of[part.first].count <= begin) part.first++;
       while (part.first + part.n < b->first + b->n && w->of[part.first + part.n].offset < part.end) part.n++;
       parts_add(s, part);

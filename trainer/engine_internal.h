@@ -34,12 +34,14 @@ Room engine_room(const Engine *e);
 // engine_state.c: where the optimizer's state lies.
 typedef struct Place {
   MemoryState state;
-  int kept; // model.h
+  int64_t kept; // model.h
 } Place;
 // Records the programs between passes for a place of the state, on top of `forward`; no bytes of training programs.
 void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUNT], int train);
 // Where the state may lie for training, and the room that this leaves: one place where memory.state says which; else
-// the device, then more and more of it on the host, gradients excepted. Returns the number; free both.
+// the device, then more and more of it on the host, of the EMA and of the moments in STATE_SHARES steps, gradients
+// excepted. Returns the number; free both.
+enum { STATE_SHARES = 64 };
 int engine_places(Engine *e, Place **place, Room **room);
 // Whether any of it can be on the host: beside a device, and not shared out; and whether that is to be chosen.
 int engine_may_leave(const Engine *e);

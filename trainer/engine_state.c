@@ -114,16 +114,16 @@ void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUN
     if (all[i]) engine_measure(e, all[i]);
 }
 
-// The most buckets that can stay without it being too much with the smallest need of activations.
-static int most_kept(Engine *e, int train) {
+// The most that can stay, whole buckets, without it being too much with the smallest need of activations.
+static int64_t most_kept(Engine *e, int train) {
   int64_t bytes[SPACE_COUNT], host_bytes[SPACE_COUNT], others = engine_least_bytes(e, train) - engine_device_bytes(e);
-  int kept = 0;
+  int64_t kept = 0;
   memcpy(bytes, e->bytes, sizeof bytes);
   memcpy(host_bytes, e->bases.host_bytes, sizeof host_bytes);
-  for (int k = 1; k < e->model.params.buckets; k++) {
-    e->model.kept = k;
+  for (int b = e->model.params.buckets - 1; b > 0; b--) {
+    e->model.kept = e->model.params.total - e->model.params.bucket[b].begin;
     set_state_bytes(e, train);
-    if (engine_device_bytes(e) + others <= e->budget) kept = k;
+    if (engine_device_bytes(e) + others <= e->budget) kept = e->model.kept;
   }
   memcpy(e->bytes, bytes, sizeof bytes);
   memcpy(e->bases.host_bytes, host_bytes, sizeof host_bytes);
@@ -173,15 +173,15 @@ static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, d
   list->room[list->n++] = room;
 }
 
-// A state with fewer and fewer buckets kept, from `kept` on.
-static void list_state(Engine *e, PlaceList *list, MemoryState state, int kept) {
+// A state of which ever more is on the host, from all but `shares` of STATE_SHARES on.
+static void list_state(Engine *e, PlaceList *list, MemoryState state, int shares) {
   const int has_ema = e->config->train.ema > 0;
   const double ema_share = has_ema ? 1.0 / e->config->train.ema_every : 0, total = (double)e->model.params.total;
   e->model.state = state;
   e->model.kept = 0;
   const Away plain = away_of(e, 0), ema = has_ema ? away_of(e, 1) : plain;
-  for (; kept >= 0; kept--) {
-    e->model.kept = kept;
+  for (; shares >= 0; shares--) {
+    int64_t kept = e->model.kept = e->model.params.total * shares / STATE_SHARES / 64 * 64;
     double moments = (double)state_host_count(&e->model, SPACE_ADAM_M) / total,
            average = has_ema ? (double)state_host_count(&e->model, SPACE_EMA) / total : 0;
     if (state < STATE_MOMENTS) moments = 1; // the plain update is as it is
@@ -195,14 +195,13 @@ static void list_state(Engine *e, PlaceList *list, MemoryState state, int kept) 
 int engine_places(Engine *e, Place **place, Room **room) {
   int64_t bytes[SPACE_COUNT], host_bytes[SPACE_COUNT];
   const Place now = {e->model.state, e->model.kept};
-  const int most = e->model.params.buckets - 1;
   PlaceList list = {0};
   memcpy(bytes, e->bytes, sizeof bytes);
   memcpy(host_bytes, e->bases.host_bytes, sizeof host_bytes);
   if (engine_chooses_state(e) && now.state < STATE_GRADIENTS) {
     list_state(e, &list, STATE_DEVICE, 0);
-    if (e->config->train.ema > 0) list_state(e, &list, STATE_EMA, most);
-    list_state(e, &list, STATE_MOMENTS, most);
+    if (e->config->train.ema > 0) list_state(e, &list, STATE_EMA, STATE_SHARES - 1);
+    list_state(e, &list, STATE_MOMENTS, STATE_SHARES - 1);
   } else {
     list_place(e, &list, now, 0, predict_update(e));
   }

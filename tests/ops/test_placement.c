@@ -97,6 +97,11 @@ static void bind(World *w, Program *p) {
   program_bind(p, &b);
 }
 
+// Elements of the last n buckets.
+static int64_t last_buckets(const Model *m, int n) {
+  return n ? m->params.total - m->params.bucket[m->params.buckets - n].begin : 0;
+}
+
 static void test_random_orders_same_bits(void **state) {
   (void)state;
   for (int v = 0; v < 3; v++) {
@@ -106,7 +111,8 @@ static void test_random_orders_same_bits(void **state) {
     for (int i = 0; i < 7; i++) {
       MemoryState s = i ? (MemoryState)(STATE_EMA + (i - 1) / 2) : STATE_DEVICE;
       w.c.model.state = s;
-      w.c.model.kept = i && i % 2 == 0 ? 2 + v : 0; // of what is named last
+      // Of what is named last: with gradients whole buckets, else any piece of one.
+      w.c.model.kept = i && i % 2 == 0 ? last_buckets(&w.c.model, 2 + v) + (s < STATE_GRADIENTS ? 192 : 0) : 0;
       w.c.model.update_part = s == STATE_DEVICE ? UPDATE_PART : PART;
       Program *p = update_record(&w.c.model, 1);
       const int travel[] = {[STATE_EMA] = 1, [STATE_MOMENTS] = 3, [STATE_GRADIENTS] = 4};
@@ -170,7 +176,7 @@ static void test_every_wait_is_needed(void **state) {
   for (MemoryState s = STATE_EMA; s <= STATE_GRADIENTS; s++) {
     int waits = 0;
     c.model.state = s;
-    c.model.kept = s == STATE_MOMENTS ? 3 : 0;
+    c.model.kept = s == STATE_MOMENTS ? last_buckets(&c.model, 3) - 64 : 0;
     for (int k = 0; k < 2; k++) {
       check_order(update_record(&c.model, k), &waits);
       check_order(ema_record(&c.model, k), &waits);
@@ -269,13 +275,14 @@ static void test_places(void **state) {
   for (int round = 0; round < 8; round++) {
     MemoryState s = (MemoryState)(STATE_DEVICE + round / 2);
     c.model.state = s;
-    c.model.kept = round % 2 ? 3 : 0; // U, the heads and a layer
+    const int buckets = round % 2 ? 3 : 0; // U, the heads and a layer
+    c.model.kept = last_buckets(&c.model, buckets);
     int64_t count = gradients_count(&c.model);
     assert_true(s == STATE_GRADIENTS || count == t->total);
     for (int i = 0; i < t->buckets; i++) {
       const ParamBucket *a = &t->bucket[i];
       int64_t begin = gradients_begin(&c.model, a), end = begin + a->end - a->begin;
-      int last = i >= t->buckets - c.model.kept;
+      int last = i >= t->buckets - buckets;
       assert_int_equal(bucket_leaves(&c.model, a), s == STATE_GRADIENTS && a->layer >= 0 && !last);
       assert_int_equal(a->end <= state_host_count(&c.model, SPACE_EMA), s > STATE_EMA || (s == STATE_EMA && !last));
       assert_int_equal(a->end <= state_host_count(&c.model, SPACE_ADAM_V),

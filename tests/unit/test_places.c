@@ -115,7 +115,7 @@ static void test_rooms(void **state) {
     memcpy(forward, e.bytes, sizeof forward);
     forward[SPACE_ARENA] = 0;
     int n = engine_places(&e, &place, &room);
-    assert_int_equal(n, 1 + 2 * e.model.params.buckets);
+    assert_int_equal(n, 1 + 2 * STATE_SHARES);
     assert_int_equal(e.model.state, STATE_DEVICE);
     for (int i = 0; i < n; i++) {
       engine_place_state(&e, place[i], forward, 1);
@@ -123,8 +123,8 @@ static void test_rooms(void **state) {
       assert_int_equal(room[i].arena, real.arena);
       double seconds = predict_update(&e);
       if (!(fabs(room[i].seconds / seconds - 1) < .1))
-        fail_msg("%s, state %d, %d kept: %g s, %g", models[m].file, place[i].state, place[i].kept, room[i].seconds,
-                 seconds);
+        fail_msg("%s, state %d, %lld kept: %g s, %g", models[m].file, place[i].state, (long long)place[i].kept,
+                 room[i].seconds, seconds);
       if (i) assert_true(room[i].arena >= room[i - 1].arena && room[i].seconds >= room[i - 1].seconds * (1 - 1e-9));
     }
     free(place);
@@ -144,7 +144,7 @@ static void test_hidden_by_the_rest(void **state) {
   int64_t forward[SPACE_COUNT];
   memcpy(forward, e.bytes, sizeof forward);
   for (MemoryState s = STATE_DEVICE; s <= STATE_MOMENTS; s++) {
-    engine_place_state(&e, (Place){s, s > STATE_DEVICE ? e.model.params.buckets - 1 : 0}, forward, 1);
+    engine_place_state(&e, (Place){s, s > STATE_DEVICE ? e.model.params.total * 15 / 16 / 64 * 64 : 0}, forward, 1);
     const Program *p = s == STATE_MOMENTS ? e.update : e.update_ema;
     Simulation x = predict_program(&e.costs, p);
     if (s > STATE_DEVICE) assert_true(x.busy[LANE_H2D] > 0 && x.busy[LANE_D2H] > 0);
