@@ -159,14 +159,18 @@ typedef struct PlaceList {
   int n;
 } PlaceList;
 
-// A place, where this machine has the memory that it takes.
+// A place; one on the host only where the arena holds what passes through it and this machine has the memory.
 static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, double seconds) {
   e->model.state = place.state;
   e->model.kept = place.kept;
   set_state_bytes(e, 1);
   Room room = engine_room(e);
   room.seconds = seconds;
-  if (room.arena < arena || engine_state_on_host(e) > backend_of_host()->memory()) return;
+  int64_t left = backend_of_host()->memory() - engine_state_on_host(e);
+  if (place.state > STATE_DEVICE && engine_chooses_state(e)) {
+    if (room.arena < arena || left < 0) return;
+    room.host = min_i64(room.host, left);
+  }
   list->place = xrealloc(list->place, (size_t)(list->n + 1) * sizeof *list->place);
   list->room = xrealloc(list->room, (size_t)(list->n + 1) * sizeof *list->room);
   list->place[list->n] = place;

@@ -336,7 +336,8 @@ static Pair best_pair(const Search *s, const Room *room, int rooms) {
     for (int i = 0; i < s->tried; i++) {
       const PlanOutcome *o = &s->plan[i].outcome;
       Pair p = {i, r, excess(&room[r], o), room[r].seconds + s->task->passes * o->time.seconds};
-      if (p.excess != best.excess ? p.excess < best.excess : p.seconds < best.seconds * (1 - 1e-6)) best = p;
+      double more = best.room == 0 && r > 0 ? worth : 1e-6; // the first is not left for nothing
+      if (p.excess != best.excess ? p.excess < best.excess : p.seconds < best.seconds * (1 - more)) best = p;
     }
   return best;
 }

@@ -45,7 +45,7 @@ typedef struct Chosen {
   int tried;    // plans recorded
 } Chosen;
 
-// room: [rooms], rooms > 0; neighbours are alike.
+// room: [rooms], rooms > 0; neighbours are alike, and the first is taken where another is hardly better.
 Chosen choose(const ChooseTask *task, const Room *room, int rooms);
 // What one plan comes to.
 PlanOutcome outcome_of(const ChooseTask *task, const PolicyTable *policy);
