@@ -1,6 +1,7 @@
 #include "trainer/verify.h"
 
 #include "base/json.h"
+#include "base/ranks.h"
 #include "base/text_out.h"
 #include "trainer/dump.h"
 
@@ -66,8 +67,9 @@ static int report(Engine *e, const Batch *pack, Hashes *h, int64_t step, const c
   char names[3 * sizeof e->model.params.of[0].name + 64], *folder = xasprintf("%s/corrupted-%06" PRId64, run, step + 1);
   Error unsaved = {0};
   name_parameters(e, h, names, sizeof names);
-  int saved = save_apart(e, pack, h, step, folder, &unsaved) == 0;
-  if (!saved) log_warn("what was computed is not saved apart: %s", unsaved.text);
+  // Another replay would wait for processes that have found nothing, and go on.
+  int alone = ranks_size() == 1, saved = alone && save_apart(e, pack, h, step, folder, &unsaved) == 0;
+  if (alone && !saved) log_warn("what was computed is not saved apart: %s", unsaved.text);
   error_set(err,
             "nothing was updated by it. The hardware computed wrong, or a kernel has a race: test the device and its "
             "memory; --resume goes on from the newest checkpoint, which is from before this was seen",
