@@ -2,7 +2,7 @@
 """Compares the engine's slow ops with PyTorch's on one GPU; scripts/compare_torch.py does whole steps.
 
     make bench-gpu                              everything
-    tests/gpu/bench_gpu.py BUILD SECTION...         some of: adaln linear attention moe
+    tests/gpu/bench_gpu.py BUILD SECTION...         some of: adaln linear attention experts moe
 
 Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
 engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
@@ -104,7 +104,8 @@ class Engine:
         a = np.fromfile(self.file.name, np.int32)
         self.n_text, self.n_image, segments, T = (int(v) for v in a[:4])
         self.doc_start, self.kv_end = a[4 : 4 + 2 * T].reshape(2, T)  # sequence order
-        self.seg_len = a[4 + 2 * T :]  # [segments]
+        self.seg_len = a[4 + 2 * T :][:segments]
+        self.expert_rows = a[4 + 2 * T + segments :]  # text's experts, then image's
         self.segments = segments
 
     def round(self, op):
@@ -234,8 +235,16 @@ def adaln(table, build):
 
 # ---- projections ----------------------------------------------------------------------------------------------------
 
-# dim, widths of text and image rows, side of an image: base's qkv, output, shared experts; small's qkv
-LINEAR = ((2048, (3072, 3072), 16), (2048, (2048, 2048), 16), (2048, (2048, 4096), 16), (512, (1024, 1024), 8))
+# Widths of text and image rows before and after, side of an image: base's qkv, output, shared experts up and down;
+# small's and fine's qkv
+LINEAR = (
+    ((2048, 2048), (3072, 3072), 16),
+    ((2048, 2048), (2048, 2048), 16),
+    ((2048, 2048), (2048, 4096), 16),
+    ((1024, 2048), (2048, 2048), 16),
+    ((512, 512), (1024, 1024), 8),
+    ((1024, 1024), (1536, 1536), 8),
+)
 
 
 def linear(table, build):
@@ -248,16 +257,16 @@ def linear(table, build):
         "input gradient": ("LINEAR_DGRAD", lambda x, w, dy: dy @ w),
         "weight gradient": ("LINEAR_WGRAD", lambda x, w, dy: torch.mm(dy.t(), x, out_dtype=torch.float32)),
     }
-    for C, out, side in LINEAR:
-        sizes = dict(T=T, C=C, side=side, I0=C, I1=C, O0=out[0], O1=out[1])
+    for into, out, side in LINEAR:
+        sizes = dict(T=T, side=side, I0=into[0], I1=into[1], O0=out[0], O1=out[1])
         engine = Engine(build, sizes, [op for op, _ in products.values()])
         rows = (engine.n_text, engine.n_image)
         draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-        n = copies_of(2 * T * (C + min(out)))
+        n = copies_of(2 * T * (min(into) + min(out)))
         # of each copy and modality: x, w, dy
-        operands = [[(draw(r, C), draw(o, C), draw(r, o)) for r, o in zip(rows, out)] for _ in range(n)]
+        operands = [[(draw(r, i), draw(o, i), draw(r, o)) for r, i, o in zip(rows, into, out)] for _ in range(n)]
         calls = lambda product: [lambda both=both: [product(*m) for m in both] for both in operands]
-        flops = sum(2.0 * r * C * o for r, o in zip(rows, out))
+        flops = sum(2.0 * r * i * o for r, i, o in zip(rows, into, out))
         for name, (op, product) in products.items():
             ways = {}
             for library in ("cublas", "cublaslt"):
@@ -265,7 +274,8 @@ def linear(table, build):
                 ways[library] = attempt(lambda: Timed(calls(product)))
                 if not ways[library] and op == "LINEAR_WGRAD":
                     ways[library + " to bf16"] = attempt(lambda: Timed(calls(lambda x, w, dy: dy.t() @ x)))
-            table.row(f"{name}, {C} -> {out[0]}, {out[1]}", lambda: engine.round(op), ways, flops=flops)
+            widths = f"{into[0]}, {into[1]} -> {out[0]}, {out[1]}"
+            table.row(f"{name}, {widths}", lambda: engine.round(op), ways, flops=flops)
         engine.close()
         del operands, ways
         torch.cuda.empty_cache()
@@ -317,41 +327,72 @@ EXPERT_OPS = (
 )  # fmt: skip
 
 
-def moe(table, build):
-    """Base's experts. PyTorch's products are bare and its rows already sorted; the engine's ops also gather rows, apply
-    SwiGLU forward and backward, weight and give the router weights' gradient. Then both as whole layers."""
-    table.head("experts of base, 16384 tokens, both modalities; bare torch._grouped_mm, one call a modality")
-    config = config_read(ROOT / "configs/base.json")
-    C, side = config["model"]["dim"], config["data"]["image_size"] // config["model"]["patch"]
-    E, width, top_k = ([config["model"][m][key] for m in M.MODALITY] for key in ("experts", "expert_dim", "top_k"))
-    sizes = dict(T=16384, C=C, side=side)
+# By how much experts' logits differ (cuda_peer's skew); the fullest expert has about 1.0, 1.5 and 3 times its share.
+SKEWS = (0, 30, 160)
+
+
+def expert_sizes(name):
+    """dim, image side, and by modality: experts, their width, how many a token has."""
+    config = config_read(ROOT / f"configs/{name}.json")
+    model, keys = config["model"], ("experts", "expert_dim", "top_k")
+    side = config["data"]["image_size"] // model["patch"]
+    return model["dim"], side, *([model[m][key] for m in M.MODALITY] for key in keys)
+
+
+def expert_products(table, build, name, skew):
+    """The products of a config's experts. PyTorch's are bare and their rows already sorted; the engine's also gather
+    rows, apply SwiGLU forward and backward, weight and give the router weights' gradient. dense: one product a
+    modality of the same FLOPs. Returns the engine, {op: its milliseconds} and the FLOPs of a down product."""
+    C, side, E, width, top_k = expert_sizes(name)
+    sizes = dict(T=16384, C=C, side=side, skew=skew)
     for m in (0, 1):
         sizes |= {f"E{m}": E[m], f"F{m}": width[m], f"K{m}": top_k[m]}
     engine = Engine(build, sizes, EXPERT_OPS)
     draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
     tokens = (engine.n_text, engine.n_image)
     rows = [n * k for n, k in zip(tokens, top_k)]
-    rng = np.random.default_rng(1)
-    groups = [rng.multinomial(r, [1 / e] * e).cumsum() for r, e in zip(rows, E)]
-    ends = [torch.tensor(g, dtype=torch.int32, device="cuda") for g in groups]
+    counts = np.split(engine.expert_rows, [E[0]])
+    ends = [torch.tensor(c.cumsum(), dtype=torch.int32, device="cuda") for c in counts]
     both = (0, 1)
     x, up = [draw(rows[m], C) for m in both], [draw(rows[m], 2 * width[m]) for m in both]
     act = [draw(rows[m], width[m]) for m in both]
     w1, w2 = [draw(E[m], 2 * width[m], C) for m in both], [draw(E[m], C, width[m]) for m in both]
-    mm = torch._grouped_mm
+    grouped = lambda a, b: lambda m: torch._grouped_mm(a(m), b(m), offs=ends[m])
+    gradient = lambda a, b: lambda m: torch.mm(a[m].t(), b[m], out_dtype=torch.float32)
     products = {
-        "EXPERT_UP_FWD": lambda m: mm(x[m], w1[m].transpose(1, 2), offs=ends[m]),
-        "EXPERT_DOWN_FWD": lambda m: mm(act[m], w2[m].transpose(1, 2), offs=ends[m]),
-        "EXPERT_DOWN_BWD": lambda m: mm(x[m], w2[m], offs=ends[m]),
-        "EXPERT_UP_DGRAD": lambda m: mm(up[m], w1[m], offs=ends[m]),
-        "EXPERT_DOWN_WGRAD": lambda m: mm(x[m].t(), act[m], offs=ends[m]),
-        "EXPERT_UP_WGRAD": lambda m: mm(up[m].t(), x[m], offs=ends[m]),
+        "EXPERT_UP_FWD": (grouped(lambda m: x[m], lambda m: w1[m].mT), lambda m: F.linear(x[m], w1[m][0])),
+        "EXPERT_DOWN_FWD": (grouped(lambda m: act[m], lambda m: w2[m].mT), lambda m: F.linear(act[m], w2[m][0])),
+        "EXPERT_DOWN_BWD": (grouped(lambda m: x[m], lambda m: w2[m]), lambda m: x[m] @ w2[m][0]),
+        "EXPERT_UP_DGRAD": (grouped(lambda m: up[m], lambda m: w1[m]), lambda m: up[m] @ w1[m][0]),
+        "EXPERT_DOWN_WGRAD": (grouped(lambda m: x[m].t(), lambda m: act[m]), gradient(x, act)),
+        "EXPERT_UP_WGRAD": (grouped(lambda m: up[m].t(), lambda m: x[m]), gradient(up, x)),
     }
+    fullest = max(c.max() / c.mean() for c in counts)
+    pack = f"{tokens[0]} text and {tokens[1]} image tokens"
+    table.head(f"experts of {name}, {pack}, the fullest expert {fullest:.2f} times its share")
     down = sum(2.0 * rows[m] * C * width[m] for m in both)
     ours = {}
-    for op, product in products.items():
-        peer = attempt(lambda: Timed([lambda: [product(m) for m in both]]))
-        ours[op] = table.row(op, lambda: engine.round(op), {"grouped_mm": peer}, flops=down * (2 if "UP" in op else 1))
+    for op, (bare, dense) in products.items():
+        ways = {"grouped_mm": bare, "dense": dense}
+        peers = {way: attempt(lambda f=f: Timed([lambda: [f(m) for m in both]])) for way, f in ways.items()}
+        ours[op] = table.row(op, lambda: engine.round(op), peers, flops=down * (2 if "UP" in op else 1))
+    return engine, ours, down
+
+
+def experts(table, build):
+    """The products of three configs' experts, under routings as training has them."""
+    for name in ("base", "small", "fine"):
+        for skew in SKEWS:
+            expert_products(table, build, name, skew)[0].close()
+            torch.cuda.empty_cache()
+
+
+def moe(table, build):
+    """Base's experts as a whole layer, beside PyTorch's."""
+    engine, ours, down = expert_products(table, build, "base", 0)
+    C, _, E, width, top_k = expert_sizes("base")
+    tokens = (engine.n_text, engine.n_image)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
     for op in EXPERT_OPS:
         ours[op] = ours.get(op) or statistics.median(engine.round(op) for _ in range(ROUNDS))
 
@@ -379,7 +420,7 @@ def moe(table, build):
     engine.close()
 
 
-SECTIONS = {"adaln": adaln, "linear": linear, "attention": attention, "moe": moe}
+SECTIONS = {"adaln": adaln, "linear": linear, "attention": attention, "experts": experts, "moe": moe}
 
 
 def section(name, build):

@@ -4,11 +4,12 @@
 //   cuda_peer PACK_FILE KEY=VALUE... OP...    exit code 2 without a GPU
 //
 // Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), I0 I1 O0 O1 (LINEAR_*: widths of x and y by modality),
-// side (images are side x side patches). COPY copies 256 MiB. The pack is full: documents of 32-96 text tokens, one
-// image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE receives its arrays as int32, one
-// after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and seg_len [n_segments]. Then it prints
-// "ready"; each line "OP" is answered by a line with the median milliseconds of one launch, out of a captured graph,
-// over copies of the operands that together exceed the L2 cache.
+// side (images are side x side patches), skew (of the experts' mean logits, the first is that many hundredths below
+// their middle, the last above; 30: the fullest expert has about 1.5 times its share, 160: 3 times). COPY copies 256
+// MiB. The pack is full: documents of 32-96 text tokens, one image and 0-32 text tokens; the last image is as large as
+// still fits. PACK_FILE receives its arrays as int32, one after another: n_text, n_image, n_segments, T, and doc_start,
+// kv_end [T] and seg_len [n_segments]. Then it prints "ready"; each line "OP" is answered by a line with the median
+// milliseconds of one launch, out of a captured graph, over copies of the operands that together exceed the L2 cache.
 #include "data/packer.h"
 #include "tests/gpu/cuda_bench.h"
 
@@ -20,7 +21,8 @@ typedef struct Peer {
   CudaCase c;
   TimedCall timed[OP_COUNT]; // graph NULL: not named
   bool wanted[OP_COUNT];
-  int side;
+  const char *path; // of the pack file
+  int side, skew;
   int in[MODALITIES], out[MODALITIES];
 } Peer;
 
@@ -63,17 +65,19 @@ static void make_pack(Peer *p) {
   free(ids);
 }
 
-static void write_pack(const Peer *p, const char *path) {
+static void write_ints(const char *path, const char *mode, const int32_t *const part[], const size_t n[], int parts) {
+  FILE *f = fopen(path, mode);
+  if (!f) panic("cannot write %s", path);
+  for (int i = 0; i < parts; i++) fwrite(part[i], sizeof(int32_t), n[i], f);
+  if (fclose(f) != 0) panic("cannot write %s", path);
+}
+
+static void write_pack(const Peer *p) {
   const Batch *b = &p->c.ops.batch;
   size_t T = (size_t)p->c.ops.dims.T, segments = (size_t)b->dims->n_segments;
   int32_t head[4] = {b->dims->n_text, b->dims->n_image, b->dims->n_segments, (int32_t)T};
-  FILE *f = fopen(path, "wb");
-  if (!f) panic("cannot write %s", path);
-  fwrite(head, sizeof *head, 4, f);
-  fwrite(b->doc_start, sizeof(int32_t), T, f);
-  fwrite(b->kv_end, sizeof(int32_t), T, f);
-  fwrite(b->seg_len, sizeof(int32_t), segments, f);
-  if (fclose(f) != 0) panic("cannot write %s", path);
+  write_ints(p->path, "wb", (const int32_t *const[]){head, b->doc_start, b->kv_end, b->seg_len},
+             (const size_t[]){4, T, T, segments}, 4);
 }
 
 // ---- operands ----
@@ -142,7 +146,8 @@ static void add_attention(Peer *p) {
 #undef HEADS_OUT
 }
 
-// The products of both modalities' experts and the router's ops, rows sent where random router weights send them.
+// The products of both modalities' experts and the router's ops, rows sent where random router weights send them, and
+// more to the last experts where the pack is skewed.
 static void add_experts(Peer *p) {
   CudaCase *c = &p->c;
   const Dims *d = &c->ops.dims;
@@ -153,6 +158,10 @@ static void add_experts(Peer *p) {
     w1[m] = value_weight(c, (int64_t)d->E[m] * 2 * d->F[m], d->C, d->C);
     w2[m] = value_weight(c, (int64_t)d->E[m] * d->C, d->F[m], d->F[m]);
   }
+  for (int64_t r = 0; r < d->T && p->skew; r++) ((real *)h.data)[r * d->C] = 1;
+  for (int m = 0; m < 2 && p->skew; m++)
+    for (int64_t e = 0; e < d->E[m]; e++)
+      ((real *)wr[m].data)[e * d->C] = (real)(0.01 * p->skew * ((2.0 * (double)e + 1) / d->E[m] - 1));
   Value routed[OP_MAX_OUT] = {value_sided(c, DT_REAL, one, d->E, 0, true), value_out(c, DT_REAL, d->T, dims_kmax(d)),
                               value_out(c, DT_I32, 1, route_bind(&(Route){0}, d, NULL))};
   const Value no_rows = value_out(c, DT_ACT, d->T, d->C), no_weights = value_out(c, DT_REAL, d->T, dims_kmax(d));
@@ -161,6 +170,9 @@ static void add_experts(Peer *p) {
   cuda_case_cpu(c, OP_ROUTER_FWD, plain, VALUES_IN(h, wr[0], wr[1]), routed);
   for (int i = 0; i < 3; i++) routed[i].fresh = false; // now inputs
   Value logits = routed[0], weights = routed[1], route = routed[2];
+  Route bound;
+  route_bind(&bound, d, route.data);
+  write_ints(p->path, "ab", (const int32_t *const[]){bound.count}, (const size_t[]){(size_t)(d->E[0] + d->E[1])}, 1);
 #define SLOTS(width, std) value_sided(c, DT_ACT, d->K, width, std, false)
 #define GRADIENT(m, rows, width) value_out(c, DT_REAL, (int64_t)d->E[m] * (rows), width)
   Value pre = SLOTS(two_f, 1), a = SLOTS(d->F, 1), y = SLOTS(dims, 1);
@@ -188,10 +200,10 @@ static int *size_named(Peer *p, const char *key) {
   const struct {
     const char *key;
     int *size;
-  } sizes[] = {{"T", &d->T},       {"C", &d->C},      {"H", &d->H},      {"G", &d->G},      {"D", &d->D},
-               {"Z", &d->Z},       {"E0", &d->E[0]},  {"E1", &d->E[1]},  {"F0", &d->F[0]},  {"F1", &d->F[1]},
-               {"K0", &d->K[0]},   {"K1", &d->K[1]},  {"I0", &p->in[0]}, {"I1", &p->in[1]}, {"O0", &p->out[0]},
-               {"O1", &p->out[1]}, {"side", &p->side}};
+  } sizes[] = {{"T", &d->T},       {"C", &d->C},       {"H", &d->H},      {"G", &d->G},      {"D", &d->D},
+               {"Z", &d->Z},       {"E0", &d->E[0]},   {"E1", &d->E[1]},  {"F0", &d->F[0]},  {"F1", &d->F[1]},
+               {"K0", &d->K[0]},   {"K1", &d->K[1]},   {"I0", &p->in[0]}, {"I1", &p->in[1]}, {"O0", &p->out[0]},
+               {"O1", &p->out[1]}, {"side", &p->side}, {"skew", &p->skew}};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     if (strcmp(sizes[i].key, key) == 0) return sizes[i].size;
   fprintf(stderr, "cuda_peer: there is no size %s\n", key);
@@ -225,6 +237,7 @@ static void answer(const Peer *p) {
 int main(int argc, char **argv) {
   Report report = {0};
   Peer p = {.c = {.backend = &backend_cuda, .report = &report, .wanted = p.wanted},
+            .path = argc > 1 ? argv[1] : NULL,
             .side = 16,
             .in = {128, 128},
             .out = {128, 128}};
@@ -259,7 +272,7 @@ int main(int argc, char **argv) {
   d->M = 6 * d->C * d->L + 2 * d->C;
   d->segments = d->T / (p.side * p.side + 36) + 16; // whole images, and the few smaller ones at the end
   make_pack(&p);
-  write_pack(&p, argv[1]);
+  write_pack(&p);
   if (backend_cuda.open(&err) != 0) fatal(&err);
   if (p.wanted[OP_COPY]) add_copy(&p);
   if (any_wanted(&p, OP_LINEAR_FWD, OP_LINEAR_WGRAD)) add_linear(&p);
