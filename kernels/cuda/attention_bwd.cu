@@ -1,15 +1,15 @@
-// Attention over packed documents, backward: FlashAttention-2 (Dao, 2023) as two kernels, so that every gradient has
-// one writer that sums in a fixed order. With p = exp(s - lse), s = q k^T / sqrt(D) and delta = rowsum(dO * O):
+// Attention over packed documents, backward. With p = exp(s - lse), s = q k^T / sqrt(D) and delta = rowsum(dO * O):
 //
 //   dv = p^T dO        ds = p * (dO v^T - delta)        dq = ds k / sqrt(D)        dk = ds^T q / sqrt(D)
 //
-// The first kernel takes tiles of queries, finds delta and dq; the second takes tiles of keys, finds dk and dv. Rows
-// that lie together leave out the tiles that none of them sees and compare intervals only in those that some see in
-// part.
+// Every gradient is summed in a fixed order, in one of two ways: by two kernels (FlashAttention-2; Dao, 2023), of which
+// the first takes tiles of queries, finds delta and dq, the second takes tiles of keys, finds dk and dv; or in one pass
+// over tiles of keys (attention_pass.h), for five products of a tile instead of seven. Rows that lie together leave out
+// the tiles that none of them sees and compare intervals only in those that some see in part.
 #include "kernels/cuda/attention_bwd.h"
 
 size_t attention_bwd_scratch(OpKind, const Dims *d, const OpArgs *) {
-  return sizeof(float) * d->H * d->T; // delta
+  return d->D == 128 ? attention_bwd_pass_scratch(d) : sizeof(float) * d->H * d->T; // there: delta
 }
 
 extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {
@@ -26,8 +26,10 @@ extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {
                     .dv = (bf16 *)call->out.ATTENTION_BWD.dv,
                     .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
                     .b = *call->batch};
-  if (d->D > 32 && attention_bwd_sm90_usable())
-    attention_bwd_sm90(&c, d->D, call_stream(call));
-  else
+  if (d->D == 32 || !attention_bwd_sm90_usable())
     attention_bwd_portable(&c, d->D, call_stream(call));
+  else if (d->D == 64)
+    attention_bwd_sm90(&c, call_stream(call));
+  else
+    attention_bwd_pass(&c, d, call->scratch, call_stream(call));
 }

@@ -21,9 +21,12 @@ typedef struct BackwardCall {
 // For head_dim 32, 64 or 128 on any card from sm_80 on.
 void attention_bwd_portable(const BackwardCall *c, int D, cudaStream_t stream);
 
-// For head_dim 64 or 128 on Hopper, and whether this card and this build have it.
+// For head_dim 64 and for 128 on Hopper, and whether this card and this build have them. The latter does not use
+// c->delta; its scratch, and the bytes of that.
 bool attention_bwd_sm90_usable(void);
-void attention_bwd_sm90(const BackwardCall *c, int D, cudaStream_t stream);
+void attention_bwd_sm90(const BackwardCall *c, cudaStream_t stream);
+void attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, cudaStream_t stream);
+size_t attention_bwd_pass_scratch(const Dims *d);
 
 // ---- dq: a block takes `queries` queries of one head; tiles of `keys` keys stream past, two in shared memory ----
 

@@ -1,4 +1,4 @@
-// The backward attention on Hopper: one warpgroup multiplies (wgmma).
+// The backward attention on Hopper for head_dim 64: one warpgroup multiplies (wgmma).
 #include "kernels/cuda/attention_bwd.h"
 #include "kernels/cuda/attention_wgmma.h"
 
@@ -6,12 +6,10 @@
 
 enum { GROUP_ROWS = 64 };
 static_assert(GROUP_ROWS == 16 * WARPS, "a warp has 16 queries");
-static_assert(3 * sizeof(DqShared<64, GROUP_ROWS, GROUP_ROWS>) <= CUDA_HOPPER_SHARED &&
-                  2 * sizeof(DqShared<128, GROUP_ROWS, GROUP_ROWS>) <= CUDA_HOPPER_SHARED,
-              "three blocks (two with D = 128) share a multiprocessor");
+static_assert(3 * sizeof(DqShared<64, GROUP_ROWS, GROUP_ROWS>) <= CUDA_HOPPER_SHARED,
+              "three blocks share a multiprocessor");
 
-template <int D>
-static __global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) attention_backward_queries_sm90(BackwardCall c) {
+template <int D> static __global__ void __launch_bounds__(THREADS, 3) attention_backward_queries_sm90(BackwardCall c) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   auto s = (DqShared<D, GROUP_ROWS, GROUP_ROWS> *)shared;
@@ -98,11 +96,10 @@ template <int D> static void launch(const BackwardCall *c, cudaStream_t stream) 
 }
 
 bool attention_bwd_sm90_usable(void) {
-  static const bool usable = built_for_sm90((const void *)attention_backward_keys_sm90<128>);
+  static const bool usable = built_for_sm90((const void *)attention_backward_keys_sm90<64>);
   return usable;
 }
 
-void attention_bwd_sm90(const BackwardCall *c, int D, cudaStream_t stream) {
-  if (D == 64) return launch<64>(c, stream);
-  launch<128>(c, stream);
+void attention_bwd_sm90(const BackwardCall *c, cudaStream_t stream) {
+  launch<64>(c, stream);
 }

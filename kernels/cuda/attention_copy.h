@@ -27,4 +27,59 @@ static __device__ inline void copy_rows(const bf16 *tile, const bf16 *from, int 
   for (int last = row + rows / warps; row < last; row += step, to += step * 128, from += step * stride)
     copy16_async(to + (((chunk ^ row) & 7) << 4), from, row < valid);
 }
+
+// Where a lane copies to: chunk `chunk` of rows row, row + step, ..; within 8 rows their places differ by the swizzle.
+template <int D, int rows> struct CopyLane {
+  static constexpr int chunks = D / 8, step = 32 / chunks, turns = 8 / step;
+  int row, chunk;
+  uint32_t to[turns];
+  __device__ CopyLane(const bf16 *tile) {
+    int lane = (int)recompute(threadIdx.x & 31);
+    row = lane / chunks, chunk = lane % chunks;
+    uint32_t at = shared_address(tile) + (chunk >> 3) * rows * 128 + row * 128;
+#pragma unroll
+    for (int i = 0; i < turns; i++) to[i] = at + i * step * 128 + (((chunk ^ (row + i * step)) & 7) << 4);
+  }
+};
+
+// A warp starts copying rows [0, valid) of `from` (stride elements apart) to a tile; the tile's other rows become zeros
+// and are not read.
+template <int D, int rows>
+static __device__ inline void copy_tile(const bf16 *tile, const bf16 *from, int stride, int valid) {
+  typedef CopyLane<D, rows> Lane;
+  const Lane lane(tile);
+  const char *at = (const char *)(from + (lane.row * stride + lane.chunk * 8));
+  valid -= lane.row;
+#pragma unroll
+  for (int i = 0; i < rows / Lane::step; i++, at += Lane::step * stride * 2)
+    copy16_async(lane.to[i % Lane::turns] + i / Lane::turns * 1024, at, i * Lane::step < valid);
+}
+
+// The same for rows of `from` that lanes hold: lane i row i + 32 j in index[j].
+template <int D, int rows>
+static __device__ inline void copy_tile(const bf16 *tile, const bf16 *from, const int (&index)[rows / 32], int stride,
+                                        int valid) {
+  typedef CopyLane<D, rows> Lane;
+  const Lane lane(tile);
+  const char *at = (const char *)(from + lane.chunk * 8);
+  valid -= lane.row;
+#pragma unroll
+  for (int j = 0; j < rows / 32; j++)
+#pragma unroll 8
+    for (int i = 0; i < 32 / Lane::step; i++) {
+      int own = __shfl_sync(0xffffffffu, index[j], lane.row + i * Lane::step);
+      uint32_t to = lane.to[i % Lane::turns] + (j * 4 + i / Lane::turns) * 1024;
+      copy16_async(to, at + (int64_t)own * (stride * 2), 32 * j + i * Lane::step < valid);
+    }
+}
+
+// A warp starts copying entries [0, valid) of an array; zeros after them.
+template <int rows> static __device__ inline void copy_line(const void *line, const void *from, int valid) {
+  int lane = (int)recompute(threadIdx.x & 31);
+#pragma unroll
+  for (int i = lane; i < rows; i += 32) {
+    bool in = i < valid;
+    copy4_async(shared_address(line) + 4 * i, (const int32_t *)from + (in ? i : 0), in);
+  }
+}
 #endif

@@ -63,6 +63,13 @@ static __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Four 8 x 8 matrices to shared memory, as load_matrix reads them.
+static __device__ inline void store_matrix(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 // ---- the copy engine: boxes of a tensor that a map describes; elements outside of it arrive as zeros ----
 
 static __device__ inline void tma_load_2d(uint32_t to, const void *map, uint32_t barrier, int x, int y) {
@@ -76,6 +83,33 @@ static __device__ inline void tma_load_3d(uint32_t to, const void *map, uint32_t
                "%5}], [%2];" ::"r"(to),
                "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                : "memory");
+}
+
+// ---- the copy engine: bytes from shared to global memory, both aligned to 16 bytes ----
+
+static __device__ inline void bulk_store(void *to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+// Adds floats to those that are there.
+static __device__ inline void bulk_add(float *to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+static __device__ inline void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until this thread's committed copies have read shared memory; until they are done.
+static __device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+static __device__ inline void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Orders accesses to all memory between this thread's ordinary instructions and the copy engine, either way.
+static __device__ inline void fence_async_proxy_everywhere() {
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // ---- how a multiprocessor's registers are shared out between warpgroups ----

@@ -1,0 +1,400 @@
+// The backward attention on Hopper: a pass over tiles of keys (attention_pass.h).
+//
+// A block is three warpgroups and takes units until none is left. Of the first, one warp copies keys and queries into
+// shared memory, one values and dO, and a thread of each of the others adds what comes out for dq to memory. The other
+// two hold 64 keys each: scores transposed, so that p and ds are A fragments for dv and dk where they stand; ds goes
+// through shared memory, and each of the two multiplies half of dq.
+#include "kernels/cuda/attention_copy.h"
+#include "kernels/cuda/attention_pass.h"
+#include "kernels/cuda/attention_wgmma.h"
+
+enum {
+  D = 128,
+  GROUP = 128, // threads of a warpgroup
+  PASS_THREADS = 3 * GROUP,
+  PASS_QUERIES = 64, // of a tile
+  PASS_UNITS = 4,
+  PASS_STAGES = 2,
+  PASS_ADDERS = 2, // threads that add to dq in turns, each from a tile of its own
+  CONSUMER_WARPS = 2 * GROUP / 32
+};
+
+// What a block takes; tiles of queries follow each other from `first` on, in each of H / G heads.
+typedef struct Unit {
+  int key, end; // keys [key, min(key + PASS_KEYS, end)) of a document that ends there; key < 0: there are no more
+  int kv_head, first, behind;      // tiles of queries that see some of the keys lie in [first, behind)
+  int steps;                       // tiles of queries, of all heads
+  int late_start[2], early_end[2]; // queries in [late_start, early_end) see all of a half's keys
+} Unit;
+
+struct PassShared {
+  bf16 k[PASS_KEYS * D], v[PASS_KEYS * D];
+  bf16 q[PASS_STAGES][PASS_QUERIES * D], dout[PASS_STAGES][PASS_QUERIES * D];
+  bf16 ds[2][PASS_KEYS * PASS_QUERIES]; // a tile of keys with the queries as columns
+  float dq[PASS_ADDERS][PASS_QUERIES * D];
+  float lse2[PASS_STAGES][PASS_QUERIES], delta[PASS_STAGES][PASS_QUERIES];
+  int32_t q_start[PASS_KEYS], q_end[PASS_KEYS]; // zeros past the last key: an empty interval
+  Unit unit[PASS_UNITS];
+  uint64_t unit_full[PASS_UNITS], k_full, v_full, keys_empty;
+  uint64_t q_full[PASS_STAGES], q_empty[PASS_STAGES], dout_full[PASS_STAGES], dout_empty[PASS_STAGES];
+  uint64_t dq_full[PASS_ADDERS], dq_empty[PASS_ADDERS];
+};
+static_assert(sizeof(PassShared) <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
+static_assert(offsetof(PassShared, ds) % 1024 == 0, "tiles begin on a block of the swizzle");
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// ---- the warps that copy ----
+
+// Takes the next unit, of which each kv head has as many as there are spans; a warp.
+static __device__ inline void take_unit(const PassCall &p, Unit *u) {
+  const Batch &b = p.c.b;
+  int lane = threadIdx.x & 31, number = 0, G = p.c.shape.G;
+  if (lane == 0) number = atomicAdd(&p.s.keys.counts->taken, 1);
+  number = __shfl_sync(0xffffffffu, number, 0);
+  Span span = {0, 0, -1, 0};
+  if (number < p.s.keys.counts->spans * G) span = p.s.keys.span[number / G];
+  if (lane == 0) u->key = span.first;
+  __syncwarp();
+  if (span.first < 0) return;
+  int last = 0; // query that sees one of the keys, and one more
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int late_start = 0, early_end = INT_MAX;
+#pragma unroll
+    for (int i = lane; i < PASS_KEYS / 2; i += 32) {
+      int key = span.first + half * PASS_KEYS / 2 + i;
+      bool in = key < span.end;
+      int start = in ? b.q_start[key] : 0, end = in ? b.q_end[key] : 0;
+      late_start = max(late_start, start), early_end = min(early_end, end), last = max(last, end);
+    }
+    late_start = __reduce_max_sync(0xffffffffu, late_start), early_end = __reduce_min_sync(0xffffffffu, early_end);
+    if (lane == 0) u->late_start[half] = late_start, u->early_end[half] = early_end;
+  }
+  last = __reduce_max_sync(0xffffffffu, last);
+  if (lane == 0) {
+    int first = span.start + (b.q_start[span.first] - span.start) / PASS_QUERIES * PASS_QUERIES;
+    int tiles = ceil_div(last - first, PASS_QUERIES);
+    u->end = span.end;
+    u->kv_head = number % G;
+    u->first = first;
+    u->behind = first + tiles * PASS_QUERIES;
+    u->steps = p.c.shape.H / G * tiles;
+  }
+  __syncwarp();
+}
+
+// Keys and queries, and what there is to do.
+static __device__ inline void copy_queries(PassShared *s, const PassCall &p) {
+  const BackwardCall &c = p.c;
+  const int H = c.shape.H, G = c.shape.G, heads = H / G;
+  Place<PASS_UNITS> slot;
+  Place<PASS_STAGES> stage;
+  for (uint32_t parity = 1;; parity ^= 1, slot.step()) {
+    const Unit &u = s->unit[slot.at];
+    take_unit(p, &s->unit[slot.at]);
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&s->unit_full[slot.at]));
+    if (u.key < 0) return;
+    for (int head = u.kv_head * heads; head < (u.kv_head + 1) * heads; head++)
+      for (int query = u.first; query < u.behind; query += PASS_QUERIES, stage.step()) {
+        barrier_wait(shared_address(&s->q_empty[stage.at]), stage.parity ^ 1);
+        copy_tile<D, PASS_QUERIES>(s->q[stage.at], c.q + ((int64_t)query * H + head) * D, H * D, u.end - query);
+        copy_line<PASS_QUERIES>(s->lse2[stage.at], p.s.lse2 + (int64_t)head * c.shape.T + query, u.end - query);
+        barrier_arrive_after_copies(shared_address(&s->q_full[stage.at]));
+        if (head != u.kv_head * heads || query != u.first) continue;
+        // Behind the first queries, whose place is free before.
+        barrier_wait(shared_address(&s->keys_empty), parity);
+        copy_tile<D, PASS_KEYS>(s->k, c.k + ((int64_t)u.key * G + u.kv_head) * D, G * D, u.end - u.key);
+        copy_line<PASS_KEYS>(s->q_start, c.b.q_start + u.key, u.end - u.key);
+        copy_line<PASS_KEYS>(s->q_end, c.b.q_end + u.key, u.end - u.key);
+        barrier_arrive_after_copies(shared_address(&s->k_full));
+      }
+  }
+}
+
+// Values and dO.
+static __device__ inline void copy_gradients(PassShared *s, const PassCall &p) {
+  const BackwardCall &c = p.c;
+  const int H = c.shape.H, G = c.shape.G, heads = H / G;
+  Place<PASS_UNITS> slot;
+  Place<PASS_STAGES> stage;
+  for (uint32_t parity = 1;; parity ^= 1, slot.step()) {
+    barrier_wait(shared_address(&s->unit_full[slot.at]), slot.parity);
+    const Unit &u = s->unit[slot.at];
+    if (u.key < 0) return;
+    for (int head = u.kv_head * heads; head < (u.kv_head + 1) * heads; head++)
+      for (int query = u.first; query < u.behind; query += PASS_QUERIES, stage.step()) {
+        int row[PASS_QUERIES / 32], lane = (int)recompute(threadIdx.x & 31);
+#pragma unroll
+        for (int j = 0; j < PASS_QUERIES / 32; j++) row[j] = c.b.row[min(query + 32 * j + lane, u.end - 1)];
+        barrier_wait(shared_address(&s->dout_empty[stage.at]), stage.parity ^ 1);
+        copy_tile<D, PASS_QUERIES>(s->dout[stage.at], c.dout + head * D, row, H * D, u.end - query);
+        copy_line<PASS_QUERIES>(s->delta[stage.at], p.s.delta + (int64_t)head * c.shape.T + query, u.end - query);
+        barrier_arrive_after_copies(shared_address(&s->dout_full[stage.at]));
+        if (head != u.kv_head * heads || query != u.first) continue;
+        barrier_wait(shared_address(&s->keys_empty), parity);
+        copy_tile<D, PASS_KEYS>(s->v, c.v + ((int64_t)u.key * G + u.kv_head) * D, G * D, u.end - u.key);
+        barrier_arrive_after_copies(shared_address(&s->v_full));
+      }
+  }
+}
+
+// ---- the thread that adds to dq ----
+
+// Until `turn` units have had their turn; what the turn says.
+static __device__ inline uint32_t await_turn(const uint32_t *at, uint32_t turn) {
+  uint32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+  } while ((seen & ~TURN_WRITTEN) != turn);
+  return seen;
+}
+static __device__ inline void pass_turn(uint32_t *at, uint32_t add) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(add) : "memory");
+}
+
+// Those that come to lie in dq[own].
+static __device__ inline void add_gradients(PassShared *s, const PassCall &p, uint32_t own) {
+  const int heads = p.c.shape.H / p.c.shape.G;
+  Place<PASS_UNITS> slot;
+  uint32_t step = 0;
+  for (;; slot.step()) {
+    barrier_wait(shared_address(&s->unit_full[slot.at]), slot.parity);
+    const Unit &u = s->unit[slot.at];
+    if (u.key < 0) return;
+    for (int head = u.kv_head * heads; head < (u.kv_head + 1) * heads; head++) {
+      int64_t line = (int64_t)head * p.c.shape.T + u.first;
+      for (int query = u.first; query < u.behind; query += PASS_QUERIES, line += PASS_QUERIES, step++) {
+        if (step % PASS_ADDERS != own) continue;
+        int rows = min((int)PASS_QUERIES, u.end - query);
+        uint32_t seen = await_turn(p.s.turn + line, (p.c.b.kv_end[query + rows - 1] - 1 - u.key) / PASS_KEYS);
+        fence_async_proxy_everywhere(); // what other units have added, before what this one adds
+        barrier_wait(shared_address(&s->dq_full[own]), step / PASS_ADDERS & 1);
+        if (seen & TURN_WRITTEN)
+          bulk_add(p.s.dq + line * D, shared_address(s->dq[own]), (uint32_t)(rows * D * sizeof(float)));
+        else
+          bulk_store(p.s.dq + line * D, shared_address(s->dq[own]), (uint32_t)(rows * D * sizeof(float)));
+        bulk_commit();
+        bulk_wait_read();
+        barrier_arrive(shared_address(&s->dq_empty[own]));
+        bulk_wait();
+        pass_turn(p.s.turn + line, seen & TURN_WRITTEN ? 1 : 1 + TURN_WRITTEN);
+      }
+      for (int query = u.behind; own == 0 && query < u.end;
+           query += PASS_QUERIES, line += PASS_QUERIES) { // sees no key
+        int last = min(query + PASS_QUERIES, u.end) - 1;
+        await_turn(p.s.turn + line, (p.c.b.kv_end[last] - 1 - u.key) / PASS_KEYS);
+        pass_turn(p.s.turn + line, 1);
+      }
+    }
+  }
+}
+
+// ---- the warpgroups that multiply ----
+
+// score^T [16, 8 n] -> p^T = exp2(score^T scale2 - lse2), 0 where a query does not see a key. q_start, q_end: of the
+// warp's keys.
+template <int n>
+static __device__ inline void key_probability(float (&p)[n][4], const float *lse2, float scale2, bool partly,
+                                              const int32_t *q_start, const int32_t *q_end, int query) {
+  int t = threadIdx.x & 3;
+#pragma unroll
+  for (int j = 0; j < n; j++) {
+    float2 shift = *(const float2 *)(lse2 + 8 * j + 2 * t);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      p[j][2 * h] = exp2_fast(p[j][2 * h] * scale2 - shift.x);
+      p[j][2 * h + 1] = exp2_fast(p[j][2 * h + 1] * scale2 - shift.y);
+    }
+  }
+  if (!partly) return;
+  int g = (threadIdx.x & 31) >> 2;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int from = q_start[g + 8 * h] - query - 2 * t, to = q_end[g + 8 * h] - query - 2 * t;
+#pragma unroll
+    for (int j = 0; j < n; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (8 * j + i < from || 8 * j + i >= to) p[j][2 * h + i] = 0;
+  }
+}
+
+// As bf16 pairs, of which two neighbouring fragments are an A fragment.
+template <int n> static __device__ inline void pack_rows(uint32_t (&pairs)[n][2], const float (&p)[n][4]) {
+#pragma unroll
+  for (int j = 0; j < n; j++) {
+    pairs[j][0] = pack2(p[j][0], p[j][1]);
+    pairs[j][1] = pack2(p[j][2], p[j][3]);
+  }
+}
+
+// ds^T = p^T (dp^T - delta), p and ds as pairs: registers are short, and p was rounded for dv, too.
+template <int n>
+static __device__ inline void key_gradient(uint32_t (&ds)[n][2], const uint32_t (&p)[n][2], const float (&dp)[n][4],
+                                           const float *delta) {
+#pragma unroll
+  for (int j = 0; j < n; j++) {
+    float2 d = *(const float2 *)(delta + 8 * j + 2 * (threadIdx.x & 3));
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      ds[j][h] = pack2(__uint_as_float(p[j][h] << 16) * (dp[j][2 * h] - d.x),
+                       __uint_as_float(p[j][h] & 0xffff0000u) * (dp[j][2 * h + 1] - d.y));
+  }
+}
+
+// Stores a warp's 16 rows from `row` on of ds^T to the tile.
+template <int n> static __device__ inline void store_pairs(bf16 *tile, const uint32_t (&ds)[n][2], int row) {
+  int lane = threadIdx.x & 31;
+  uint32_t at = shared_address(tile) + (row + (lane & 7) + (lane & 8)) * 128, chunk = lane >> 4 ^ (lane & 7);
+#pragma unroll
+  for (int j = 0; j < n; j += 2)
+    store_matrix(at + (j >> 3) * PASS_KEYS * 128 + ((chunk ^ (j & 7)) << 4), ds[j][0], ds[j][1], ds[j + 1][0],
+                 ds[j + 1][1]);
+}
+
+// Stores a warpgroup's half of the columns of dq [PASS_QUERIES, D] to a tile in the order of dq_place.
+static __device__ inline void store_dq(float *tile, const float (&dq)[8][4], int group) {
+  int thread = (int)recompute(threadIdx.x), lane = thread & 31;
+  int row = thread % GROUP / 32 * 16 + (lane >> 2);
+  float4 *to = (float4 *)tile + row * (D / 4) + group * 16 + (lane & 3);
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+      to[8 * h * (D / 4) + dq_place(4 * m, row)] =
+          make_float4(dq[2 * m][2 * h], dq[2 * m][2 * h + 1], dq[2 * m + 1][2 * h], dq[2 * m + 1][2 * h + 1]);
+}
+
+// Writes a thread's rows of dk or dv, [T, G, D]: `row` of the keys and row + 8, scaled.
+static __device__ inline void write_rows(bf16 *to, const float (&x)[D / 8][4], float scale, int row, int end, int G,
+                                         int kv_head) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    bf16 *at = to + ((int64_t)(row + 8 * h) * G + kv_head) * D + (threadIdx.x & 3) * 8;
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 4) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = pack2(x[n + i][2 * h] * scale, x[n + i][2 * h + 1] * scale);
+      uint4 out = quad_transpose(w[0], w[1], w[2], w[3]);
+      if (row + 8 * h < end) *(uint4 *)(at + 8 * n) = out;
+    }
+  }
+}
+
+static __device__ inline void multiply(PassShared *s, const PassCall &p) {
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0) - 1; // which of the two
+  const bool speaks = (threadIdx.x & 31) == 0;
+  uint32_t step = 0; // tiles of queries so far
+  for (uint32_t units = 0;; units++) {
+    const Unit *u = &s->unit[units % PASS_UNITS];
+    barrier_wait(shared_address(&s->unit_full[units % PASS_UNITS]), units / PASS_UNITS & 1);
+    if (u->key < 0) return;
+    barrier_wait(shared_address(&s->k_full), units & 1);
+    barrier_wait(shared_address(&s->v_full), units & 1);
+    float dk[D / 8][4], dv[D / 8][4];
+    fragments_zero(dk);
+    fragments_zero(dv);
+    int query = u->first, left = u->steps;
+    do {
+      float score[PASS_QUERIES / 8][4], dp[PASS_QUERIES / 8][4], dq[8][4];
+      uint32_t pairs[PASS_QUERIES / 8][2], ds[PASS_QUERIES / 8][2];
+      const int row = own * 64 + (threadIdx.x % GROUP) / 32 * 16; // the warp's first key
+      const bf16 *keys = s->k + own * 64 * 64, *values = s->v + own * 64 * 64;
+      barrier_wait(shared_address(&s->q_full[step & 1]), step >> 1 & 1);
+      fence_async_proxy();
+      start_scores<D, PASS_KEYS>(score, keys, s->q[step & 1]);
+      barrier_wait(shared_address(&s->dout_full[step & 1]), step >> 1 & 1);
+      fence_async_proxy();
+      start_scores<D, PASS_KEYS>(dp, values, s->dout[step & 1]);
+      wgmma_wait<1>();
+      wgmma_keep(score);
+      key_probability(score, s->lse2[step & 1], p.c.shape.scale * LOG2E,
+                      u->late_start[own] > query || u->early_end[own] < query + PASS_QUERIES, s->q_start + row,
+                      s->q_end + row, query);
+      pack_rows(pairs, score);
+      start_sum<D>(dv, pairs, s->dout[step & 1]);
+      wgmma_wait<1>(); // dp is there; dv is under way
+      wgmma_keep(dp);
+      key_gradient(ds, pairs, dp, s->delta[step & 1]);
+      store_pairs(s->ds[step & 1], ds, row);
+      fence_async_proxy();
+      named_barrier_sync(1, 2 * GROUP);
+      wgmma_wait<0>(); // dv: its operands' registers are wanted
+      if (speaks) barrier_arrive(shared_address(&s->dout_empty[step & 1]));
+      // Of dq each warpgroup has half of the columns.
+      start_product<PASS_KEYS>(dq, s->ds[step & 1], s->k + own * PASS_KEYS * 64);
+      start_sum<D>(dk, ds, s->q[step & 1]);
+      wgmma_wait<1>(); // dk is under way
+      wgmma_keep(dq);
+      barrier_wait(shared_address(&s->dq_empty[step % PASS_ADDERS]), ~(step / PASS_ADDERS) & 1);
+      store_dq(s->dq[step % PASS_ADDERS], dq, own);
+      fence_async_proxy();
+      __syncwarp();
+      if (speaks) barrier_arrive(shared_address(&s->dq_full[step % PASS_ADDERS]));
+      query += PASS_QUERIES;
+      if (query >= u->behind) query = u->first; // of the next head
+      wgmma_wait<0>();
+      wgmma_keep(dk);
+      wgmma_keep(dv);
+      if (speaks) barrier_arrive(shared_address(&s->q_empty[step & 1]));
+      step++;
+    } while (--left > 0);
+    if (speaks) barrier_arrive(shared_address(&s->keys_empty));
+    int key = u->key + (threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2);
+    write_rows(p.c.dk, dk, p.c.shape.scale, key, u->end, p.c.shape.G, u->kv_head);
+    write_rows(p.c.dv, dv, 1, key, u->end, p.c.shape.G, u->kv_head);
+  }
+}
+#endif
+
+static __global__ void __launch_bounds__(PASS_THREADS, 1) attention_backward_pass(PassCall p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char shared[];
+  PassShared *s = (PassShared *)shared;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < PASS_UNITS; i++) barrier_init(shared_address(&s->unit_full[i]), 1);
+    for (int i = 0; i < PASS_STAGES; i++) {
+      barrier_init(shared_address(&s->q_full[i]), 32);
+      barrier_init(shared_address(&s->q_empty[i]), CONSUMER_WARPS);
+      barrier_init(shared_address(&s->dout_full[i]), 32);
+      barrier_init(shared_address(&s->dout_empty[i]), CONSUMER_WARPS);
+    }
+    barrier_init(shared_address(&s->k_full), 32);
+    barrier_init(shared_address(&s->v_full), 32);
+    barrier_init(shared_address(&s->keys_empty), CONSUMER_WARPS);
+    for (int i = 0; i < PASS_ADDERS; i++) {
+      barrier_init(shared_address(&s->dq_full[i]), CONSUMER_WARPS);
+      barrier_init(shared_address(&s->dq_empty[i]), 1);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < GROUP) {
+    registers_give<56>();
+    if (threadIdx.x < 32) copy_queries(s, p);
+    if (threadIdx.x / 32 == 1) copy_gradients(s, p);
+    const int adder = threadIdx.x / 32 - 2;
+    if (adder >= 0 && threadIdx.x % 32 == 0) add_gradients(s, p, adder);
+  } else {
+    registers_take<224>();
+    multiply(s, p);
+  }
+#endif
+}
+
+// ---- the host side ----
+
+size_t attention_bwd_pass_scratch(const Dims *d) {
+  PassScratch s;
+  return pass_bind(&s, d, NULL);
+}
+
+void attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, cudaStream_t stream) {
+  PassCall p = {.c = *c, .s = {}};
+  pass_bind(&p.s, d, scratch);
+  attention_pass_prepare(&p, stream);
+  CUDA_ALLOW_SHARED(attention_backward_pass, sizeof(PassShared));
+  CUDA_LAUNCH(attention_backward_pass, cuda_sm_count(), PASS_THREADS, sizeof(PassShared), stream, p);
+  attention_pass_finish(&p, stream);
+}

@@ -1,0 +1,82 @@
+// Before and after the backward attention's pass (attention_pass.h).
+#include "kernels/cuda/attention_pass.h"
+
+enum { D = 128, PREPARE_THREADS = SPAN_THREADS };
+
+size_t pass_bind(PassScratch *s, const Dims *d, void *base) {
+  char *at = (char *)base;
+  size_t used = 0, lines = (size_t)d->H * d->T;
+#define PASS_TAKE(field, type, count)                                                                                  \
+  do {                                                                                                                 \
+    s->field = (type *)(base ? at + used : NULL);                                                                      \
+    used += ((count) * sizeof(type) + 127) / 128 * 128;                                                                \
+  } while (0)
+  PASS_TAKE(dq, float, lines * d->D);
+  PASS_TAKE(lse2, float, lines);
+  PASS_TAKE(delta, float, lines);
+  PASS_TAKE(turn, uint32_t, lines);
+#undef PASS_TAKE
+  return used + span_list_bind(&s->keys, d->T, base ? at + used : NULL);
+}
+
+// The first block makes the list; of the others, as many threads as a row of one head has chunks find its delta.
+static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(PassCall p) {
+  const BackwardCall &c = p.c;
+  const int H = c.shape.H, T = c.shape.T, chunks = D / 8;
+  if (blockIdx.x == 0) return list_spans(p.s.keys, c.b, PASS_KEYS);
+  int64_t thread = (int64_t)(blockIdx.x - 1) * PREPARE_THREADS + threadIdx.x, item = thread / chunks;
+  if (thread < (int64_t)H * T) {
+    p.s.lse2[thread] = c.lse[thread] * LOG2E;
+    p.s.turn[thread] = 0;
+  }
+  int position = (int)(item / H), head = (int)(item % H);
+  float sum = 0;
+  if (position < batch_used(c.b)) {
+    int64_t at = ((int64_t)c.b.row[position] * H + head) * D + thread % chunks * 8;
+    float x[8], y[8];
+    load8(c.o + at, x);
+    load8(c.dout + at, y);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += x[i] * y[i];
+  }
+#pragma unroll
+  for (int d = chunks / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  if (thread % chunks == 0 && position < T) p.s.delta[(int64_t)head * T + position] = sum;
+}
+
+// A thread has 8 columns.
+static __global__ void __launch_bounds__(PREPARE_THREADS) attention_finish(PassCall p) {
+  const BackwardCall &c = p.c;
+  const int H = c.shape.H, G = c.shape.G, T = c.shape.T, chunks = D / 8;
+  int64_t thread = (int64_t)blockIdx.x * PREPARE_THREADS + threadIdx.x, item = thread / chunks;
+  int position = (int)(item / H), head = (int)(item % H), chunk = (int)(thread % chunks);
+  bool filler = position >= batch_used(c.b);
+  float4 x = make_float4(0, 0, 0, 0), y = x;
+  if (!filler) {
+    const float4 *row = (const float4 *)(p.s.dq + ((int64_t)head * T + position) * D);
+    int at = chunk / 4 * 8 + chunk % 4, local = position - c.b.doc_start[position];
+    x = row[dq_place(at, local)];
+    y = row[dq_place(at + 4, local)];
+  }
+  float scale = c.shape.scale;
+  uint4 out = quad_transpose(pack2(x.x * scale, x.y * scale), pack2(x.z * scale, x.w * scale),
+                             pack2(y.x * scale, y.y * scale), pack2(y.z * scale, y.w * scale));
+  if (position >= T) return;
+  *(uint4 *)(c.dq + item * D + chunk * 8) = out;
+  if (filler && head < G) {
+    int64_t to = ((int64_t)position * G + head) * D + chunk * 8;
+    *(uint4 *)(c.dk + to) = *(uint4 *)(c.dv + to) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+static int chunk_blocks(const PassCall *p) {
+  return (int)ceil_div64((int64_t)p->c.shape.T * p->c.shape.H * (D / 8), PREPARE_THREADS);
+}
+
+void attention_pass_prepare(const PassCall *p, cudaStream_t stream) {
+  CUDA_LAUNCH(attention_prepare, 1 + chunk_blocks(p), PREPARE_THREADS, 0, stream, *p);
+}
+
+void attention_pass_finish(const PassCall *p, cudaStream_t stream) {
+  CUDA_LAUNCH(attention_finish, chunk_blocks(p), PREPARE_THREADS, 0, stream, *p);
+}

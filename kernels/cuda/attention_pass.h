@@ -1,0 +1,44 @@
+// The backward attention on Hopper for head_dim 128: one pass over tiles of keys (attention_bwd_pass.cu), between a
+// kernel that prepares it and one that finishes dq (attention_pass.cu).
+//
+// A unit is a tile of 128 keys of one document and one kv head, against every tile of queries that sees some of them,
+// in every head that shares the kv head. dk and dv of a unit stay in registers. What it adds to dq goes to memory in
+// fp32, where units of one document take turns, so that every sum has a fixed order: those of later keys first, which
+// fewer queries see under a causal mask, and which are taken first; so no block waits for one that has not begun.
+#ifndef TESSERA_ATTENTION_PASS_H
+#define TESSERA_ATTENTION_PASS_H
+
+#include "kernels/cuda/attention_bwd.h"
+#include "kernels/cuda/attention_spans.h"
+
+enum { PASS_KEYS = 128 };
+
+// Memory between the kernels of a call.
+typedef struct PassScratch {
+  float *dq;           // [H, T, D] unscaled; elements of a row as dq_place says
+  float *lse2, *delta; // [H, T] lse log2(e); rowsum(dO * O)
+  uint32_t *turn;      // [H, T] of the query tile that begins there: units that have had their turn, and TURN_WRITTEN
+  SpanList keys;       // tiles of PASS_KEYS keys
+} PassScratch;
+#define TURN_WRITTEN (1u << 31) // one of them has written dq: the next adds to it
+
+typedef struct PassCall {
+  BackwardCall c;
+  PassScratch s;
+} PassCall;
+
+// Lays the arrays out from `base` (NULL: to measure); bytes.
+size_t pass_bind(PassScratch *s, const Dims *d, void *base);
+
+// Finds delta, lists the tiles of keys, sets turns to 0.
+void attention_pass_prepare(const PassCall *p, cudaStream_t stream);
+// dq in bf16, and zeros in the filler rows of all gradients.
+void attention_pass_finish(const PassCall *p, cudaStream_t stream);
+
+// A row of dq in fp32: place i (of 4 floats) holds what lane t = i % 4 of a row's four lanes has of two neighbouring
+// fragments, columns 16 m + 2 t + {0, 1, 8, 9}, m = i / 4. In odd rows of a document neighbouring groups of 4 places
+// change, so that two rows lie in different banks of shared memory.
+static __device__ inline int dq_place(int i, int row) {
+  return i ^ (row & 1) << 2;
+}
+#endif
