@@ -331,6 +331,7 @@ static void test_state_on_host(void **state) {
     for (int i = 0; i < 15; i++) {
       c->memory.state = (MemoryState)(STATE_EMA + i % 3);
       c->memory.policy = memory_policies[i / 3 % 3];
+      c->kernels.update = i % 3 ? UPDATE_OVERLAPPED : UPDATE_SEQUENTIAL; // not where state passes through the arena
       c->kernels.graph = i % 2;
       c->kernels.streams = i < 12 ? STREAMS_MULTI : STREAMS_SINGLE;
       w.part = (int64_t[]){0, 4096, 20 * 1000 * 64}[i % 5 % 3];
