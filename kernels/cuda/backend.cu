@@ -178,6 +178,10 @@ static int cuda_join(const Config *c, Error *err) {
   return 0;
 }
 
+bool cuda_is_joined(void) {
+  return gpu.joined;
+}
+
 static void cuda_leave(void) {
   nccl_close();
   gpu.joined = false;

@@ -53,6 +53,9 @@ static inline cudaStream_t call_stream(const KernelCall *c) {
 // Called first by what threads of any kind call, before they use the GPU.
 void cuda_use_device(void);
 
+// Whether collectives may have some of the multiprocessors.
+bool cuda_is_joined(void);
+
 // Multiprocessors of the GPU; before it is opened, as for a plan, those of an H100.
 int cuda_sm_count(void);
 

@@ -24,12 +24,15 @@ template <int BN_> struct Cooperative {
     GemmTiles tiles;
     uint64_t full[STAGES];                                                 // the stage has been filled
     uint64_t empty[STAGES];                                                // the stage has been read
+    int number[STAGES];                                                    // of the tile that begins in the stage
+    int drawn[2];                                                          // among those that produce
     __align__(16) unsigned char staged[2 * GEMM_GROUP / 32][STAGED_BYTES]; // by consumer warp
   } Control;
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + (int)sizeof(Control);
   static_assert(SHARED_BYTES <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
 
-  template <int KIND, int LOAD, class End> static __device__ void run(const GemmLaunch<End> &l, const GemmMaps &maps);
+  template <int KIND, int LOAD, bool DRAWN, class End>
+  static __device__ void run(const GemmLaunch<End> &l, const GemmMaps &maps);
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL) // for other targets the kernels are empty
@@ -86,15 +89,21 @@ static __device__ __forceinline__ void multiply(const GemmLaunch<End> &launch, c
   if (!idle) GemmEpilogue<End>::template rows<BN>(launch, t, t.m + warp * 16, acc, control->staged[warp]);
 }
 
-template <int KIND, int LOAD, class Tile, class End>
+template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Control *control, unsigned char *memory) {
   const GemmShape &shape = launch.work.shape;
   Ring<Tile::STAGES> ring;
   const int total = gemm_tiles_total(&shape, &control->tiles);
-  for (int round = 0; round * (int)gridDim.x < total; round++) {
-    int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
+  for (int round = 0;; round++) {
+    if (DRAWN) barrier_wait(shared_address(&control->full[ring.stage]), ring.parity);
+    const int number = DRAWN ? control->number[ring.stage] : gemm_tile_number(round, blockIdx.x, gridDim.x);
     if (number >= total) break;
     const GemmTile t = gemm_tile_at(KIND, &shape, &control->tiles, number, GEMM_BK);
+    if (DRAWN) __syncwarp(); // all have read the number, before one says for them that the stage has been read
+    if (DRAWN && t.inner >= t.inner_end) { // no products: its stage held the number alone
+      if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&control->empty[ring.stage]));
+      ring.step();
+    }
     if (Tile::BN == 256 && shape.bn[t.side] == 128)
       multiply<KIND, LOAD, Tile, 128>(launch, t, control, memory, ring);
     else
@@ -103,7 +112,7 @@ static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Con
 }
 
 template <int BN_>
-template <int KIND, int LOAD, class End>
+template <int KIND, int LOAD, bool DRAWN, class End>
 __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const GemmMaps &maps) {
   typedef Cooperative<BN_> Tile;
   constexpr bool GATHER = LOAD != GEMM_IN_PLACE;
@@ -119,10 +128,10 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
   gemm_tiles_load<KIND>(l.work, &control->tiles); // ends with a __syncthreads()
   if (threadIdx.x < GEMM_GROUP) {
     registers_give<GATHER ? 56 : 40>();
-    if (GATHER || threadIdx.x == 0) produce<KIND, LOAD, Tile>(l, maps, control, shared_address(memory));
+    if (GATHER || threadIdx.x == 0) produce<KIND, LOAD, DRAWN, Tile>(l, maps, control, shared_address(memory));
   } else {
     registers_take<GATHER ? 224 : 232>();
-    consume<KIND, LOAD, Tile>(l, control, memory);
+    consume<KIND, LOAD, DRAWN, Tile>(l, control, memory);
   }
 }
 #endif

@@ -109,8 +109,35 @@ static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t
   }
 }
 
-// Fills the stages of all tiles. In place one thread runs this, gathering the whole warpgroup.
-template <int KIND, int LOAD, class Tile, class End>
+// ---- which block takes which tile ----
+
+// Among processes blocks draw tile numbers: one that begins late, since a collective has its multiprocessor, finds less
+// to do or nothing, where it would hold up the product with a share of its own. What a tile holds does not depend on
+// who makes it. Of the launch that runs: a process has one queue of products, so that there is one at a time. A process
+// alone saves what the drawing takes (half a percent of medium's step).
+static __device__ struct {
+  uint32_t next; // number that is drawn next
+  uint32_t done; // blocks that draw no more; the last one makes both 0 again
+} gemm_drawn;
+
+// A number for all that produce; one thread speaks to the others through `shared`, in turn.
+template <bool GATHER> static __device__ inline int gemm_draw(int number, int *shared, int turn) {
+  if (!GATHER) return number;
+  if (threadIdx.x == 0) shared[turn] = number;
+  named_barrier_sync(2, GEMM_GROUP);
+  return shared[turn];
+}
+
+static __device__ inline void gemm_draw_end(void) {
+  if (threadIdx.x || atomicAdd(&gemm_drawn.done, 1) + 1 < gridDim.x) return;
+  gemm_drawn.next = 0;
+  gemm_drawn.done = 0;
+}
+
+// Fills the stages of all tiles. In place one thread runs this, gathering the whole warpgroup. Where tiles are drawn,
+// the first stage of one carries its number to the consumers; behind the last tile comes a stage that carries only a
+// number beyond all.
+template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &maps, typename Tile::Control *control,
                                uint32_t stages) {
   constexpr bool GATHER = LOAD != GEMM_IN_PLACE, gather_a = LOAD == GEMM_GATHER_A, gather_b = LOAD == GEMM_GATHER_B;
@@ -119,10 +146,24 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
   const GemmWork &l = launch.work;
   Ring<Tile::STAGES> ring;
   const int total = gemm_tiles_total(&l.shape, &control->tiles);
-  for (int round = 0; round * (int)gridDim.x < total; round++) {
-    int number = gemm_tile_number(round, blockIdx.x, gridDim.x);
-    if (number >= total) break; // only the last round can be short
-    GemmTile t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, GEMM_BK);
+  int drawn = DRAWN && threadIdx.x == 0 ? (int)atomicAdd(&gemm_drawn.next, 1) : 0;
+  for (int round = 0;; round++) {
+    const int number =
+        DRAWN ? gemm_draw<GATHER>(drawn, control->drawn, round & 1) : gemm_tile_number(round, blockIdx.x, gridDim.x);
+    const bool is_last = number >= total;
+    if (!DRAWN && is_last) break;
+    if (DRAWN && threadIdx.x == 0 && !is_last) drawn = (int)atomicAdd(&gemm_drawn.next, 1); // ahead: it takes a while
+    GemmTile t = {};
+    if (!is_last) t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, GEMM_BK);
+    if (DRAWN && (is_last || t.inner >= t.inner_end)) { // no products
+      barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
+      if (threadIdx.x == 0) control->number[ring.stage] = number;
+      if (threadIdx.x == 0) barrier_arrive(shared_address(&control->full[ring.stage]));
+      if (GATHER) barrier_arrive(shared_address(&control->full[ring.stage]));
+      if (is_last) break;
+      ring.step();
+      continue;
+    }
     const GemmSide &s = l.g.side[t.side];
     const int bn = l.shape.bn[t.side];
     bool second = false;
@@ -144,6 +185,7 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
       if constexpr (GemmEpilogue<End>::PREFETCHES)
         if (inner == begun) GemmEpilogue<End>::template prefetch(launch, t, bn);
+      if (DRAWN && threadIdx.x == 0 && inner == t.inner) control->number[ring.stage] = number;
       if (threadIdx.x == 0) copy_boxes<KIND, Tile>(maps, t, bn, inner, stage, full, !gather_a, !gather_b);
       if (!GATHER) continue;
       if (KIND != GEMM_TN && gather_a) {
@@ -157,6 +199,7 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
       barrier_arrive_after_copies(full);
     }
   }
+  if (DRAWN) gemm_draw_end();
 }
 #endif
 #endif

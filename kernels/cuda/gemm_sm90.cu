@@ -3,11 +3,11 @@
 // and its line in launch_planned.
 #include "kernels/cuda/gemm_cooperative.h"
 
-template <int KIND, int LOAD, class Tile, class End>
+template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static __global__ void __launch_bounds__(Tile::THREADS, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmLaunch<End> l, const __grid_constant__ GemmMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  Tile::template run<KIND, LOAD>(l, maps);
+  Tile::template run<KIND, LOAD, DRAWN>(l, maps);
 #endif
 }
 
@@ -55,10 +55,18 @@ static GemmMaps maps_encode(const GemmWork *l, int kind) {
   return maps;
 }
 
-template <int KIND, int LOAD, class Tile, class End> static void launch(const GemmLaunch<End> *l, cudaStream_t stream) {
-  auto kernel = gemm_sm90_kernel<KIND, LOAD, Tile, End>;
+template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
+static void launch_kernel(const GemmLaunch<End> *l, cudaStream_t stream) {
+  auto kernel = gemm_sm90_kernel<KIND, LOAD, DRAWN, Tile, End>;
   CUDA_ALLOW_SHARED(kernel, Tile::SHARED_BYTES);
   CUDA_LAUNCH(kernel, cuda_sm_count(), Tile::THREADS, Tile::SHARED_BYTES, stream, *l, maps_encode(&l->work, KIND));
+}
+
+template <int KIND, int LOAD, class Tile, class End> static void launch(const GemmLaunch<End> *l, cudaStream_t stream) {
+  if (cuda_is_joined())
+    launch_kernel<KIND, LOAD, true, Tile>(l, stream);
+  else
+    launch_kernel<KIND, LOAD, false, Tile>(l, stream);
 }
 
 // The plan's tile kind: of two, the wider one's kernel makes both.
@@ -72,7 +80,8 @@ template <int KIND, int LOAD, class End> static void launch_planned(const GemmLa
 
 bool gemm_sm90_usable(void) {
   static const bool usable =
-      built_for_sm90((const void *)gemm_sm90_kernel<GEMM_NT, GEMM_IN_PLACE, Cooperative<256>, GemmStore>) && encoder();
+      built_for_sm90((const void *)gemm_sm90_kernel<GEMM_NT, GEMM_IN_PLACE, false, Cooperative<256>, GemmStore>) &&
+      encoder();
   return usable;
 }
 

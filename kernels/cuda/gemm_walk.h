@@ -2,9 +2,9 @@
 // sizes and counts alone, and is C for the device and for the host, so that the tests walk it too.
 //
 // Every block knows from the counts how many tiles each group has; tile numbers run over all groups of both sides, and
-// the blocks of a persistent grid take them in strides. What takes longest comes first, so that the last round is
-// filled with short tiles: a tile is as long as its inner dimension, which differs from side to side and, where the
-// inner dimension is the rows (weight gradients), from group to group.
+// the blocks of a persistent grid take them in strides, or draw them (gemm_load.h). What takes longest comes first, so
+// that the last round is filled with short tiles: a tile is as long as its inner dimension, which differs from side to
+// side and, where the inner dimension is the rows (weight gradients), from group to group.
 #ifndef TESSERA_GEMM_WALK_H
 #define TESSERA_GEMM_WALK_H
 
