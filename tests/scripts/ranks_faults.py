@@ -6,25 +6,23 @@ checkpoint is whole, and the run goes on to the same bits as one that nothing ha
 
 kill -9 of a random rank at N random moments, half of them in the middle of a save on a slow disk; a rank that crashes;
 a full disk on one rank, with training going on beside it or not; a rank that never starts; another build or another
-config on one rank; a signal to one that evaluates; images that cannot be decoded, on whichever rank they are. And checkpoints of 1 to 4 processes that
-go on at other numbers. Standard library alone; exit code 1 on the first thing that is not as it should be, 77 where
-there is no mpirun. The last line says what was counted."""
+config on one rank; a signal to one that evaluates; images that cannot be decoded, on whichever rank they are. And
+checkpoints of 1 to 4 processes that go on at other numbers. Standard library alone; exit code 1 on the first thing that
+is not as it should be, 77 where there is no mpirun. The last line says what was counted."""
 import argparse
 import json
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import faults
 import same_state
 from checks import check, run_metrics
-from faults import Trainer, checkpoints, temporary
+from trainer_process import ROOT, Trainer, checkpoints, prepare, temporary
 
 RANKS, STEPS = 3, 24
 SECONDS = 30  # in which the end of one must be the end of all
@@ -254,7 +252,7 @@ def test_mismatch(work):
         trainer.kill()
         command = [*first, *rest, ":", "-np", "1", str(binary), *rest, *flags]
         with open(trainer.log_path, "wb") as log:
-            trainer.process = subprocess.Popen(command, cwd=faults.ROOT, stdout=log, stderr=log)
+            trainer.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         end_by(trainer, cause, 2)
         check(not run.exists(), "a run that is refused left a folder")
     return "another build or config is refused"
@@ -273,27 +271,18 @@ def main():
     if not shutil.which("mpirun") or not re.search(r"^HAVE_MPI := .", probes.read_text(), re.M):
         print("there is no mpirun (scripts/deps.sh installs Open MPI), or this build found no MPI to build with")
         return 77
-    if not faults.SHAPES.exists():
-        subprocess.run([faults.ROOT / "scripts/make_shapes.py", faults.SHAPES], check=True)
     with tempfile.TemporaryDirectory(prefix="tessera-ranks-") as folder:
         work = Path(folder)
-        samples = faults.first_samples(300)
-        faults.write_tar(work / "small.tar", samples)
-        Trainer.work, Trainer.binary = work, Path(options.build).resolve() / "train"
-        Trainer.slow_disk = Trainer.binary.parent / "tests/slow_disk.so"
-        Trainer.tiny = {
-            **{key: value for key, value in faults.TINY.items() if key != "train.micro_batches"},
-            "train.steps": 10 * STEPS, "data.micro_batch_tokens": 256, "data.held_out_by": "key", "data.threads": 1,
-            "data.sources": [{"type": "webdataset", "path": str(work / "small.tar")}],
-        }
+        samples = prepare(work, Path(options.build) / "train", train__steps=10 * STEPS, data__threads=1)
         late = start_late(work)
         reference = work / "reference"
         job(reference, 1, "--stop-at", 3 * STEPS, checkpoint__keep_last=1000).end(0)
         began = time.monotonic()
         job(work / "timed", RANKS, "--stop-at", STEPS).end(0)
         whole = time.monotonic() - began
-        tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference), (test_stop_in_evaluation,),
-                 (test_full_disk, reference), (test_mismatch,), (test_bad_images, samples[:40]), (test_late, late)]
+        tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference),
+                 (test_stop_in_evaluation,), (test_full_disk, reference), (test_mismatch,),
+                 (test_bad_images, samples[:40]), (test_late, late)]
         said = []
         for test, *arguments in tests:
             began = time.monotonic()
