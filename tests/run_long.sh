@@ -94,7 +94,7 @@ check gpt2 gpt2
 check faults_50 "$python" tests/scripts/faults.py --kills 50 --leaks --train "$build/train"
 check ranks_faults_20 "$python" tests/scripts/ranks_faults.py --kills 20 --build "$build"
 check many_files many_files
-check mutations_images mutated "$sanitized/tests/test_hostile" $mutations
+check mutations_images mutated "$sanitized/tests/test_damaged_images" $mutations
 check mutations_corpora mutated "$sanitized/tests/test_fuzz" $rounds
 if can_fuzz; then
   echo "fuzzing ${#targets[@]} targets, $fuzz_seconds s each"
