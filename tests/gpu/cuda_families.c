@@ -194,7 +194,7 @@ static void run_adaln(CudaCase *c, const CudaShape *shape) {
   }
 }
 
-// ---- attention ----
+// ---- queries and keys, before attention ----
 
 static void run_rope(CudaCase *c, const CudaShape *shape) {
   (void)shape;
@@ -215,26 +215,6 @@ static void run_rope(CudaCase *c, const CudaShape *shape) {
                    VALUES_OUT(value_out(c, DT_ACT, d->T, HD + 2 * GD), value_sum(c, 2, d->D, accumulate),
                               value_sum(c, 2, d->D, accumulate)));
   }
-}
-
-static void run_attention(CudaCase *c, const CudaShape *shape) {
-  (void)shape;
-  const Dims *d = &c->ops.dims;
-  int HD = d->H * d->D, GD = d->G * d->D;
-  Value q = value_random(c, DT_ACT, d->T, HD, 1), k = value_random(c, DT_ACT, d->T, GD, 1);
-  Value v = value_random(c, DT_ACT, d->T, GD, 1), o = value_out(c, DT_ACT, d->T, HD);
-  Value lse = value_out(c, DT_REAL, (int64_t)d->H * d->T, 1);
-  cuda_case_variant(c, "%d/%d heads of %d", d->H, d->G, d->D);
-  cuda_case_call(c, OP_ATTENTION_FWD, ARGS(.span = {0}), VALUES_IN(q, k, v), VALUES_OUT(o, lse));
-  if (!c->wanted[OP_ATTENTION_BWD]) return;
-  Value forward[OP_MAX_OUT] = {value_copy(c, o), value_copy(c, lse)};
-  cuda_case_cpu(c, OP_ATTENTION_FWD, ARGS(.span = {0}), VALUES_IN(q, k, v), forward);
-  // Where one key is allowed, dq and dk are differences of equal numbers: zero on one backend, rounding on the other.
-  Value dq = value_out(c, DT_ACT, d->T, HD), dkv = value_out(c, DT_ACT, d->T, GD);
-  dq.zero_from = dkv.zero_from = c->ops.batch.dims->n_text + c->ops.batch.dims->n_image;
-  cuda_case_call(c, OP_ATTENTION_BWD, ARGS(.span = {0}),
-                 VALUES_IN(value_random(c, DT_ACT, d->T, HD, 1), forward[0], q, k, v, forward[1]),
-                 VALUES_OUT(dq, dkv, dkv));
 }
 
 // ---- routers and experts ----

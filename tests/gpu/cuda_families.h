@@ -23,5 +23,6 @@ extern const Family families[FAMILIES];
 // Rows that are hard on a LayerNorm, fused and unfused against float64: prints both errors, and fails where the fused
 // kernels' is more than 1.05 times the unfused ones'. At a size of its own (tests/gpu/cuda_stability.c).
 void run_adaln_stability(CudaCase *c, const CudaShape *shape);
-void run_update(CudaCase *c, const CudaShape *shape); // tests/gpu/cuda_update.c
+void run_update(CudaCase *c, const CudaShape *shape);    // tests/gpu/cuda_update.c
+void run_attention(CudaCase *c, const CudaShape *shape); // tests/gpu/cuda_attention.c
 #endif
