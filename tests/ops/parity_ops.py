@@ -17,7 +17,7 @@ try:
     import ops_reference
     import reference as R
     import torch
-    from ops_reference import Call, Case, Written
+    from recorded_call import Call, Case, Written
 except ImportError as error:
     print(f"skipped: {error} (Debian: apt install python3-torch, and run with /usr/bin/python3)")
     sys.exit(77)
