@@ -18,6 +18,7 @@ template <int BN_> struct Cooperative {
   static_assert(GEMM_BM == 2 * 64, "two warpgroups multiply 64 rows each");
   static_assert(STAGE_BYTES % 1024 == 0, "stages are swizzled in blocks of 1024 bytes");
   static_assert(STAGES >= 2, "a stage is filled while another is read");
+  static_assert(GEMM_READS * GEMM_READ_BYTES <= STAGE_BYTES, "what an epilogue reads fits in a stage");
 
   // Behind the stages in shared memory.
   typedef struct Control {
@@ -53,11 +54,16 @@ static __device__ __forceinline__ void multiply(const GemmLaunch<End> &launch, c
                                                 typename Tile::Control *control, unsigned char *memory,
                                                 Ring<Tile::STAGES> &ring) {
   constexpr bool A_MN = KIND == GEMM_TN, B_MN = KIND != GEMM_NT;
-  const int half =
-      threadIdx.x / GEMM_GROUP - 1; // rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`
+  // Rows [64 half, 64 half + 64) of the tile: for A, either way, box `half`.
+  const int half = threadIdx.x / GEMM_GROUP - 1;
   const bool speaks = (threadIdx.x & 31) == 0;
-  const bool idle =
-      t.m + 64 * half >= t.m_end; // nothing to multiply: the other warpgroup has the tensor cores to itself
+  // Nothing to multiply: the other warpgroup has the tensor cores to itself.
+  const bool idle = t.m + 64 * half >= t.m_end || t.n >= launch.work.g.side[t.side].N;
+  const int warp = threadIdx.x / 32 - GEMM_GROUP / 32, warp_row = t.m + warp * 16; // of the consumers
+  unsigned char *const staged = control->staged[warp];
+  float begun = 0;
+  if constexpr (GemmEpilogue<End>::READS)
+    if (!idle) begun = GemmEpilogue<End>::begin(launch, t, warp_row);
   float acc[BN / 2];
 #pragma unroll
   for (int i = 0; i < BN / 2; i++) acc[i] = 0;
@@ -85,8 +91,21 @@ static __device__ __forceinline__ void multiply(const GemmLaunch<End> &launch, c
   wgmma_wait<0>();
   wgmma_keep(acc);
   if (speaks && last >= 0) barrier_arrive(shared_address(&control->empty[last]));
-  int warp = threadIdx.x / 32 - GEMM_GROUP / 32; // of the consumers
-  if (!idle) GemmEpilogue<End>::template rows<BN>(launch, t, t.m + warp * 16, acc, control->staged[warp]);
+  if constexpr (!GemmEpilogue<End>::READS) {
+    if (!idle) GemmEpilogue<End>::template rows<BN>(launch, t, warp_row, acc, staged);
+  } else {
+    const int blocks = gemm_read_stages<End>(launch.work.g.side[t.side], t);
+#pragma unroll
+    for (int i = 0; i < BN / 64; i++) {
+      if (i >= blocks) break;
+      const unsigned char *read = memory + ring.stage * Tile::STAGE_BYTES;
+      barrier_wait(shared_address(&control->full[ring.stage]), ring.parity);
+      if (!idle) GemmEpilogue<End>::template columns<BN>(launch, t, warp_row, i, begun, read, acc, staged);
+      __syncwarp(); // all lanes have read
+      if (speaks) barrier_arrive(shared_address(&control->empty[ring.stage]));
+      ring.step();
+    }
+  }
 }
 
 template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
@@ -104,8 +123,8 @@ static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Con
       if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&control->empty[ring.stage]));
       ring.step();
     }
-    if (Tile::BN == 256 && shape.bn[t.side] == 128)
-      multiply<KIND, LOAD, Tile, 128>(launch, t, control, memory, ring);
+    if (Tile::BN > GEMM_LEAST_BN && t.bn == GEMM_LEAST_BN)
+      multiply<KIND, LOAD, Tile, GEMM_LEAST_BN>(launch, t, control, memory, ring);
     else
       multiply<KIND, LOAD, Tile, Tile::BN>(launch, t, control, memory, ring);
   }

@@ -7,7 +7,12 @@
 //              next; rows behind the tile's last take part (other cards)
 //   pair       stores columns col, col + 1 (col even) of a row from their products, summed over the parts of the inner
 //              dimension and scaled by scale() (where it was cut)
-//   prefetch   brings what the epilogue of a tile of bn columns will read into L2, if PREFETCHES; by a warpgroup
+//
+// Where an epilogue READS a tensor with rows like C's, the producers bring it through the ring of stages behind the
+// tile's last (Hopper): for each 64 columns of C, GEMM_READS boxes of 128 rows. Instead of rows<BN> it then has
+//
+//   begin        before the tile is multiplied; what it returns is handed to
+//   columns<BN>  stores columns [64 block, 64 block + 64) of a warp's 16 rows, with the boxes
 #ifndef TESSERA_GEMM_EPILOGUE_H
 #define TESSERA_GEMM_EPILOGUE_H
 
@@ -40,7 +45,7 @@ static __device__ inline void quad_pairs(const GemmLaunch<End> &l, const GemmTil
 // ---- c = scale A B + bias + add ----
 
 template <> struct GemmEpilogue<GemmStore> {
-  static constexpr bool PREFETCHES = false;
+  static constexpr bool READS = false;
 
   static __device__ inline float scale(const GemmStore &end) {
     return end.scale ? *end.scale : 1;
@@ -87,7 +92,7 @@ template <> struct GemmEpilogue<GemmStore> {
 // ---- c = A B in fp32 ----
 
 template <> struct GemmEpilogue<GemmStoreFloat> {
-  static constexpr bool PREFETCHES = false;
+  static constexpr bool READS = false;
 
   static __device__ inline float scale(const GemmStoreFloat &) {
     return 1;
@@ -114,7 +119,7 @@ template <> struct GemmEpilogue<GemmStoreFloat> {
 // ---- c = A B, and the SwiGLU of its pairs ----
 
 template <> struct GemmEpilogue<GemmStoreSwiglu> {
-  static constexpr bool PREFETCHES = false;
+  static constexpr bool READS = false;
 
   static __device__ inline float scale(const GemmStoreSwiglu &) {
     return 1;
@@ -161,50 +166,39 @@ static __device__ inline void store_dots(const GemmSide &s, float *to, const Ste
 }
 
 template <> struct GemmEpilogue<GemmSwigluBackward> {
-  static constexpr bool PREFETCHES = true;
+  static constexpr bool READS = true;
 
-  // A row by each thread.
-  static __device__ inline void prefetch(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int bn) {
-    const GemmSide &s = l.work.g.side[t.side];
-    const int row = t.m + (int)(threadIdx.x % GEMM_BM), end = 2 * min(bn, s.N - t.n);
-    if (row >= t.m_end) return;
-    const bf16 *pre = l.end[t.side].pre + ((int64_t)row * s.N + t.n) * 2;
-    for (int i = 0; i < end; i += 64) prefetch_l2(pre + i); // 128 bytes
+  // Of row `lane % 16` of a warp's, whose weight it returns.
+  static __device__ inline float begin(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int warp_row) {
+    const int row = min(warp_row + (int)(threadIdx.x & 15), t.m_end - 1);
+    return l.end[t.side].weight[l.work.g.side[t.side].a_index[row]];
   }
 
+  // Two boxes of 64 columns of pre are those of 64 columns of dA.
   template <int BN>
-  static __device__ inline void rows(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int warp_row,
-                                     float (&acc)[BN / 2], unsigned char *staged) {
+  static __device__ inline void columns(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int warp_row,
+                                        int block, float weight, const unsigned char *pre, float (&acc)[BN / 2],
+                                        unsigned char *staged) {
     using Steps = StoreSteps<BN, 64>;
     const GemmSide &s = l.work.g.side[t.side];
     const GemmSwigluBackward &end = l.end[t.side];
     float *sums = (float *)staged;
     const Steps steps(s, t, warp_row);
     const int lane = threadIdx.x & 31;
-    auto load_pre = [&](int step, uint4 pre[Steps::PASSES]) {
 #pragma unroll
-      for (int i = 0; i < Steps::PASSES; i++)
-        pre[i] = steps.in(step, i) ? *(const uint4 *)(end.pre + 2 * steps.at(step, i, s.N)) : make_uint4(0, 0, 0, 0);
-    };
-    uint4 next[Steps::PASSES]; // loaded while the step before is stored
-    load_pre(0, next);
-    const float weight = end.weight[s.a_index[min(steps.warp_row + lane % 16, t.m_end - 1)]]; // of that row
-#pragma unroll
-    for (int step = 0; step < Steps::COUNT; step++) {
-      uint4 pre[Steps::PASSES];
-#pragma unroll
-      for (int i = 0; i < Steps::PASSES; i++) pre[i] = next[i];
-      if (step + 1 < Steps::COUNT) load_pre(step + 1, next);
+    for (int half = 0; half < 2; half++) {
+      const int step = half * Steps::ACROSS + block;
       if (steps.empty(step)) continue;
       stage_floats<BN>(sums, step, acc);
       float dot[Steps::PASSES];
 #pragma unroll
       for (int i = 0; i < Steps::PASSES; i++) {
         const float4 v = staged_floats(sums, i);
-        const float w = __shfl_sync(0xffffffffu, weight, steps.row_of(step, i) - steps.warp_row);
+        const int row = steps.row_of(step, i);
+        const float w = __shfl_sync(0xffffffffu, weight, row - warp_row);
         const float da[4] = {v.x, v.y, v.z, v.w};
         float x[8], dx[8], a[4];
-        unpack8(pre[i], x);
+        unpack8(*(const uint4 *)(pre + (lane >> 3 & 1) * GEMM_READ_BYTES + swizzled(row - t.m, lane & 7)), x);
         const float part = swiglu_backward4(x, da, w, dx, a);
         const bool in = steps.in(step, i);
         dot[i] = in ? part : 0;
@@ -246,7 +240,7 @@ template <> struct GemmEpilogue<GemmSwigluBackward> {
 // ---- dw (+)= scale A^T B ----
 
 template <> struct GemmEpilogue<GemmStoreWeights> {
-  static constexpr bool PREFETCHES = false;
+  static constexpr bool READS = false;
 
   static __device__ inline float scale(const GemmStoreWeights &end) {
     return end.scale ? *end.scale : 1;

@@ -25,6 +25,7 @@ static_assert(GEMM_BM == 8 * (GEMM_GROUP / 8), "gather_rows: a thread copies 8 r
 
 typedef struct GemmMaps {
   CUtensorMap a[MODALITIES], b[MODALITIES];
+  CUtensorMap read[MODALITIES]; // by the epilogue
 } GemmMaps;
 static_assert(alignof(GemmMaps) >= 64, "the copy engine reads maps aligned to 64 bytes");
 
@@ -45,9 +46,6 @@ static __device__ inline int copy_chunk() {
 }
 static __device__ inline int copy_row() {
   return threadIdx.x % GEMM_GROUP >> 3;
-}
-static __device__ inline uint32_t swizzled(int row, int chunk) {
-  return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
 // Gathered rows of A, K-major: the sources of the thread's rows of a tile (NULL: a row that is not there).
@@ -84,11 +82,11 @@ static __device__ inline void copy_inner(const GemmWork &l, const bf16 *base, in
   }
 }
 
-// The copy engine's part of a stage of a tile of bn columns; one thread.
+// The copy engine's part of a stage; one thread.
 template <int KIND, class Tile>
-static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t, int bn, int inner, uint32_t stage,
+static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t, int inner, uint32_t stage,
                                          uint32_t full, bool a, bool b) {
-  barrier_arrive_expect(full, (a ? Tile::A_BYTES : 0) + (b ? bn * GEMM_BK * 2 : 0));
+  barrier_arrive_expect(full, (a ? Tile::A_BYTES : 0) + (b ? t.bn * GEMM_BK * 2 : 0));
   const CUtensorMap *map_a = &maps.a[t.side], *map_b = &maps.b[t.side];
   if (a && KIND != GEMM_TN) tma_load_2d(stage, map_a, full, inner, t.m);
   if (a && KIND == GEMM_TN) {
@@ -96,11 +94,15 @@ static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t
     for (int i = 0; i < GEMM_BM / 64; i++) tma_load_2d(stage + i * GEMM_BOX_BYTES, map_a, full, t.m + 64 * i, inner);
   }
   stage += Tile::A_BYTES;
-  if (b && KIND == GEMM_NT) tma_load_3d(stage, map_b, full, inner, t.n, t.group);
+  if (b && KIND == GEMM_NT) {
+#pragma unroll
+    for (int n = 0; n < Tile::BN; n += GEMM_LEAST_BN)
+      if (n < t.bn) tma_load_3d(stage + n * GEMM_BK * 2, map_b, full, inner, t.n + n, t.group);
+  }
   if (b && KIND != GEMM_NT) {
 #pragma unroll
     for (int i = 0; i < Tile::BN / 64; i++) {
-      if (64 * i >= bn) break;
+      if (64 * i >= t.bn) break;
       if (KIND == GEMM_NN)
         tma_load_3d(stage + i * GEMM_BOX_BYTES, map_b, full, t.n + 64 * i, inner, t.group);
       else
@@ -109,12 +111,22 @@ static __device__ inline void copy_boxes(const GemmMaps &maps, const GemmTile &t
   }
 }
 
+// Stages that an epilogue reads of a tile.
+template <class End> static __device__ inline int gemm_read_stages(const GemmSide &s, const GemmTile &t) {
+  return GemmEpilogue<End>::READS ? ceil_div(min(t.bn, s.N - t.n), 64) : 0;
+}
+
 // ---- which block takes which tile ----
 
 // Among processes blocks draw tile numbers: one that begins late, since a collective has its multiprocessor, finds less
 // to do or nothing, where it would hold up the product with a share of its own. What a tile holds does not depend on
-// who makes it. Of the launch that runs: a process has one queue of products, so that there is one at a time. A process
-// alone saves what the drawing takes (half a percent of medium's step).
+// who makes it. A process alone draws where it pays: where tiles are long and of several lengths (weight gradients in
+// place) or their epilogues wait for memory. It saves what the drawing takes of the others: 1 to 4% of gathered weight
+// gradients, half a percent of medium's step.
+template <int KIND, int LOAD, class End>
+static constexpr bool gemm_always_drawn = GemmEpilogue<End>::READS || (KIND == GEMM_TN && LOAD == GEMM_IN_PLACE);
+
+// Of the launch that runs: a process has one queue of products, so that there is one at a time.
 static __device__ struct {
   uint32_t next; // number that is drawn next
   uint32_t done; // blocks that draw no more; the last one makes both 0 again
@@ -142,17 +154,16 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
                                uint32_t stages) {
   constexpr bool GATHER = LOAD != GEMM_IN_PLACE, gather_a = LOAD == GEMM_GATHER_A, gather_b = LOAD == GEMM_GATHER_B;
   static_assert(KIND == GEMM_TN || !gather_b, "only weight gradients gather rows of B");
-  static_assert(GATHER || !GemmEpilogue<End>::PREFETCHES, "one thread does not prefetch for an epilogue");
   const GemmWork &l = launch.work;
   Ring<Tile::STAGES> ring;
   const int total = gemm_tiles_total(&l.shape, &control->tiles);
   int drawn = DRAWN && threadIdx.x == 0 ? (int)atomicAdd(&gemm_drawn.next, 1) : 0;
-  for (int round = 0;; round++) {
+  // Numbers are drawn once the last copies of a tile are under way: the later, the more evenly all blocks end.
+  for (int round = 0;; round++, drawn = DRAWN && threadIdx.x == 0 ? (int)atomicAdd(&gemm_drawn.next, 1) : 0) {
     const int number =
         DRAWN ? gemm_draw<GATHER>(drawn, control->drawn, round & 1) : gemm_tile_number(round, blockIdx.x, gridDim.x);
     const bool is_last = number >= total;
     if (!DRAWN && is_last) break;
-    if (DRAWN && threadIdx.x == 0 && !is_last) drawn = (int)atomicAdd(&gemm_drawn.next, 1); // ahead: it takes a while
     GemmTile t = {};
     if (!is_last) t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, GEMM_BK);
     if (DRAWN && (is_last || t.inner >= t.inner_end)) { // no products
@@ -165,14 +176,10 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
       continue;
     }
     const GemmSide &s = l.g.side[t.side];
-    const int bn = l.shape.bn[t.side];
     bool second = false;
     const bf16 *rows[8];
     int a = -1, b = -1, next_a = -1, next_b = -1; // index entries of this pair of stages and of the next
     if (KIND != GEMM_TN && gather_a) gather_rows(l, s, t, rows);
-    // Not before the consumers have begun with the tile, if it is longer than the ring: until then they store the
-    // last one.
-    const int begun = t.inner + min(Tile::STAGES, ceil_div(t.inner_end - t.inner, GEMM_BK) - 1) * GEMM_BK;
     if (KIND == GEMM_TN && gather_a) next_a = index_load(l, s.a_index, t.inner, t.inner_end);
     if (gather_b) next_b = index_load(l, s.b_index, t.inner, t.inner_end);
     for (int inner = t.inner; inner < t.inner_end; inner += GEMM_BK, ring.step(), second = !second) {
@@ -183,10 +190,8 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
         if (gather_b) next_b = index_load(l, s.b_index, inner + 2 * GEMM_BK, t.inner_end);
       }
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
-      if constexpr (GemmEpilogue<End>::PREFETCHES)
-        if (inner == begun) GemmEpilogue<End>::template prefetch(launch, t, bn);
       if (DRAWN && threadIdx.x == 0 && inner == t.inner) control->number[ring.stage] = number;
-      if (threadIdx.x == 0) copy_boxes<KIND, Tile>(maps, t, bn, inner, stage, full, !gather_a, !gather_b);
+      if (threadIdx.x == 0) copy_boxes<KIND, Tile>(maps, t, inner, stage, full, !gather_a, !gather_b);
       if (!GATHER) continue;
       if (KIND != GEMM_TN && gather_a) {
         int column = inner + copy_chunk() * 8;
@@ -197,6 +202,17 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
       if (KIND == GEMM_TN && gather_a) copy_inner<GEMM_BM / 64>(l, s.a, a, second, t.m, s.M, stage);
       if (gather_b) copy_inner<Tile::BN / 64>(l, s.b, b, second, t.n, s.N, stage + Tile::A_BYTES);
       barrier_arrive_after_copies(full);
+    }
+    for (int i = 0; i < gemm_read_stages<End>(s, t); i++, ring.step()) {
+      const uint32_t stage = stages + ring.stage * Tile::STAGE_BYTES, full = shared_address(&control->full[ring.stage]);
+      barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
+      if (threadIdx.x == 0) {
+        barrier_arrive_expect(full, GEMM_READS * GEMM_READ_BYTES);
+#pragma unroll
+        for (int j = 0; j < GEMM_READS; j++)
+          tma_load_2d(stage + j * GEMM_READ_BYTES, &maps.read[t.side], full, (t.n + 64 * i) * GEMM_READS + 64 * j, t.m);
+      }
+      if (GATHER) barrier_arrive_after_copies(full); // as for the others
     }
   }
   if (DRAWN) gemm_draw_end();

@@ -40,7 +40,8 @@ static void map_encode(EncodeTiled encode, CUtensorMap *map, const bf16 *base, i
           (const void *)base, box_y, (int)status);
 }
 
-static GemmMaps maps_encode(const GemmWork *l, int kind) {
+template <class End> static GemmMaps maps_encode(const GemmLaunch<End> *launch, int kind) {
+  const GemmWork *l = &launch->work;
   static const EncodeTiled encode = encoder();
   GemmMaps maps = {};
   for (int m = 0; m < MODALITIES; m++) {
@@ -48,7 +49,9 @@ static GemmMaps maps_encode(const GemmWork *l, int kind) {
     if (s->groups == 0 || s->rows == 0) continue;
     int wide = kind == GEMM_TN ? s->M : s->K;
     if (!s->a_index) map_encode(encode, &maps.a[m], s->a, wide, s->rows, 0, kind == GEMM_TN ? GEMM_BK : (int)GEMM_BM);
-    if (kind == GEMM_NT) map_encode(encode, &maps.b[m], s->b, s->K, s->N, s->groups, l->shape.bn[m]);
+    if constexpr (GemmEpilogue<End>::READS)
+      map_encode(encode, &maps.read[m], launch->end[m].pre, GEMM_READS * s->N, s->rows, 0, GEMM_BM);
+    if (kind == GEMM_NT) map_encode(encode, &maps.b[m], s->b, s->K, s->N, s->groups, GEMM_LEAST_BN);
     if (kind == GEMM_NN) map_encode(encode, &maps.b[m], s->b, s->N, s->K, s->groups, GEMM_BK);
     if (kind == GEMM_TN && !s->b_index) map_encode(encode, &maps.b[m], s->b, s->N, s->rows, 0, GEMM_BK);
   }
@@ -59,14 +62,14 @@ template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static void launch_kernel(const GemmLaunch<End> *l, cudaStream_t stream) {
   auto kernel = gemm_sm90_kernel<KIND, LOAD, DRAWN, Tile, End>;
   CUDA_ALLOW_SHARED(kernel, Tile::SHARED_BYTES);
-  CUDA_LAUNCH(kernel, cuda_sm_count(), Tile::THREADS, Tile::SHARED_BYTES, stream, *l, maps_encode(&l->work, KIND));
+  CUDA_LAUNCH(kernel, cuda_sm_count(), Tile::THREADS, Tile::SHARED_BYTES, stream, *l, maps_encode(l, KIND));
 }
 
 template <int KIND, int LOAD, class Tile, class End> static void launch(const GemmLaunch<End> *l, cudaStream_t stream) {
-  if (cuda_is_joined())
+  if (gemm_always_drawn<KIND, LOAD, End> || cuda_is_joined())
     launch_kernel<KIND, LOAD, true, Tile>(l, stream);
   else
-    launch_kernel<KIND, LOAD, false, Tile>(l, stream);
+    launch_kernel<KIND, LOAD, gemm_always_drawn<KIND, LOAD, End>, Tile>(l, stream);
 }
 
 // The plan's tile kind: of two, the wider one's kernel makes both.

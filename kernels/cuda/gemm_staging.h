@@ -15,6 +15,12 @@ enum { STAGED_ROWS = 8, FLOATS_PITCH = 64 + 8, ROUNDED_PITCH = 128 + 8, STAGED_B
 static_assert(STAGED_ROWS * ROUNDED_PITCH * 2 <= STAGED_BYTES, "rounded sums fit where those in fp32 do");
 static_assert(FLOATS_PITCH * 4 % 16 == 0 && ROUNDED_PITCH * 2 % 16 == 0, "staged rows are read 16 bytes a lane");
 
+// What an epilogue reads comes in boxes of 128 rows of 64 columns, swizzled.
+enum { GEMM_READS = 2, GEMM_READ_BYTES = GEMM_BM * 64 * 2 };
+static __device__ inline uint32_t swizzled(int row, int chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
 // Lane q holds p[b] = M[q][b]; afterwards p[b] = M[b][q].
 static __device__ inline void transpose_quad(uint32_t p[4]) {
 #pragma unroll

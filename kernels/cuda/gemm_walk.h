@@ -34,6 +34,7 @@ enum { GEMM_NT, GEMM_NN, GEMM_TN };
 
 enum {
   GEMM_BM = 128,         // rows of a tile
+  GEMM_LEAST_BN = 128,   // and least columns
   GEMM_BAND = 8,         // row tiles whose columns are walked together, so that they meet in L2
   GEMM_MAX_GROUPS = 512, // of both sides
   GEMM_MAX_PARTS = 64,
@@ -54,6 +55,7 @@ typedef struct GemmShape {
   int M[MODALITIES], N[MODALITIES], K[MODALITIES]; // as in GemmSide
   int bn[MODALITIES];                              // columns of a tile
   int parts[MODALITIES];                           // of an inner dimension; 0: as the counts want it
+  int blocks;                                      // that walk; 0: the tiles of a last round are not halved
   int adds;                                        // to what is there: a weight gradient of no rows has no tiles
 } GemmShape;
 
@@ -66,6 +68,7 @@ typedef struct GemmTiles {
   int16_t parts[GEMM_MAX_GROUPS];   // by group
   int16_t group[GEMM_MAX_GROUPS];   // by place
   int tried[GEMM_TRIES];            // how many tiles there would be, by length of parts
+  int halved;                       // tiles of the last round that are made as two, of half the columns each
   int share;                        // rows that a part may have, over GEMM_SHARE_DEPTH
   bool one_round;                   // no multiprocessor has more than one tile
 } GemmTiles;
@@ -76,6 +79,7 @@ typedef struct GemmTile {
   bool partial;         // one of several parts
   int64_t partial_at;   // of the group
   int m, n;             // first row (gemm_rows: row of the side; gemm_weights: of dW) and column
+  int bn;               // columns
   int m_end;            // rows from here on are not this tile's
   int inner, inner_end; // gemm_rows: columns of A; gemm_weights: rows of the side
 } GemmTile;
@@ -253,6 +257,15 @@ static GEMM_BOTH void gemm_parts_build(int kind, const GemmShape *s, GemmTiles *
   GEMM_SYNC();
 }
 
+// A last round that has work for half of the blocks or less takes half as long where all its tiles are halved. No sum
+// changes by it.
+static GEMM_BOTH int gemm_halved(const GemmShape *s, int tiles) {
+  const int left = s->blocks ? tiles % s->blocks : 0;
+  for (int m = 0; m < MODALITIES; m++)
+    if (s->groups[m] && s->bn[m] < 2 * GEMM_LEAST_BN) return 0;
+  return 2 * left <= s->blocks ? left : 0;
+}
+
 // What walks the tiles needs of it: everything.
 static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, GemmTiles *t) {
   const int groups = gemm_groups(s);
@@ -274,21 +287,26 @@ static GEMM_BOTH void gemm_tiles_build(int kind, const GemmShape *s, GemmTiles *
   GEMM_RUNNING_SUMS(t->first, groups + 1, 0);
   GEMM_RUNNING_SUMS(t->partial, groups, 1);
   GEMM_SYNC();
+  if (GEMM_FIRST_THREAD) t->halved = gemm_halved(s, t->first[groups]);
+  GEMM_SYNC();
 }
 
 // Tiles of the launch.
 static GEMM_BOTH int gemm_tiles_total(const GemmShape *s, const GemmTiles *t) {
-  return t->first[gemm_groups(s)];
+  return t->first[gemm_groups(s)] + t->halved;
 }
 
-// The tile that a block takes in a round; none if it is not less than the launch's tiles. Every other round goes
-// backwards, so that whoever had the longest tile of a round has the shortest of the next.
+// The tile that a block takes in a round, in strides; none if it is not less than the launch's tiles. Every other round
+// goes backwards, so that whoever had the longest tile of a round has the shortest of the next.
 static GEMM_BOTH int gemm_tile_number(int round, int block, int blocks) {
   return round * blocks + (round & 1 ? blocks - 1 - block : block);
 }
 
 // Tile number `number` of the launch. Inner dimensions are cut at multiples of `depth`.
 static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmTiles *t, int number, int depth) {
+  const int whole = t->first[gemm_groups(s)] - t->halved; // tiles that are not halved
+  int second = 0;                                         // half of its tile
+  if (number >= whole) second = (number - whole) & 1, number = whole + (number - whole) / 2;
   int lo = 0, hi = gemm_groups(s); // first[lo] <= number < first[hi]
   while (hi - lo > 1) {
     const int mid = (lo + hi) / 2;
@@ -311,7 +329,8 @@ static GEMM_BOTH GemmTile gemm_tile_at(int kind, const GemmShape *s, const GemmT
   const int band = i / (GEMM_BAND * n_tiles), height = gemm_less(GEMM_BAND, m_tiles - band * GEMM_BAND);
   i -= band * GEMM_BAND * n_tiles;
   tile.m = (band * GEMM_BAND + i % height) * GEMM_BM;
-  tile.n = i / height * s->bn[m];
+  tile.bn = number >= whole ? s->bn[m] / 2 : s->bn[m];
+  tile.n = i / height * s->bn[m] + second * tile.bn;
   tile.m_end = rows;
   const int inner = kind == GEMM_TN ? t->count[g] : s->K[m], steps = gemm_up(inner, depth);
   tile.inner = (int)((int64_t)steps * tile.part / parts) * depth;

@@ -35,11 +35,6 @@ template <int pending> static __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Brings the line of an address of device memory into L2.
-static __device__ inline void prefetch_l2(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // Four 8 x 8 matrices; lane i gives the shared address of row i % 8 of matrix i / 8. Each lane gets the pair (g, 2t) of
 // each matrix, or of its transpose.
 static __device__ inline void load_matrix(uint32_t r[4], uint32_t row) {

@@ -52,6 +52,7 @@ static void set_counts(Walk *w, Routing routing) {
 static void set_shape(Walk *w, int kind, const int groups[MODALITIES], int rows) {
   w->kind = kind;
   w->shape.adds = draw(w, 2);
+  w->shape.blocks = draw(w, 2) ? BLOCKS : 0;
   for (int m = 0; m < MODALITIES; m++) {
     GemmShape *s = &w->shape;
     s->groups[m] = groups[m];
@@ -89,12 +90,15 @@ static void check_covered(const Walk *w) {
       const int inner0 = w->kind == GEMM_TN ? w->tiles.begin[g] : 0;
       const int inner = w->kind == GEMM_TN ? w->tiles.count[g] : s->K[t.side];
       assert_int_equal((t.m - row0) % GEMM_BM, 0);
-      assert_int_equal(t.n % s->bn[t.side], 0);
-      assert_true(t.m >= row0 && t.m < t.m_end && t.n >= 0 && t.n < s->N[t.side]);
+      const bool half = number >= total - 2 * w->tiles.halved;
+      assert_int_equal(t.bn, half ? s->bn[t.side] / 2 : s->bn[t.side]);
+      assert_int_equal(t.n % t.bn, 0);
+      assert_true(t.m >= row0 && t.m < t.m_end && t.n >= 0 && t.n < s->N[t.side] + (half ? t.bn : 0));
       assert_int_equal(t.m_end, row0 + rows);
       assert_true(t.inner >= inner0 && t.inner_end <= inner0 + inner && t.inner <= t.inner_end);
       assert_int_equal((t.inner - inner0) % DEPTH, 0);
-      const int64_t own = (int64_t)gemm_less(GEMM_BM, t.m_end - t.m) * gemm_less(s->bn[t.side], s->N[t.side] - t.n);
+      const int64_t own =
+          (int64_t)gemm_less(GEMM_BM, t.m_end - t.m) * gemm_less(t.bn, s->N[t.side] > t.n ? s->N[t.side] - t.n : 0);
       area[g] += own;
       volume[g] += own * (t.inner_end - t.inner);
     }
@@ -163,11 +167,22 @@ static void check_parts_alone(const Walk *w) {
   free(t);
 }
 
+// A last round has its tiles halved where that shortens it.
+static void check_last_round(const Walk *w) {
+  const GemmShape *s = &w->shape;
+  const int halved = w->tiles.halved, total = gemm_tiles_total(s, &w->tiles), whole = total - 2 * halved;
+  bool wide = s->blocks > 0;
+  for (int m = 0; m < MODALITIES; m++) wide &= s->groups[m] == 0 || s->bn[m] == 256;
+  if (halved) assert_true(wide && whole % BLOCKS == 0 && 2 * halved <= BLOCKS);
+  if (!halved && wide && total) assert_true(total % BLOCKS == 0 || total % BLOCKS > BLOCKS / 2);
+}
+
 static void check_walk(Walk *w) {
   gemm_tiles_build(w->kind, &w->shape, &w->tiles);
   check_covered(w);
   check_distinct(w);
   check_order(w);
+  check_last_round(w);
   check_parts(w);
   check_parts_alone(w);
 }
