@@ -185,10 +185,13 @@ static CheckpointKeep keep_of(const Saver *s) {
   return (CheckpointKeep){s->engine->config->checkpoint.keep_last, s->engine->config->checkpoint.keep_every};
 }
 
-// Makes what all have written a checkpoint; on rank 0.
+// Makes what all have written a checkpoint, or nothing where that failed; on rank 0.
 static void *commit(void *argument) {
   Saver *s = argument;
-  s->rc = checkpoint_commit(s->run, s->step, s->all, s->n_all, s->state, keep_of(s), &s->err);
+  if (s->rc == 0)
+    s->rc = checkpoint_commit(s->run, s->step, s->all, s->n_all, s->state, keep_of(s), &s->err);
+  else
+    checkpoint_abandon(s->run, s->step);
   s->seconds = time_now() - s->began;
   s->written = true;
   return NULL;
@@ -208,15 +211,11 @@ static void *write_checkpoint(void *argument) {
                                 .source = s->file[i].source.buffer ? &s->file[i].source : NULL};
   files[n++] = (CheckpointFile){.name = "config.json", .tensors = &text, .n = 1, .elsewhere = s->rank > 0};
   if (s->ranks == 1) s->rc = checkpoint_begin(s->run, s->step, &s->err);
-  if (s->rc == 0 && (s->rc = checkpoint_write(s->run, s->step, files, n, s->own.entry, &s->own.n, &s->err)) != 0 &&
-      s->ranks == 1)
-    checkpoint_abandon(s->run, s->step);
-  if (s->ranks > 1 || s->rc) {
-    s->written = true;
-    return NULL;
-  }
+  if (s->rc == 0) s->rc = checkpoint_write(s->run, s->step, files, n, s->own.entry, &s->own.n, &s->err);
   s->n_all = s->own.n;
-  return commit(s);
+  if (s->ranks == 1) return commit(s);
+  s->written = true;
+  return NULL;
 }
 
 // ---- the saver ----
