@@ -74,9 +74,10 @@ static void test_best_of_places(void **state) {
                               needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE)},
                    most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE);
       double before = INFINITY;
-      for (int i = 0; i < 6; i++) { // three budgets below what the device alone can do with
+      for (int i = 0; i <= 6;
+           i++) { // three budgets below what the device alone can do with, at last all that keep needs
         double from = i < 3 ? least[0] : least[1], to = i < 3 ? least[1] : most,
-               budget = from + (to - from) * (i % 3) / 3 + 1e-3;
+               budget = from + (to - from) * (i < 6 ? i % 3 : 3) / 3 + 1e-3;
         double best = INFINITY, on_device = INFINITY;
         Engine e;
         record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, budget, NULL);
@@ -148,7 +149,9 @@ static void test_hidden_by_the_rest(void **state) {
     const Program *p = s == STATE_MOMENTS ? e.update : e.update_ema;
     Simulation x = predict_program(&e.costs, p);
     if (s > STATE_DEVICE) assert_true(x.busy[LANE_H2D] > 0 && x.busy[LANE_D2H] > 0);
-    assert_true(x.stalled <= .02 * x.seconds);
+    // Of moments more travels than the ops of this update hide.
+    double one_by_one = x.busy[LANE_COMPUTE] + fmax(x.busy[LANE_H2D], x.busy[LANE_D2H]);
+    assert_true(s < STATE_MOMENTS ? x.stalled <= .02 * x.seconds : x.seconds < .85 * one_by_one);
   }
   // With all of it there the link is what takes the time, in both directions at once.
   engine_place_state(&e, (Place){STATE_MOMENTS, 0}, forward, 1);
