@@ -361,11 +361,12 @@ static int nothing_to_do(const Trainer *t) {
 
 // -1 with *err where this process's run folder is not the one that rank 0 has locked: all write into it.
 static int share_folder(const Trainer *t, Error *err) {
-  enum { LOOKS = 100, PAUSE_US = 250000 }; // a network's file system may show a new folder late
+  enum { LOOKS = 60, PAUSE_US = 250000 }; // a network's file system may show a new folder late
   int64_t leader = getpid(), found = -1;
   ranks_broadcast(&leader, sizeof leader);
-  if (ranks_rank() == 0) return 0;
+  if (ranks_rank() == 0) found = leader;
   char *path = xasprintf("%s/lock", t->run);
+  int rc = 0;
   for (int i = 0; i < LOOKS && found != leader; i++) {
     size_t bytes;
     Error ignored;
@@ -375,9 +376,10 @@ static int share_folder(const Trainer *t, Error *err) {
     if (found != leader) usleep(PAUSE_US);
   }
   free(path);
-  if (found == leader) return 0;
-  return error_set(err, "all hosts must have the run's folder in a file system that they share",
+  if (found != leader)
+    rc = error_set(err, "all hosts must have the run's folder in a file system that they share",
                    "this process does not see %s as rank 0 does", t->run);
+  return ranks_worst(rc, err);
 }
 
 // What rank 0 alone has of a run: its folder, the report, which is returned. NULL with *err.

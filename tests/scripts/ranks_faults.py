@@ -5,10 +5,11 @@ checkpoint is whole, and the run goes on to the same bits as one that nothing ha
     tests/scripts/ranks_faults.py [--kills N] [--build build] [--seed N]
 
 kill -9 of a random rank at N random moments, half of them in the middle of a save on a slow disk; a rank that crashes;
-a full disk on one rank, with training going on beside it or not; a rank that never starts; another build or another
-config on one rank; a signal to one that evaluates; images that cannot be decoded, on whichever rank they are. And
-checkpoints of 1 to 4 processes that go on at other numbers. Standard library alone; exit code 1 on the first thing that
-is not as it should be, 77 where there is no mpirun. The last line says what was counted."""
+a full disk on one rank, with training going on beside it or not; a rank that never starts; hosts that do not share the
+run's folder; another build or another config on one rank; a signal to one that evaluates; images that cannot be
+decoded, on whichever rank they are. And checkpoints of 1 to 4 processes that go on at other numbers. Standard library
+alone; exit code 1 on the first thing that is not as it should be, 77 where there is no mpirun. The last line says what
+was counted."""
 import argparse
 import json
 import random
@@ -227,6 +228,22 @@ def start_late(work):
     return job(work / "late", RANKS, within=wrapper(work, "never", 1, "exec sleep 100")), time.monotonic()
 
 
+def start_apart(work):
+    """Two hosts without a common file system, in the background as well."""
+    for rank in range(2):
+        shutil.copytree(ROOT / "configs", work / f"host{rank}/configs")
+    path = work / "apart.sh"
+    path.write_text(f'#!/bin/sh\ncd "{work}/host$OMPI_COMM_WORLD_RANK" && exec "$@"\n')
+    path.chmod(0o755)
+    return job("run-apart", 2, within=(str(path),))
+
+
+def test_apart(work, apart):
+    end_by(apart, "^error: rank 1: this process does not see run-apart as rank 0 does", 2)
+    check(not (work / "host0/run-apart/config.json").exists(), "a run that is refused has begun")
+    return "hosts must share the run's folder"
+
+
 def test_late(work, late):
     trainer, began = late
     left = SECONDS - (time.monotonic() - began)
@@ -274,7 +291,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="tessera-ranks-") as folder:
         work = Path(folder)
         samples = prepare(work, Path(options.build) / "train", train__steps=10 * STEPS, data__threads=1)
-        late = start_late(work)
+        late, apart = start_late(work), start_apart(work)
         reference = work / "reference"
         job(reference, 1, "--stop-at", 3 * STEPS, checkpoint__keep_last=1000).end(0)
         began = time.monotonic()
@@ -282,7 +299,7 @@ def main():
         whole = time.monotonic() - began
         tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference),
                  (test_stop_in_evaluation,), (test_full_disk, reference), (test_mismatch,),
-                 (test_bad_images, samples[:40]), (test_late, late)]
+                 (test_bad_images, samples[:40]), (test_apart, apart), (test_late, late)]
         said = []
         for test, *arguments in tests:
             began = time.monotonic()
@@ -293,7 +310,7 @@ def main():
                 return 1
             finally:
                 for trainer in Trainer.all:
-                    if trainer is not late[0] or test is test_late:
+                    if trainer not in (late[0], apart) or test is test_late:
                         trainer.kill()
             print(f"{test.__name__}: {said[-1]} ({time.monotonic() - began:.1f} s)", flush=True)
         print("; ".join(said))
