@@ -1,9 +1,9 @@
 // The backward attention on Hopper: a pass over tiles of keys (attention_pass.h).
 //
-// A block is three warpgroups and takes units until none is left. Of the first, one warp copies keys and queries into
-// shared memory, one values and dO, and a thread of each of the others adds what comes out for dq to memory. The other
-// two hold 64 keys each: scores transposed, so that p and ds are A fragments for dv and dk where they stand; ds goes
-// through shared memory, and each of the two multiplies half of dq.
+// A block is three warpgroups and takes units until none is left. Of the first, two warps copy, each half of every
+// tile, and a thread of each of the others adds what comes out for dq to memory. The other two hold 64 keys each:
+// scores transposed, so that p and ds are A fragments for dv and dk where they stand; ds goes through shared memory,
+// and each of the two multiplies half of dq.
 #include "kernels/cuda/attention_copy.h"
 #include "kernels/cuda/attention_pass.h"
 #include "kernels/cuda/attention_wgmma.h"
@@ -84,58 +84,45 @@ static __device__ inline void take_unit(const PassCall &p, Unit *u) {
   __syncwarp();
 }
 
-// Keys and queries, and what there is to do.
-static __device__ inline void copy_queries(PassShared *s, const PassCall &p) {
+// What there is to do, queries and dO, keys and values: two warps, each half of every tile.
+static __device__ inline void copy_tiles(PassShared *s, const PassCall &p) {
   const BackwardCall &c = p.c;
-  const int H = c.shape.H, G = c.shape.G, heads = H / G;
-  Place<PASS_UNITS> slot;
-  Place<PASS_STAGES> stage;
-  for (uint32_t parity = 1;; parity ^= 1, slot.step()) {
-    const Unit &u = s->unit[slot.at];
-    take_unit(p, &s->unit[slot.at]);
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&s->unit_full[slot.at]));
-    if (u.key < 0) return;
-    for (int head = u.kv_head * heads; head < (u.kv_head + 1) * heads; head++)
-      for (int query = u.first; query < u.behind; query += PASS_QUERIES, stage.step()) {
-        barrier_wait(shared_address(&s->q_empty[stage.at]), stage.parity ^ 1);
-        copy_tile<D, PASS_QUERIES>(s->q[stage.at], c.q + ((int64_t)query * H + head) * D, H * D, u.end - query);
-        copy_line<PASS_QUERIES>(s->lse2[stage.at], p.s.lse2 + (int64_t)head * c.shape.T + query, u.end - query);
-        barrier_arrive_after_copies(shared_address(&s->q_full[stage.at]));
-        if (head != u.kv_head * heads || query != u.first) continue;
-        // Behind the first queries, whose place is free before.
-        barrier_wait(shared_address(&s->keys_empty), parity);
-        copy_tile<D, PASS_KEYS>(s->k, c.k + ((int64_t)u.key * G + u.kv_head) * D, G * D, u.end - u.key);
-        copy_line<PASS_KEYS>(s->q_start, c.b.q_start + u.key, u.end - u.key);
-        copy_line<PASS_KEYS>(s->q_end, c.b.q_end + u.key, u.end - u.key);
-        barrier_arrive_after_copies(shared_address(&s->k_full));
-      }
-  }
-}
-
-// Values and dO.
-static __device__ inline void copy_gradients(PassShared *s, const PassCall &p) {
-  const BackwardCall &c = p.c;
-  const int H = c.shape.H, G = c.shape.G, heads = H / G;
-  Place<PASS_UNITS> slot;
-  Place<PASS_STAGES> stage;
-  for (uint32_t parity = 1;; parity ^= 1, slot.step()) {
-    barrier_wait(shared_address(&s->unit_full[slot.at]), slot.parity);
-    const Unit &u = s->unit[slot.at];
-    if (u.key < 0) return;
-    for (int head = u.kv_head * heads; head < (u.kv_head + 1) * heads; head++)
-      for (int query = u.first; query < u.behind; query += PASS_QUERIES, stage.step()) {
-        int row[PASS_QUERIES / 32], lane = (int)recompute(threadIdx.x & 31);
-#pragma unroll
-        for (int j = 0; j < PASS_QUERIES / 32; j++) row[j] = c.b.row[min(query + 32 * j + lane, u.end - 1)];
-        barrier_wait(shared_address(&s->dout_empty[stage.at]), stage.parity ^ 1);
-        copy_tile<D, PASS_QUERIES>(s->dout[stage.at], c.dout + head * D, row, H * D, u.end - query);
-        copy_line<PASS_QUERIES>(s->delta[stage.at], p.s.delta + (int64_t)head * c.shape.T + query, u.end - query);
-        barrier_arrive_after_copies(shared_address(&s->dout_full[stage.at]));
-        if (head != u.kv_head * heads || query != u.first) continue;
-        barrier_wait(shared_address(&s->keys_empty), parity);
-        copy_tile<D, PASS_KEYS>(s->v, c.v + ((int64_t)u.key * G + u.kv_head) * D, G * D, u.end - u.key);
-        barrier_arrive_after_copies(shared_address(&s->v_full));
-      }
+  const int H = c.shape.H, G = c.shape.G;
+  uint32_t step = 0; // tiles of queries so far
+  for (uint32_t units = 0;; units++) {
+    const Unit *u = &s->unit[units % PASS_UNITS];
+    const uint32_t full = shared_address(&s->unit_full[units % PASS_UNITS]);
+    if (threadIdx.x < 32) {
+      take_unit(p, &s->unit[units % PASS_UNITS]);
+      if (threadIdx.x == 0) barrier_arrive(full);
+    } else
+      barrier_wait(full, units / PASS_UNITS & 1);
+    if (u->key < 0) return;
+    int query = u->first, head = u->kv_head * (H / G);
+    for (int i = 0; i < u->steps; i++, step++) {
+      const int half = (int)recompute(threadIdx.x / 32), at = step & 1, valid = u->end - query;
+      int row = c.b.row[min(query + half * 32 + (int)recompute(threadIdx.x & 31), u->end - 1)];
+      barrier_wait(shared_address(&s->dout_empty[at]), ~(step >> 1) & 1);
+      gather_half<D>(s->dout[at], c.dout + head * D, row, H * D, valid, half);
+      if (half == 0) copy_line<PASS_QUERIES>(s->delta[at], p.s.delta + ((int64_t)head * c.shape.T + query), valid);
+      barrier_arrive_after_copies(shared_address(&s->dout_full[at]));
+      barrier_wait(shared_address(&s->q_empty[at]), ~(step >> 1) & 1);
+      copy_half<D, PASS_QUERIES>(s->q[at], c.q + ((int64_t)query * H + head) * D, H * D, valid, half);
+      if (half == 1) copy_line<PASS_QUERIES>(s->lse2[at], p.s.lse2 + ((int64_t)head * c.shape.T + query), valid);
+      barrier_arrive_after_copies(shared_address(&s->q_full[at]));
+      query += PASS_QUERIES;
+      if (query >= u->behind) query = u->first, head++;
+      if (i > 0) continue;
+      // Behind the first queries, whose place is free before.
+      const int key = u->key, keys = u->end - key;
+      const int64_t from = ((int64_t)key * G + u->kv_head) * D;
+      barrier_wait(shared_address(&s->keys_empty), ~units & 1);
+      copy_half<D, PASS_KEYS>(s->k, c.k + from, G * D, keys, half);
+      copy_line<PASS_KEYS>(half ? s->q_end : s->q_start, (half ? c.b.q_end : c.b.q_start) + key, keys);
+      barrier_arrive_after_copies(shared_address(&s->k_full));
+      copy_half<D, PASS_KEYS>(s->v, c.v + from, G * D, keys, half);
+      barrier_arrive_after_copies(shared_address(&s->v_full));
+    }
   }
 }
 
@@ -356,13 +343,13 @@ static __global__ void __launch_bounds__(PASS_THREADS, 1) attention_backward_pas
   if (threadIdx.x == 0) {
     for (int i = 0; i < PASS_UNITS; i++) barrier_init(shared_address(&s->unit_full[i]), 1);
     for (int i = 0; i < PASS_STAGES; i++) {
-      barrier_init(shared_address(&s->q_full[i]), 32);
+      barrier_init(shared_address(&s->q_full[i]), 64);
       barrier_init(shared_address(&s->q_empty[i]), CONSUMER_WARPS);
-      barrier_init(shared_address(&s->dout_full[i]), 32);
+      barrier_init(shared_address(&s->dout_full[i]), 64);
       barrier_init(shared_address(&s->dout_empty[i]), CONSUMER_WARPS);
     }
-    barrier_init(shared_address(&s->k_full), 32);
-    barrier_init(shared_address(&s->v_full), 32);
+    barrier_init(shared_address(&s->k_full), 64);
+    barrier_init(shared_address(&s->v_full), 64);
     barrier_init(shared_address(&s->keys_empty), CONSUMER_WARPS);
     for (int i = 0; i < PASS_ADDERS; i++) {
       barrier_init(shared_address(&s->dq_full[i]), CONSUMER_WARPS);
@@ -372,8 +359,7 @@ static __global__ void __launch_bounds__(PASS_THREADS, 1) attention_backward_pas
   __syncthreads();
   if (threadIdx.x < GROUP) {
     registers_give<56>();
-    if (threadIdx.x < 32) copy_queries(s, p);
-    if (threadIdx.x / 32 == 1) copy_gradients(s, p);
+    if (threadIdx.x < 64) copy_tiles(s, p);
     const int adder = threadIdx.x / 32 - 2;
     if (adder >= 0 && threadIdx.x % 32 == 0) add_gradients(s, p, adder);
   } else {

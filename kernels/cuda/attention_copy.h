@@ -28,49 +28,49 @@ static __device__ inline void copy_rows(const bf16 *tile, const bf16 *from, int 
     copy16_async(to + (((chunk ^ row) & 7) << 4), from, row < valid);
 }
 
-// Where a lane copies to: chunk `chunk` of rows row, row + step, ..; within 8 rows their places differ by the swizzle.
+// Where a lane copies to: chunk `chunk` of rows row, row + step, .. behind row `first` (a multiple of 8) of a tile;
+// within 8 rows their places differ by the swizzle.
 template <int D, int rows> struct CopyLane {
   static constexpr int chunks = D / 8, step = 32 / chunks, turns = 8 / step;
   int row, chunk;
   uint32_t to[turns];
-  __device__ CopyLane(const bf16 *tile) {
+  __device__ CopyLane(const bf16 *tile, int first) {
     int lane = (int)recompute(threadIdx.x & 31);
     row = lane / chunks, chunk = lane % chunks;
-    uint32_t at = shared_address(tile) + (chunk >> 3) * rows * 128 + row * 128;
+    uint32_t at = shared_address(tile) + (chunk >> 3) * rows * 128 + (first + row) * 128;
 #pragma unroll
     for (int i = 0; i < turns; i++) to[i] = at + i * step * 128 + (((chunk ^ (row + i * step)) & 7) << 4);
   }
 };
 
-// A warp starts copying rows [0, valid) of `from` (stride elements apart) to a tile; the tile's other rows become zeros
-// and are not read.
+// A warp starts copying half `half` of the rows [0, valid) of `from` (stride elements apart) to a tile; the half's
+// other rows become zeros and are not read.
 template <int D, int rows>
-static __device__ inline void copy_tile(const bf16 *tile, const bf16 *from, int stride, int valid) {
+static __device__ inline void copy_half(const bf16 *tile, const bf16 *from, int stride, int valid, int half) {
   typedef CopyLane<D, rows> Lane;
-  const Lane lane(tile);
-  const char *at = (const char *)(from + (lane.row * stride + lane.chunk * 8));
-  valid -= lane.row;
-#pragma unroll
-  for (int i = 0; i < rows / Lane::step; i++, at += Lane::step * stride * 2)
+  const int first = half * (rows / 2);
+  const Lane lane(tile, first);
+  const char *at = (const char *)(from + ((first + lane.row) * stride + lane.chunk * 8));
+  valid -= first + lane.row;
+#pragma unroll 4
+  for (int i = 0; i < rows / 2 / Lane::step; i++, at += Lane::step * stride * 2)
     copy16_async(lane.to[i % Lane::turns] + i / Lane::turns * 1024, at, i * Lane::step < valid);
 }
 
-// The same for rows of `from` that lanes hold: lane i row i + 32 j in index[j].
-template <int D, int rows>
-static __device__ inline void copy_tile(const bf16 *tile, const bf16 *from, const int (&index)[rows / 32], int stride,
-                                        int valid) {
-  typedef CopyLane<D, rows> Lane;
-  const Lane lane(tile);
+// The same for rows of `from` that lanes hold, of a tile of 64: lane i has row i of the half.
+template <int D>
+static __device__ inline void gather_half(const bf16 *tile, const bf16 *from, int index, int stride, int valid,
+                                          int half) {
+  typedef CopyLane<D, 64> Lane;
+  const Lane lane(tile, half * 32);
   const char *at = (const char *)(from + lane.chunk * 8);
-  valid -= lane.row;
-#pragma unroll
-  for (int j = 0; j < rows / 32; j++)
+  valid -= half * 32 + lane.row;
 #pragma unroll 8
-    for (int i = 0; i < 32 / Lane::step; i++) {
-      int own = __shfl_sync(0xffffffffu, index[j], lane.row + i * Lane::step);
-      uint32_t to = lane.to[i % Lane::turns] + (j * 4 + i / Lane::turns) * 1024;
-      copy16_async(to, at + (int64_t)own * (stride * 2), 32 * j + i * Lane::step < valid);
-    }
+  for (int i = 0; i < 32 / Lane::step; i++) {
+    int own = __shfl_sync(0xffffffffu, index, lane.row + i * Lane::step);
+    copy16_async(lane.to[i % Lane::turns] + i / Lane::turns * 1024, at + (int64_t)own * (stride * 2),
+                 i * Lane::step < valid);
+  }
 }
 
 // A warp starts copying entries [0, valid) of an array; zeros after them.
