@@ -23,6 +23,7 @@ static struct {
   int device;  // its number
   int sharing; // processes of the group that have it
   bool joined;
+  bool graphs; // some were launched since the compute lane was last waited for
   cudaStream_t stream[LANE_COUNT];
   std::vector<cudaEvent_t> event; // made when first named
   int sm_count;
@@ -263,6 +264,11 @@ static void stream_finish(cudaStream_t stream) {
   CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
+void cuda_await_graphs(void) {
+  if (gpu.graphs) stream_finish(gpu.stream[LANE_COMPUTE]);
+  gpu.graphs = false;
+}
+
 static void cuda_upload(void *device, const void *host, size_t bytes) {
   cuda_use_device();
   CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream[LANE_COMPUTE]));
@@ -338,6 +344,7 @@ static void *queue_capture_end(void) {
 }
 
 static void queue_graph_launch(void *graph) {
+  gpu.graphs = true;
   CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)graph, gpu.stream[LANE_COMPUTE]));
 }
 

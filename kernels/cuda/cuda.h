@@ -53,6 +53,9 @@ static inline cudaStream_t call_stream(const KernelCall *c) {
 // Called first by what threads of any kind call, before they use the GPU.
 void cuda_use_device(void);
 
+// Waits for graphs that were launched, if there are any under way.
+void cuda_await_graphs(void);
+
 // Whether collectives may have some of the multiprocessors.
 bool cuda_is_joined(void);
 
