@@ -21,9 +21,13 @@ static void print_rates(const Engine *e, FILE *f) {
     fputs("; no op was measured yet\n", f);
 }
 
+static int fits(const PlanOutcome *o, const Room *r) {
+  return o->arena <= r->arena && o->host <= r->host;
+}
+
 static void print_policy(const char *name, const PlanOutcome *o, const Room *r, FILE *f) {
   fprintf(f, "  %-10s %9.2f ms  arena %8.3f GB  host %8.3f GB%s\n", name, 1e3 * o->time.seconds, (double)o->arena / 1e9,
-          (double)o->host / 1e9, o->arena > r->arena || o->host > r->host ? "  does not fit" : "");
+          (double)o->host / 1e9, fits(o, r) ? "" : "  does not fit");
 }
 
 // What more memory, or none of the state on the host, would make of a step.
@@ -66,7 +70,7 @@ void alternatives_print(Engine *e, FILE *f) {
     print_policy(policy_name[policy - MEMORY_KEEP], &o, &room, f);
     policy_table_free(&t);
   }
-  if (e->plan.bound > 0)
+  if (e->plan.bound > 0 && fits(&own, &room))
     fprintf(f, "  no plan that fits takes less than %.2f ms (this one %+.1f%%); %d tried in %.2f s\n",
             1e3 * e->plan.bound, 100 * (own.time.seconds / e->plan.bound - 1), e->plan.tried, e->plan.took);
   if (e->chosen == MEMORY_AUTO) print_choices(e, &task, task.passes * own.time.seconds + predict_update(e), f);

@@ -159,7 +159,8 @@ typedef struct PlaceList {
   int n;
 } PlaceList;
 
-// A place; one on the host only where the arena holds what passes through it and this machine has the memory.
+// A place; one to be chosen on the host only where the arena holds what passes through it and this machine has the
+// memory. Gradients leave where nothing else fits, whatever the machine has.
 static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, double seconds) {
   e->model.state = place.state;
   e->model.kept = place.kept;
@@ -167,7 +168,7 @@ static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, d
   Room room = engine_room(e);
   room.seconds = seconds;
   int64_t left = backend_of_host()->memory() - engine_state_on_host(e);
-  if (place.state > STATE_DEVICE && engine_chooses_state(e)) {
+  if (place.state > STATE_DEVICE && place.state < STATE_GRADIENTS && engine_chooses_state(e)) {
     if (room.arena < arena || left < 0) return;
     room.host = min_i64(room.host, left);
   }

@@ -188,6 +188,26 @@ static void test_given(void **state) {
   policy_table_free(&plan);
 }
 
+// More than most hosts have: gradients leave, and that is the only place there is.
+static void test_no_room_anywhere(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  Error err;
+  const char *sets[] = {"data.tokenizer=bytes", "model.layers=2", "model.vocab=1048576", "model.dim=4096"};
+  if (config_load(&c, "configs/base.json", sets, 4, &err) != 0) fail_msg("%s", err.text);
+  Engine e;
+  Place *place;
+  Room *room;
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, 10, NULL);
+  assert_int_equal(e.model.state, STATE_GRADIENTS);
+  assert_int_equal(engine_places(&e, &place, &room), 1);
+  assert_int_equal(place[0].state, STATE_GRADIENTS);
+  free(place);
+  free(room);
+  engine_free(&e);
+}
+
 static double cpu_seconds(void) {
   struct timespec t;
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
@@ -215,7 +235,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_best_of_places),     cmocka_unit_test(test_rooms),
       cmocka_unit_test(test_hidden_by_the_rest), cmocka_unit_test(test_given),
-      cmocka_unit_test(test_takes_little_time),
+      cmocka_unit_test(test_no_room_anywhere),   cmocka_unit_test(test_takes_little_time),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
