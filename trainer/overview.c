@@ -100,10 +100,12 @@ void overview_log(const Engine *e, Source *const *source, int sources, const Tok
     log_warn("%lld of %lld captions looked at are longer than data.max_caption = %d tokens: training cuts them",
              (long long)epoch.cut, (long long)epoch.probed, c->data.max_caption);
   log_device(e);
-  double step = (double)c->train.micro_batches * e->slots;
-  log_info("steps %lld to %lld of %d: %d x %d = %s token slots each, %.3g epochs in all", (long long)from + 1,
-           (long long)end, c->train.steps, c->train.micro_batches, e->slots, short_number(a, step),
+  double step = (double)c->processes * c->train.micro_batches * e->slots;
+  char *group = c->processes > 1 ? xasprintf("%d processes x ", c->processes) : xstrdup("");
+  log_info("steps %lld to %lld of %d: %s%d x %d = %s token slots each, %.3g epochs in all", (long long)from + 1,
+           (long long)end, c->train.steps, group, c->train.micro_batches, e->slots, short_number(a, step),
            c->train.steps * step / epoch.tokens);
+  free(group);
   if (c->train.warmup_steps >= c->train.steps)
     log_warn("train.warmup_steps = %d is not over within the %d steps of the run: train.lr is never reached",
              c->train.warmup_steps, c->train.steps);

@@ -61,6 +61,7 @@ rc=0
 # ---- bits: 2 and 3 processes, and 2 of 2 micro-batches each within rounding; resumed at other numbers ----
 run 1 --run-dir "$dir/one" --set train.micro_batches=3 --stop-at 6
 run 3 --run-dir "$dir/three" --stop-at 2
+grep -q '^steps 1 to 2 of 3000: 3 processes x 1 x 200 = 600 token slots each' "$dir/log" || fail "the tokens of a step of all"
 run 3 --run-dir "$dir/three" --resume --stop-at 3 --set parallel.zero=0
 run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=2 --set 'memory.per_tensor={"h1": "recompute"}' \
   --set kernels.update=overlapped
