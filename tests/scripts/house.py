@@ -3,8 +3,10 @@
 
 A room includes only from itself and from floors below it; no files include each other in a circle, where a file is its
 .c (or .cu) and its .h, and NAME_internal.h belongs to NAME. Only kernels/ names a backend. Files that prose and
-comments name are there. Exit code 1 with a line for everything that is not so.
+comments name are there, and scripts can be called by their names. Exit code 1 with a line for everything that is not
+so.
 """
+import os
 import re
 import sys
 from collections import defaultdict
@@ -99,6 +101,13 @@ def check_paths(root):
                     yield f"{path.relative_to(root)}:{number} names {name}, which is not there"
 
 
+def check_scripts(root):
+    """What begins with #! can be called as README and the scripts' own texts call it."""
+    for path in (path for folder in ("scripts", "tests") for path in (root / folder).rglob("*.*")):
+        if path.suffix in (".py", ".sh") and path.read_bytes()[:2] == b"#!" and not os.access(path, os.X_OK):
+            yield f"{path.relative_to(root)} begins with #! and is not executable: chmod +x"
+
+
 def check_circles(tree):
     """Tarjan's strongly connected components of files."""
     needs = defaultdict(set)
@@ -134,7 +143,8 @@ def check_circles(tree):
 def main(argv):
     root = Path(argv[0]) if argv else Path(__file__).resolve().parents[2]
     tree = read_tree(root)
-    faults = [*check_floors(tree), *check_names(root, tree), *check_paths(root), *check_circles(tree)]
+    faults = [*check_floors(tree), *check_names(root, tree), *check_paths(root), *check_scripts(root)]
+    faults += check_circles(tree)
     print("\n".join(faults) or f"{len(tree)} files in {len(FLOORS) - 1} rooms: no include goes up, none in a circle")
     return 1 if faults else 0
 
