@@ -99,7 +99,9 @@ class Runs:
         return " / ".join(told)[:400]
 
     def end(self, process):
-        """Kills one of the processes of a job, which ends all; how long that took."""
+        """Kills one of the processes of a job, which ends all; how long that took. Infinite of one that has ended."""
+        if process.poll() is not None:
+            return float("inf")
         began = time.time()
         ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(ranks[-1]) if ranks else process.pid, signal.SIGKILL)
@@ -168,6 +170,9 @@ def kill(runs, n):
     until = time.time() + 60
     while not (out / "killed" / f"ckpt-{SAVED}").exists() and process.poll() is None and time.time() < until:
         time.sleep(0.1)
+    if process.poll() is not None:
+        runs.say("killed", runs.last_lines("killed"), False)
+        return
     took = runs.end(process)
     runs.say("kill -9 of a process", f"the job ends after {took:.1f} s", took <= KILLED_WITHIN)
     for path in (out / "killed").glob("ckpt-*"):
@@ -231,6 +236,11 @@ def main():
     args.data, args.out, args.train = args.data.resolve(), args.out.resolve(), args.train.resolve()
     if args.ranks < 1:
         sys.exit("error: no GPU is visible\n  hint: --ranks 2 --set parallel.collectives=host tries two processes on one")
+    if not args.train.is_file():
+        sys.exit(f"error: there is no {args.train}\n  hint: make builds it")
+    for path in (args.data / size / "bench.tar" for size in ("64", "256")[: 1 + ("weak" in args.sections)]):
+        if not path.is_file():
+            sys.exit(f"error: there is no {path}\n  hint: scripts/make_bench_data.py {path.parent} --size {path.parent.name}")
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"error: {args.out} is not empty\n  hint: name a new folder: runs there would be continued")
     args.out.mkdir(parents=True, exist_ok=True)

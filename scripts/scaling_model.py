@@ -226,8 +226,15 @@ def main():
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     train = str(Path(options.train).resolve())
-    measured = {name: float(ms) for name, ms in (word.split("=") for word in options.measured)}
-    models = [Model(name, train, measured.get(name)) for name in ("small", "medium", "base")]
+    names = ("small", "medium", "base")
+    if not Path(train).is_file():
+        parser.error(f"there is no {train}: make builds it")
+    measured = {}
+    for word in options.measured:
+        if not (found := re.fullmatch(rf"({'|'.join(names)})=(\d+\.?\d*)", word)):
+            parser.error(f"--measured {word}: NAME=MS with a NAME of {', '.join(names)}")
+        measured[found[1]] = float(found[2])
+    models = [Model(name, train, measured.get(name)) for name in names]
     if options.check:
         return 1 if check(models) else 0
     print_memory(models)

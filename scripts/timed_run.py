@@ -141,7 +141,9 @@ def mean_step(lines, every, more=0.0):
 
 
 def last_line(said):
-    return (said.strip().splitlines() or ["no output"])[-1][:200]
+    """What a run that failed said of that: its error, behind which may be a hint, or else its last words."""
+    lines = said.strip().splitlines() or ["no output"]
+    return ([line for line in lines if line.startswith("error: ")] or lines)[-1][:200]
 
 
 def device_memory(said):

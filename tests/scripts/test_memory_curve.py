@@ -30,7 +30,7 @@ if "--plan" in a:
     print(f"a step: predicted {ms:.2f} ms, no copies")
     sys.exit()
 if policy == "offload":
-    sys.exit("error: no more memory")
+    sys.exit("error: no more memory\\n  hint: take less")
 run.mkdir(parents=True, exist_ok=True)
 (run / "costs.json").write_text("{}")
 assert not (run / "metrics.jsonl").exists()
