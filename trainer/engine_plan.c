@@ -187,21 +187,24 @@ static int choose_among(Engine *e, const Place *place, const Room *room, int n, 
 // "auto" keeps everything where that fits. Else it takes the plan that was given, where that still does, or chooses.
 int engine_choose_policy(Engine *e, const int64_t forward[SPACE_COUNT], Error *err) {
   MemoryPolicy want = e->config->memory.policy;
-  int64_t others[SPACE_COUNT];
+  int64_t others[SPACE_COUNT], elsewhere[SPACE_COUNT]; // bytes of all other programs, of those that no place changes
   PolicyTable table;
   Place *place;
   Room *room;
   memcpy(others, e->bytes, sizeof others);
+  memcpy(elsewhere, forward, sizeof elsewhere);
   if (policy_of_config(e->config, want, &table, err) != 0) return -1;
   if (want == MEMORY_AUTO) table.costs = &e->costs; // what is pinned to be offloaded is copied by the clock
   e->plan = (EnginePlan){0};
   if (try_policy(e, want == MEMORY_AUTO ? MEMORY_KEEP : want, table, others) || want != MEMORY_AUTO) return 0;
+  // Any plan's ops are these, and so is their scratch, which a room for activations must leave.
+  others[SPACE_SCRATCH] = elsewhere[SPACE_SCRATCH] = e->bytes[SPACE_SCRATCH];
   memcpy(e->bytes, others, sizeof others);
-  int n = engine_places(e, &place, &room), fits = choose_among(e, place, room, n, forward);
+  int n = engine_places(e, &place, &room), fits = choose_among(e, place, room, n, elsewhere);
   if (!fits && engine_chooses_state(e)) {
-    Place last = engine_last_place(e, forward);
+    Place last = engine_last_place(e, elsewhere);
     Room left = engine_room(e);
-    fits = choose_among(e, &last, &left, 1, forward);
+    fits = choose_among(e, &last, &left, 1, elsewhere);
   }
   free(place);
   free(room);

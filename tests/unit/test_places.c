@@ -160,6 +160,28 @@ static void test_hidden_by_the_rest(void **state) {
   engine_free(&e);
 }
 
+static size_t much_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  (void)kind, (void)dims, (void)args;
+  return 3 << 28;
+}
+
+// What only the ops of training need as scratch is no room for activations.
+static void test_scratch(void **state) {
+  (void)state;
+  Backend b = paper_device();
+  static Config c;
+  open_config(&c, 0);
+  b.scratch[OP_ATTENTION_BWD] = much_scratch;
+  double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE);
+  for (int i = 0; i < 4; i++) {
+    Engine e;
+    record(&e, &b, &c, MEMORY_AUTO, i % 2 ? STATE_AUTO : STATE_DEVICE, least + (most - least) * (i + 1) / 5, NULL);
+    assert_true(engine_device_bytes(&e) <= e.budget && e.plan.tried > 0);
+    assert_true(e.model.state < STATE_GRADIENTS);
+    engine_free(&e);
+  }
+}
+
 // A plan of before goes where there is room for it, and gives way where there is none.
 static void test_given(void **state) {
   (void)state;
@@ -233,9 +255,9 @@ static void test_takes_little_time(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_best_of_places),     cmocka_unit_test(test_rooms),
-      cmocka_unit_test(test_hidden_by_the_rest), cmocka_unit_test(test_given),
-      cmocka_unit_test(test_no_room_anywhere),   cmocka_unit_test(test_takes_little_time),
+      cmocka_unit_test(test_best_of_places),    cmocka_unit_test(test_rooms), cmocka_unit_test(test_hidden_by_the_rest),
+      cmocka_unit_test(test_scratch),           cmocka_unit_test(test_given), cmocka_unit_test(test_no_room_anywhere),
+      cmocka_unit_test(test_takes_little_time),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
