@@ -158,8 +158,9 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
   OP(COMBINE_ADALN_BWD, PACK, combine + 20 * rows * d->C,                                                              \
      IN(dslot, SLOTS_C) IN(route, ROWS) IN(add, ROWS) IN(dxnew, ROWS) IN(x, ROWS) IN(branch, ROWS) IN(mod, SITE)       \
      IN(mean, ROWS) IN(rstd, ROWS), OUT(dx, ROWS) OUT(dbranch, ROWS) OUT(dmod, SITE))                                  \
-  OP(SWIGLU_FWD, PACK, 6 * out, IN(pre, SHARED), OUT(a, SHARED))                                                       \
-  OP(SWIGLU_BWD, PACK, 6 * out, IN(da, SHARED) IN(pre, SHARED), OUT(dpre, SHARED) OUT(a, SHARED))                      \
+  OP(SHARED_UP_FWD, PACK, 2 * shared, IN(h, ROWS) IN_PAIR(w1, WHOLE, OPTIONAL), OUT(pre, SHARED) OUT(a, SHARED))       \
+  OP(SHARED_DOWN_BWD, PACK, shared, IN(dout, ROWS) IN(pre, SHARED) IN_PAIR(w2, WHOLE, OPTIONAL),                       \
+     OUT(dpre, SHARED) OUT(a, SHARED))                                                                                 \
   OP(HEAD_CE, PACK, 2 * head_products(op) * x->targets * d->C * d->V,                                                  \
      IN(h, TARGETS) IN(wout, WHOLE),                                                                                   \
      OUT(nll, ROWS) OUT(dh, ROWS, OPTIONAL) OUT(dwout, WHOLE, (OPTIONAL | ADDS_IF_ASKED))                              \
@@ -252,9 +253,10 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 //                 where nothing reads it again.
 // COMBINE_ADALN_BWD EXPERT_COMBINE(dslot, route, no weights, add) gives dh, rounded to its storage type; ADALN_BWD(dh,
 //                 dxnew, x, branch, mod, mean, rstd) gives the outputs, likewise. silu_image and x_is_new are 0.
-// SWIGLU_FWD      the shared expert's activation: pre two-sided (R = 1, widths 2 S_m, columns as the experts'), a
-//                 widths S_m. Filler rows 0.
-// SWIGLU_BWD      dpre from da; also rebuilds a. Filler rows of both 0.
+// SHARED_UP_FWD   the shared expert: pre = h W1_m^T (two-sided, R = 1, widths 2 S_m; W1 [2S,C], rows as the experts'), a =
+//                 silu(gate) * up (widths S_m). Filler rows of both 0. A width of 0 has no weight (NULL). (The other
+//                 products are LINEAR ops, EXT_SPLIT.)
+// SHARED_DOWN_BWD dA = dout W2_m (W2 [C,S]); dpre = gradient of pre; also rebuilds a. Filler rows of both 0.
 // HEAD_CE         text rows with a target, in chunks of args.chunk rows: logits = h Wout^T, nll [T] DT_REAL (0
 //                 elsewhere), dlogits = ce_scale (softmax - onehot) in place, dh = dlogits Wout (0 elsewhere), dWout
 //                 (+)= dlogits^T h. dh and dwout both absent: loss only. Adds to metrics->nll, ->targets. work: [chunk,

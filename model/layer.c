@@ -59,12 +59,10 @@ static TensorId record_shared(Recording *r, int l) {
   f->shared_pre = NO_TENSOR;
   if (!has_shared(d)) return NO_TENSOR;
   f->shared_pre = two_sided(r, DT_ACT, one_row, 2 * S[TEXT], 2 * S[IMAGE], "shared pre-activation");
-  OpArgs up = linear_args(EXT_SPLIT, C, C, 2 * S[TEXT], 2 * S[IMAGE], 0);
-  program_op(r->p, OP_LINEAR_FWD, IN(f->site2.h, weight(r, w->shared1[0]), weight(r, w->shared1[1]), NO_TENSOR),
-             OUT(f->shared_pre), &up);
-  program_save(r->p, f->shared_pre, SAVED_SHARED_PRE);
   TensorId a = two_sided(r, DT_ACT, one_row, S[TEXT], S[IMAGE], "shared activation");
-  program_op(r->p, OP_SWIGLU_FWD, IN(f->shared_pre), OUT(a), NULL);
+  program_op(r->p, OP_SHARED_UP_FWD, IN(f->site2.h, weight(r, w->shared1[0]), weight(r, w->shared1[1])),
+             OUT(f->shared_pre, a), NULL);
+  program_save(r->p, f->shared_pre, SAVED_SHARED_PRE);
   TensorId y = rows_tensor(r, C, "shared out");
   OpArgs down = linear_args(EXT_SPLIT, S[TEXT], S[IMAGE], C, C, 0);
   program_op(r->p, OP_LINEAR_FWD, IN(a, weight(r, w->shared2[0]), weight(r, w->shared2[1]), NO_TENSOR), OUT(y), &down);
@@ -188,13 +186,11 @@ static TensorId record_shared_backward(Recording *r, int l, TensorId db2, Tensor
   Program *p = r->p;
   if (!has_shared(d)) return NO_TENSOR;
   TensorId pre = program_need(p, r->layer[l].shared_pre);
-  TensorId da = two_sided(r, DT_ACT, one_row, S[TEXT], S[IMAGE], "d shared activation");
-  OpArgs down = linear_args(EXT_SPLIT, S[TEXT], S[IMAGE], C, C, r->accumulate);
-  program_op(p, OP_LINEAR_DGRAD, IN(db2, weight(r, w->shared2[0]), weight(r, w->shared2[1]), NO_TENSOR), OUT(da),
-             &down);
   TensorId dpre = two_sided(r, DT_ACT, one_row, 2 * S[TEXT], 2 * S[IMAGE], "d shared pre-activation");
   TensorId a = two_sided(r, DT_ACT, one_row, S[TEXT], S[IMAGE], "shared activation");
-  program_op(p, OP_SWIGLU_BWD, IN(da, pre), OUT(dpre, a), NULL);
+  program_op(p, OP_SHARED_DOWN_BWD, IN(db2, pre, weight(r, w->shared2[0]), weight(r, w->shared2[1])), OUT(dpre, a),
+             NULL);
+  OpArgs down = linear_args(EXT_SPLIT, S[TEXT], S[IMAGE], C, C, r->accumulate);
   program_op(p, OP_LINEAR_WGRAD, IN(db2, a), OUT(gradient(r, w->shared2[0]), gradient(r, w->shared2[1]), NO_TENSOR),
              &down);
   OpArgs up = linear_args(EXT_SPLIT, C, C, 2 * S[TEXT], 2 * S[IMAGE], r->accumulate);

@@ -145,6 +145,9 @@ void gemm_rows(const Gemm *g, const GemmStoreSwiglu end[MODALITIES], cudaStream_
 void gemm_rows(const Gemm *g, const GemmSwigluBackward end[MODALITIES], cudaStream_t stream) {
   gemm_launch(g, end, rows_kind(g), stream);
 }
+void gemm_rows(const Gemm *g, const GemmSharedBackward end[MODALITIES], cudaStream_t stream) {
+  gemm_launch(g, end, rows_kind(g), stream);
+}
 void gemm_weights(const Gemm *g, const GemmStoreWeights end[MODALITIES], cudaStream_t stream) {
   gemm_launch(g, end, GEMM_TN, stream);
 }

@@ -72,6 +72,14 @@ typedef struct GemmSwigluBackward {
   float *dot;          // [ceil(N / GEMM_DOT_COLUMNS), rows] <dA, a> over that many columns each
 } GemmSwigluBackward;
 
+// The same without weights: what SHARED_DOWN_BWD wants.
+typedef struct GemmSharedBackward {
+  static constexpr bool SPLITS = false;
+  const bf16 *pre; // [rows, 2N]
+  bf16 *dpre;      // [rows, 2N]
+  bf16 *sa;        // [rows, N] a
+} GemmSharedBackward;
+
 // dw (+)= scale A^T B.
 typedef struct GemmStoreWeights {
   static constexpr bool SPLITS = true;
@@ -86,6 +94,7 @@ void gemm_rows(const Gemm *g, const GemmStore end[MODALITIES], cudaStream_t stre
 void gemm_rows(const Gemm *g, const GemmStoreFloat end[MODALITIES], cudaStream_t stream);
 void gemm_rows(const Gemm *g, const GemmStoreSwiglu end[MODALITIES], cudaStream_t stream);
 void gemm_rows(const Gemm *g, const GemmSwigluBackward end[MODALITIES], cudaStream_t stream);
+void gemm_rows(const Gemm *g, const GemmSharedBackward end[MODALITIES], cudaStream_t stream);
 void gemm_weights(const Gemm *g, const GemmStoreWeights end[MODALITIES], cudaStream_t stream);
 
 // Bytes of g->scratch; they depend on groups, rows, M, N and K alone (pointers are not looked at). Usually 0 for

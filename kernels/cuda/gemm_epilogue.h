@@ -165,23 +165,28 @@ static __device__ inline void store_dots(const GemmSide &s, float *to, const Ste
     to[(int64_t)block * s.rows + row] = sum;
 }
 
-template <> struct GemmEpilogue<GemmSwigluBackward> {
+// Of GemmSwigluBackward and, without weights and dot products, of GemmSharedBackward.
+template <class End> struct SwigluBackwardEpilogue {
+  static constexpr bool WEIGHTED = std::is_same<End, GemmSwigluBackward>::value;
   static constexpr bool READS = true;
 
   // Of row `lane % 16` of a warp's, whose weight it returns.
-  static __device__ inline float begin(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int warp_row) {
+  static __device__ inline float begin(const GemmLaunch<End> &l, const GemmTile &t, int warp_row) {
     const int row = min(warp_row + (int)(threadIdx.x & 15), t.m_end - 1);
-    return l.end[t.side].weight[l.work.g.side[t.side].a_index[row]];
+    if constexpr (WEIGHTED)
+      return l.end[t.side].weight[l.work.g.side[t.side].a_index[row]];
+    else
+      return 1;
   }
 
   // Two boxes of 64 columns of pre are those of 64 columns of dA.
   template <int BN>
-  static __device__ inline void columns(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int warp_row,
-                                        int block, float weight, const unsigned char *pre, float (&acc)[BN / 2],
+  static __device__ inline void columns(const GemmLaunch<End> &l, const GemmTile &t, int warp_row, int block,
+                                        float weight, const unsigned char *pre, float (&acc)[BN / 2],
                                         unsigned char *staged) {
     using Steps = StoreSteps<BN, 64>;
     const GemmSide &s = l.work.g.side[t.side];
-    const GemmSwigluBackward &end = l.end[t.side];
+    const End &end = l.end[t.side];
     float *sums = (float *)staged;
     const Steps steps(s, t, warp_row);
     const int lane = threadIdx.x & 31;
@@ -206,18 +211,19 @@ template <> struct GemmEpilogue<GemmSwigluBackward> {
         if (in) store8(end.dpre + 2 * at, dx);
         if (in) store4(end.sa + at, a);
       }
-      store_dots(s, end.dot, steps, step, dot);
+      if constexpr (WEIGHTED) store_dots(s, end.dot, steps, step, dot);
     }
   }
 
   // The dot products are summed over the quad.
-  static __device__ inline void quad(const GemmLaunch<GemmSwigluBackward> &l, const GemmTile &t, int row, int column,
+  static __device__ inline void quad(const GemmLaunch<End> &l, const GemmTile &t, int row, int column,
                                      const float2 (&x)[4]) {
     static_assert(GEMM_DOT_COLUMNS == 32, "a quad's columns are those of a dot product");
     const GemmSide &s = l.work.g.side[t.side];
-    const GemmSwigluBackward &end = l.end[t.side];
+    const End &end = l.end[t.side];
     bool in = row < t.m_end;
-    float w = in ? end.weight[s.a_index[row]] : 0, dot = 0;
+    float w = 1, dot = 0;
+    if constexpr (WEIGHTED) w = in ? end.weight[s.a_index[row]] : 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       int col = column + j * 8 + (threadIdx.x & 3) * 2;
@@ -230,12 +236,16 @@ template <> struct GemmEpilogue<GemmSwigluBackward> {
       *(uint32_t *)(end.sa + at) = pack2(w * g.a, w * h.a);
       dot += x[j].x * g.a + x[j].y * h.a;
     }
-    dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-    dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-    if (in && column < s.N && (threadIdx.x & 3) == 0)
-      end.dot[(int64_t)(column / GEMM_DOT_COLUMNS) * s.rows + row] = dot;
+    if constexpr (WEIGHTED) {
+      dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+      dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+      if (in && column < s.N && (threadIdx.x & 3) == 0)
+        end.dot[(int64_t)(column / GEMM_DOT_COLUMNS) * s.rows + row] = dot;
+    }
   }
 };
+template <> struct GemmEpilogue<GemmSwigluBackward> : SwigluBackwardEpilogue<GemmSwigluBackward> {};
+template <> struct GemmEpilogue<GemmSharedBackward> : SwigluBackwardEpilogue<GemmSharedBackward> {};
 
 // ---- dw (+)= scale A^T B ----
 

@@ -157,4 +157,5 @@ template void gemm_portable(const GemmLaunch<GemmStore> *, int, cudaStream_t);
 template void gemm_portable(const GemmLaunch<GemmStoreFloat> *, int, cudaStream_t);
 template void gemm_portable(const GemmLaunch<GemmStoreSwiglu> *, int, cudaStream_t);
 template void gemm_portable(const GemmLaunch<GemmSwigluBackward> *, int, cudaStream_t);
+template void gemm_portable(const GemmLaunch<GemmSharedBackward> *, int, cudaStream_t);
 template void gemm_portable(const GemmLaunch<GemmStoreWeights> *, int, cudaStream_t);

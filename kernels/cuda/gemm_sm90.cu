@@ -100,4 +100,5 @@ template void gemm_sm90(const GemmLaunch<GemmStore> *, int, int, cudaStream_t);
 template void gemm_sm90(const GemmLaunch<GemmStoreFloat> *, int, int, cudaStream_t);
 template void gemm_sm90(const GemmLaunch<GemmStoreSwiglu> *, int, int, cudaStream_t);
 template void gemm_sm90(const GemmLaunch<GemmSwigluBackward> *, int, int, cudaStream_t);
+template void gemm_sm90(const GemmLaunch<GemmSharedBackward> *, int, int, cudaStream_t);
 template void gemm_sm90(const GemmLaunch<GemmStoreWeights> *, int, int, cudaStream_t);

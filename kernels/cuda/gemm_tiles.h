@@ -12,9 +12,11 @@ enum { GEMM_IN_PLACE, GEMM_GATHER_A, GEMM_GATHER_B };
 // The products that are built: kind, load policy, epilogue. Whatever an op launches stands here, and nothing else.
 #define GEMM_PRODUCTS(PRODUCT)                                                                                         \
   PRODUCT(GEMM_NT, GEMM_IN_PLACE, GemmStore)          /* LINEAR_FWD, EXPERT_DOWN_FWD, MOD_FWD */                       \
+  PRODUCT(GEMM_NT, GEMM_IN_PLACE, GemmStoreSwiglu)    /* SHARED_UP_FWD */                                              \
   PRODUCT(GEMM_NT, GEMM_GATHER_A, GemmStoreFloat)     /* HEAD_CE, HEAD_LOGITS */                                       \
   PRODUCT(GEMM_NT, GEMM_GATHER_A, GemmStoreSwiglu)    /* EXPERT_UP_FWD */                                              \
   PRODUCT(GEMM_NN, GEMM_IN_PLACE, GemmStore)          /* LINEAR_DGRAD, EXPERT_UP_DGRAD, HEAD_CE */                     \
+  PRODUCT(GEMM_NN, GEMM_IN_PLACE, GemmSharedBackward) /* SHARED_DOWN_BWD */                                            \
   PRODUCT(GEMM_NN, GEMM_GATHER_A, GemmSwigluBackward) /* EXPERT_DOWN_BWD */                                            \
   PRODUCT(GEMM_TN, GEMM_IN_PLACE, GemmStoreWeights)   /* LINEAR_WGRAD */                                               \
   PRODUCT(GEMM_TN, GEMM_GATHER_A, GemmStoreWeights)   /* EXPERT_DOWN_WGRAD */                                          \

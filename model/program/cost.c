@@ -27,6 +27,11 @@ static double linear_flops(const Extents *x, const OpArgs *args) {
   return x->segments * text;
 }
 
+// One product of every token with a [C, width of its shared expert] matrix.
+static double shared_flops(const Dims *d, const Extents *x) {
+  return 2.0 * d->C * by_modality(x, d->S[TEXT], d->S[IMAGE]);
+}
+
 // One product of every assignment with a [C, width of an expert] matrix.
 static double expert_flops(const Dims *d, const Extents *x) {
   return 2.0 * d->C * by_modality(x, d->K[TEXT] * d->F[TEXT], d->K[IMAGE] * d->F[IMAGE]);
@@ -100,9 +105,10 @@ static double op_flops(const Program *p, const Op *op, const Extents *x) {
   const Dims *d = &p->dims;
   const OpArgs *args = &op->args;
   double rows = x->text + x->image, heads = (double)d->H * d->D;
-  double qk = rows * (d->H + d->G) * d->D;                               // elements of q and k
-  double scores = by_modality(x, d->E[TEXT], d->E[IMAGE]);               // a router's
-  double experts = expert_flops(d, x);                                   // one product of all assignments
+  double qk = rows * (d->H + d->G) * d->D;                 // elements of q and k
+  double scores = by_modality(x, d->E[TEXT], d->E[IMAGE]); // a router's
+  double experts = expert_flops(d, x);                     // one product of all assignments
+  double shared = shared_flops(d, x);
   double combine = 2.0 * d->C * by_modality(x, d->K[TEXT], d->K[IMAGE]); // their sum
   double out = first_elements(p, op, x);
   switch (op->kind) {

@@ -18,11 +18,13 @@ static Share kind_share(OpKind kind) {
   switch (kind) {
   case OP_LINEAR_FWD:
   case OP_LINEAR_DGRAD:
+  case OP_SHARED_UP_FWD:
     return (Share){.9, .8};
   case OP_LINEAR_WGRAD:
     return (Share){.85, .8};
   case OP_EXPERT_UP_FWD:
   case OP_EXPERT_DOWN_FWD:
+  case OP_SHARED_DOWN_BWD:
     return (Share){.8, .8};
   case OP_EXPERT_UP_DGRAD:
     return (Share){.85, .8};

@@ -42,6 +42,7 @@ static double call_flops(const CudaCase *c, OpKind kind, const OpArgs *a) {
   const BatchDims *b = c->ops.batch.dims;
   double C = d->C, text = b->n_text, image = b->n_image;
   double expert = 2 * C * (text * d->K[TEXT] * d->F[TEXT] + image * d->K[IMAGE] * d->F[IMAGE]);
+  double shared = 2 * C * (text * d->S[TEXT] + image * d->S[IMAGE]);
   double router = 2 * C * (text * d->E[TEXT] + image * d->E[IMAGE]);
   switch (kind) {
   case OP_LINEAR_FWD:
@@ -60,6 +61,10 @@ static double call_flops(const CudaCase *c, OpKind kind, const OpArgs *a) {
   case OP_EXPERT_DOWN_BWD:
   case OP_EXPERT_DOWN_WGRAD:
     return expert;
+  case OP_SHARED_UP_FWD:
+    return 2 * shared;
+  case OP_SHARED_DOWN_BWD:
+    return shared;
   case OP_ROUTER_FWD:
     return router;
   case OP_ROUTER_BWD:

@@ -565,9 +565,9 @@ void cpu_call_rounded(OpKind kind, const KernelCall *call, const Value *out) {
     c.in.ADALN_FWD.branch = c.out.ADALN_FWD.xnew = NULL;
     cpu_call(kind, &c, out);
   }
-  if (kind == OP_EXPERT_UP_FWD) { // a's views lie at half the distances of pre's
+  if (kind == OP_EXPERT_UP_FWD || kind == OP_SHARED_UP_FWD) { // a's views lie at half the distances of pre's
     const Value *activation = &out[OUT_AT(EXPERT_UP_FWD, a)];
-    const real *pre = c.out.EXPERT_UP_FWD.pre;
+    const real *pre = c.out.EXPERT_UP_FWD.pre; // outputs are the same of both
     real *a = c.out.EXPERT_UP_FWD.a;
     for (int64_t i = 0; i < activation->count; i++)
       if (!isnan(pre[2 * i])) a[i] = pre[2 * i] * real_sigmoid(pre[2 * i]) * pre[2 * i + 1];

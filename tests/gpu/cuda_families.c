@@ -414,15 +414,23 @@ static void run_combine_adaln(CudaCase *c, const CudaShape *shape) {
   }
 }
 
-static void run_swiglu(CudaCase *c, const CudaShape *shape) {
+static void run_shared(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
   const int two_s[2] = {2 * d->S[0], 2 * d->S[1]};
   if (d->S[0] + d->S[1] == 0) return;
-  Value pre = value_sided(c, DT_ACT, one, two_s, 1, true), a = value_sided(c, DT_ACT, one, d->S, 0, true);
+  Value h = value_random(c, DT_ACT, d->T, d->C, 1), a = value_sided(c, DT_ACT, one, d->S, 0, true);
+  Value w1[2] = {none, none}, w2[2] = {none, none};
+  for (int m = 0; m < 2; m++) {
+    if (!d->S[m]) continue;
+    w1[m] = value_weight(c, two_s[m], d->C, d->C);
+    w2[m] = value_weight(c, d->C, d->S[m], d->C);
+  }
   cuda_case_variant(c, "widths %d, %d", d->S[0], d->S[1]);
-  cuda_case_call(c, OP_SWIGLU_FWD, ARGS(.span = {0}), VALUES_IN(pre), VALUES_OUT(a));
-  cuda_case_call(c, OP_SWIGLU_BWD, ARGS(.span = {0}), VALUES_IN(value_sided(c, DT_ACT, one, d->S, 1, true), pre),
+  cuda_case_call(c, OP_SHARED_UP_FWD, ARGS(.span = {0}), VALUES_IN(h, w1[0], w1[1]),
+                 VALUES_OUT(value_sided(c, DT_ACT, one, two_s, 0, true), a));
+  cuda_case_call(c, OP_SHARED_DOWN_BWD, ARGS(.span = {0}),
+                 VALUES_IN(h, value_sided(c, DT_ACT, one, two_s, 1, true), w2[0], w2[1]),
                  VALUES_OUT(value_sided(c, DT_ACT, one, two_s, 0, true), a));
 }
 
@@ -529,7 +537,7 @@ const Family families[FAMILIES] = {
      .mark = "loop",
      .apart = true},
     {"combine_adaln", run_combine_adaln, {OP_COMBINE_ADALN_FWD, OP_COMBINE_ADALN_BWD}, .n = 2},
-    {"swiglu", run_swiglu, {OP_SWIGLU_FWD, OP_SWIGLU_BWD}, .n = 2},
+    {"shared", run_shared, {OP_SHARED_UP_FWD, OP_SHARED_DOWN_BWD}, .n = 2, .both_timed = true},
     {"head", run_heads, {OP_HEAD_CE, OP_HEAD_LOGITS}, .n = 2},
     {"flow", run_flow, {OP_FLOW_LOSS}, .n = 1},
 };

@@ -244,13 +244,19 @@ static void call_experts(OpCalls *w) {
   }
 }
 
-static void call_swiglu(OpCalls *w) {
+static void call_shared(OpCalls *w) {
   const Dims *d = &w->c.dims;
   const int one[2] = {1, 1}, two_s[2] = {2 * d->S[0], 2 * d->S[1]};
   int64_t n_pre = two_sided_size(d->T, one, two_s), n_a = two_sided_size(d->T, one, d->S);
-  Value pre = random_value(w, n_pre);
-  call(w, OP_SWIGLU_FWD, ARGS(.span = {0}), IN(pre), OUT(poison_value(w, n_a)));
-  call(w, OP_SWIGLU_BWD, ARGS(.span = {0}), IN(random_value(w, n_a), pre),
+  int64_t TC = (int64_t)d->T * d->C;
+  Value pre = poison_value(w, n_pre), w1[2] = {none, none}, w2[2] = {none, none};
+  for (int m = 0; m < 2; m++) {
+    if (d->S[m] == 0) continue;
+    w1[m] = weight_value(w, (int64_t)2 * d->S[m] * d->C, d->C);
+    w2[m] = weight_value(w, (int64_t)d->S[m] * d->C, d->S[m]);
+  }
+  call(w, OP_SHARED_UP_FWD, ARGS(.span = {0}), IN(random_value(w, TC), w1[0], w1[1]), OUT(pre, poison_value(w, n_a)));
+  call(w, OP_SHARED_DOWN_BWD, ARGS(.span = {0}), IN(random_value(w, TC), pre, w2[0], w2[1]),
        OUT(poison_value(w, n_pre), poison_value(w, n_a)));
 }
 
@@ -321,7 +327,7 @@ void op_calls_run(OpCalls *w) {
   call_adaln(w);
   call_attention(w);
   call_experts(w);
-  call_swiglu(w);
+  call_shared(w);
   call_losses(w);
   for (int spoil = -1; spoil < 2; spoil++) call_update(w, spoil);
 }

@@ -453,13 +453,21 @@ def shared_parts(c, flat, times):
     return [c.view(flat, m, (1, 1), [times * s for s in c.S]) for m in (TEXT, IMAGE)]
 
 
-def op_swiglu_fwd(c, r):
-    return {"a": c.two_sided((1, 1), c.S, [swiglu(pre) for pre in shared_parts(c, r.i["pre"], 2)])}
+def shared_weight(r, name, m, rows, columns):
+    return r.i.get(f"{name}_{m}", torch.zeros(0, dtype=torch.float64)).view(rows, columns)
 
 
-def op_swiglu_bwd(c, r):
-    pre, da = shared_parts(c, r.i["pre"], 2), shared_parts(c, r.i["da"], 1)
-    dpre = [vjp(swiglu, [x], [g])[0] for x, g in zip(pre, da)]
+def op_shared_up_fwd(c, r):
+    pre = [c.rows(r.i["h"], m) @ shared_weight(r, "w1", m, 2 * c.S[m], c.C).T for m in (TEXT, IMAGE)]
+    two_s = [2 * s for s in c.S]
+    return {"pre": c.two_sided((1, 1), two_s, pre), "a": c.two_sided((1, 1), c.S, [swiglu(x) for x in pre])}
+
+
+def op_shared_down_bwd(c, r):
+    pre, dpre = shared_parts(c, r.i["pre"], 2), []
+    for m in (TEXT, IMAGE):
+        w2 = shared_weight(r, "w2", m, c.C, c.S[m])
+        dpre += vjp(lambda pre: swiglu(pre) @ w2.T, [pre[m]], [c.rows(r.i["dout"], m)])
     return {
         "dpre": c.two_sided((1, 1), [2 * s for s in c.S], dpre),
         "a": c.two_sided((1, 1), c.S, [swiglu(x) for x in pre]),

@@ -252,41 +252,52 @@ static void test_combine_adaln(void **state) {
   }
 }
 
-// ---- the shared expert's activation ----
+// ---- the shared expert ----
 
-static void test_swiglu(void **state) {
+static void test_shared(void **state) {
   (void)state;
   for (int seed = 0; seed < SEEDS; seed++) {
     OpCase box, *c = &box;
     make_case(c, seed);
     const Dims *d = &c->dims;
     const int one[2] = {1, 1}, wide[2] = {2 * d->S[0], 2 * d->S[1]};
-    int64_t na = two_sided_size(d->T, one, d->S), np = two_sided_size(d->T, one, wide);
-    real *pre = case_random(c, np, 2), *da = case_random(c, na, 1);
-    real *a = case_poison(c, na), *dpre = case_poison(c, np), *again = case_poison(c, na);
-    run_same(c, OP_SWIGLU_FWD, (OpArgs){0}, OP_IN(pre), OP_OUT(a), SIZES(REALS(na)));
-    run_same(c, OP_SWIGLU_BWD, (OpArgs){0}, OP_IN(da, pre), OP_OUT(dpre, again), SIZES(REALS(np), REALS(na)));
-    Ref f = {.c = c, .kind = OP_SWIGLU_FWD};
-    f.in[0] = case_double(c, pre, np);
-    ref_output(&f, 0, na, da);
-    ref_run(&f);
+    const OpArgs down = {.linear = {EXT_SPLIT, {d->S[0], d->S[1]}, {d->C, d->C}}};
+    int64_t na = two_sided_size(d->T, one, d->S), np = two_sided_size(d->T, one, wide), n = (int64_t)d->T * d->C;
+    real *h = case_random(c, n, 1), *dout = case_random(c, n, 1), *w1[2], *w2[2];
+    real *pre = case_poison(c, np), *a = case_poison(c, na), *dpre = case_poison(c, np), *again = case_poison(c, na);
+    real *da = case_poison(c, na);
+    for (int m = 0; m < MODALITIES; m++) {
+      w1[m] = d->S[m] ? case_random(c, (int64_t)2 * d->S[m] * d->C, 0.5) : NULL;
+      w2[m] = d->S[m] ? case_random(c, (int64_t)d->S[m] * d->C, 0.5) : NULL;
+    }
+    run_same(c, OP_SHARED_UP_FWD, (OpArgs){0}, OP_IN(h, w1[0], w1[1]), OP_OUT(pre, a), SIZES(REALS(np), REALS(na)));
+    run_same(c, OP_SHARED_DOWN_BWD, (OpArgs){0}, OP_IN(dout, pre, w2[0], w2[1]), OP_OUT(dpre, again),
+             SIZES(REALS(np), REALS(na)));
+    op_run(c, OP_LINEAR_DGRAD, down, OP_IN(dout, w2[0], w2[1], NULL), OP_OUT(da));
     for (int m = 0; m < MODALITIES; m++) {
       int64_t first = m ? c->batch.dims->n_text : 0, rows = m ? c->batch.dims->n_image : c->batch.dims->n_text;
-      int64_t S = d->S[m], at = two_sided_base(d->T, one, d->S, m) + first * S,
-              pre_at = two_sided_base(d->T, one, wide, m) + first * 2 * S;
-      assert_small(relative_error(a + at, f.out[0] + at, rows * S), CASE_TOL);
-      assert_small(relative_error(again + at, f.out[0] + at, rows * S), CASE_TOL);
-      assert_small(gradient_error(c, ref_loss, &f, f.in[0] + pre_at, dpre + pre_at, rows * 2 * S, 60), CASE_GRAD_TOL);
+      int64_t S = d->S[m], at = two_sided_base(d->T, one, d->S, m) + first * S, pre_at = 2 * at;
+      pre_at = two_sided_base(d->T, one, wide, m) + first * 2 * S;
+      assert_true(same_bits(a + at, again + at, REALS(rows * S)));
+      for (int64_t i = 0; i < rows * S; i++) { // by central differences of silu(gate) * up
+        double gate = (double)pre[pre_at + 2 * i], up = (double)pre[pre_at + 2 * i + 1], e = 1e-5;
+        double silu = gate / (1 + exp(-gate)),
+               slope = ((gate + e) / (1 + exp(-gate - e)) - (gate - e) / (1 + exp(e - gate))) / (2 * e);
+        double dA = (double)da[at + i];
+        assert_small(fabs((double)a[at + i] - silu * up), CASE_TOL * (1 + fabs(silu * up)));
+        assert_small(fabs((double)dpre[pre_at + 2 * i] - dA * up * slope), CASE_GRAD_TOL * (1 + fabs(dA * up)));
+        assert_small(fabs((double)dpre[pre_at + 2 * i + 1] - dA * silu), CASE_GRAD_TOL * (1 + fabs(dA * silu)));
+      }
     }
     int64_t filler = (d->T - used_rows(c)) * d->S[1];
     assert_true(all_zero(a + na - filler, filler) && all_zero(again + na - filler, filler));
-    assert_true(all_zero(dpre + np - 2 * filler, 2 * filler));
+    assert_true(all_zero(pre + np - 2 * filler, 2 * filler) && all_zero(dpre + np - 2 * filler, 2 * filler));
     op_case_free(c);
   }
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_experts), cmocka_unit_test(test_experts_large),
-                                     cmocka_unit_test(test_combine_adaln), cmocka_unit_test(test_swiglu)};
+                                     cmocka_unit_test(test_combine_adaln), cmocka_unit_test(test_shared)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -354,7 +354,8 @@ static void test_flops_are_those_of_the_ops(void **state) {
       int attention = op->kind == OP_ATTENTION_FWD || op->kind == OP_ATTENTION_BWD;
       int other = op->kind == OP_ROUTER_FWD || op->kind == OP_ROUTER_BWD || op->kind == OP_HEAD_CE ||
                   op->kind == OP_EXPERT_UP_FWD || op->kind == OP_EXPERT_UP_DGRAD || op->kind == OP_EXPERT_UP_WGRAD ||
-                  op->kind == OP_EXPERT_DOWN_FWD || op->kind == OP_EXPERT_DOWN_BWD || op->kind == OP_EXPERT_DOWN_WGRAD;
+                  op->kind == OP_EXPERT_DOWN_FWD || op->kind == OP_EXPERT_DOWN_BWD ||
+                  op->kind == OP_EXPERT_DOWN_WGRAD || op->kind == OP_SHARED_UP_FWD || op->kind == OP_SHARED_DOWN_BWD;
       double flops, bytes;
       if (linear && op->args.linear.extent == EXT_SEGMENTS) continue; // the condition is not a token's
       if (!linear && !attention && !other) continue;

@@ -89,7 +89,7 @@ const Backend backend_hash = {.name = "hash",
                               .fn = {[OP_COPY] = hash_copy,
                                      [OP_ADALN_FWD] = hash_adaln,
                                      [OP_ADALN_BWD] = hash_pure,
-                                     [OP_SWIGLU_FWD] = hash_pure,
+                                     [OP_SILU_FWD] = hash_pure,
                                      [OP_EXPERT_COMBINE] = hash_pure,
                                      [OP_EXPERT_UP_FWD] = hash_pure,
                                      [OP_QKNORM_ROPE_FWD] = hash_pure,
@@ -165,7 +165,7 @@ static void sketch_forward(Sketch *k, int l, TensorId x, TensorId branch) {
   static const struct {
     OpKind kind;
     int in, out;
-  } body[] = {{OP_SWIGLU_FWD, 1, 1},      {OP_EXPERT_COMBINE, 4, 1}, {OP_EXPERT_UP_FWD, 4, 2},
+  } body[] = {{OP_SILU_FWD, 1, 1},        {OP_EXPERT_COMBINE, 4, 1}, {OP_EXPERT_UP_FWD, 4, 2},
               {OP_QKNORM_ROPE_FWD, 3, 3}, {OP_ATTENTION_FWD, 3, 2},  {OP_ROUTER_FWD, 3, 3}};
   Layer *y = &k->layer[l];
   program_layer(k->p, l);
@@ -260,9 +260,9 @@ Sketch sketch_new(uint64_t seed, const PolicyTable *policy) {
   TensorId x = sketch_tensor(&k), branch = NONE, in[OP_MAX_IN], out[OP_MAX_OUT];
   operands_clear(in, out);
   in[0] = sketch_weight(&k), out[0] = k.mod;
-  sketch_op(&k, OP_SWIGLU_FWD, in, out, 0, -1);
+  sketch_op(&k, OP_SILU_FWD, in, out, 0, -1);
   in[0] = k.mod, out[0] = x;
-  sketch_op(&k, OP_SWIGLU_FWD, in, out, 0, -1);
+  sketch_op(&k, OP_SILU_FWD, in, out, 0, -1);
   for (int l = 0; l < k.layers; l++) {
     sketch_forward(&k, l, x, branch);
     x = k.layer[l].x;

@@ -116,9 +116,9 @@ static void test_plan_table(void **state) {
     program_layer(p, l);
     x[l] = program_tensor(p, DT_ACT, 1000000, "x");
     qkv[l] = program_tensor(p, DT_U8, l ? 5000000 : 3000000, "qkv");
-    program_op(p, OP_SWIGLU_FWD, TENSORS(w), TENSORS(x[l]), NULL);
+    program_op(p, OP_SILU_FWD, TENSORS(w), TENSORS(x[l]), NULL);
     program_save(p, x[l], SAVED_X);
-    program_op(p, OP_SWIGLU_FWD, TENSORS(x[l]), TENSORS(qkv[l]), NULL);
+    program_op(p, OP_SILU_FWD, TENSORS(x[l]), TENSORS(qkv[l]), NULL);
     program_save(p, qkv[l], SAVED_QKV);
   }
   program_need(p, x[0]); // x[1] is needed to rebuild qkv[1]

@@ -274,12 +274,12 @@ static void test_reloads_move_one_layer_earlier(void **state) {
   for (int l = 0; l < L; l++) {
     program_layer(p, l);
     x[l + 1] = program_tensor(p, DT_ACT, 8, "x%d", l + 1);
-    forward[l] = program_op(p, OP_SWIGLU_FWD, TENSORS(x[l]), TENSORS(x[l + 1]), &args[l]);
+    forward[l] = program_op(p, OP_SILU_FWD, TENSORS(x[l]), TENSORS(x[l + 1]), &args[l]);
     program_save(p, x[l + 1], SAVED_X);
   }
   program_layer(p, L);
   dx[L] = program_tensor(p, DT_ACT, 8, "dx%d", L);
-  program_op(p, OP_SWIGLU_FWD, TENSORS(x[L]), TENSORS(dx[L]), &args[L]);
+  program_op(p, OP_SILU_FWD, TENSORS(x[L]), TENSORS(dx[L]), &args[L]);
   for (int l = L - 1; l >= 0; l--) {
     program_layer(p, l);
     dx[l] = program_tensor(p, DT_ACT, 8, "dx%d", l);
@@ -326,12 +326,12 @@ static void test_reloads_begin_by_the_clock(void **state) {
   for (int l = 0; l < L; l++) {
     program_layer(p, l);
     x[l + 1] = program_tensor(p, DT_ACT, 8, "x%d", l + 1);
-    program_op(p, OP_SWIGLU_FWD, TENSORS(x[l]), TENSORS(x[l + 1]), NULL);
+    program_op(p, OP_SILU_FWD, TENSORS(x[l]), TENSORS(x[l + 1]), NULL);
     program_save(p, x[l + 1], SAVED_X);
   }
   program_layer(p, L);
   dx[L] = program_tensor(p, DT_ACT, 8, "dx%d", L);
-  program_op(p, OP_SWIGLU_FWD, TENSORS(x[L]), TENSORS(dx[L]), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(x[L]), TENSORS(dx[L]), NULL);
   for (int l = L - 1; l >= 0; l--) {
     program_layer(p, l);
     dx[l] = program_tensor(p, DT_ACT, 8, "dx%d", l);
@@ -371,7 +371,7 @@ static void test_small_tensors_stay(void **state) {
     Program *p = program_new("small", &sketch_dims, &backend_hash, &policy);
     TensorId w = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "w"), x = program_tensor(p, DT_ACT, 8, "x");
     program_layer(p, 0);
-    program_op(p, OP_SWIGLU_FWD, TENSORS(w), TENSORS(x), NULL);
+    program_op(p, OP_SILU_FWD, TENSORS(w), TENSORS(x), NULL);
     program_save(p, x, SAVED_X);
     assert_int_equal(program_need(p, x) == x, least == 33);
     program_free(p);
@@ -389,11 +389,11 @@ static void test_reload_follows_its_copy(void **state) {
   TensorId w = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "w");
   TensorId x = program_tensor(p, DT_ACT, 8, "x"), y = program_tensor(p, DT_ACT, 8, "y");
   program_layer(p, 0);
-  program_op(p, OP_SWIGLU_FWD, TENSORS(w), TENSORS(x), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(w), TENSORS(x), NULL);
   program_save(p, x, SAVED_X);
   program_layer(p, 1);
   TensorId again = program_need(p, x);
-  program_op(p, OP_SWIGLU_FWD, TENSORS(again), TENSORS(y), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(again), TENSORS(y), NULL);
   program_finish(p);
   static const Lane lanes[] = {LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMPUTE};
   assert_int_equal(p->n_ops, 4);
@@ -413,12 +413,12 @@ static void test_reload_follows_a_copy_that_opens_a_layer(void **state) {
   TensorId w = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "w");
   TensorId x = program_tensor(p, DT_ACT, 8, "x"), y = program_tensor(p, DT_ACT, 8, "y");
   program_layer(p, 0);
-  program_op(p, OP_SWIGLU_FWD, TENSORS(w), TENSORS(x), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(w), TENSORS(x), NULL);
   program_layer(p, 1);
   program_save(p, x, SAVED_X);
   program_layer(p, 2);
   TensorId again = program_need(p, x);
-  program_op(p, OP_SWIGLU_FWD, TENSORS(again), TENSORS(y), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(again), TENSORS(y), NULL);
   program_finish(p);
   static const Lane lanes[] = {LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMPUTE};
   assert_int_equal(p->n_ops, 4);
@@ -496,14 +496,14 @@ static Program *wrong_program(void) {
 static void wrong_read_before_write(void) {
   Program *p = wrong_program();
   TensorId a = program_tensor(p, DT_ACT, 8, "early bird"), b = program_tensor(p, DT_ACT, 8, "b");
-  program_op(p, OP_SWIGLU_FWD, TENSORS(a), TENSORS(b), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(a), TENSORS(b), NULL);
   program_finish(p);
 }
 static void wrong_missing_operand(void) {
   Program *p = wrong_program();
   TensorId a = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "a"), b = program_tensor(p, DT_ACT, 8, "b");
   TensorId c = program_tensor(p, DT_ACT, 8, "c");
-  program_op(p, OP_SWIGLU_BWD, TENSORS(a, NONE), TENSORS(b, c), NULL);
+  program_op(p, OP_COND_BWD, TENSORS(a, NONE), TENSORS(b, c), NULL);
 }
 static void wrong_input_left_out(void) {
   Program *p = wrong_program();
@@ -513,18 +513,18 @@ static void wrong_input_left_out(void) {
 static void wrong_output_too_many(void) {
   Program *p = wrong_program();
   TensorId x = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "x"), y = program_tensor(p, DT_ACT, 8, "y");
-  program_op(p, OP_SWIGLU_FWD, TENSORS(x), TENSORS(y, NONE), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(x), TENSORS(y, NONE), NULL);
 }
 static void wrong_rebuild_list(void) {
   Program *p = wrong_program();
   TensorId x = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "x"), y = program_tensor(p, DT_ACT, 8, "y");
-  program_op(p, OP_SWIGLU_FWD, TENSORS(x), TENSORS(y), NULL);
-  program_save_rebuild(p, TENSORS(y), OP_SWIGLU_BWD, TENSORS(x, x), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(x), TENSORS(y), NULL);
+  program_save_rebuild(p, TENSORS(y), OP_COND_BWD, TENSORS(x, x), NULL);
 }
 static void wrong_in_place(void) {
   Program *p = wrong_program();
   TensorId a = program_external(p, SPACE_INPUT, 0, DT_ACT, 8, "both");
-  program_op(p, OP_SWIGLU_FWD, TENSORS(a), TENSORS(a), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(a), TENSORS(a), NULL);
 }
 static void wrong_rebuild_of_gradient(void) {
   PolicyTable policy = policy_table_new(1, MEMORY_RECOMPUTE);
@@ -538,7 +538,7 @@ static void wrong_rebuild_of_gradient(void) {
 static void wrong_address(void) {
   Program *p = wrong_program();
   TensorId a = program_external(p, SPACE_WEIGHTS, 0, DT_ACT, 8, "a"), b = program_tensor(p, DT_ACT, 8, "passing");
-  program_op(p, OP_SWIGLU_FWD, TENSORS(a), TENSORS(b), NULL);
+  program_op(p, OP_SILU_FWD, TENSORS(a), TENSORS(b), NULL);
   program_finish(p);
   Memory m = memory_new(p, 0);
   program_bind(p, &m.bases);
@@ -550,12 +550,12 @@ static void test_wrong_programs_are_named(void **state) {
   static const struct {
     void (*body)(void);
     const char *says[3];
-  } cases[] = {{wrong_read_before_write, {"SWIGLU_FWD", "operand pre", "early bird"}},
-               {wrong_missing_operand, {"SWIGLU_BWD", "operand pre", "missing"}},
+  } cases[] = {{wrong_read_before_write, {"SILU_FWD", "operand x", "early bird"}},
+               {wrong_missing_operand, {"COND_BWD", "operand c", "missing"}},
                {wrong_input_left_out, {"LINEAR_FWD", "has 4 inputs", "3 are given"}},
-               {wrong_output_too_many, {"SWIGLU_FWD", "has 1 outputs", "2 are given"}},
-               {wrong_rebuild_list, {"SWIGLU_BWD", "has 2 outputs", "1 are given"}},
-               {wrong_in_place, {"SWIGLU_FWD", "both", "input pre and output a"}},
+               {wrong_output_too_many, {"SILU_FWD", "has 1 outputs", "2 are given"}},
+               {wrong_rebuild_list, {"COND_BWD", "has 2 outputs", "1 are given"}},
+               {wrong_in_place, {"SILU_FWD", "both", "input x and output y"}},
                {wrong_rebuild_of_gradient, {"EMBED_BWD", "output dE", "must not be written again"}},
                {wrong_address, {"passing", "no output", "gone"}}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -579,7 +579,7 @@ static void wrong_kernel(void) {
            b = program_tensor(p, DT_U8, 8, "b");
   Shape s = {.in = {32}, .out = {8}, .to = {8}};
   OpArgs args = {.span = {.count = (int64_t)(intptr_t)&s}};
-  program_op(p, OP_SWIGLU_FWD, TENSORS(w), TENSORS(a), &args);
+  program_op(p, OP_SILU_FWD, TENSORS(w), TENSORS(a), &args);
   program_op(p, OP_SILU_FWD, TENSORS(a), TENSORS(b), &args);
   program_finish(p);
   Memory m = memory_new(p, 0);

@@ -1,4 +1,4 @@
-// The experts, token by token and choice by choice; and the shared expert's activation.
+// The experts, token by token and choice by choice; and the shared expert.
 #include "kernels/cpu/reference/rows.h"
 
 // Choice j of row r: expert e of modality m, row `at` of that modality's view in the per-assignment buffers.
@@ -163,7 +163,7 @@ void reference_EXPERT_UP_WGRAD(const KernelCall *c) {
   }
 }
 
-// ---- the shared expert's activation: a row a token, in two-sided buffers ----
+// ---- the shared expert: a row a token, in two-sided buffers ----
 
 static const int one[MODALITIES] = {1, 1};
 
@@ -173,26 +173,38 @@ static int64_t shared_at(const KernelCall *c, int64_t r, int scale) {
   return two_sided_base(c->dims->T, one, width, m) + r * width[m];
 }
 
-void reference_SWIGLU_FWD(const KernelCall *c) {
+void reference_SHARED_UP_FWD(const KernelCall *c) {
+  const int64_t C = c->dims->C;
   for (int64_t r = 0; r < c->dims->T; r++) {
-    const double *pre = (const double *)c->in.SWIGLU_FWD.pre + shared_at(c, r, 2); // [2S]
-    double *a = (double *)c->out.SWIGLU_FWD.a + shared_at(c, r, 1);                // [S]
-    for (int64_t f = 0; f < c->dims->S[row_modality(c, r)]; f++)
-      a[f] = r < used_rows(c) ? silu(pre[2 * f]) * pre[2 * f + 1] : 0;
+    const int m = row_modality(c, r), on = r < used_rows(c);
+    const double *h = (const double *)c->in.SHARED_UP_FWD.h + r * C;       // [C]
+    const double *W1 = c->in.SHARED_UP_FWD.w1[m];                          // [2S, C]: gate, up, gate, up, ...
+    double *pre = (double *)c->out.SHARED_UP_FWD.pre + shared_at(c, r, 2); // [2S]
+    double *a = (double *)c->out.SHARED_UP_FWD.a + shared_at(c, r, 1);     // [S]
+    for (int64_t k = 0; k < 2 * c->dims->S[m]; k++) {
+      pre[k] = 0;
+      for (int64_t i = 0; on && i < C; i++) pre[k] += h[i] * W1[k * C + i];
+    }
+    for (int64_t f = 0; f < c->dims->S[m]; f++) a[f] = silu(pre[2 * f]) * pre[2 * f + 1];
   }
 }
 
-void reference_SWIGLU_BWD(const KernelCall *c) {
+void reference_SHARED_DOWN_BWD(const KernelCall *c) {
+  const int64_t C = c->dims->C;
   for (int64_t r = 0; r < c->dims->T; r++) {
-    const double *pre = (const double *)c->in.SWIGLU_BWD.pre + shared_at(c, r, 2); // [2S]
-    const double *da = (const double *)c->in.SWIGLU_BWD.da + shared_at(c, r, 1);   // [S]
-    double *dpre = (double *)c->out.SWIGLU_BWD.dpre + shared_at(c, r, 2);          // [2S]
-    double *a = (double *)c->out.SWIGLU_BWD.a + shared_at(c, r, 1);                // [S]
-    for (int64_t f = 0; f < c->dims->S[row_modality(c, r)]; f++) {
-      double gate = pre[2 * f], up = pre[2 * f + 1], on = r < used_rows(c);
+    const int m = row_modality(c, r), on = r < used_rows(c);
+    const int64_t S = c->dims->S[m];
+    const double *dout = (const double *)c->in.SHARED_DOWN_BWD.dout + r * C;            // [C]
+    const double *W2 = c->in.SHARED_DOWN_BWD.w2[m];                                     // [C, S]
+    const double *pre = (const double *)c->in.SHARED_DOWN_BWD.pre + shared_at(c, r, 2); // [2S]
+    double *dpre = (double *)c->out.SHARED_DOWN_BWD.dpre + shared_at(c, r, 2);          // [2S]
+    double *a = (double *)c->out.SHARED_DOWN_BWD.a + shared_at(c, r, 1);                // [S]
+    for (int64_t f = 0; f < S; f++) {
+      double gate = pre[2 * f], up = pre[2 * f + 1], dA = 0;
+      for (int64_t i = 0; on && i < C; i++) dA += dout[i] * W2[i * S + f];
       a[f] = on ? silu(gate) * up : 0;
-      dpre[2 * f] = on ? da[f] * up * silu_slope(gate) : 0;
-      dpre[2 * f + 1] = on ? da[f] * silu(gate) : 0;
+      dpre[2 * f] = on ? dA * up * silu_slope(gate) : 0;
+      dpre[2 * f + 1] = on ? dA * silu(gate) : 0;
     }
   }
 }

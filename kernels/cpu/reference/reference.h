@@ -30,8 +30,8 @@
   OP(EXPERT_UP_WGRAD)                                                                                                  \
   OP(COMBINE_ADALN_FWD)                                                                                                \
   OP(COMBINE_ADALN_BWD)                                                                                                \
-  OP(SWIGLU_FWD)                                                                                                       \
-  OP(SWIGLU_BWD)                                                                                                       \
+  OP(SHARED_UP_FWD)                                                                                                    \
+  OP(SHARED_DOWN_BWD)                                                                                                  \
   OP(HEAD_CE)                                                                                                          \
   OP(HEAD_LOGITS)                                                                                                      \
   OP(FLOW_LOSS)
