@@ -249,6 +249,9 @@ struct Backend {
   const KernelWay *ways;       // [n_ways] beside those in fn and scratch
   int n_ways;
   int host_waits[OP_COUNT]; // of fn: KernelWay.host_waits
+  // How it computes an op of these sizes, for the profile, into note [size]; empty where there is nothing to say. NULL:
+  // never.
+  void (*note)(const Backend *b, OpKind kind, const Dims *dims, const OpArgs *args, char *note, size_t size);
   // Masters [n] of weights, as DT_REAL, from what is stored of them and back, in host memory. Without remainders
   // (NULL) those nearest to the weights are read. NULL: DT_ACT is the master.
   void (*weights_read)(const void *weights, const void *remainders, int64_t n, void *masters);

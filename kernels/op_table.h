@@ -37,6 +37,9 @@ typedef struct OpArgs {
       int layer;
       int even; // ROUTER_FWD: experts in turn, not those of the largest logits
     } router;
+    struct {                 // EXPERT_UP_*, EXPERT_DOWN_*
+      int tiles[MODALITIES]; // columns of a product's tiles, 0: those that the backend finds best
+    } experts;
     struct {     // HEAD_CE
       int chunk; // rows of logits at a time
     } head;

@@ -29,6 +29,11 @@ static OpArgs router_args(const Recording *r, int l) {
                              .even = r->config->router.even}};
 }
 
+static OpArgs expert_args(const Recording *r) {
+  const TileColumns *tiles = r->config->kernels.tiles;
+  return (OpArgs){.accumulate = r->accumulate, .experts = {.tiles = {128 * (int)tiles[TEXT], 128 * (int)tiles[IMAGE]}}};
+}
+
 // ---- forward ----
 
 static void save_site1(Recording *r, int l) {
@@ -155,12 +160,13 @@ Site record_layer(Recording *r, int l, Site in) {
   // y_e = W2_e (silu(gate_e) * up_e), gate_e and up_e = h W1_e
   f->expert_pre = two_sided(r, DT_ACT, d->K, 2 * F[TEXT], 2 * F[IMAGE], "expert pre-activation");
   TensorId a = two_sided(r, DT_ACT, d->K, F[TEXT], F[IMAGE], "expert activation");
+  const OpArgs experts = expert_args(r);
   program_op(p, OP_EXPERT_UP_FWD, IN(f->site2.h, f->route, weight(r, w->w1[0]), weight(r, w->w1[1])),
-             OUT(f->expert_pre, a), NULL);
+             OUT(f->expert_pre, a), &experts);
   program_save(p, f->expert_pre, SAVED_EXPERT_PRE);
   f->expert_out = two_sided(r, DT_ACT, d->K, C, C, "expert out");
   program_op(p, OP_EXPERT_DOWN_FWD, IN(a, f->route, weight(r, w->w2[0]), weight(r, w->w2[1])), OUT(f->expert_out),
-             NULL);
+             &experts);
 
   // b2 = Shared(h) + sum w_e y_e; x' = x2 + gate2 b2; h' = AdaLN(x')
   return f->end = record_end(r, l);
@@ -227,7 +233,7 @@ SiteGradient record_layer_backward(Recording *r, int l, SiteGradient g) {
   const Dims *d = &r->d;
   const int C = d->C, HD = d->H * d->D, GD = d->G * d->D, *F = d->F;
   const Activations *f = &r->layer[l];
-  const OpArgs acc = {.accumulate = r->accumulate};
+  const OpArgs acc = {.accumulate = r->accumulate}, experts = expert_args(r);
   Program *p = r->p;
 
   // x' = x2 + gate2 b2; h' = AdaLN(x')
@@ -242,13 +248,13 @@ SiteGradient record_layer_backward(Recording *r, int l, SiteGradient g) {
   TensorId sa = two_sided(r, DT_ACT, d->K, F[TEXT], F[IMAGE], "weighted activation");
   TensorId dweights = program_tensor(p, DT_REAL, (int64_t)d->T * dims_kmax(d), "d router weights");
   program_op(p, OP_EXPERT_DOWN_BWD, IN(db2, pre, weights, route, weight(r, w->w2[0]), weight(r, w->w2[1])),
-             OUT(dpre, sa, dweights), NULL);
-  program_op(p, OP_EXPERT_DOWN_WGRAD, IN(db2, sa, route), OUT(gradient(r, w->w2[0]), gradient(r, w->w2[1])), &acc);
+             OUT(dpre, sa, dweights), &experts);
+  program_op(p, OP_EXPERT_DOWN_WGRAD, IN(db2, sa, route), OUT(gradient(r, w->w2[0]), gradient(r, w->w2[1])), &experts);
 
   // gate_e, up_e = h W1_e
   TensorId dslot = two_sided(r, DT_ACT, d->K, C, C, "d expert input");
-  program_op(p, OP_EXPERT_UP_DGRAD, IN(dpre, route, weight(r, w->w1[0]), weight(r, w->w1[1])), OUT(dslot), NULL);
-  program_op(p, OP_EXPERT_UP_WGRAD, IN(dpre, h2, route), OUT(gradient(r, w->w1[0]), gradient(r, w->w1[1])), &acc);
+  program_op(p, OP_EXPERT_UP_DGRAD, IN(dpre, route, weight(r, w->w1[0]), weight(r, w->w1[1])), OUT(dslot), &experts);
+  program_op(p, OP_EXPERT_UP_WGRAD, IN(dpre, h2, route), OUT(gradient(r, w->w1[0]), gradient(r, w->w1[1])), &experts);
 
   // Shared(h)
   TensorId dh_shared = record_shared_backward(r, l, db2, h2);

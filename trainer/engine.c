@@ -145,7 +145,7 @@ static void unpin(Engine *e) {
     if (all[i]) e->model.backend->host_release(all[i]);
 }
 
-// Says which of the keys about queues are another backend's.
+// Says which of the keys about queues and kernels are another backend's.
 static void name_idle_queues(const Engine *e) {
   const Backend *b = e->model.backend;
   const Config *c = e->config;
@@ -154,6 +154,8 @@ static void name_idle_queues(const Engine *e) {
     log_info("kernels.update: the optimizer's state is on the host, and is updated at each step's end");
   if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph))
     log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
+  if (!b->note && (c->kernels.tiles[TEXT] || c->kernels.tiles[IMAGE]))
+    log_info("kernels.tiles changes nothing on the %s", b->name);
 }
 
 void engine_begin_step(Engine *e) {

@@ -13,6 +13,7 @@
 typedef struct KindCost {
   int64_t calls;
   double seconds, flops, bytes, floor;
+  char note[64]; // of the first of them (Backend.note)
 } KindCost;
 
 struct Profile {
@@ -59,6 +60,8 @@ static void add_costs(Profile *p, const Program *program, const Extents *x) {
     KindCost *k = &p->kind[op->kind];
     double flops, bytes, floor = 0;
     op_cost(program, op, x, &flops, &bytes);
+    if (!k->calls && p->backend->note)
+      p->backend->note(p->backend, op->kind, &program->dims, &op->args, k->note, sizeof k->note);
     if (p->rates.bytes > 0) floor = bytes / p->rates.bytes;
     if (p->rates.flops > 0) floor = fmax(floor, flops / p->rates.flops);
     k->calls++;
@@ -167,9 +170,9 @@ static void print_table(Profile *p) {
     char floor[16] = "";
     if (k->seconds <= 0) break;
     if (p->rates.bytes > 0) snprintf(floor, sizeof floor, " %6.1f%%", 100 * k->floor / k->seconds);
-    log_info("%-18s %6.4g %9.3f %5.1f%% %9.1f %9.1f%s", op_info[most].name, (double)k->calls / steps,
+    log_info("%-18s %6.4g %9.3f %5.1f%% %9.1f %9.1f%s%s%s", op_info[most].name, (double)k->calls / steps,
              1e3 * k->seconds / steps, 100 * k->seconds / total, k->bytes / k->seconds / 1e9,
-             k->flops / k->seconds / 1e9, floor);
+             k->flops / k->seconds / 1e9, floor, *k->note ? "   " : "", k->note);
     k->seconds = 0;
   }
   log_info("%-18s %6s %9.3f", "all", "", 1e3 * total / steps);

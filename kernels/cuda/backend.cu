@@ -359,6 +359,8 @@ static void queue_graph_free(void *graph) {
   { OP_##op, NULL, cuda_##op, scratch, 0, NULL }
 #define UNFUSED(op)                                                                                                    \
   { OP_##op, "unfused", cuda_##op##_unfused, adaln_unfused_scratch, 0, NULL }
+#define GROUPED(op)                                                                                                    \
+  { OP_##op, "grouped", cuda_##op##_grouped, expert_grouped_scratch, 0, NULL }
 #define LOOP(op)                                                                                                       \
   { OP_##op, "loop", cuda_##op##_loop, expert_loop_scratch, 1, cublas_lt_missing }
 
@@ -404,7 +406,14 @@ static const KernelWay other_ways[] = {
     UNFUSED(ADALN_BWD),
     {OP_COMBINE_ADALN_FWD, "unfused", NULL, NULL, 0, NULL},
     {OP_COMBINE_ADALN_BWD, "unfused", NULL, NULL, 0, NULL},
-    // kernels.moe_gemm: a library product for every expert, whose extents the host waits for.
+    // kernels.moe_gemm: tiles of one kind for both modalities; or a library product for every expert, whose extents the
+    // host waits for.
+    GROUPED(EXPERT_UP_FWD),
+    GROUPED(EXPERT_DOWN_FWD),
+    GROUPED(EXPERT_DOWN_BWD),
+    GROUPED(EXPERT_DOWN_WGRAD),
+    GROUPED(EXPERT_UP_DGRAD),
+    GROUPED(EXPERT_UP_WGRAD),
     LOOP(EXPERT_UP_FWD),
     LOOP(EXPERT_DOWN_FWD),
     LOOP(EXPERT_DOWN_BWD),
@@ -436,6 +445,7 @@ static Backend backend_make(void) {
   for (const KernelWay &way : own_ways) b.scratch[way.op] = way.scratch;
   b.ways = other_ways;
   b.n_ways = sizeof other_ways / sizeof *other_ways;
+  b.note = expert_note;
   b.queues = &queues;
   b.accepts = cuda_accepts;
   b.open = cuda_open;

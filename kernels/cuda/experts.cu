@@ -3,18 +3,25 @@
 #include "kernels/cuda/experts.h"
 #include "kernels/cuda/gemm.h"
 
+#include <stdio.h>
+
 enum { THREADS = 256 };
 
 // ---- products ----
 
+// With tiles that suit each modality, or of one kind (kernels.moe_gemm grouped).
+enum Tiles { OWN_TILES, SAME_TILES };
+
 // The op's product without its operands: the groups of a side are modality m's experts, its rows are slots.
-static Gemm experts_gemm(OpKind kind, const Dims *d) {
+static Gemm experts_gemm(OpKind kind, const Dims *d, const OpArgs *args, Tiles tiles) {
   Gemm g = {};
+  g.same_tiles = tiles == SAME_TILES;
   g.b_transposed = kind == OP_EXPERT_DOWN_BWD || kind == OP_EXPERT_UP_DGRAD;
   g.index_divisor = dims_kmax(d);
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     const int C = d->C, F = d->F[m];
+    g.tiles[m] = (int16_t)args->experts.tiles[m];
     s->groups = d->E[m];
     s->rows = d->T * d->K[m];
     if (kind == OP_EXPERT_UP_FWD) s->N = 2 * F, s->K = C;
@@ -33,10 +40,10 @@ static GemmExtent experts_extent(const Dims *d, const Route *route, int m) {
   return {route->begin + first, route->count + first, 0, 0};
 }
 
-extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
+static void up_fwd(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_UP_FWD.route);
-  Gemm g = experts_gemm(OP_EXPERT_UP_FWD, d);
+  Gemm g = experts_gemm(OP_EXPERT_UP_FWD, d, c->args, tiles);
   GemmStoreSwiglu end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
@@ -50,11 +57,11 @@ extern "C" void cuda_EXPERT_UP_FWD(const KernelCall *c) {
   gemm_rows(&g, end, call_stream(c));
 }
 
-extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
+static void down_fwd(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, c->in.EXPERT_DOWN_FWD.route);
-  Gemm g = experts_gemm(OP_EXPERT_DOWN_FWD, d);
+  Gemm g = experts_gemm(OP_EXPERT_DOWN_FWD, d, c->args, tiles);
   GemmStore end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
@@ -66,11 +73,11 @@ extern "C" void cuda_EXPERT_DOWN_FWD(const KernelCall *c) {
   gemm_rows(&g, end, call_stream(c));
 }
 
-extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
+static void up_dgrad(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, c->in.EXPERT_UP_DGRAD.route);
-  Gemm g = experts_gemm(OP_EXPERT_UP_DGRAD, d);
+  Gemm g = experts_gemm(OP_EXPERT_UP_DGRAD, d, c->args, tiles);
   GemmStore end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
@@ -82,10 +89,10 @@ extern "C" void cuda_EXPERT_UP_DGRAD(const KernelCall *c) {
   gemm_rows(&g, end, call_stream(c));
 }
 
-extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
+static void down_wgrad(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_DOWN_WGRAD.route);
-  Gemm g = experts_gemm(OP_EXPERT_DOWN_WGRAD, d);
+  Gemm g = experts_gemm(OP_EXPERT_DOWN_WGRAD, d, c->args, tiles);
   g.scratch = c->scratch;
   GemmStoreWeights end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
@@ -100,10 +107,10 @@ extern "C" void cuda_EXPERT_DOWN_WGRAD(const KernelCall *c) {
   gemm_weights(&g, end, call_stream(c));
 }
 
-extern "C" void cuda_EXPERT_UP_WGRAD(const KernelCall *c) {
+static void up_wgrad(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_UP_WGRAD.route);
-  Gemm g = experts_gemm(OP_EXPERT_UP_WGRAD, d);
+  Gemm g = experts_gemm(OP_EXPERT_UP_WGRAD, d, c->args, tiles);
   g.scratch = c->scratch;
   GemmStoreWeights end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
@@ -156,19 +163,26 @@ static size_t dots_size(const Dims *d, int m) {
   return (size_t)ceil_div(d->F[m], GEMM_DOT_COLUMNS) * d->T * d->K[m];
 }
 
-size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
-  (void)args;
+static size_t product_scratch(OpKind kind, const Dims *dims, const OpArgs *args, Tiles tiles) {
   if (kind == OP_EXPERT_DOWN_BWD) return (dots_size(dims, TEXT) + dots_size(dims, IMAGE)) * sizeof(float);
   if (kind != OP_EXPERT_DOWN_WGRAD && kind != OP_EXPERT_UP_WGRAD) return 0;
-  const Gemm g = experts_gemm(kind, dims);
+  const Gemm g = experts_gemm(kind, dims, args, tiles);
   return gemm_weights_scratch(&g);
 }
 
-extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
+size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  return product_scratch(kind, dims, args, OWN_TILES);
+}
+
+size_t expert_grouped_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
+  return product_scratch(kind, dims, args, SAME_TILES);
+}
+
+static void down_bwd(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_DOWN_BWD.route);
   float *dot = (float *)c->scratch;
-  Gemm g = experts_gemm(OP_EXPERT_DOWN_BWD, d);
+  Gemm g = experts_gemm(OP_EXPERT_DOWN_BWD, d, c->args, tiles);
   Dots p = {};
   GemmSwigluBackward end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
@@ -194,4 +208,32 @@ extern "C" void cuda_EXPERT_DOWN_BWD(const KernelCall *c) {
   p.kmax = dims_kmax(d);
   gemm_rows(&g, end, call_stream(c));
   CUDA_LAUNCH(dots_sum, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), p, c->batch->dims);
+}
+
+// ---- the ops ----
+
+#define EXPERT_OP(name, run)                                                                                           \
+  extern "C" void cuda_EXPERT_##name(const KernelCall *c) {                                                            \
+    run(c, OWN_TILES);                                                                                                 \
+  }                                                                                                                    \
+  extern "C" void cuda_EXPERT_##name##_grouped(const KernelCall *c) {                                                  \
+    run(c, SAME_TILES);                                                                                                \
+  }
+EXPERT_OP(UP_FWD, up_fwd)
+EXPERT_OP(DOWN_FWD, down_fwd)
+EXPERT_OP(DOWN_BWD, down_bwd)
+EXPERT_OP(DOWN_WGRAD, down_wgrad)
+EXPERT_OP(UP_DGRAD, up_dgrad)
+EXPERT_OP(UP_WGRAD, up_wgrad)
+
+void expert_note(const Backend *b, OpKind kind, const Dims *dims, const OpArgs *args, char *note, size_t size) {
+  const bool own = b->scratch[kind] == expert_scratch;
+  int columns[MODALITIES];
+  if (!own && b->scratch[kind] != expert_grouped_scratch) return;
+  const Gemm g = experts_gemm(kind, dims, args, own ? OWN_TILES : SAME_TILES);
+  if (kind == OP_EXPERT_DOWN_WGRAD || kind == OP_EXPERT_UP_WGRAD)
+    gemm_weights_tiles(&g, columns);
+  else
+    gemm_rows_tiles(&g, columns);
+  snprintf(note, size, "tiles of %d columns (text), %d (image)", columns[TEXT], columns[IMAGE]);
 }

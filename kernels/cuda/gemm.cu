@@ -151,6 +151,19 @@ void gemm_rows(const Gemm *g, const GemmSharedBackward end[MODALITIES], cudaStre
 void gemm_weights(const Gemm *g, const GemmStoreWeights end[MODALITIES], cudaStream_t stream) {
   gemm_launch(g, end, GEMM_TN, stream);
 }
+static void tiles_of(const Gemm *g, int kind, int columns[MODALITIES]) {
+  const GemmPlan p = gemm_plan(g, kind);
+  for (int m = 0; m < MODALITIES; m++) {
+    columns[m] = gemm_sm90_usable() ? p.bn[m] : (int)GEMM_PORTABLE_BN;
+    if (gemm_side_empty(&g->side[m], kind)) columns[m] = 0;
+  }
+}
+void gemm_rows_tiles(const Gemm *g, int columns[MODALITIES]) {
+  tiles_of(g, rows_kind(g), columns);
+}
+void gemm_weights_tiles(const Gemm *g, int columns[MODALITIES]) {
+  tiles_of(g, GEMM_TN, columns);
+}
 size_t gemm_rows_scratch(const Gemm *g) {
   return gemm_plan(g, rows_kind(g)).scratch;
 }

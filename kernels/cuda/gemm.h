@@ -33,6 +33,7 @@ typedef struct Gemm {
   int b_transposed;          // gemm_rows: B_g is [K, N]
   int index_divisor;         // of a_index and b_index; 0 means 1
   int same_tiles;            // both sides get tiles of one kind, not each those that are best for it
+  int16_t tiles[MODALITIES]; // columns of a side's tiles; 0: those that are best
   void *scratch;             // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long
                              //   inner dimension stay whole, and slow where they are few
 } Gemm;
@@ -96,6 +97,10 @@ void gemm_rows(const Gemm *g, const GemmStoreSwiglu end[MODALITIES], cudaStream_
 void gemm_rows(const Gemm *g, const GemmSwigluBackward end[MODALITIES], cudaStream_t stream);
 void gemm_rows(const Gemm *g, const GemmSharedBackward end[MODALITIES], cudaStream_t stream);
 void gemm_weights(const Gemm *g, const GemmStoreWeights end[MODALITIES], cudaStream_t stream);
+
+// Columns of the tiles that a side gets; 0: it has nothing to do.
+void gemm_rows_tiles(const Gemm *g, int columns[MODALITIES]);
+void gemm_weights_tiles(const Gemm *g, int columns[MODALITIES]);
 
 // Bytes of g->scratch; they depend on groups, rows, M, N and K alone (pointers are not looked at). Usually 0 for
 // gemm_rows; for gemm_weights only where no counts could make parts of a group worth while. Epilogues that do not split

@@ -80,10 +80,14 @@ GemmPlan gemm_plan(const Gemm *g, int kind) {
     if (longest < most) most = longest;
   }
   const TileKind *widest = &tile_kinds[TILE_KINDS - 1], *best[MODALITIES] = {widest, widest}; // if nothing is faster
+  for (int m = 0; m < MODALITIES; m++)
+    for (const TileKind *k = tile_kinds; k <= widest; k++)
+      if (k->bn == g->tiles[m]) best[m] = k;
   double least = launch_us(g, kind, best, parts);
   for (const TileKind *text = tile_kinds; text <= widest; text++)
     for (const TileKind *image = same ? text : tile_kinds; image <= (same ? text : widest); image++)
       for (int p = 1; p == 1 || p <= most; p++) {
+        if ((g->tiles[TEXT] && text != best[TEXT]) || (g->tiles[IMAGE] && image != best[IMAGE])) break;
         const TileKind *const tile[MODALITIES] = {text, image};
         const double us = launch_us(g, kind, tile, p);
         if (us < least) least = us, best[TEXT] = text, best[IMAGE] = image, parts = p;

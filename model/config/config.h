@@ -67,6 +67,7 @@ enum { ORIGIN_DEFAULT = 0, ORIGIN_FLAG = -1, ORIGIN_DERIVED = -2 };
 
 typedef enum StreamKind { STREAMS_MULTI, STREAMS_SINGLE } StreamKind;
 typedef enum UpdateKind { UPDATE_SEQUENTIAL, UPDATE_OVERLAPPED } UpdateKind;
+typedef enum TileColumns { TILES_AUTO, TILES_128, TILES_256 } TileColumns;
 
 // Plain data: may be copied and compared; nothing to free. Names as in the file.
 typedef struct Config {
@@ -161,9 +162,10 @@ typedef struct Config {
     bool arena; // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
   struct {
-    int adaln, moe_gemm; // ways of computing ops, by their number among the key's words (config_ways)
-    Packing packing;     // of training; packs of evaluation and sampling are varlen
-    StreamKind streams;  // of the GPU, as is graph
+    int adaln, moe_gemm;           // ways of computing ops, by their number among the key's words (config_ways)
+    TileColumns tiles[MODALITIES]; // of experts' products
+    Packing packing;               // of training; packs of evaluation and sampling are varlen
+    StreamKind streams;            // of the GPU, as is graph
     bool graph;
     UpdateKind update;
   } kernels; // what ablations switch

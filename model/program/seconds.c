@@ -102,6 +102,14 @@ uint64_t op_class(const Program *p, const Op *op) {
       mix(&h, op->args.linear.out_dim[m]);
     }
     break;
+  case OP_EXPERT_UP_FWD:
+  case OP_EXPERT_DOWN_FWD:
+  case OP_EXPERT_DOWN_BWD:
+  case OP_EXPERT_DOWN_WGRAD:
+  case OP_EXPERT_UP_DGRAD:
+  case OP_EXPERT_UP_WGRAD:
+    for (int m = 0; m < MODALITIES; m++) mix(&h, op->args.experts.tiles[m]);
+    break;
   case OP_ADALN_FWD:
   case OP_ADALN_BWD:
   case OP_COMBINE_ADALN_FWD:

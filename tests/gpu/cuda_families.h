@@ -17,7 +17,7 @@ typedef struct Family {
   bool both_timed;      // at all of cuda_bench_shapes: products, whose inner dimension decides what bounds them
 } Family;
 
-enum { FAMILIES = 17 };
+enum { FAMILIES = 18 };
 extern const Family families[FAMILIES];
 
 // Rows that are hard on a LayerNorm, fused and unfused against float64: prints both errors, and fails where the fused

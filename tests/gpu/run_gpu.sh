@@ -88,7 +88,9 @@ ablations() {
   demo plain "${flags[@]}" || return
   demo adaln_unfused "${flags[@]}" --adaln unfused || return
   demo moe_gemm_loop "${flags[@]}" --moe-gemm loop || return
-  "$python" - "$work" plain adaln_unfused moe_gemm_loop <<'P'
+  demo moe_gemm_grouped "${flags[@]}" --moe-gemm grouped || return
+  demo tiles "${flags[@]}" --set kernels.tiles.text=256 --set kernels.tiles.image=128 || return
+  "$python" - "$work" plain adaln_unfused moe_gemm_loop moe_gemm_grouped tiles <<'P'
 import json, sys
 
 folder, plain, *others = sys.argv[1:]

@@ -625,13 +625,16 @@ def _():
     assert fill[1] < fill[0] - 0.02, fill
 
 
-@key("kernels.adaln", "kernels.moe_gemm", "kernels.streams", "kernels.graph", "parallel.collectives")
+@key("kernels.adaln", "kernels.moe_gemm", "kernels.tiles.text", "kernels.tiles.image", "kernels.streams",
+     "kernels.graph", "parallel.collectives")
 def _():  # the GPU's; the CPU says that they are
     plain = run()
-    for name, value in (("kernels.adaln", "unfused"), ("kernels.moe_gemm", "loop"), ("kernels.streams", "single"),
-                        ("kernels.graph", False), ("parallel.collectives", "host")):
+    for name, value in (("kernels.adaln", "unfused"), ("kernels.moe_gemm", "loop"), ("kernels.tiles.text", "128"),
+                        ("kernels.tiles.image", "256"), ("kernels.streams", "single"), ("kernels.graph", False),
+                        ("parallel.collectives", "host")):
         r = run({name: value})
-        assert re.search(rf"{re.escape(name)}.* changes? nothing on the cpu", r.log), (name, r.log)
+        said = name.removesuffix(".text").removesuffix(".image")
+        assert re.search(rf"{re.escape(said)}.* changes? nothing on the cpu", r.log), (name, r.log)
         assert r.rows[0]["loss"] == plain.rows[0]["loss"] and "nothing on the cpu" not in plain.log
 
 
