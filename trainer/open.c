@@ -9,6 +9,7 @@
 #include "trainer/run_tokenizer.h"
 #include "trainer/slab.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -165,6 +166,21 @@ int trainer_restore(Trainer *t, Checkpoint **c, int64_t below, int weights_only,
   return rc;
 }
 
+// Says that a step is of another size than the checkpoint's: another number of processes does that, too.
+static void name_step_change(const Config *c, const Checkpoint *checkpoint) {
+  const cJSON *loader = cJSON_GetObjectItemCaseSensitive(checkpoint->state, "loader");
+  const cJSON *packs = cJSON_GetObjectItemCaseSensitive(loader, "packs_per_step");
+  int now = c->train.micro_batches * c->processes;
+  double before = cJSON_IsNumber(packs) ? packs->valuedouble : now;
+  if (now == before) return;
+  char *way =
+      fmod(before, c->processes) == 0
+          ? xasprintf("train.micro_batches=%.0f, or --batch, keeps it", before / c->processes)
+          : xasprintf("a number of processes that divides %.0f keeps it, with train.micro_batches or --batch", before);
+  log_warn("a step takes %d micro-batches over all processes, not %.0f as so far; %s", now, before, way);
+  free(way);
+}
+
 // The weights of a checkpoint, and where training goes on its moments and counters too.
 static int load_weights(Trainer *t, Checkpoint **checkpoint, int64_t below, Error *err) {
   const Options *o = t->options;
@@ -172,8 +188,10 @@ static int load_weights(Trainer *t, Checkpoint **checkpoint, int64_t below, Erro
   if (trainer_restore(t, checkpoint, below, o->init || uses_checkpoint(o), err) != 0) return -1;
   if (uses_checkpoint(o))
     t->state.step = (*checkpoint)->step;
-  else if (!o->init)
+  else if (!o->init) {
     run_folder_name_changes(t->config, (*checkpoint)->dir);
+    name_step_change(t->config, *checkpoint);
+  }
   char took[32] = "";
   double seconds = time_now() - began;
   if (seconds >= 1) snprintf(took, sizeof took, " in %.1f s", seconds);

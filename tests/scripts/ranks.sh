@@ -33,6 +33,10 @@ fail() {
   [ ! -f "$dir/log" ] || tail -12 "$dir/log"
   exit 1
 }
+step_change() { # NOW BEFORE WAY: said once at the last resume
+  [ "$(grep -c "^warning: a step takes $1 micro-batches over all processes, not $2 as so far; $3" "$dir/log")" = 1 ] ||
+    fail "a step of $1 micro-batches instead of $2: not said, or more than once"
+}
 run() { # PROCESSES FLAG...
   local n=$1
   shift
@@ -78,9 +82,11 @@ run 2 --run-dir "$dir/pair" --resume --set train.batch=800 --stop-at 3
 same pair again 3
 run 2 --run-dir "$dir/apart" --resume --set train.batch=800 --stop-at 3 --set parallel.zero=2
 run 3 --run-dir "$dir/again" --resume --set train.batch=600 --stop-at 4
+step_change 3 4 'a number of processes that divides 4 keeps it'
 # Its saved config speaks of one micro-batch of each of three processes.
 "$train" "$dir/again" --resume --stop-at 5 2>"$dir/log" || fail "the folder of a run of other processes as config"
 grep -q '^steps 5 to 5 of 3000: 3 x 200 ' "$dir/log" || fail "train.batch: other steps with other processes"
+! grep -q '^warning: a step takes' "$dir/log" || fail "a step of the same size: said to be of another"
 "$python" - "$dir" <<'P'
 import json, sys
 rows = {name: [json.loads(line) for line in open(f"{sys.argv[1]}/{name}/metrics.jsonl")] for name in
@@ -93,6 +99,9 @@ for name, like, tolerance in ("three", "one", 0), ("pair", "four", 1e-4), ("apar
         for key in KEYS:
             assert abs(a[key] - b[key]) <= tolerance * abs(b[key]), (name, a["step"], key, a[key], b[key])
 P
+
+run 2 --run-dir "$dir/pair" --resume --stop-at 4
+step_change 2 4 'train.micro_batches=2, or --batch, keeps it'
 
 # ---- done once ----
 "${launch[@]}" -np 2 "$train" --help >"$dir/help" 2>"$dir/log" || fail "--help"
