@@ -8,7 +8,8 @@ batch, measured by short runs of ./train.
     scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into PAGE; measures nothing
 
 OUT/ablate.csv gets a row as soon as it is measured, and what is there is not measured again: one that was broken off,
-by --minutes or by hand, goes on. OUT/ablate.txt, ablate.json and two SVGs are made of the rows at the end.
+by --minutes or by hand, goes on. A run that fails gets no row, so that the next call tries it again. OUT/ablate.txt,
+ablate.json and two SVGs are made of the rows at the end.
 
 A run trains on the same documents from the same first weights as all others of its model, and its tokens/s are those of
 its median step behind the first, with its share of an EMA's update; padding is no token. A round runs every variant of
@@ -39,6 +40,7 @@ WARM_UP = 6  # steps before those that count; ops may be timed again after the f
 LEAST_STEPS = 8
 LOSS_STEP = 10  # whose loss variants must share
 RUN_STEPS = 100000  # more than any run gets to
+NO_ROOM = "no plan has room for it"
 
 
 def fail(text, fix):
@@ -246,7 +248,7 @@ class Model:
         """A row of what a run takes."""
         flags = self.flags(flags)
         if flags is None:
-            return {"note": "no plan has room for it"}
+            return {"note": NO_ROOM}
 
         every = self.config["train"].get("ema_every", 1)
 
@@ -280,35 +282,47 @@ class Model:
 
 
 class Rows:
-    """The CSV: rows by (device, model, part, variant, round), added one by one."""
+    """The CSV: rows by (device, model, part, variant, round), added one by one. Those of runs that failed are shown with
+    the others, but not written: another call tries them again."""
 
     KEY = COLUMNS[:5]
 
     def __init__(self, path, makes=True):
-        self.path, self.of = path, {}
+        self.path, self.of, self.failed, self.good = path, {}, [], 0
         if path.exists():
             with open(path, newline="", errors="replace") as f:
                 table = csv.DictReader(f)
                 rows = list(table)
             if table.fieldnames != COLUMNS or any(None in row.values() for row in rows):
                 fail(f"{path} is not a whole table of this script", "move it away, or name another OUT")
-            self.of = {tuple(row[name] for name in self.KEY): row for row in rows}
+            self.of = {tuple(row[name] for name in self.KEY): row for row in rows if not self.is_failure(row)}
         elif not makes:
             fail(f"there is no {path}", "measure first: scripts/ablate.py OUT")
+
+    @staticmethod
+    def is_failure(row):
+        return not row["tokens_per_second"] and row["note"] != NO_ROOM
+
+    def write(self, row):
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as f:
+            out = csv.DictWriter(f, COLUMNS)
+            if new:
+                out.writeheader()
+            out.writerow(row)
 
     def get(self, key, make):
         key = tuple(map(str, key))
         if key not in self.of:
             row = dict.fromkeys(COLUMNS, "") | dict(zip(self.KEY, key)) | make()
-            new = not self.path.exists()
-            with open(self.path, "a", newline="") as f:
-                out = csv.DictWriter(f, COLUMNS)
-                if new:
-                    out.writeheader()
-                out.writerow(row)
+            if self.is_failure(row):
+                self.failed.append(row["note"])
+            else:
+                self.write(row)
             self.of[key] = {name: str(value) for name, value in row.items()}
             shown = ("tokens_per_second", "step_ms", "memory_gb", "loss", "note")
             print(f"{' / '.join(key[1:])}: " + ", ".join(f"{n} {row[n]}" for n in shown if row[n] != ""), flush=True)
+        self.good += not self.is_failure(self.of[key])
         return self.of[key]
 
 
@@ -450,6 +464,8 @@ def main():
                  for part, (variants, compared) in parts.items()}  # fmt: skip
     rows = Rows(table)
     whole = measure_all(rows, models, parts, args, device)
+    if rows.failed and not rows.good:
+        fail(f"nothing could be measured; the last run said: {rows.failed[-1]}", f"{args.out}/log has all that it said")
     found = results(rows)
     print("\n" + ablate_report.text(found), end="")
     print("\n".join(map(str, ablate_report.files(found, args.out))))

@@ -130,6 +130,17 @@ def stand_in(top):
     ablate(out, "--markdown", page)
     text = page.read_text()
     assert "| grouped GEMM | +" in text and "old" not in text and text.endswith("b\n" + places[1]), text
+    # What failed is not there as if it were measured; without anything measured that is an error.
+    assert not any(row["variant"] == "offload" for row in rows_of(out)), said
+    offload = [*common, "--models", config, "--parts", "memory", "--repeats", "1", "--variants", "offload"]
+    said = ablate(*offload, code=1)
+    assert "the last run said: error: no more memory" in said and "out/log" in said, said
+    train.write_text(TRAIN.replace("error: no more memory", "error: less memory"))
+    assert "the last run said: error: less memory" in ablate(*offload, code=1)
+    train.write_text(TRAIN.replace('if policy == "offload"', "if False"))
+    ablate(*offload)
+    assert [row["note"] for row in rows_of(out) if row["variant"] == "offload"] == [""], rows_of(out)
+    train.write_text(TRAIN)
     (top / "wrong").write_text("")
     said = ablate(top / "worse", *common[1:], "--models", config, "--repeats", "1", "--parts", "switches", code=1)
     assert said.strip().endswith("same losses: some: captured graphs"), said
