@@ -29,25 +29,23 @@ typedef struct CheckpointKeep {
   int keep_last, keep_every;
 } CheckpointKeep;
 
-// Saves run_dir/ckpt-STEP (replacing one of that step) with the trainer's `state` (the text of a JSON object; numbers
-// of more than 53 bits belong into strings). Once it is on the disk for good, its name too, removes old ones; those of
-// later steps are left alone. Every file is written by a thread of its own. 0, or -1 with *err set, every older
-// checkpoint whole and nothing half-written left. The caller holds the run's lock; any thread may call this.
-int checkpoint_save(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files, const char *state,
-                    CheckpointKeep keep, Error *err);
-
 // A file as it was written, for state.json.
 typedef struct CheckpointEntry {
   char name[64];
   SafeSum sum;
 } CheckpointEntry;
 
-// The parts of checkpoint_save, for processes that write one together: one of them begins, all write their files, and
-// once all have, that one commits what all wrote, or abandons it. Each 0, or -1 with *err.
+// A checkpoint, of one process or of several that write it together: one of them begins, all write their files, and
+// once all have, that one commits what all wrote as run_dir/ckpt-STEP (replacing one of that step), or abandons it.
+// Each 0, or -1 with *err set, every older checkpoint whole. The caller holds the run's lock; any thread may call
+// these.
 int checkpoint_begin(const char *run_dir, int64_t step, Error *err);
-// entry: [n_files] what was written, their number in *n.
+// Each file by a thread of its own. entry: [n_files] what was written, their number in *n.
 int checkpoint_write(const char *run_dir, int64_t step, const CheckpointFile *files, int n_files,
                      CheckpointEntry *entry, int *n, Error *err);
+// state: the trainer's, the text of a JSON object; numbers of more than 53 bits belong into strings. Once the
+// checkpoint is on the disk for good, its name too, removes old ones; those of later steps are left alone. On an error
+// nothing half-written is left.
 int checkpoint_commit(const char *run_dir, int64_t step, const CheckpointEntry *entry, int n, const char *state,
                       CheckpointKeep keep, Error *err);
 void checkpoint_abandon(const char *run_dir, int64_t step);
@@ -56,7 +54,7 @@ void checkpoint_abandon(const char *run_dir, int64_t step);
 typedef struct Checkpoint {
   char *dir;
   int64_t step;
-  const cJSON *state; // what checkpoint_save was given
+  const cJSON *state; // what checkpoint_commit was given
   int n_files;
   char **name;           // [n_files]
   SafeFile **file;       // [n_files] NULL: a text

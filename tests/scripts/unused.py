@@ -2,7 +2,8 @@
 """No function or table that other files see without need: tests/scripts/unused.py BUILD
 
 Reads the symbols of a build's objects. What no other file of the engine uses is static, unless tests use it too; what
-tests alone use stands in tests/. Exit code 1 with a line for everything that is not so.
+tests alone use stands in tests/. Names that begin with a dot are the compiler's. Exit code 1 with a line for everything
+that is not so.
 """
 import re
 import subprocess
@@ -53,7 +54,7 @@ def main(build):
     device = {word for path in (ROOT / "kernels/cuda").iterdir() for word in words(path.read_text())}
     faults = []
     for name, source in sorted(defined.items(), key=lambda pair: (pair[1], pair[0])):
-        if used[name] or name in device or name in FOR_TESTS or name == "main":
+        if name.startswith(".") or used[name] or name in device or name in FOR_TESTS or name == "main":
             continue
         used_at_home = words(source.read_text()).count(name) > 1
         if used_at_home and name in used_by_tests:

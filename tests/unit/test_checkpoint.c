@@ -8,6 +8,7 @@
 #include "base/hash.h"
 #include "model/files/checkpoint.h"
 #include "tests/unit/assert_text.h"
+#include "tests/unit/checkpoint_case.h"
 #include "tests/unit/files_case.h"
 #include "tests/unit/temp_folder.h"
 

@@ -7,7 +7,7 @@
 #include <cmocka.h>
 
 #include "model/config/load.h"
-#include "model/files/checkpoint.h"
+#include "tests/unit/checkpoint_case.h"
 #include "tests/unit/temp_folder.h"
 #include "trainer/run_folder.h"
 

@@ -2,6 +2,7 @@
 #include "base/philox.h"
 #include "model/config/load.h"
 #include "model/files/checkpoint.h"
+#include "tests/unit/checkpoint_case.h"
 #include "tests/unit/files_case.h"
 #include "tests/unit/temp_folder.h"
 #include "trainer/export.h"
