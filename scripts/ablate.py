@@ -8,8 +8,9 @@ batch, measured by short runs of ./train.
     scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into PAGE; measures nothing
 
 OUT/ablate.csv gets a row as soon as it is measured, and what is there is not measured again: one that was broken off,
-by --minutes or by hand, goes on. A run that fails gets no row, so that the next call tries it again. OUT/ablate.txt,
-ablate.json and two SVGs are made of the rows at the end.
+by --minutes or by hand, goes on. A run that fails gets no row, so that the next call tries it again. All rows of an
+OUT are of the same --set, --tokens, --data and --init, which OUT/ablate.settings.json keeps. OUT/ablate.txt, ablate.json
+and two SVGs are made of the rows at the end.
 
 A run trains on the same documents from the same first weights as all others of its model, and its tokens/s are those of
 its median step behind the first, with its share of an EMA's update; padding is no token. A round runs every variant of
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import ablate_report
 from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
-                       positive, run_steps)  # fmt: skip
+                       positive, run_steps, settings_differ)  # fmt: skip
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -449,7 +450,7 @@ def main():
         ablate_report.files(found, args.out)
         return ablate_report.markdown(found, args.markdown)
     device = args.device or ("cuda" if has_gpu() else "cpu")
-    args.tokens = args.tokens or (16384 if device == "cuda" else None)
+    given_tokens, args.tokens = args.tokens, args.tokens or (16384 if device == "cuda" else None)
     models = [Model(name, args) for name in args.models or (MODELS if device == "cuda" else ["demo"])]
     for model in models:
         model.prepare()
@@ -463,6 +464,11 @@ def main():
         parts = {part: ({n: f for n, f in variants.items() if n in args.variants}, compared)
                  for part, (variants, compared) in parts.items()}  # fmt: skip
     rows = Rows(table)
+    settings = {"--set": args.set, "--tokens": given_tokens, "--data": args.data and str(args.data),
+                "--init": args.init and str(args.init)}  # fmt: skip
+    differ = settings_differ(table, settings)
+    if differ:
+        fail(f"{table} was measured with other settings: {differ}", "name another OUT, or give the same settings")
     whole = measure_all(rows, models, parts, args, device)
     if rows.failed and not rows.good:
         fail(f"nothing could be measured; the last run said: {rows.failed[-1]}", f"{args.out}/log has all that it said")

@@ -5,7 +5,9 @@ of ./train measure as points.
     scripts/memory_curve.py CONFIG OUT [--data FOLDER] [--budgets GB ...] [--set KEY=VALUE ...]
 
 Writes OUT/curve.csv, a row as soon as it is known: what is there already is not measured again, so a curve that was
-broken off goes on. OUT/curve.svg is drawn anew each time. At the end the errors of the predictions are printed.
+broken off goes on; all rows of an OUT are of the same settings, which
+OUT/curve.settings.json keeps. OUT/curve.svg is drawn anew each time. At the end the errors of the predictions are
+printed.
 
 Budgets: six from the smallest in which a plan runs to all that keep needs, unless given. A policy that leaves nothing
 to choose takes the same time in any budget that it fits: it is measured once. A step's time is the mean of those with
@@ -22,7 +24,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from timed_run import QUIET, ROOT, Plan, bench_sets, device_memory, last_line, mean_step, positive, run_steps
+from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, last_line, mean_step, positive, run_steps,
+                       settings_differ)  # fmt: skip
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -250,6 +253,11 @@ def main():
     except OSError as e:
         fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
     train, rows = Train(args), Rows(args.out / "curve.csv")
+    settings = {"CONFIG": str(args.config), "--set": args.set, "--data": args.data and str(args.data),
+                "--device": args.device}  # fmt: skip
+    differ = settings_differ(rows.path, settings)
+    if differ:
+        fail(f"{rows.path} was measured with other settings: {differ}", "name another OUT, or give the same settings")
     plenty = 1e6
     fixed = {p: train.plan(p, plenty) for p in POLICIES[1:]}
     needed = {p: math.ceil(float(row["needed_gb"]) * 1e3) / 1e3 for p, row in fixed.items()}

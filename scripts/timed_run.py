@@ -152,6 +152,22 @@ def device_memory(said):
     return found[-1] if found else None
 
 
+def settings_differ(table, settings):
+    """Holds {name: value} of all that a measurement depends on, and its row does not say, against those that the rows
+    of the CSV `table` were measured with: a JSON file beside it, written while there is none. None, or what differs."""
+    path = table.with_suffix(".settings.json")
+    if not (table.exists() and path.exists()):
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+        return None
+    try:
+        before = json.loads(path.read_text())
+        changed = [name for name in settings if before[name] != settings[name]]
+    except (ValueError, KeyError, TypeError):
+        return f"{path} is not whole"
+    said = lambda value: "none" if value in (None, []) else " ".join(value) if isinstance(value, list) else value
+    return "; ".join(f"{n}: {said(before[n])} then, {said(settings[n])} now" for n in changed) or None
+
+
 def positive(text):
     """For argparse."""
     value = float(text)

@@ -144,6 +144,20 @@ def stand_in(top):
     (top / "wrong").write_text("")
     said = ablate(top / "worse", *common[1:], "--models", config, "--repeats", "1", "--parts", "switches", code=1)
     assert said.strip().endswith("same losses: some: captured graphs"), said
+    # Rows of other settings stay apart; where nothing was measured, settings bind nobody.
+    for more, differs in ((["--set", "train.lr=1"], "--set: none then, train.lr=1 now"),
+                          (["--tokens", "2000"], "--tokens: 1000 then, 2000 now"),
+                          (["--init", top], f"--init: none then, {top} now")):  # fmt: skip
+        said = ablate(*common, "--models", config, *more, code=1)
+        assert differs in said and said.count(" then, ") == 1 and "another OUT" in said, said
+    alone = [top / "alone", *common[1:], "--models", config, "--parts", "memory", "--repeats", "1", "--variants", "recompute"]
+    train.write_text(TRAIN.replace('if policy == "offload"', 'if "--init" in a'))
+    ablate(*alone, "--init", top, code=1)
+    ablate(*alone)
+    assert "--init: none then" in ablate(*alone, "--init", top, code=1)
+    (top / "alone" / "ablate.settings.json").write_text("{}")
+    assert "ablate.settings.json is not whole" in ablate(*alone, code=1)
+    train.write_text(TRAIN)
     # Bad input.
     (top / "file").write_text("")
     for what, *arguments in (("file", top / "file"), ("--repeats", out, "--repeats", "0"),

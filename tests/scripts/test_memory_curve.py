@@ -89,6 +89,13 @@ def main():
         (out / "curve.csv").write_text("".join(line for line in text if not line.startswith("point,keep")))
         _, calls = curve()
         assert [call for call in calls if call.startswith("run")] == ["run keep 10.0"], calls
+        other = top / "else.json"
+        other.write_text("{}")
+        for what, command in (("--set: none then, train.lr=1 now", [config, out, "--set", "train.lr=1"]),
+                              (f"CONFIG: {config} then, {other} now", [other, out]),
+                              ("--device: none then, cpu now", [config, out, "--device", "cpu"])):
+            done = subprocess.run([sys.executable, CURVE, *command, "--train", train], capture_output=True, text=True)
+            assert done.returncode == 1 and what in done.stderr and "another OUT" in done.stderr, done.stderr
         done = subprocess.run([sys.executable, CURVE, config, top / "other", "--train", "/bin/false"],
                               capture_output=True, text=True)
         assert done.returncode == 1 and "fix:" in done.stderr, done.stderr
