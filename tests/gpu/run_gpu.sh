@@ -326,6 +326,10 @@ out_of_memory() {
   says 2 'alive at the fullest moment' 'are needed' 'the largest: .* x ' 'more than the 0.010 GB of memory.budget_gb' \
     'hint:' -- \
     "$train" configs/demo.json --device cuda --run-dir "$work/budget" --set memory.budget_gb=0.01 || return
+  # A plan may be for another machine: what this one's host has no memory for is a warning.
+  says 0 '^warning: .* GB are to lie in this machine.s memory .*, which has .* GB for that' -- \
+    "$train" configs/demo.json --device cuda --plan --memory offload --tokens 16777216 \
+    --set model.layers=64 --set memory.budget_gb=1000000 --set memory.host_gb=1000000 || return
   # A budget that no GPU has: here the device itself says no, and a table names what was to be allocated.
   says 2 'activations (arena) .* bytes' 'weights .* bytes' 'hint:' \
     'out of memory: activations (arena) needs .* GB; the largest: .* x ' -- \
