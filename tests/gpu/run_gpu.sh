@@ -328,7 +328,7 @@ out_of_memory() {
     "$train" configs/demo.json --device cuda --run-dir "$work/budget" --set memory.budget_gb=0.01 || return
   # A plan may be for another machine: what this one's host has no memory for is a warning.
   says 0 '^warning: .* GB are to lie in this machine.s memory .*, which has .* GB for that' -- \
-    "$train" configs/demo.json --device cuda --plan --memory offload --tokens 16777216 \
+    "$train" configs/wide.json --device cuda --plan --memory offload --tokens 4194304 \
     --set model.layers=64 --set memory.budget_gb=1000000 --set memory.host_gb=1000000 || return
   # A budget that no GPU has: here the device itself says no, and a table names what was to be allocated.
   says 2 'activations (arena) .* bytes' 'weights .* bytes' 'hint:' \
