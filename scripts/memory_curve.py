@@ -44,7 +44,8 @@ def fail(text, fix):
 
 
 class Rows:
-    """The CSV: rows by (kind, policy, budget), added one by one."""
+    """The CSV: rows by (kind, policy, budget), added one by one. Those of runs that failed, which have a note, are shown
+    but not written: another call tries them again."""
 
     def __init__(self, path):
         self.path, self.of = path, {}
@@ -54,19 +55,22 @@ class Rows:
                 rows = list(table)
             if table.fieldnames != COLUMNS or any(None in row.values() for row in rows):
                 fail(f"{path} is not a whole curve of this script", "move it away, or name another OUT")
-            for row in rows:
-                self.of[row["kind"], row["policy"], row["budget_gb"]] = row
+            self.of = {(row["kind"], row["policy"], row["budget_gb"]): row for row in rows if not row["note"]}
+
+    def write(self, row):
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as f:
+            out = csv.DictWriter(f, COLUMNS)
+            if new:
+                out.writeheader()
+            out.writerow(row)
 
     def get(self, kind, policy, budget, make):
         key = kind, policy, f"{budget:.3f}"
         if key not in self.of:
             row = dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, key)) | make()
-            new = not self.path.exists()
-            with open(self.path, "a", newline="") as f:
-                out = csv.DictWriter(f, COLUMNS)
-                if new:
-                    out.writeheader()
-                out.writerow(row)
+            if not row["note"]:
+                self.write(row)
             self.of[key] = row
             print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
         return self.of[key]
@@ -287,6 +291,9 @@ def main():
         (args.out / "curve.svg").write_text(picture, encoding="utf-8")
         print(f"{args.out}/curve.svg")
     print_errors(rows)
+    said = [rows.get("point", policy, budget, None)["note"] for policy, budget in points]
+    if points and all(said):
+        fail(f"nothing could be measured; the last run said: {said[-1]}", f"{args.out}/log has all that it said")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def main():
         assert "device memory, predicted against measured in 8 runs: median 0.20%" in said, said
         with open(out / "curve.csv", newline="") as f:
             rows = {(r["kind"], r["policy"], r["budget_gb"]): r for r in csv.DictReader(f)}
-        assert rows["point", "offload", "3.000"]["note"] == "error: no more memory", rows
+        assert "policy offload, budget_gb 3.000, note error: no more memory" in said, said
+        assert ("point", "offload", "3.000") not in rows, rows  # to be tried again
         keep = rows["point", "keep", "10.000"]
         assert keep["measured_ms"] == "1030.200" and keep["predicted_ms"] == "1020.00", keep
         assert keep["tokens_per_second"] == f"{2000 / 1.0302:.0f}" and keep["in_use_gb"] == "10.020", keep
@@ -88,7 +89,10 @@ def main():
         text = (out / "curve.csv").read_text().splitlines(keepends=True)
         (out / "curve.csv").write_text("".join(line for line in text if not line.startswith("point,keep")))
         _, calls = curve()
-        assert [call for call in calls if call.startswith("run")] == ["run keep 10.0"], calls
+        assert [call for call in calls if call.startswith("run")] == ["run offload 3.0", "run keep 10.0"], calls
+        command = [sys.executable, CURVE, config, out, "--train", train, "--steps", "6", "--policies", "offload"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and "the last run said: error: no more memory" in done.stderr, done.stderr
         other = top / "else.json"
         other.write_text("{}")
         for what, command in (("--set: none then, train.lr=1 now", [config, out, "--set", "train.lr=1"]),
