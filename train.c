@@ -192,9 +192,10 @@ static int print_plan(const Config *c, const char *run, Error *err) {
       alternatives_print(&e, stdout);
       predict_print(&e, stdout);
     }
-    Error small; // of this machine; the run may be for another
-    if (engine_check_host(&e, &small) != 0) log_warn("%s", small.text);
-    bad = standard_flush(err) != 0 || engine_check_budget(&e, err) != 0;
+    bad = standard_flush(err) != 0;
+    Error small; // this machine's memory: the run may be for another
+    if (!bad && engine_check_host(&e, &small) != 0) log_warn("%s", small.text);
+    if (!bad) bad = engine_check_budget(&e, err) != 0;
   }
   engine_free(&e);
   return bad ? -1 : 0;
