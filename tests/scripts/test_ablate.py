@@ -166,7 +166,8 @@ def stand_in(top):
                              ("measure first", top / "new", "--markdown"),
                              ("variant", *common, "--models", config, "--variants", "nothing at all"),
                              ("no place", out, "--markdown", config)):  # fmt: skip
-        done = subprocess.run([sys.executable, ABLATE, *map(str, arguments)], capture_output=True, text=True)
+        command = [sys.executable, ABLATE, "--train", train, *map(str, arguments)]  # a later --train wins
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode in (1, 2) and what in done.stderr and "Traceback" not in done.stderr, (what, done.stderr)
 
 
