@@ -29,7 +29,7 @@ flags=(configs/demo.json --tokens 200 --steps 3000 --set run.threads=1 --set dat
   --set "data.sources=[{\"type\": \"webdataset\", \"path\": \"$dir/small.tar\"}]")
 launch=(mpirun --allow-run-as-root --oversubscribe)
 fail() {
-  echo "$*"
+  echo "$* (RANKS_SEED=$seed)"
   [ ! -f "$dir/log" ] || tail -12 "$dir/log"
   exit 1
 }
@@ -50,6 +50,15 @@ same() { # RUN RUN STEP
   "$python" tests/scripts/same_state.py "$dir/$1/ckpt-$3" "$dir/$2/ckpt-$3" || fail "$1 and $2 differ after step $3"
 }
 
+seed=${RANKS_SEED:-$(date +%s)}
+RANDOM=$seed
+declare -a plan # flags of a memory plan at random, for the next run
+random_plan() {
+  local name list='"x": "keep"' words=(keep recompute offload)
+  for name in h1 qkv qkv_rotated attention b1 h2 expert_pre b2; do list+=", \"$name\": \"${words[RANDOM % 3]}\""; done
+  plan=(--set "memory.per_tensor={$list}")
+}
+
 # ---- the group itself, and who cannot have one ----
 "${launch[@]}" -np 3 "$build/tests/test_ranks" >"$dir/log" 2>&1 || fail "the functions of a group"
 echo 'int main(void) { Error e; if (ranks_open(&e) != 0) fatal(&e); return 0; }' >"$dir/alone.c"
@@ -63,14 +72,18 @@ rc=0
   fail "a build without MPI, two processes: what it says"
 
 # ---- bits: 2 and 3 processes, and 2 of 2 micro-batches each within rounding; resumed at other numbers ----
-run 1 --run-dir "$dir/one" --set train.micro_batches=3 --stop-at 6
-run 3 --run-dir "$dir/three" --stop-at 2
+random_plan
+run 1 --run-dir "$dir/one" --set train.micro_batches=3 --stop-at 6 "${plan[@]}"
+random_plan
+run 3 --run-dir "$dir/three" --stop-at 2 "${plan[@]}"
 grep -q '^steps 1 to 2 of 3000: 3 processes x 1 x 200 = 600 token slots each' "$dir/log" || fail "the tokens of a step of all"
-run 3 --run-dir "$dir/three" --resume --stop-at 3 --set parallel.zero=0
-run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=2 --set 'memory.per_tensor={"h1": "recompute"}' \
-  --set kernels.update=overlapped
+random_plan
+run 3 --run-dir "$dir/three" --resume --stop-at 3 --set parallel.zero=0 "${plan[@]}"
+random_plan
+run 3 --run-dir "$dir/three" --resume --stop-at 4 --set parallel.zero=2 --set kernels.update=overlapped "${plan[@]}"
 run 1 --run-dir "$dir/three" --resume --set train.micro_batches=3 --stop-at 5 --set kernels.update=overlapped
-run 3 --run-dir "$dir/three" --resume --set train.micro_batches=1 --stop-at 6
+random_plan
+run 3 --run-dir "$dir/three" --resume --set train.micro_batches=1 --stop-at 6 "${plan[@]}"
 same one three 6
 run 1 --run-dir "$dir/four" --set train.batch=800 --stop-at 4
 run 2 --run-dir "$dir/pair" --set train.batch=800 --stop-at 2 # two micro-batches each
