@@ -106,6 +106,7 @@ static void reloads_by_stretch(const Program *p, int *before) {
 void schedule_reloads(Program *p) {
   ProgramState *s = p->state;
   int n = p->n_ops;
+  if (n == 0) return; // it has no memory for ops either
   // Op i goes right before recorded position before[i]; ops that stay have before[i] = i and follow those moved there.
   int *before = xmalloc((size_t)n * sizeof *before);
   int *new_index = xmalloc((size_t)n * sizeof *new_index);
