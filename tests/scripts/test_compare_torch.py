@@ -19,7 +19,8 @@ compare_torch.main()"""
 
 
 def compare(*arguments, code=0, program=(COMPARE,)):
-    done = subprocess.run([sys.executable, *map(str, (*program, *arguments))], capture_output=True, text=True)
+    command = [sys.executable, *program, *arguments, "--train", Path(sys.argv[1]).resolve()]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode == 77:
         sys.exit(77)
     assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done)
@@ -27,7 +28,7 @@ def compare(*arguments, code=0, program=(COMPARE,)):
 
 
 with tempfile.TemporaryDirectory() as top:
-    common = ["--device", "cpu", "--train", Path(sys.argv[1]).resolve(), "--seconds", "0.01", "--set", "run.threads=1"]
+    common = ["--device", "cpu", "--seconds", "0.01", "--set", "run.threads=1"]
     for config, rounds in (("configs/demo.json", 2), ("tests/gpu/gpu_tiny.json", 1)):
         out = Path(top) / Path(config).stem
         said = compare(ROOT / config, out, *common, "--tokens", "192", "--rounds", rounds)
