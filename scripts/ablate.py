@@ -21,7 +21,6 @@ digit that is logged, of others within rounding. Needs nothing but Python 3; scr
 data of models that name none, needs numpy.
 """
 import argparse
-import csv
 import math
 import re
 import statistics
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import ablate_report
 from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
-                       positive, run_steps, settings_differ)  # fmt: skip
+                       positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -291,10 +290,8 @@ class Rows:
     def __init__(self, path, makes=True):
         self.path, self.of, self.failed, self.good = path, {}, [], 0
         if path.exists():
-            with open(path, newline="", errors="replace") as f:
-                table = csv.DictReader(f)
-                rows = list(table)
-            if table.fieldnames != COLUMNS or any(None in row.values() for row in rows):
+            rows = table_read(path, COLUMNS)
+            if rows is None:
                 fail(f"{path} is not a whole table of this script", "move it away, or name another OUT")
             self.of = {tuple(row[name] for name in self.KEY): row for row in rows if not self.is_failure(row)}
         elif not makes:
@@ -304,14 +301,6 @@ class Rows:
     def is_failure(row):
         return not row["tokens_per_second"] and row["note"] != NO_ROOM
 
-    def write(self, row):
-        new = not self.path.exists()
-        with open(self.path, "a", newline="") as f:
-            out = csv.DictWriter(f, COLUMNS)
-            if new:
-                out.writeheader()
-            out.writerow(row)
-
     def get(self, key, make):
         key = tuple(map(str, key))
         if key not in self.of:
@@ -319,7 +308,7 @@ class Rows:
             if self.is_failure(row):
                 self.failed.append(row["note"])
             else:
-                self.write(row)
+                table_append(self.path, COLUMNS, row)
             self.of[key] = {name: str(value) for name, value in row.items()}
             shown = ("tokens_per_second", "step_ms", "memory_gb", "loss", "note")
             print(f"{' / '.join(key[1:])}: " + ", ".join(f"{n} {row[n]}" for n in shown if row[n] != ""), flush=True)

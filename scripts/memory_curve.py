@@ -16,7 +16,6 @@ scripts/make_bench_data.py; without it the config's own data are read.
 Needs nothing but Python 3.
 """
 import argparse
-import csv
 import html
 import math
 import re
@@ -25,7 +24,7 @@ import sys
 from pathlib import Path
 
 from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, last_line, mean_step, positive, run_steps,
-                       settings_differ)  # fmt: skip
+                       settings_differ, table_append, table_read)  # fmt: skip
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -50,27 +49,17 @@ class Rows:
     def __init__(self, path):
         self.path, self.of = path, {}
         if path.exists():
-            with open(path, newline="", errors="replace") as f:
-                table = csv.DictReader(f)
-                rows = list(table)
-            if table.fieldnames != COLUMNS or any(None in row.values() for row in rows):
+            rows = table_read(path, COLUMNS)
+            if rows is None:
                 fail(f"{path} is not a whole curve of this script", "move it away, or name another OUT")
             self.of = {(row["kind"], row["policy"], row["budget_gb"]): row for row in rows if not row["note"]}
-
-    def write(self, row):
-        new = not self.path.exists()
-        with open(self.path, "a", newline="") as f:
-            out = csv.DictWriter(f, COLUMNS)
-            if new:
-                out.writeheader()
-            out.writerow(row)
 
     def get(self, kind, policy, budget, make):
         key = kind, policy, f"{budget:.3f}"
         if key not in self.of:
             row = dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, key)) | make()
             if not row["note"]:
-                self.write(row)
+                table_append(self.path, COLUMNS, row)
             self.of[key] = row
             print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
         return self.of[key]

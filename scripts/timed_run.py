@@ -1,6 +1,7 @@
 """Runs of ./train that are timed: what the scripts which compare them share. A run is killed once it has done enough
 steps, before it writes a checkpoint, which would take longer than all of them."""
 import argparse
+import csv
 import json
 import math
 import re
@@ -150,6 +151,23 @@ def device_memory(said):
     """(planned, in use) in GB as the log has them, or None."""
     found = re.findall(r"device memory: planned ([\d.]+) GB, in use ([\d.]+) GB", said)
     return found[-1] if found else None
+
+
+def table_read(path, columns):
+    """Rows of a CSV that has these columns; None where it has others, or a row has more."""
+    with open(path, newline="", errors="replace") as f:
+        table = csv.DictReader(f)
+        rows = list(table)
+    return None if table.fieldnames != columns or any(None in row.values() for row in rows) else rows
+
+
+def table_append(path, columns, row):
+    new = not path.exists()
+    with open(path, "a", newline="") as f:
+        out = csv.DictWriter(f, columns)
+        if new:
+            out.writeheader()
+        out.writerow(row)
 
 
 def settings_differ(table, settings):
