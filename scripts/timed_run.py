@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -93,10 +94,12 @@ def has_gpu():
 
 
 def gpu_memory():
-    """What is used of all GPUs, as nvidia-smi says it; None without it."""
+    """What is used of all GPUs that a run may see, as nvidia-smi says it; None without it."""
     if not (has_gpu() and shutil.which("nvidia-smi")):
         return None
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["--id", seen]  # others may be at work on the rest
     done = subprocess.run(command, capture_output=True, text=True)
     return sum(map(int, done.stdout.split())) if done.returncode == 0 else None
 
