@@ -5,282 +5,100 @@
     scripts/compare_torch.py CONFIG OUT --device cpu only eager PyTorch: small configs such as configs/demo.json
 
 First ./train --dump writes a step: weights, a pack with its noise, losses, every gradient. PyTorch's model
-(scripts/torch_model.py) loads them and must get these losses and gradients. Then both are timed in turns, in rounds:
-short runs of ./train, and each way of PyTorch in a process that holds nothing on the device meanwhile.
+(scripts/torch_model.py) loads them and must get these losses and gradients, with each treatment of activations. Then
+both are timed in turns, in rounds which alternate in order: short runs of ./train, and each way of PyTorch
+(scripts/torch_ways.py) in a process that holds nothing on the device meanwhile. A way that fails or takes longer than
+--limit has its reason in the table and is not tried again; the others go on in a process of their own, with what has
+been compiled. The files are written after each measurement, so that what is broken off leaves what there was.
 
 Ways: bf16 weights, gradients and AdamW states; "masters": fp32 weights and moments beside bf16 weights, as the engine
-has them; each launched op by op and captured as one CUDA graph, memory permitting; "selective": the compiler keeps half
-of the activations (activation_memory_budget); "checkpoint": none but the layers' inputs. Everything is compiled,
-attention is FlexAttention, experts are torch._grouped_mm, AdamW is the fused one.
+has them; each launched op by op and captured as one CUDA graph, memory permitting; "flash": attention by the flash
+backend, where it is installed; "selective": what products and attention give is kept and the rest rebuilt; "budget":
+the compiler keeps half of the activations (activation_memory_budget); "checkpoint": none but the layers' inputs.
 
 In PyTorch's favour: its one pack and block mask lie ready on the device, and it keeps no EMA. Both train from weights
 that a run begins with, gates and image head zero. The engine reads, decodes and packs its data as it trains.
 Exit code 77 without PyTorch, 1 where losses or gradients disagree.
 """
 import argparse
-import gc
+import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from ablate_report import markdown_table
-from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, last_line, mean_step, positive,
-                       run_steps)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
+                       positive, run_steps)  # fmt: skip
 
 try:
     import torch
-    import torch_model as M
-    from torch_model import R
+    import torch_ways as W
+    from torch_ways import M, R
 except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
 
 WARM_UP, LEAST_STEPS = 6, 8  # steps of the engine: before those that count, and of those
-LIMIT = 180  # seconds of a run of it
-# Most relative error of losses and of gradients: of bf16 on both sides, of fp32. With another formula they are off by 1.
-ENOUGH = {"cuda": (0.02, 0.2), "cpu": (1e-5, 1e-3)}
 
 
 def fail(text, fix):
     sys.exit(f"compare_torch: {text}\n  fix: {fix}")
 
 
-@dataclass
-class Way:
-    """How PyTorch trains. memory: keep, selective or checkpoint."""
-
-    name: str
-    masters: bool = False
-    graph: bool = False
-    memory: str = "keep"
+# ---- PyTorch's process ----------------------------------------------------------------------------------------------
 
 
-WAYS = [Way("bf16"), Way("bf16, graph", graph=True), Way("masters", masters=True),
-        Way("masters, graph", masters=True, graph=True),
-        Way("masters, graph, selective", masters=True, graph=True, memory="selective"),
-        Way("masters, graph, checkpoint", masters=True, graph=True, memory="checkpoint")]  # fmt: skip
-EAGER = [Way("eager")]  # on a CPU
+class Worker:
+    """A process that runs torch_ways.serve. One that answers that it failed, or nothing for `limit` seconds, is ended;
+    the next question has a new one."""
 
-# ---- PyTorch --------------------------------------------------------------------------------------------------------
+    def __init__(self, limit, *operands):
+        self.limit, self.operands, self.process = limit, operands, None
 
+    def ask(self, *question):
+        if self.process is None:
+            opened = self.start()
+            if question == ("open",) or "failed" in opened:
+                return opened
+        self.pipe.send(question)
+        return self.answer()
 
-class Peer:
-    """The model on one pack of a dump; compiled on a GPU, once for all ways."""
+    def start(self):
+        """Forked, for it has PyTorch then; this process itself never touches the device."""
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("fork").Process(target=self.serve, args=(self.pipe, theirs))
+        self.process.start()
+        theirs.close()
+        self.pipe.send(("open",))
+        return self.answer()
 
-    def __init__(self, s, arrays, device, autotune):
-        gpu = device == "cuda"
-        self.s, self.device, self.dtype = s, device, torch.bfloat16 if gpu else torch.float32
-        self.pack = pack = M.Pack(arrays, s, self.dtype, device)
-        self.noised = torch.from_numpy(arrays["noised"].copy()).to(device, self.dtype).view(pack.images, -1, s.P)
-        if gpu:
-            mode = "max-autotune-no-cudagraphs" if autotune else None
-            compiled = lambda f: torch.compile(f, fullgraph=True, dynamic=False, mode=mode)
-            attend, grouped = M.attend_flex(M.block_mask(pack.doc_start, pack.kv_end), s), M.grouped_mm
-        else:
-            compiled = lambda f: f
-            q, k = torch.arange(len(pack.kv_end))[:, None], torch.arange(len(pack.kv_end))
-            allowed = (pack.doc_start[:, None] <= k) & (k < pack.kv_end[:, None])
-            attend, grouped = M.attend_dense(pack, allowed, s), M.grouped_loop
-        self.noise = compiled(lambda: M.noise(pack).to(self.dtype))
-        self.bottom = compiled(lambda p, z: M.bottom(p, z, pack, s))
-        self.top = compiled(lambda p, x, b, g, a: M.top(p, x, b, g, a, pack, s))
-        block = compiled(lambda p, x, b, g, a: M.block(p, x, b, g, a, pack, s, attend, grouped))
-        less = compiled(lambda p, x, b, g, a: M.block(p, x, b, g, a, pack, s, attend, grouped))  # code of its own
-        self.blocks = {"keep": block, "selective": selective(less), "checkpoint": checkpointed(block)}
+    def serve(self, ours, theirs):
+        ours.close()  # or it would not see its end
+        W.serve(theirs, *self.operands)
 
-    def losses(self, params, noised, memory="keep"):
-        parts = {"bottom": self.bottom, "block": self.blocks[memory], "top": self.top}
-        return M.forward(parts, params, noised, self.pack, self.s)
+    def answer(self):
+        try:
+            said = self.pipe.recv() if self.pipe.poll(self.limit) else {"failed": f"longer than {self.limit:.0f} s"}
+        except (EOFError, OSError):
+            said = {"failed": "its process ended"}
+        if "failed" in said:
+            self.end()
+        return said
 
-
-def selective(block):
-    """The compiler chooses what of half the activations' bytes is rebuilt."""
-
-    def call(*operands):
-        import torch._functorch.config as functorch
-
-        with functorch.patch(activation_memory_budget=0.5):  # read where the block is compiled
-            return block(*operands)
-
-    return call
-
-
-def checkpointed(block):
-    from torch.utils.checkpoint import checkpoint
-
-    return lambda *operands: checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False)
-
-
-def leaves_of(params):
-    return [t for group in (params["ends"], *params["layers"]) for t in group.values()]
-
-
-def params_to(host, peer):
-    """Leaves on the device, in the type that it computes in."""
-    put = lambda group: {n: t.to(peer.device, peer.dtype, copy=True).requires_grad_() for n, t in group.items()}
-    return {"ends": put(host["ends"]), "layers": [put(layer) for layer in host["layers"]]}
-
-
-def as_first(params, s):
-    """What a run begins with of parameters that are zero there or nearly so; the others stay as the dump has them."""
-    with torch.no_grad():
-        for group in (params["ends"], *params["layers"]):
-            group["mod.weight"].zero_()
-            group["mod.base"].zero_()
-        for group in params["layers"]:
-            group["mod.base"][M.TEXT].view(6, s.C)[[2, 5]] = 1  # the gates of text
-        params["ends"]["image_head.weight"].zero_()
-
-
-class Update:
-    """AdamW with the clipping folded in: the fused update divides gradients by grad_scale."""
-
-    def __init__(self, leaves, masters):
-        self.leaves, self.held, self.masters = leaves, leaves, masters
-        if masters:  # fp32: weights, gradients
-            self.held = [t.detach().float().requires_grad_() for t in leaves]
-            for t in self.held:
-                t.grad = torch.zeros_like(t)
-        gpu = leaves[0].is_cuda  # lr as a tensor and capturable: the update can be captured
-        rest = dict(lr=torch.tensor(1e-5, device="cuda"), fused=True, capturable=True) if gpu else dict(lr=1e-5)
-        self.optimizer = torch.optim.AdamW(self.held, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, **rest)
-        if gpu:
-            self.optimizer.found_inf = torch.zeros((), device="cuda")
-
-    @torch.no_grad()
-    def __call__(self):
-        grads = [t.grad for t in self.leaves]
-        if self.masters:
-            torch._foreach_copy_([t.grad for t in self.held], grads)
-            grads = [t.grad for t in self.held]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
-        if grads[0].is_cuda:
-            self.optimizer.grad_scale = norm.clamp(min=1.0)
-        else:
-            for g in grads:
-                g.div_(norm.clamp(min=1.0))
-        self.optimizer.step()
-        if self.masters:
-            torch._foreach_copy_(self.leaves, self.held)
-
-
-class Training:
-    """One way: parameters, an optimiser, perhaps a graph. step() says nothing to the host."""
-
-    def __init__(self, peer, way, host):
-        self.peer, self.way, self.params = peer, way, params_to(host, peer)
-        as_first(self.params, peer.s)
-        self.leaves = leaves_of(self.params)
-        self.update = Update(self.leaves, way.masters)
-        self.loss = torch.zeros((), device=peer.device)
-        self.run = self.step
-
-    def step(self):
-        for t in self.leaves:
-            t.grad = None
-        loss = M.total_loss(self.peer.losses(self.params, self.peer.noise(), self.way.memory), self.peer.s)
-        loss.backward()
-        self.update()
-        self.loss.copy_(loss.detach())
-
-    def capture(self, stream):
-        for t in self.leaves:
-            t.grad = None
-        torch.cuda.empty_cache()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.step()
-        self.run = self.graph.replay
-
-
-def steps_timed_gpu(run, steps, warm_up=3):
-    """Milliseconds of each step, by events; nothing waits for the device in between."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + warm_up + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])][warm_up:]
-
-
-def steps_timed_cpu(run, steps, warm_up=1):
-    times = []
-    for _ in range(steps + warm_up):
-        began = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - began))
-    return times[warm_up:]
-
-
-def time_way(peer, way, host, seconds):
-    """{"ms", "memory_gb", "loss"} of a training of its own, or {"failed"}. host: parameters in host memory."""
-    gpu = peer.device == "cuda"
-    try:
-        if not gpu:
-            training = Training(peer, way, host)
-            ms = steps_timed_cpu(training.run, max(1, round(seconds / 0.5)))
-            return {"ms": statistics.median(ms), "loss": training.loss.item()}
-        torch.cuda.reset_peak_memory_stats()
-        stream = torch.cuda.Stream()  # backward runs where forward ran, and a capture must not see the default stream
-        training = Training(peer, way, host)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                training.step()
-            torch.cuda.synchronize()
-            if way.graph:
-                training.capture(stream)
-            first = statistics.median(steps_timed_gpu(training.run, 3))
-            ms = statistics.median(steps_timed_gpu(training.run, max(8, round(1e3 * seconds / first))))
-        if not training.loss.isfinite():
-            return {"failed": "the loss is not finite"}
-        return {"ms": ms, "memory_gb": torch.cuda.max_memory_allocated() / 1e9, "loss": training.loss.item()}
-    except (RuntimeError, AssertionError) as error:  # out of memory is one
-        return {"failed": (str(error).splitlines() or [type(error).__name__])[0][:160]}
-    finally:
-        training = None
-        gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
-
-
-# ---- the same losses and gradients ----------------------------------------------------------------------------------
-
-
-def load_params(path, s):
-    """Tensors of a dump, as the model has them."""
-    tensors = R.safetensors_read(path)
-    return M.params_from_reference({n: torch.from_numpy(a.copy()) for n, a in tensors.items()}, s)
-
-
-def check(peer, folder, host):
-    """Prints how far losses and gradients are from the dump's; the summary, and whether they agree."""
-    params = params_to(host, peer)
-    losses = peer.losses(params, peer.noised)
-    M.total_loss(losses, peer.s).backward()
-    said = json.loads((folder / "losses.json").read_text())
-    error = max(abs(v.item() / said[name] - 1) for name, v in zip(("ce", "flow"), losses))
-    want, errors = load_params(folder / "grads.safetensors", peer.s), []
-    groups = [("", params["ends"], want["ends"])]
-    groups += [(f"layers.{i}.", *pair) for i, pair in enumerate(zip(params["layers"], want["layers"]))]
-    for at, mine, theirs in groups:
-        for name, t in mine.items():
-            b = theirs[name].to(t.device)
-            errors.append((((t.grad.float() - b).norm() / b.norm()).item(), at + name))
-    errors.sort()
-    middle, (most, worst) = errors[len(errors) // 2][0], errors[-1]
-    good = error < ENOUGH[peer.device][0] and most < ENOUGH[peer.device][1]
-    print(f"losses differ by {error:.1e}, {len(errors)} gradients by {middle:.1e} (median) to {most:.1e} ({worst})"
-          f"{'' if good else ': NOT the same model'}", flush=True)  # fmt: skip
-    return {"losses": error, "gradients_median": middle, "gradients_worst": most, "worst": worst}, good
+    def end(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+            self.process = None
 
 
 # ---- the engine -----------------------------------------------------------------------------------------------------
@@ -312,7 +130,8 @@ class Engine:
         least = WARM_UP + max(LEAST_STEPS, self.every)
         enough = lambda lines: len(lines) >= least and seconds(lines) > self.args.seconds
         out = self.args.out
-        lines, said = run_steps(self.command("--steps", "100000"), out / "run", out / "log", enough, LIMIT)
+        command = self.command("--steps", "100000")
+        lines, said = run_steps(command, out / "run", out / "log", enough, self.args.limit)
         if len(lines) <= WARM_UP:
             return {"failed": last_line(said)}
         lines, memory = lines[WARM_UP:], device_memory(said)
@@ -346,49 +165,54 @@ def lines_of(*functions):
 
 
 def cost_to_write(way):
-    """Lines of what a way takes: model, update, and what it adds to both."""
-    parts = [M, Training.step]
-    parts += [Update] + [Training.capture] * way.graph
-    parts += {"keep": [], "selective": [selective], "checkpoint": [checkpointed]}[way.memory]
+    """Lines of what a way takes: model, step and update, and what it adds to them."""
+    parts = [M, W.Training.step, *([W.adamw, W.MastersUpdate] if way.masters else [W.Update])]
+    parts += [W.Training.capture] * way.graph + [W.MEMORY[way.memory]]
+    parts += [W.save_products, W.selective_contexts] * (way.memory == "selective")
     return lines_of(*parts)
 
 
 def state_bytes(way, parameters):
-    """Of what does not grow with the pack."""
-    return parameters * (20 if way.masters else 8)
+    """Of what does not grow with the pack: weights and gradients in bf16, the update's states."""
+    return parameters * (4 + 12 if way.masters else 4 + 4)
 
 
-def summary(engine_rows, ways, rows, tokens, parameters, total_gb):
-    """A row each: medians over rounds; how many times as fast the engine is in the same round, with its spread."""
-    mine = [r for r in engine_rows if "failed" not in r]
-    first = mine[0] if mine else {}
+def summary(ways, rows, about):
+    """A row each: medians over rounds; how many times as fast the engine is in the same round, with its spread. rows:
+    {name: {round: what was measured}}."""
+    tokens, mine = about["tokens"], {n: r for n, r in rows["engine"].items() if "failed" not in r}
+    first = next(iter(mine.values()), {})
     out = [{"way": "engine", "rounds": len(mine)}]
     for name in ("tokens_per_second", "ms", "mfu", "memory_gb"):
         if name in first:
-            out[0][name] = statistics.median(r[name] for r in mine)
+            out[0][name] = statistics.median(r[name] for r in mine.values())
+    failed = [r["failed"] for r in rows["engine"].values() if "failed" in r]
+    if failed:
+        out[0]["failed"] = failed[0]
     for way in ways:
-        good = [(r, e) for r, e in zip(rows[way.name], engine_rows) if "ms" in r]
+        good = {n: r for n, r in rows[way.name].items() if "ms" in r}
         row = {"way": way.name, "rounds": len(good), "lines": cost_to_write(way)}
-        failed = [r["failed"] for r in rows[way.name] if "failed" in r]
+        failed = [r["failed"] for r in rows[way.name].values() if "failed" in r]
         if failed:
             row["failed"] = failed[0]
         if good:
-            ms = statistics.median(r["ms"] for r, _ in good)
+            ms = statistics.median(r["ms"] for r in good.values())
             row |= {"ms": ms, "tokens_per_second": 1e3 * tokens / ms}
-            ratios = [e["tokens_per_second"] * r["ms"] / (1e3 * tokens) for r, e in good if "ms" in e]
+            ratios = [mine[n]["tokens_per_second"] * r["ms"] / (1e3 * tokens) for n, r in good.items() if n in mine]
             if ratios:
                 row |= {"engine": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
             if "sheet" in first:
                 row["mfu"] = row["tokens_per_second"] * first["flops_a_token"] / first["sheet"]
-            if "memory_gb" in good[0][0]:
-                gb, state = max(r["memory_gb"] for r, _ in good), state_bytes(way, parameters) / 1e9
-                row |= {"memory_gb": gb, "largest_T": int(tokens * (total_gb - state) / (gb - state))}
+            if "gb" in about:
+                gb, state = (max(r["memory_gb"] for r in good.values()), state_bytes(way, about["parameters"]) / 1e9)
+                row |= {"memory_gb": gb, "reserved_gb": max(r["reserved_gb"] for r in good.values()),
+                        "largest_T": int(tokens * (about["gb"] - state) / (gb - state))}  # fmt: skip
         out.append(row)
     return out
 
 
 def table(found):
-    head = ["", "tokens/s", "ms a step", "MFU, %", "GB", "largest T", "engine is faster", "lines"]
+    head = ["", "tokens/s", "ms a step", "MFU, %", "GB", "GB reserved", "largest T", "engine is faster", "lines"]
     out = [head]
     show = lambda row, name, form, times=1: format(row[name] * times, form) if row.get(name) is not None else "-"
     for row in found["rows"]:
@@ -396,22 +220,40 @@ def table(found):
         if "engine" in row:
             faster += f" x ({row['least']:.2f} to {row['largest']:.2f})"
         out.append([row["way"], show(row, "tokens_per_second", ",.0f"), show(row, "ms", ".2f"),
-                    show(row, "mfu", ".1f", 100), show(row, "memory_gb", ".1f"), show(row, "largest_T", ",d"), faster,
-                    show(row, "lines", "d")])  # fmt: skip
+                    show(row, "mfu", ".1f", 100), show(row, "memory_gb", ".1f"), show(row, "reserved_gb", ".1f"),
+                    show(row, "largest_T", ",d"), faster, show(row, "lines", "d")])  # fmt: skip
         if "failed" in row:
             out[-1][0] += f" ({row['failed']})"
     return out
 
 
-def text_of(found):
+def notes_of(found):
+    """What the table does not say."""
+    about, rounds = found["about"], sorted({row["rounds"] for row in found["rows"]} - {0})
+    rounds = " to ".join(map(str, dict.fromkeys([rounds[0], rounds[-1]]))) if rounds else "no"
+    out = [f"{about['config']}, {about['tokens']:,} tokens a step, {about['device']}, PyTorch {about['torch']}; "
+           f"medians of {rounds} rounds."]  # fmt: skip
+    for name, a in found["agreement"].items():
+        out.append(f"Losses of {name} are {a['losses']:.1e} from the engine's, its {a['gradients']} gradients "
+                   f"{a['gradients_median']:.1e} (median) to {a['gradients_worst']:.1e} ({a['worst']})"
+                   f"{'' if a['agree'] else ': NOT the same model'}.")  # fmt: skip
+    if "gb" in about:
+        out.append("GB: most allocated by PyTorch, from which its largest T follows, and what it had reserved for that; "
+                   "in use by the engine, whose largest T is what --plan finds room for.")  # fmt: skip
+    out.append("Lines: of code, the model's among them.")
+    return out
+
+
+def write(found, out):
+    """The text, which goes into torch.txt; the table in Markdown; everything."""
     made = table(found)
     widths = [max(len(row[i]) for row in made) for i in range(len(made[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in made]
-    about = found["about"]
-    lines.append(f"{about['config']}, {about['tokens']} tokens, {about['device']}, PyTorch {about['torch']}.\n"
-                 "GB of PyTorch: most allocated, from which its largest T follows; the engine's is planned.\n"
-                 "Lines: of code, the model's among them.")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    text = "\n".join([*lines, *notes_of(found)]) + "\n"
+    (out / "torch.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "torch.txt").write_text(text)
+    (out / "torch.md").write_text(markdown_table(made) + "\n\n" + "\n".join(notes_of(found)) + "\n")
+    return text
 
 
 def arguments():
@@ -421,9 +263,13 @@ def arguments():
     parser.add_argument("--tokens", type=int, help="of a micro-batch (default: 16384 on a GPU, else the config's)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
     parser.add_argument("--seconds", type=positive, default=2, help="that a round times each way (default 2)")
-    parser.add_argument("--ways", nargs="+", choices=[w.name for w in WAYS], metavar="WAY",
-                        help="of: " + "; ".join(w.name for w in WAYS))  # fmt: skip
-    parser.add_argument("--autotune", action="store_true", help="compile with max-autotune, which takes minutes")
+    parser.add_argument("--minutes", type=positive, default=15, help="when to end (default 15)")
+    parser.add_argument("--limit", type=positive, default=300,
+                        help="seconds that one measurement may take, compiling included (default 300)")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", metavar="WAY", choices=[w.name for w in W.WAYS + W.EAGER],
+                        help="of: " + "; ".join(w.name for w in W.WAYS))  # fmt: skip
+    parser.add_argument("--autotune", choices=["attention", "all"], help="what the compiler tries variants of, which "
+                        "takes minutes (default: nothing)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
@@ -443,47 +289,74 @@ def arguments():
     return args
 
 
+def flash_installed():
+    return bool(importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"))
+
+
+def measure(found, worker, engine, ways, args):
+    """Fills found, in rounds. False where --minutes ended it."""
+    end = time.time() + 60 * args.minutes
+    rows = found["measured"] = {name: {} for name in ["engine", *(way.name for way in ways)]}
+    found["rows"] = summary(ways, rows, found["about"])
+
+    def add(name, number, row):
+        rows[name][number] = row
+        found["rows"] = summary(ways, rows, found["about"])
+        write(found, args.out)
+        print(f"round {number + 1}: {name} {row}", flush=True)
+
+    for kind in dict.fromkeys((way.memory, way.flash) for way in ways):
+        alike = [way for way in ways if (way.memory, way.flash) == kind]
+        a = worker.ask("check", *kind) if not kind[1] or flash_installed() else {"failed": "flash_attn.cute is not here"}
+        if "failed" in a:
+            for way in alike:
+                add(way.name, 0, a)
+        else:
+            name = "flash" if kind[1] else kind[0]
+            found["agreement"][name] = a
+            print(f"{name}: checked in {a['seconds']:.1f} s, compiling included", flush=True)
+    for number in range(args.rounds):
+        for name in list(rows) if number % 2 == 0 else reversed(rows):
+            if any("failed" in row for row in rows[name].values()):
+                continue
+            if time.time() >= end:
+                return False
+            way = next((way for way in ways if way.name == name), None)
+            add(name, number, worker.ask("time", way, args.seconds) if way else engine.round())
+    return True
+
+
 def main():
     args = arguments()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if has_gpu() else "cpu")
     args.tokens = args.tokens or (16384 if device == "cuda" else None)
-    torch.manual_seed(1)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(args.out / "compiled"))
     engine, dump = Engine(args, device), args.out / "dump"
     engine.dump(dump)
-    s = R.sizes_from_config(json.loads((dump / "config.json").read_text()))
-    arrays = {name: a.copy() for name, a in R.safetensors_read(dump / "micro_0.safetensors").items()}
-    if len(set(arrays["seg_len"][1:].tolist())) != 1:
+    micro = R.safetensors_read(dump / "micro_0.safetensors")
+    if len(set(micro["seg_len"][1:].tolist())) != 1:
         fail("the pack's images are not all of one size", "PyTorch's model wants data.image_mode=square and captions")
-    peer, host = Peer(s, arrays, device, args.autotune), load_params(dump / "params.safetensors", s)
-    agreement, good = check(peer, dump, host)
-    shutil.rmtree(dump)
-    tokens, parameters = len(arrays["row"]), sum(t.numel() for t in leaves_of(host))
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    ways = [w for w in (WAYS if device == "cuda" else EAGER) if not args.ways or w.name in args.ways]
-    rows, engine_rows = {w.name: [] for w in ways}, []
-    total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else math.nan
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    found = {"about": {"config": args.config.stem, "tokens": tokens, "parameters": parameters, "device": name,
-                       "torch": torch.__version__}, "agreement": agreement}  # fmt: skip
-    for number in range(args.rounds):
-        engine_rows.append(engine.round())
-        print(f"round {number + 1}: engine {engine_rows[-1]}", flush=True)
-        for way in ways if number % 2 == 0 else ways[::-1]:
-            rows[way.name].append(time_way(peer, way, host, args.seconds))
-            print(f"round {number + 1}: {way.name} {rows[way.name][-1]}", flush=True)
-        found["rows"] = summary(engine_rows, ways, rows, tokens, parameters, total_gb)
-        (args.out / "torch.json").write_text(json.dumps(found, indent=1) + "\n")
+    worker = Worker(args.limit, dump, device, args.autotune, args.out / "torch.log")
+    opened = worker.ask("open")
+    if "failed" in opened:
+        fail(f"PyTorch's model cannot be set up: {opened['failed']}", f"see {args.out / 'torch.log'}")
+    ways = [w for w in (W.WAYS if device == "cuda" else W.EAGER) if not args.ways or w.name in args.ways]
+    found = {"about": {"config": args.config.stem, "tokens": len(micro["row"]), "parameters": opened["parameters"],
+                       "device": opened.get("name", "CPU"), "torch": torch.__version__}, "agreement": {}}  # fmt: skip
+    if "gb" in opened:
+        found["about"]["gb"] = opened["gb"]
+    try:
+        whole = measure(found, worker, engine, ways, args)
+    finally:
+        worker.end()
+        shutil.rmtree(dump)
     if device == "cuda":
         found["engine_largest"] = engine.largest()
         found["rows"][0]["largest_T"] = found["engine_largest"]["auto"]
-        (args.out / "torch.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = text_of(found)
-    (args.out / "torch.txt").write_text(text)
-    (args.out / "torch.md").write_text(markdown_table(table(found)) + "\n")
-    print(text, end="")
-    if not good:
+    print("\n" + write(found, args.out), end="")
+    if not whole:
+        print("Not all was measured within --minutes.")
+    if not all(a["agree"] for a in found["agreement"].values()):
         sys.exit("compare_torch: PyTorch's losses or gradients are not the engine's: its times are of another model")
 
 

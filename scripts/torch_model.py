@@ -338,7 +338,9 @@ def block_mask(doc_start, kv_end):
     return create_block_mask(allowed, None, None, T, T, device=doc_start.device)
 
 
-def attend_flex(mask, s):
+def attend_flex(mask, s, backend=None):
+    """backend: FlexAttention's own, "FLASH" where flash_attn.cute is installed; None: its kernels in Triton."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=s.H != s.G)
+    options = {"BACKEND": backend} if backend else None
+    return lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=s.H != s.G, kernel_options=options)

@@ -30,14 +30,14 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32
 
 def safetensors_read(path):
     """All tensors of a file as {name: numpy array}. Format: u64 length of the header, JSON header, raw data."""
-    data = open(path, "rb").read()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
+    data = np.fromfile(path, np.uint8)
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8 : 8 + size].tobytes())
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        raw = np.frombuffer(data[8 + size + begin : 8 + size + end], DTYPES[entry["dtype"]])
+        raw = np.frombuffer(data[8 + size + begin : 8 + size + end], DTYPES[entry["dtype"]])  # no copy
         tensors[name] = raw.reshape(entry["shape"])
     return tensors
 

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
-"""scripts/compare_torch.py BUILD/train on the CPU: the model is the engine's for two configs, both are timed, and a
-model with another formula is refused. Exit code 77 without PyTorch."""
+"""scripts/compare_torch.py BUILD/train on the CPU: the model is the engine's for two configs, updates are AdamW's, all
+ways are timed, those that fail, hang or die say so while others go on, and a model with another formula is refused.
+Exit code 77 without PyTorch."""
 import json
 import subprocess
 import sys
@@ -9,13 +10,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARE = ROOT / "scripts" / "compare_torch.py"
-# The same program with another epsilon in all norms.
-WRONG = f"""import sys
+sys.path.insert(0, str(COMPARE.parent))
+# The same program with another epsilon in all norms; with ways that fail, die and hang.
+PROGRAM = f"""import os, sys, time
 sys.path.insert(0, {str(COMPARE.parent)!r})
-import torch_model
-torch_model.EPS = 1e-2
+import torch_model, torch_ways
+%s
 import compare_torch
 compare_torch.main()"""
+WRONG = PROGRAM % "torch_model.EPS = 1e-2"
+BROKEN = PROGRAM % """
+def fails(self, *operands): raise RuntimeError("no such luck")
+def check(*operands, whole=torch_ways.check):
+    if operands[3] == "checkpoint": time.sleep(100)
+    return whole(*operands)
+torch_ways.Update.__init__, torch_ways.MastersUpdate.__init__ = fails, lambda *operands: os._exit(3)
+torch_ways.check = check
+torch_ways.EAGER.append(torch_ways.Way("good", masters=True, memory="good"))
+torch_ways.MEMORY["good"] = torch_ways.MEMORY["keep"]
+masters_update = type("Good", (), {"__init__": lambda self, *operands: None, "__call__": lambda self: None})
+def training(self, peer, way, host, whole=torch_ways.Training.__init__):
+    if way.name == "good": torch_ways.MastersUpdate = masters_update
+    whole(self, peer, way, host)
+torch_ways.Training.__init__ = training
+"""
 
 
 def compare(*arguments, code=0, program=(COMPARE,)):
@@ -27,20 +45,72 @@ def compare(*arguments, code=0, program=(COMPARE,)):
     return done.stdout + done.stderr
 
 
+def updates():
+    """Both updates of torch_ways.py, three steps, against AdamW with clipping by the norm; to the rounding of fp32."""
+    import torch
+    import torch_ways as W
+
+    class Cpu:
+        gpu, device = False, "cpu"
+
+    torch.manual_seed(1)
+    first = [torch.randn(shape) for shape in ((3, 5), (32,), (4, 16))]
+    grads = [[torch.randn_like(t) for t in first] for _ in range(3)]
+    grads[1] = [1e-3 * g for g in grads[1]]  # nothing to clip
+
+    def trained(make):
+        leaves = [t.clone().requires_grad_() for t in first]
+        update = make(leaves)
+        for step in grads:
+            for t, g in zip(leaves, step):
+                t.grad = g.clone()
+            update(leaves)
+        return torch.cat([t.detach().flatten() - b.flatten() for t, b in zip(leaves, first)])
+
+    def plain(leaves):
+        optimizer = torch.optim.AdamW(leaves, lr=W.LR, betas=W.BETAS, eps=W.EPS, weight_decay=0)
+        return lambda leaves: (torch.nn.utils.clip_grad_norm_(leaves, 1.0), optimizer.step())
+
+    def ours(make):
+        def build(leaves):
+            update = make(leaves, Cpu)
+            return lambda leaves: update()
+
+        return build
+
+    want = trained(plain)
+    for make in (W.Update, W.MastersUpdate):
+        error = (trained(ours(make)) - want).norm() / want.norm()
+        assert want.norm() > 0 and error < 1e-2, (make, error)  # of steps of 1e-5 on weights of 1
+
+
 with tempfile.TemporaryDirectory() as top:
     common = ["--device", "cpu", "--seconds", "0.01", "--set", "run.threads=1"]
     for config, rounds in (("configs/demo.json", 2), ("tests/gpu/gpu_tiny.json", 1)):
         out = Path(top) / Path(config).stem
         said = compare(ROOT / config, out, *common, "--tokens", "192", "--rounds", rounds)
         found = json.loads((out / "torch.json").read_text())
-        engine, eager = found["rows"]
-        assert found["about"]["tokens"] > 150 and found["agreement"]["gradients_worst"] < 1e-3, found
-        assert engine["rounds"] == eager["rounds"] == rounds and eager["lines"] > 100, found
-        assert engine["tokens_per_second"] > 0 and eager["tokens_per_second"] > 0 and "failed" not in eager, found
-        assert eager["least"] <= eager["engine"] <= eager["largest"], found
-        assert f"{eager['ms']:.2f}" in (out / "torch.txt").read_text() and not (out / "dump").exists(), said
+        engine, *ways = found["rows"]
+        assert found["about"]["tokens"] > 150 and len(ways) == 3, found
+        for kind in ("keep", "checkpoint"):
+            assert found["agreement"][kind]["agree"] and found["agreement"][kind]["gradients_worst"] < 1e-3, found
+        assert engine["rounds"] == rounds and engine["tokens_per_second"] > 0, found
+        for way in ways:
+            assert way["rounds"] == rounds and way["lines"] > 100 and way["tokens_per_second"] > 0, found
+            assert way["least"] <= way["engine"] <= way["largest"] and "failed" not in way, found
+            assert f"{way['ms']:.2f}" in (out / "torch.txt").read_text() and not (out / "dump").exists(), said
+        assert ways[1]["lines"] != ways[0]["lines"] < ways[2]["lines"], found
+    tiny = ROOT / "tests/gpu/gpu_tiny.json"
+    out = Path(top) / "broken"
+    said = compare(tiny, out, *common, "--rounds", "2", "--limit", "12", program=("-c", BROKEN))
+    engine, fails, dies, hangs, good = json.loads((out / "torch.json").read_text())["rows"]
+    for row, why in ((fails, "no such luck"), (dies, "its process ended"), (hangs, "longer than 12 s")):
+        assert row["rounds"] == 0 and row["failed"] == why and f"({why})" in said, said
+    assert good["rounds"] == engine["rounds"] == 2 and "no such luck" in (out / "torch.log").read_text(), said
+    said = compare(tiny, out, *common, "--minutes", "1e-6")
+    assert "--minutes" in said and json.loads((out / "torch.json").read_text())["rows"][0]["rounds"] == 0, said
     out = Path(top) / "wrong"
-    said = compare(ROOT / "tests/gpu/gpu_tiny.json", out, *common, "--rounds", "1", code=1, program=("-c", WRONG))
+    said = compare(tiny, out, *common, "--rounds", "1", code=1, program=("-c", WRONG))
     assert "NOT the same model" in said and "another model" in said, said
     (Path(top) / "file").write_text("")
     for what, *arguments in (("no", "nothing.json", out), ("file", ROOT / "configs/demo.json", Path(top) / "file"),
@@ -48,4 +118,5 @@ with tempfile.TemporaryDirectory() as top:
                              ("--dump failed", ROOT / "configs/demo.json", out, *common, "--set", "train.lr=-1")):  # fmt: skip
         said = compare(*arguments, code=2 if what == "--rounds" else 1)
         assert what in said, (what, said)
+updates()
 print("PyTorch: the same losses and gradients, timed, refused")
