@@ -28,6 +28,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -328,6 +329,7 @@ def measure(found, worker, engine, ways, args):
 
 def main():
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends PyTorch's process, too
     device = args.device or ("cuda" if has_gpu() else "cpu")
     args.tokens = args.tokens or (16384 if device == "cuda" else None)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(args.out / "compiled"))
