@@ -2,8 +2,9 @@
 """Where the speed comes from: each technique switched off alone, the ladder from nothing to everything, and the largest
 batch, measured by short runs of ./train.
 
-    scripts/ablate.py OUT                    small, fine, base, medium and wide on a GPU: in 15 minutes what each
-                                             technique is worth; called again, the rest (an hour in all)
+    scripts/ablate.py OUT                    small, fine, base, medium and wide on a GPU: in 15 minutes a round of
+                                             everything and further ones of what is quick; called again, more of them
+                                             (an hour in all)
     scripts/ablate.py OUT --device cpu       the demo on a CPU, about two minutes: memory and packing alone
     scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into PAGE; measures nothing
 
@@ -14,7 +15,8 @@ and two SVGs are made of the rows at the end.
 
 A run trains on the same documents from the same first weights as all others of its model, and its tokens/s are those of
 its median step behind the first, with its share of an EMA's update; padding is no token. A round runs every variant of
-a part once; each next round goes the other way round. A gain is the median over the rounds of the ratio within a round,
+a part on a model once; each next round goes the other way round. After a first round of all parts and models, the next
+one is of the part and model that have had the least time so far. A gain is the median over the rounds of the ratio within a round,
 so that a machine that gets slower or faster takes all variants with it; beside it stand the least and the largest of
 these ratios. Whatever a variant does to the speed, its losses must stay: those of memory, graphs and streams to the last
 digit that is logged, of others within rounding. Needs nothing but Python 3; scripts/make_bench_data.py, which makes the
@@ -35,9 +37,9 @@ from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memor
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
-           "text_rows", "image_rows", "load_max", "fill", "steps", "first_losses", "loss", "note"]
+           "text_rows", "image_rows", "load_max", "fill", "steps", "seconds", "first_losses", "loss", "note"]
 WARM_UP = 6  # steps before those that count; ops may be timed again after the fourth
-LEAST_STEPS = 8
+LEAST_STEPS, LEAST_LONG = 8, 4  # that count; the latter where they have taken four times --seconds
 LOSS_STEP = 10  # whose loss variants must share
 RUN_STEPS = 100000  # more than any run gets to
 NO_ROOM = "no plan has room for it"
@@ -148,7 +150,7 @@ class Model:
         self.path = Path(name).resolve() if name.endswith(".json") else ROOT / "configs" / f"{name}.json"
         if not self.path.is_file():
             fail(f"there is no config {self.path}", "--models takes names of configs/NAME.json, or paths")
-        self.name, self.run, self.config = self.path.stem, args.out / f"run-{self.path.stem}", config_read(self.path)
+        self.name, self.config = self.path.stem, config_read(self.path)
         self.sets, self.known = [*args.set, *QUIET], {}
 
     def prepare(self):
@@ -158,9 +160,13 @@ class Model:
             fail(bad, "or name a folder of scripts/make_bench_data.py with --data")
         self.sets += sets
 
-    def command(self, flags):
+    def folder(self, name):
+        """Of its runs of that name, each of which finds there what ops took in the one before."""
+        return self.args.out / "runs" / re.sub(r"\W+", "-", f"{self.name} {name}".strip())
+
+    def command(self, flags, name=""):
         """Flags that come later win."""
-        command = [str(self.args.train), str(self.path), "--run-dir", str(self.run)]
+        command = [str(self.args.train), str(self.path), "--run-dir", str(self.folder(name))]
         if self.args.tokens:
             command += ["--tokens", str(self.args.tokens)]
         if self.args.device:
@@ -244,9 +250,9 @@ class Model:
         rows = {m: tokens * s * moe[m]["top_k"] / moe[m]["experts"] for m, s in (("text", 1 - share), ("image", share))}
         return {f"{m}_rows": f"{n:.0f}" for m, n in rows.items()}
 
-    def measure(self, flags):
-        """A row of what a run takes."""
-        flags = self.flags(flags)
+    def measure(self, name, flags):
+        """A row of what a run of that name takes."""
+        flags, began = self.flags(flags), time.time()
         if flags is None:
             return {"note": NO_ROOM}
 
@@ -254,10 +260,11 @@ class Model:
 
         def enough(lines):
             lines = lines[WARM_UP:]
-            return len(lines) >= max(LEAST_STEPS, every) and sum(s["seconds"] for s in lines) >= self.args.seconds
+            took = sum(s["seconds"] for s in lines) / self.args.seconds
+            return took >= 1 and len(lines) >= (LEAST_LONG if took >= 4 else max(LEAST_STEPS, every))
 
-        flags += ["--steps", str(RUN_STEPS)]
-        lines, said = run_steps(self.command(flags), self.run, self.args.out / "log", enough, self.args.limit)
+        command = self.command([*flags, "--steps", str(RUN_STEPS)], name)
+        lines, said = run_steps(command, self.folder(name), self.args.out / "log", enough, self.args.limit)
         counted = lines[WARM_UP:]
         if not counted:
             return {"note": last_line(said)}
@@ -267,6 +274,7 @@ class Model:
                "step_ms": f"{1e3 * seconds:.3f}",
                "load_max": f"{median(lambda s: s['expert_load_max']):.2f}",
                "fill": f"{median(lambda s: s['fill']):.4f}", "steps": len(counted),
+               "seconds": f"{time.time() - began:.1f}",
                "first_losses": " ".join(f"{lines[0].get(key, math.nan):.9g}" for key in ("flow", "ce"))}  # fmt: skip
         if len(lines) >= LOSS_STEP:
             row["loss"] = f"{lines[LOSS_STEP - 1]['loss']:.9g}"
@@ -310,32 +318,45 @@ class Rows:
             else:
                 table_append(self.path, COLUMNS, row)
             self.of[key] = {name: str(value) for name, value in row.items()}
-            shown = ("tokens_per_second", "step_ms", "memory_gb", "loss", "note")
+            shown = ("tokens_per_second", "step_ms", "memory_gb", "loss", "seconds", "note")
             print(f"{' / '.join(key[1:])}: " + ", ".join(f"{n} {row[n]}" for n in shown if row[n] != ""), flush=True)
         self.good += not self.is_failure(self.of[key])
         return self.of[key]
+
+    def seconds(self, *key):
+        """That runs of this device, model and part took."""
+        return sum(float(row["seconds"] or 0) for at, row in self.of.items() if at[: len(key)] == key)
 
 
 def measure_all(rows, models, parts, args, device):
     """Round by round, so that what --minutes cuts off is repeats. False where it did."""
     end = time.time() + 60 * args.minutes
+    pairs = [(part, model) for part in args.parts for model in models]
 
     def get(model, part, variant, number, flags):
         if time.time() >= end and (device, model.name, part, variant, str(number)) not in rows.of:
             raise TimeoutError
-        return rows.get((device, model.name, part, variant, number), lambda: model.measure(flags))
+        make = lambda: model.measure(f"{part} {variant}", flags)
+        return rows.get((device, model.name, part, variant, number), make)
+
+    def rounds(part, model):
+        """Whole ones."""
+        whole = lambda n: all((device, model.name, part, v, str(n)) in rows.of for v in parts[part][0])
+        return next(n for n in range(args.repeats + 1) if n == args.repeats or not whole(n))
+
+    def turn(pair):
+        had = rounds(*pair)
+        return had > 0, rows.seconds(device, pair[1].name, pair[0]) if had else 0, pairs.index(pair)
 
     try:
-        for part in args.parts:
-            variants, _ = parts[part]
-            for number in range(args.repeats):
-                for model in models:
-                    if number == 0 and "padded" in variants:
-                        for variant, flags in SAME.items():
-                            get(model, "same documents", variant, 0, flags)
-                    order = list(variants.items())
-                    for variant, flags in order if number % 2 == 0 else reversed(order):
-                        get(model, part, variant, number, flags)
+        while left := [pair for pair in pairs if rounds(*pair) < args.repeats]:
+            part, model = min(left, key=turn)
+            number, variants = rounds(part, model), list(parts[part][0].items())
+            if number == 0 and "padded" in parts[part][0]:
+                for variant, flags in SAME.items():
+                    get(model, "same documents", variant, 0, flags)
+            for variant, flags in variants if number % 2 == 0 else reversed(variants):
+                get(model, part, variant, number, flags)
     except TimeoutError:
         return False
     return True

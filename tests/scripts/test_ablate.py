@@ -144,6 +144,13 @@ def stand_in(top):
     (top / "wrong").write_text("")
     said = ablate(top / "worse", *common[1:], "--models", config, "--repeats", "1", "--parts", "switches", code=1)
     assert said.strip().endswith("same losses: some: captured graphs"), said
+    # After a first round of everything, the part goes on that has had the least time.
+    (top / "calls").write_text("")
+    ablate(top / "turns", *common[1:], "--models", config, "--parts", "switches", "memory", "--repeats", "2", "--variants",
+           "everything", "AdaLN unfused", "recompute")  # fmt: skip
+    first = ["", "--adaln unfused", "--memory recompute"]
+    assert (top / "calls").read_text().splitlines() == [*first, first[2], first[2], *first[::-1]]
+    assert all(float(row["seconds"]) > 0 for row in rows_of(top / "turns"))
     # Rows of other settings stay apart; where nothing was measured, settings bind nobody.
     for more, differs in ((["--set", "train.lr=1"], "--set: none then, train.lr=1 now"),
                           (["--tokens", "2000"], "--tokens: 1000 then, 2000 now"),
