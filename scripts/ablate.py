@@ -6,7 +6,7 @@ batch, measured by short runs of ./train.
                                              everything and further ones of what is quick; called again, more of them
                                              (an hour in all)
     scripts/ablate.py OUT --device cpu       the demo on a CPU, about two minutes: memory and packing alone
-    scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into PAGE; measures nothing
+    scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into pages; measures nothing
 
 OUT/ablate.csv gets a row as soon as it is measured, and what is there is not measured again: one that was broken off,
 by --minutes or by hand, goes on. A run that fails gets no row, so that the next call tries it again. All rows of an
@@ -16,9 +16,9 @@ and two SVGs are made of the rows at the end.
 A run trains on the same documents from the same first weights as all others of its model, and its tokens/s are those of
 its median step behind the first, with its share of an EMA's update; padding is no token. A round runs every variant of
 a part on a model once; each next round goes the other way round. After a first round of all parts and models, the next
-one is of the part and model that have had the least time so far. A gain is the median over the rounds of the ratio within a round,
-so that a machine that gets slower or faster takes all variants with it; beside it stand the least and the largest of
-these ratios. Whatever a variant does to the speed, its losses must stay: those of memory, graphs and streams to the last
+one is of the part and model that have had the least time so far. A gain is the median over the rounds of the ratio
+within a round, so that a machine that gets slower or faster takes all variants with it; beside it stand the least and
+the largest of these ratios. Whatever a variant does to the speed, its losses must stay: those of memory, graphs and streams to the last
 digit that is logged, of others within rounding. Needs nothing but Python 3; scripts/make_bench_data.py, which makes the
 data of models that name none, needs numpy.
 """
@@ -435,13 +435,13 @@ def arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
-    parser.add_argument("--markdown", nargs="?", const="-", metavar="PAGE", help="the tables alone")
+    parser.add_argument("--markdown", nargs="*", metavar="PAGE", help="the tables alone, printed or put into pages")
     args = parser.parse_args()
     args.out, args.train = args.out.resolve(), args.train.resolve()
     args.data, args.init = (path and path.resolve() for path in (args.data, args.init))
     if args.repeats < 1:
         parser.error("--repeats: at least 1")
-    if not args.markdown and not args.train.is_file():
+    if args.markdown is None and not args.train.is_file():
         fail(f"there is no {args.train}", "make builds it")
     if args.data and not (args.data / "bench.tar").is_file():
         fail(f"there is no {args.data / 'bench.tar'}", "scripts/make_bench_data.py makes it")
@@ -455,10 +455,11 @@ def arguments():
 def main():
     args = arguments()
     table = args.out / "ablate.csv"
-    if args.markdown:
+    if args.markdown is not None:
         found = results(Rows(table, makes=False))
         ablate_report.files(found, args.out)
-        return ablate_report.markdown(found, args.markdown)
+        wrong = ablate_report.markdown(found, args.markdown or ["-"])
+        return sys.exit(f"ablate: {wrong}") if wrong else None
     device = args.device or ("cuda" if has_gpu() else "cpu")
     given_tokens, args.tokens = args.tokens, args.tokens or (16384 if device == "cuda" else None)
     models = [Model(name, args) for name in args.models or (MODELS if device == "cuda" else ["demo"])]

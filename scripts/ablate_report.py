@@ -3,7 +3,6 @@ import html
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 PARTS = {"switches": "Each technique switched off alone", "memory": "Memory",
@@ -76,33 +75,44 @@ def markdown_table(table):
                       *("| " + " | ".join(row) + " |" for row in table[1:])])  # fmt: skip
 
 
-def markdown(found, page):
-    """Prints the tables ("-"), or puts each where the page says `<!-- ablate DEVICE PART -->`, up to `<!-- end -->`."""
-    made = {(device, part): "\n\n".join(map(markdown_table, made)) for device, part, made in tables(found)}
-    if page == "-":
-        for (device, part), block in made.items():
-            print(f"{PARTS[part]} ({device})\n\n{block}\n")
-        return
+def fill_places(page, made):
+    """Puts each made[PLACE] where the file says `<!-- PLACE -->`, up to `<!-- end -->`. None, or what went wrong."""
     done = []
 
     def fill(match):
-        key = match[2], match[3]
-        if key not in made:
+        if match[2] not in made:
             return match[0]
-        done.append(" ".join(key))
-        return f"{match[1]}\n{made[key]}\n\n<!-- end -->"
+        done.append(match[2])
+        return f"{match[1]}\n{made[match[2]]}\n\n<!-- end -->"
 
-    path = Path(page)
     try:
-        old = path.read_text()
-        new = re.sub(r"(<!-- ablate (\w+) (\w+) -->\n)(?:.*?)<!-- end -->", fill, old, flags=re.S)
+        new = re.sub(r"(<!-- ([\w ]+) -->\n)(?:.*?)<!-- end -->", fill, Path(page).read_text(), flags=re.S)
         if not done:
-            sys.exit(f"ablate: {page} has no place for these tables\n  fix: a line <!-- ablate cuda switches --> and "
-                     "another <!-- end -->")  # fmt: skip
-        path.write_text(new)
+            place = next(iter(made), "")
+            return f"{page} has no place for these tables\n  fix: a line <!-- {place} --> and another <!-- end -->"
+        Path(page).write_text(new)
     except OSError as e:
-        sys.exit(f"ablate: {page}: {e.strerror}\n  fix: name a page that is there")
+        return f"{page}: {e.strerror}\n  fix: name a page that is there"
     print(f"{page}: {', '.join(done)}")
+
+
+def speed_table(runs, device):
+    """Of the whole engine."""
+    wanted = (device, "switches", "everything")
+    table = runs_table([r for r in runs if (r["device"], r["part"], r["variant"]) == wanted])
+    return [[row[0], *row[3:7], row[9]] for row in table]
+
+
+def markdown(found, pages):
+    """Prints the tables where a page is "-", or puts each into its place. None, or what went wrong."""
+    made = {f"ablate {device} {part}": "\n\n".join(map(markdown_table, made)) for device, part, made in tables(found)}
+    for device in unique(r["device"] for r in found["runs"]):
+        made[f"ablate {device} speed"] = markdown_table(speed_table(found["runs"], device))
+    for page in pages:
+        if page == "-":
+            print("\n\n".join(f"<!-- {place} -->\n\n{block}" for place, block in made.items()))
+        elif wrong := fill_places(page, made):
+            return wrong
 
 
 # ---- pictures ----

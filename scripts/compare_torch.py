@@ -3,6 +3,7 @@
 
     scripts/compare_torch.py CONFIG OUT              on a GPU; OUT/torch.json, torch.txt and torch.md
     scripts/compare_torch.py CONFIG OUT --device cpu only eager PyTorch: small configs such as configs/demo.json
+    scripts/compare_torch.py CONFIG OUT --markdown PAGE..   puts what OUT has into pages; measures nothing
 
 First ./train --dump writes a step: weights, a pack with its noise, losses, every gradient. PyTorch's model
 (scripts/torch_model.py) loads them and must get these losses and gradients, with each treatment of activations. Then
@@ -35,7 +36,7 @@ import sys
 import time
 from pathlib import Path
 
-from ablate_report import markdown_table
+from ablate_report import fill_places, markdown_table
 from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
                        positive, run_steps)  # fmt: skip
 
@@ -239,8 +240,8 @@ def notes_of(found):
                    f"{a['gradients_median']:.1e} (median) to {a['gradients_worst']:.1e} ({a['worst']})"
                    f"{'' if a['agree'] else ': NOT the same model'}.")  # fmt: skip
     if "gb" in about:
-        out.append("GB: most allocated by PyTorch, from which its largest T follows, and what it had reserved for that; "
-                   "in use by the engine, whose largest T is what --plan finds room for.")  # fmt: skip
+        out.append("GB: most allocated by PyTorch, from which its largest T follows, and reserved for that; in use by the "
+                   "engine, whose largest T is what --plan finds room for.")  # fmt: skip
     out.append("Lines: of code, the model's among them.")
     return out
 
@@ -253,8 +254,19 @@ def write(found, out):
     text = "\n".join([*lines, *notes_of(found)]) + "\n"
     (out / "torch.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "torch.txt").write_text(text)
-    (out / "torch.md").write_text(markdown_table(made) + "\n\n" + "\n".join(notes_of(found)) + "\n")
+    (out / "torch.md").write_text(markdown(found) + "\n")
     return text
+
+
+def markdown(found):
+    return markdown_table(table(found)) + "\n\n" + " ".join(notes_of(found))
+
+
+def markdown_short(found):
+    """Without what is of interest to those who compare ways of PyTorch."""
+    made = [[row[0], row[1], row[3], row[4], row[7]] for row in table(found)]
+    made[0][0] = found["about"]["config"]
+    return markdown_table(made)
 
 
 def arguments():
@@ -275,13 +287,14 @@ def arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
+    parser.add_argument("--markdown", nargs="+", metavar="PAGE", help="where to put the tables of OUT")
     args = parser.parse_args()
     args.config, args.out, args.train = args.config.resolve(), args.out.resolve(), args.train.resolve()
     args.data = args.data and args.data.resolve()
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
     for path, fix in ((args.config, "name a config, such as configs/small.json"), (args.train, "make builds it")):
-        if not path.is_file():
+        if not path.is_file() and not args.markdown:
             fail(f"there is no {path}", fix)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -308,7 +321,8 @@ def measure(found, worker, engine, ways, args):
 
     for kind in dict.fromkeys((way.memory, way.flash) for way in ways):
         alike = [way for way in ways if (way.memory, way.flash) == kind]
-        a = worker.ask("check", *kind) if not kind[1] or flash_installed() else {"failed": "flash_attn.cute is not here"}
+        there = flash_installed() or not kind[1]
+        a = worker.ask("check", *kind) if there else {"failed": "flash_attn.cute is not installed"}
         if "failed" in a:
             for way in alike:
                 add(way.name, 0, a)
@@ -327,8 +341,21 @@ def measure(found, worker, engine, ways, args):
     return True
 
 
+def put(args):
+    """The tables that are there into pages: <!-- torch CONFIG -->, <!-- torch CONFIG short -->."""
+    if not (args.out / "torch.json").is_file():
+        fail(f"there is no {args.out / 'torch.json'}", "measure first: scripts/compare_torch.py CONFIG OUT")
+    found = json.loads((args.out / "torch.json").read_text())
+    place = f"torch {found['about']['config']}"
+    for page in args.markdown:
+        if wrong := fill_places(page, {place: markdown(found), f"{place} short": markdown_short(found)}):
+            sys.exit(f"compare_torch: {wrong}")
+
+
 def main():
     args = arguments()
+    if args.markdown:
+        return put(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends PyTorch's process, too
     device = args.device or ("cuda" if has_gpu() else "cpu")
     args.tokens = args.tokens or (16384 if device == "cuda" else None)

@@ -100,6 +100,10 @@ with tempfile.TemporaryDirectory() as top:
             assert way["least"] <= way["engine"] <= way["largest"] and "failed" not in way, found
             assert f"{way['ms']:.2f}" in (out / "torch.txt").read_text() and not (out / "dump").exists(), said
         assert ways[1]["lines"] != ways[0]["lines"] < ways[2]["lines"], found
+        page = Path(top) / "page.md"
+        page.write_text(f"a\n<!-- torch {config.split('/')[-1][:-5]} short -->\nold\n<!-- end -->\n")
+        compare(ROOT / config, out, "--markdown", page)
+        assert "| eager, masters |" in page.read_text() and "old" not in page.read_text(), page.read_text()
     tiny = ROOT / "tests/gpu/gpu_tiny.json"
     out = Path(top) / "broken"
     said = compare(tiny, out, *common, "--rounds", "2", "--limit", "12", program=("-c", BROKEN))
@@ -115,6 +119,7 @@ with tempfile.TemporaryDirectory() as top:
     (Path(top) / "file").write_text("")
     for what, *arguments in (("no", "nothing.json", out), ("file", ROOT / "configs/demo.json", Path(top) / "file"),
                              ("--rounds", ROOT / "configs/demo.json", out, "--rounds", "0"),
+                             ("measure first", tiny, Path(top) / "none", "--markdown", "page"),
                              ("--dump failed", ROOT / "configs/demo.json", out, *common, "--set", "train.lr=-1")):  # fmt: skip
         said = compare(*arguments, code=2 if what == "--rounds" else 1)
         assert what in said, (what, said)
