@@ -200,6 +200,7 @@ typedef struct Queues {
   void *(*capture_end)(void);           // the graph
   void (*graph_launch)(void *graph);    // on the compute lane
   void (*graph_free)(void *graph);
+  void (*overlap)(int on); // kernels of a lane may begin while the one before ends; NULL: none ever does
 } Queues;
 
 // Bytes of KernelCall.scratch that a call needs, at most, given sizes and arguments.

@@ -37,9 +37,9 @@ static char *sizes_text(const Config *c) {
     snprintf(ways + strlen(ways), sizeof ways - strlen(ways), ", %s", way[i].word);
   return xasprintf(
       "T %d, %d modulation rows, C %d, H %d, G %d, D %d, P %d, V %d, Z %d, L %d, text %d x %d of %d shared "
-      "%d, image %d x %d of %d shared %d, packing %d, graph %d%s",
+      "%d, image %d x %d of %d shared %d, packing %d, graph %d, pdl %d%s",
       d.T, d.segments, d.C, d.H, d.G, d.D, d.P, d.V, d.Z, d.L, d.K[TEXT], d.F[TEXT], d.E[TEXT], d.S[TEXT], d.K[IMAGE],
-      d.F[IMAGE], d.E[IMAGE], d.S[IMAGE], c->kernels.packing, c->kernels.graph, ways);
+      d.F[IMAGE], d.E[IMAGE], d.S[IMAGE], c->kernels.packing, c->kernels.graph, c->kernels.pdl, ways);
 }
 
 typedef struct OwnKey {

@@ -152,8 +152,8 @@ static void name_idle_queues(const Engine *e) {
   if (!b->queues && c->memory.state > STATE_DEVICE) log_info("memory.state changes nothing on the %s", b->name);
   if (c->kernels.update == UPDATE_OVERLAPPED && e->update && !engine_overlaps(e))
     log_info("kernels.update: the optimizer's state is on the host, and is updated at each step's end");
-  if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph))
-    log_info("kernels.streams and kernels.graph change nothing on the %s", b->name);
+  if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph || c->kernels.pdl))
+    log_info("kernels.streams, kernels.graph and kernels.pdl change nothing on the %s", b->name);
   if (!b->note && (c->kernels.tiles[TEXT] || c->kernels.tiles[IMAGE]))
     log_info("kernels.tiles changes nothing on the %s", b->name);
 }
@@ -218,7 +218,9 @@ int engine_allocate_begin(Engine *e, Error *err) {
 }
 
 void engine_bind(Engine *e) {
+  const Queues *q = e->model.backend->queues;
   e->bases.separate = !e->config->memory.arena;
+  if (q && q->overlap) q->overlap(e->config->kernels.pdl);
   bind(e, e->first.program);
   bind(e, e->later.program);
   bind(e, e->last.program);

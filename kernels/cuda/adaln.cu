@@ -9,6 +9,7 @@
 
 template <class L, bool BRANCH>
 static __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) adaln_forward(const AdalnForward f, const bf16 *from) {
+  await_previous();
   const AdalnRow row = adaln_row_of<L>(f);
   if (row.r >= f.T) return;
 
@@ -107,6 +108,7 @@ enum { SUM_COLUMNS = 64, SUM_PARTS = 4 };
 static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_PARTS)
     segment_sums(const AdalnSums s, const BatchDims *dims, const int32_t *seg_start, const int32_t *seg_len, int runs,
                  int C, int64_t M) {
+  await_previous();
   __shared__ float4 shared[SUM_PARTS][SUM_COLUMNS];
   int part = threadIdx.y, g = blockIdx.x, first = 4 * (blockIdx.y * SUM_COLUMNS + threadIdx.x); // of [sums][C]
   int start = seg_start[g], len = seg_len[g], run_rows = adaln_run_rows(dims, runs);

@@ -287,6 +287,7 @@ static __device__ inline float2 adaln_group_sums(float a, float b, float2 *share
 template <class Gradient, bool BRANCH, bool SILU>
 static __global__ void __launch_bounds__(ADALN_RUN_THREADS, 1)
     adaln_backward(const AdalnBackward b, const Gradient gradient) {
+  await_previous();
   constexpr int SUMS = BRANCH ? 3 : 2;
   __shared__ float2 exchange[2 * (ADALN_RUN_THREADS / 32)];
   __shared__ __align__(16) float shared[SUMS * ADALN_SHARED_COLUMNS];

@@ -106,6 +106,7 @@ static __device__ inline uint4 load_plain(const bf16 *p, bool there) { // p may 
 // out may be a or b: four vectors are loaded, then stored, each by the lane that loaded it. Filler rows are left alone.
 template <class Op>
 static __global__ void __launch_bounds__(ROW_THREADS) map_rows(const Site s, const bf16 *a, const bf16 *b, bf16 *out) {
+  await_previous();
   constexpr int unroll = 4;
   int r = blockIdx.x * ROW_WARPS + threadIdx.x / 32, n_text = s.dims->n_text;
   if (r >= n_text + s.dims->n_image) return;
@@ -141,6 +142,7 @@ template <class Op> static void map(const KernelCall *c, const Site *s, const bf
 // Zeros in the filler rows of two [T, C] tensors and two [T] of statistics; each may be NULL.
 static __global__ void __launch_bounds__(ROW_THREADS)
     mask_rows(const BatchDims *dims, int T, int C, bf16 *a, bf16 *b, float *mean, float *rstd) {
+  await_previous();
   int r = blockIdx.x * ROW_WARPS + threadIdx.x / 32, lane = threadIdx.x & 31;
   if (r < dims->n_text + dims->n_image || r >= T) return;
   for (int column = 8 * lane; column < C; column += 256) {
@@ -161,6 +163,7 @@ static void mask(const KernelCall *c, const Site *s, bf16 *a, bf16 *b, float *me
 template <int VEC>
 static __global__ void __launch_bounds__(ROW_THREADS)
     norm_forward(const Site s, const bf16 *x, bf16 *xhat, float *mean, float *rstd) {
+  await_previous();
   int r = blockIdx.x * ROW_WARPS + threadIdx.x / 32, lane = threadIdx.x & 31;
   if (r >= s.dims->n_text + s.dims->n_image) return;
   int64_t at = (int64_t)r * s.C + 8 * lane;
@@ -203,6 +206,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 // dx from dxhat, which it replaces, and xhat.
 template <int VEC>
 static __global__ void __launch_bounds__(ROW_THREADS) norm_backward(const Site s, bf16 *dx, const bf16 *xhat) {
+  await_previous();
   int r = blockIdx.x * ROW_WARPS + threadIdx.x / 32, lane = threadIdx.x & 31;
   if (r >= s.dims->n_text + s.dims->n_image) return;
   int64_t at = (int64_t)r * s.C + 8 * lane;
@@ -297,6 +301,7 @@ struct GateBackward { // dbranch = gate dx; sums of dx branch
 template <class Op>
 static __global__ void __launch_bounds__(ADALN_RUN_THREADS, 1)
     walk_rows(const Site s, const Walk w, const bf16 *a, const bf16 *b, bf16 *out) {
+  await_previous();
   constexpr int unroll = 4;
   __shared__ __align__(16) float shared[Op::sums * ADALN_SHARED_COLUMNS];
   int threads = 32 * w.warps, group = threadIdx.x / threads, groups = blockDim.x / threads;

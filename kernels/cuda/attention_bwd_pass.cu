@@ -356,6 +356,7 @@ static __global__ void __launch_bounds__(PASS_THREADS, 1) attention_backward_pas
       barrier_init(shared_address(&s->dq_empty[i]), 1);
     }
   }
+  await_previous();
   __syncthreads();
   if (threadIdx.x < GROUP) {
     registers_give<56>();

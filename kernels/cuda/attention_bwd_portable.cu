@@ -6,6 +6,7 @@
 enum { DQ_QUERIES = 128, DQ_KEYS = 32, DQ_ROWS = DQ_QUERIES / WARPS };
 
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_backward_queries(BackwardCall c) {
+  await_previous();
   extern __shared__ __align__(1024) char shared[];
   auto s = (DqShared<D, DQ_QUERIES, DQ_KEYS> *)shared;
   QueryBlock block = dq_begin(s, c);
@@ -86,6 +87,7 @@ static __device__ inline void dkv_add(float (&sum)[D / 8][4], const uint32_t (&x
 }
 
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_backward_keys(BackwardCall c) {
+  await_previous();
   extern __shared__ __align__(1024) char shared[];
   DkvShared<D> *s = (DkvShared<D> *)shared;
   DkvBlock block = dkv_begin<D>(s, c);

@@ -11,6 +11,7 @@ static_assert(3 * sizeof(DqShared<64, GROUP_ROWS, GROUP_ROWS>) <= CUDA_HOPPER_SH
 
 template <int D> static __global__ void __launch_bounds__(THREADS, 3) attention_backward_queries_sm90(BackwardCall c) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  await_previous();
   extern __shared__ __align__(1024) char shared[];
   auto s = (DqShared<D, GROUP_ROWS, GROUP_ROWS> *)shared;
   QueryBlock block = dq_begin(s, c);
@@ -51,6 +52,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 3) attention_
 
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_backward_keys_sm90(BackwardCall c) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  await_previous();
   extern __shared__ __align__(1024) char shared[];
   DkvShared<D> *s = (DkvShared<D> *)shared;
   DkvBlock block = dkv_begin<D>(s, c);

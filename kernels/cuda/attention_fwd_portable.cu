@@ -20,6 +20,7 @@ static __device__ inline void value_tile(Rows<D> r[2], const uint32_t (&p)[2][KE
 }
 
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_forward(ForwardCall c) {
+  await_previous();
   extern __shared__ __align__(1024) char shared[];
   ForwardShared<D> *s = (ForwardShared<D> *)shared;
   QueryBlock block = block_begin<D>(s, c);

@@ -51,6 +51,7 @@ static __device__ inline void group_both(Rows<D> rows[2], const KeyTile<D, KEYS>
 
 template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_forward_sm90(ForwardCall c) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  await_previous();
   extern __shared__ __align__(1024) char shared[];
   ForwardShared<D> *s = (ForwardShared<D> *)shared;
   QueryBlock block = block_begin<D>(s, c);

@@ -48,6 +48,7 @@ struct FlashShared {
 static_assert(sizeof(FlashShared) <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
 
 static __global__ void __launch_bounds__(SPAN_THREADS) attention_list(SpanList list, Batch b, int rows) {
+  await_previous();
   list_spans(list, b, rows);
 }
 
@@ -319,6 +320,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wid
       barrier_init(shared_address(&s->v_empty[i]), CONSUMER_WARPS);
     }
   }
+  await_previous();
   __syncthreads();
   if (threadIdx.x < GROUP) {
     registers_give<56>();

@@ -21,6 +21,7 @@ size_t pass_bind(PassScratch *s, const Dims *d, void *base) {
 
 // The first block makes the list; of the others, as many threads as a row of one head has chunks find its delta.
 static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(PassCall p) {
+  await_previous();
   const BackwardCall &c = p.c;
   const int H = c.shape.H, T = c.shape.T, chunks = D / 8;
   if (blockIdx.x == 0) return list_spans(p.s.keys, c.b, PASS_KEYS);
@@ -46,6 +47,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(Pass
 
 // A thread has 8 columns.
 static __global__ void __launch_bounds__(PREPARE_THREADS) attention_finish(PassCall p) {
+  await_previous();
   const BackwardCall &c = p.c;
   const int H = c.shape.H, G = c.shape.G, T = c.shape.T, chunks = D / 8;
   int64_t thread = (int64_t)blockIdx.x * PREPARE_THREADS + threadIdx.x, item = thread / chunks;

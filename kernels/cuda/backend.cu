@@ -23,7 +23,10 @@ static struct {
   int device;  // its number
   int sharing; // processes of the group that have it
   bool joined;
-  bool graphs; // some were launched since the compute lane was last waited for
+  bool graphs;                  // some were launched since the compute lane was last waited for
+  bool waits;                   // kernels of this build wait for the one before themselves (await_previous)
+  bool early;                   // and may begin before it has ended
+  bool kernel_last[LANE_COUNT]; // what the lane was given last is a kernel
   cudaStream_t stream[LANE_COUNT];
   std::vector<cudaEvent_t> event; // made when first named
   int sm_count;
@@ -35,6 +38,18 @@ static struct {
 void cuda_check(cudaError_t status, const char *what, const char *file, int line) {
   if (status != cudaSuccess)
     panic("%s:%d: %s: %s (%s)", file, line, what, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+// Only behind a kernel, which tells when it has begun and which the next one waits for itself; never behind an event of
+// another lane or a graph. Copies and clears the runtime waits for whatever is asked.
+bool cuda_begins_early(cudaStream_t stream) {
+  for (int l = 0; l < LANE_COUNT; l++) {
+    if (gpu.stream[l] != stream) continue;
+    const bool follows = gpu.kernel_last[l];
+    gpu.kernel_last[l] = true;
+    return follows && gpu.early;
+  }
+  return false;
 }
 
 int cuda_sm_count(void) {
@@ -148,6 +163,7 @@ static int cuda_open(Error *err) {
   size_t total;
   CUDA_CHECK(cudaMemGetInfo(&gpu.free_at_open, &total));
   gpu.sm_count = prop.multiProcessorCount;
+  gpu.waits = loaded.ptxVersion >= 90;
   gpu.sheet_flops = sheet_flops(&prop);
   snprintf(gpu.name, sizeof gpu.name, "%s", prop.name);
   log_info("%s, %d multiprocessors, %.1f GB", prop.name, prop.multiProcessorCount, (double)prop.totalGlobalMem / 1e9);
@@ -303,6 +319,7 @@ static void queue_record(Lane lane, int event) {
 }
 
 static void queue_wait(Lane lane, int event) {
+  gpu.kernel_last[lane] = false;
   CUDA_CHECK(cudaStreamWaitEvent(gpu.stream[lane], event_at(event), 0));
 }
 
@@ -330,7 +347,12 @@ static void queue_range(const char *name) {
     nvtxRangePop();
 }
 
+static void queue_overlap(int on) {
+  gpu.early = on && gpu.waits;
+}
+
 static void queue_capture_begin(void) {
+  gpu.kernel_last[LANE_COMPUTE] = false;
   CUDA_CHECK(cudaStreamBeginCapture(gpu.stream[LANE_COMPUTE], cudaStreamCaptureModeThreadLocal));
 }
 
@@ -345,6 +367,7 @@ static void *queue_capture_end(void) {
 
 static void queue_graph_launch(void *graph) {
   gpu.graphs = true;
+  gpu.kernel_last[LANE_COMPUTE] = false;
   CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)graph, gpu.stream[LANE_COMPUTE]));
 }
 
@@ -425,9 +448,9 @@ static const KernelWay other_ways[] = {
 // ---- the table ----
 
 static Backend backend_make(void) {
-  static const Queues queues = {queue_stream,       queue_record,    queue_wait,          queue_finish,
-                                queue_seconds,      queue_range,     queue_capture_begin, queue_capture_end,
-                                queue_graph_launch, queue_graph_free};
+  static const Queues queues = {queue_stream,       queue_record,     queue_wait,          queue_finish,
+                                queue_seconds,      queue_range,      queue_capture_begin, queue_capture_end,
+                                queue_graph_launch, queue_graph_free, queue_overlap};
   Backend b = {};
   b.name = "cuda";
   b.dtype_bytes[DT_ACT] = 2;

@@ -15,6 +15,7 @@ typedef struct CombineRows {
 // holds assignment j and counts the smaller ones. N is Kmax, rounded up to a power of two: the loads of all experts are
 // in flight together.
 template <int N> static __global__ void __launch_bounds__(THREADS) combine_rows(CombineRows p, const BatchDims *dims) {
+  await_previous();
   const int n_text = dims->n_text, used = n_text + dims->n_image;
   const int lane = threadIdx.x % 32;
   for (int64_t r = blockIdx.x * WARPS + threadIdx.x / 32; r < p.T; r += gridDim.x * WARPS) {

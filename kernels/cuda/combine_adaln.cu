@@ -111,6 +111,7 @@ static __device__ inline void parts_add_others(float sum[8], const Combine &s, c
 template <class L>
 static __global__ void __launch_bounds__(L::THREADS)
     combine_adaln_forward(const AdalnForward f, const Combine s, bf16 *b2) {
+  await_previous();
   const AdalnRow row = adaln_row_of<L>(f);
   if (row.r >= f.T) return;
   Picks picks = picks_load(s, s.weights, row.r);

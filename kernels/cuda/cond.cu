@@ -22,6 +22,7 @@ static __device__ inline void store_zeros(bf16 *p) {
 // is formed and brought into [-pi, pi] in fp64, and all after it needs no more than fp32.
 static __global__ void __launch_bounds__(FREQUENCIES)
     time_features_kernel(const BatchDims *n, const float *seg_time, bf16 *features) {
+  await_previous();
   int g = blockIdx.x, i = threadIdx.x;
   float cosine = 0, sine = 0;
   if (g >= 1 && g < n->n_segments) {
@@ -43,6 +44,7 @@ extern "C" void cuda_TIME_FEATURES(const KernelCall *c) {
 
 static __global__ void __launch_bounds__(THREADS)
     silu_fwd_kernel(const BatchDims *n, int segments, int Z, const bf16 *x, bf16 *y) {
+  await_previous();
   for_eights(segments, Z, [&](int g, int column) {
     int64_t at = (int64_t)g * Z + column;
     if (g < 1 || g >= n->n_segments) return store_zeros(y + at);
@@ -63,6 +65,7 @@ extern "C" void cuda_SILU_FWD(const KernelCall *c) {
 
 static __global__ void __launch_bounds__(THREADS)
     silu_bwd_kernel(const BatchDims *n, int segments, int Z, const bf16 *dy, const bf16 *x, bf16 *dx) {
+  await_previous();
   for_eights(segments, Z, [&](int g, int column) {
     int64_t at = (int64_t)g * Z + column;
     if (g < 1 || g >= n->n_segments) return store_zeros(dx + at);
@@ -85,6 +88,7 @@ extern "C" void cuda_SILU_BWD(const KernelCall *c) {
 static __global__ void __launch_bounds__(THREADS)
     cond_fwd_kernel(const BatchDims *n, const int32_t *seg_kind, int segments, int Z, const bf16 *time,
                     const bf16 *pool, const bf16 *e_kind, bf16 *sum, bf16 *a) {
+  await_previous();
   for_eights(segments, Z, [&](int g, int column) {
     int64_t at = (int64_t)g * Z + column;
     if (g < 1 || g >= n->n_segments) {
@@ -120,6 +124,7 @@ enum { COND_EIGHTS = 2, MOD_EIGHTS = 32 }; // eights of columns in a block; its 
 static __global__ void __launch_bounds__(THREADS)
     cond_bwd_kernel(const BatchDims *n, const int32_t *seg_kind, int segments, int Z, int accumulate, const bf16 *da,
                     const bf16 *sum, bf16 *dc, float *de_kind) {
+  await_previous();
   __shared__ __align__(16) float shared[shares_floats(THREADS, COND_EIGHTS)];
   int column0 = blockIdx.x * COND_EIGHTS * 8, column = column0 + threadIdx.x % COND_EIGHTS * 8;
   float kinds[2][8] = {}; // sums of dc by seg_kind
@@ -158,6 +163,7 @@ extern "C" void cuda_COND_BWD(const KernelCall *c) {
 // What the product U a does not write: row 0 = S[TEXT], unused rows 0.
 static __global__ void __launch_bounds__(THREADS)
     mod_rest_kernel(const BatchDims *n, int segments, int M, const bf16 *S, bf16 *mod) {
+  await_previous();
   int unused = segments - n->n_segments; // rows; they follow row 0 here
   for_eights(1 + unused, M, [&](int row, int column) {
     if (row == 0)
@@ -191,6 +197,7 @@ extern "C" void cuda_MOD_FWD(const KernelCall *c) {
 
 static __global__ void __launch_bounds__(THREADS)
     mod_bwd_kernel(const BatchDims *n, int M, int accumulate, const bf16 *dmod, float *dS) {
+  await_previous();
   __shared__ __align__(16) float shared[shares_floats(THREADS, MOD_EIGHTS)];
   int column0 = blockIdx.x * MOD_EIGHTS * 8, column = column0 + threadIdx.x % MOD_EIGHTS * 8;
   int share = threadIdx.x / MOD_EIGHTS, used = n->n_segments;

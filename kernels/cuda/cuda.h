@@ -35,11 +35,42 @@ void cuda_check(cudaError_t status, const char *what, const char *file, int line
 bool cuda_was_allocated(cudaError_t status);
 
 // kernel<<<grid, block, shared, stream>>>(...), with the launch checked. `kernel` needs parentheses if it has commas.
+// On Hopper its blocks may be there before the kernel that the stream was given last has ended (kernels.pdl): every
+// kernel begins with await_previous().
 #define CUDA_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
-  do {                                                                                                                 \
-    kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__);                                                      \
-    cuda_check(cudaGetLastError(), #kernel, __FILE__, __LINE__);                                                       \
-  } while (0)
+  cuda_check(cuda_launch(kernel, grid, block, shared, stream, __VA_ARGS__), #kernel, __FILE__, __LINE__)
+
+// Whether the kernel that the stream is given next may begin early; it counts as given.
+bool cuda_begins_early(cudaStream_t stream);
+
+// Keeps a template from being deduced by an argument: what is given becomes the kernel's parameter.
+template <class T> struct Converted { typedef T type; };
+template <class... P>
+static inline cudaError_t cuda_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                                      typename Converted<P>::type... arguments) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = cuda_begins_early(stream) ? 1 : 0;
+  void *pointers[] = {&arguments...};
+  return cudaLaunchKernelExC(&config, (const void *)kernel, pointers);
+}
+
+// The first statement of a kernel, or the first after what touches no memory of the device: until the kernel that its
+// stream was given before has ended and all that it wrote is there. From here on the next one's blocks may come, where
+// this one's leave room, to wait here themselves. scripts/nvcc_strict.sh refuses a kernel that has it too late or not.
+static __device__ inline void await_previous(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // A kernel that wants more than 48 KiB of dynamic shared memory says so before each launch (cheap, legal in a capture).
 // Ends the process where a multiprocessor has less.

@@ -27,6 +27,7 @@ static __device__ inline void add8(float sum[8], const float x[8]) {
 static __global__ void __launch_bounds__(THREADS)
     embed_fwd_kernel(const BatchDims *n, const int32_t *token, int T, int C, const bf16 *E, const bf16 *image_rows,
                      bf16 *x) {
+  await_previous();
   int lane = threadIdx.x % 32, text = n->n_text, used = text + n->n_image;
   for (int64_t r = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32; r < T; r += (int64_t)gridDim.x * WARPS) {
     const bf16 *from = r < text ? E + (int64_t)token[r] * C : r < used ? image_rows + r * C : NULL;
@@ -105,6 +106,7 @@ static __device__ inline void add_sum(float *to, const float sum[8], int accumul
 static __global__ void __launch_bounds__(THREADS, 4)
     embed_bwd_kernel(const __grid_constant__ Batch b, int V, int C, int accumulate, const bf16 *dx, const bf16 *dmean,
                      float *dE) {
+  await_previous();
   __shared__ int first[BWD_IDS], end[BWD_IDS]; // of the id's rows in id_row; none: 0, 0
   __shared__ __align__(16) float partial[HALVES][BWD_COLUMNS];
   int lane = threadIdx.x % HALF, half = threadIdx.x / HALF, n_ids = b.dims->n_ids;
@@ -185,6 +187,7 @@ static __device__ inline float pool_caption(const Batch &b, const bf16 *E, int C
 
 static __global__ void __launch_bounds__(POOL_THREADS)
     pool_fwd_kernel(const __grid_constant__ Batch b, int C, const bf16 *E, bf16 *pooled) {
+  await_previous();
   float u[8], scale = pool_caption(b, E, C, blockIdx.x, u);
   if (threadIdx.x >= C / 8) return;
 #pragma unroll
@@ -195,6 +198,7 @@ static __global__ void __launch_bounds__(POOL_THREADS)
 // With y = s u: du = s (dy - u s^2 mean(dy u)).
 static __global__ void __launch_bounds__(POOL_THREADS)
     pool_bwd_kernel(const __grid_constant__ Batch b, int C, const bf16 *dpooled, const bf16 *E, bf16 *dmean) {
+  await_previous();
   __shared__ float shared[32];
   float u[8], dy[8] = {}, dot = 0, s = pool_caption(b, E, C, blockIdx.x, u);
   bool mine = threadIdx.x < C / 8;

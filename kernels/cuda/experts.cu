@@ -138,6 +138,7 @@ typedef struct Dots {
 
 // dweights: a thread sums a slot's blocks in order, or zeroes an assignment that nobody has.
 static __global__ void __launch_bounds__(THREADS) dots_sum(Dots p, const BatchDims *dims) {
+  await_previous();
   const int64_t n_text = dims->n_text, used = n_text + dims->n_image;
   const int64_t text = n_text * p.K[TEXT], slots = text + (used - n_text) * p.K[IMAGE];
   const int64_t first = blockIdx.x * (int64_t)THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;

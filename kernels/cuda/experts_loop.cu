@@ -243,6 +243,7 @@ typedef struct Permute {
 
 // A warp reads a row once and writes it to all of its slots.
 static __global__ void __launch_bounds__(THREADS) permute_rows(Permute p, const BatchDims *dims) {
+  await_previous();
   enum { PIECES = 4 }; // of 8 elements a lane, in flight together
   const int n_text = dims->n_text, used = n_text + dims->n_image, lane = threadIdx.x % 32;
   for (int64_t r = blockIdx.x * WARPS + threadIdx.x / 32; r < used; r += gridDim.x * WARPS) {
@@ -308,6 +309,7 @@ typedef struct Activation {
 } Activation;
 
 static __global__ void __launch_bounds__(THREADS) activate_slots(Activation p) {
+  await_previous();
   const int64_t step = (int64_t)gridDim.x * THREADS;
   for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < p.pieces[TEXT] + p.pieces[IMAGE]; i += step) {
     const bool image = i >= p.pieces[TEXT];
@@ -345,6 +347,7 @@ typedef struct ActivationGrad {
 
 // A warp takes a slot, whose weight it needs and whose dot product it forms.
 static __global__ void __launch_bounds__(THREADS) activate_slots_backward(ActivationGrad p) {
+  await_previous();
   enum { PIECES = 2 }; // of four activations a lane, in flight together
   const int lane = threadIdx.x % 32;
   for (int64_t i = blockIdx.x * WARPS + threadIdx.x / 32; i < (int64_t)p.total[TEXT] + p.total[IMAGE];

@@ -54,6 +54,7 @@ static __device__ inline void normal2_approx(uint32_t a, uint32_t b, float *n0, 
 // read at once, also where it will turn out to be text (segment 0), rather than one after the other.
 static __global__ void __launch_bounds__(THREADS)
     noise_kernel(const __grid_constant__ Batch b, int T, int P, uint32_t stream, bf16 *z) {
+  await_previous();
   int lane = threadIdx.x % 32, r = blockIdx.x * WARPS + threadIdx.x / 32;
   if (r >= T) return;
   int g = b.segment[r], text = b.dims->n_text;
@@ -117,6 +118,7 @@ static __device__ inline float time_left(float t, float t_floor) {
 // tables is read like any other's, so that nothing waits.
 static __global__ void __launch_bounds__(LOSS_THREADS, 3)
     flow_rows_kernel(const __grid_constant__ Batch b, const __grid_constant__ FlowLoss f) {
+  await_previous();
   int lane = threadIdx.x % 32, r = blockIdx.x * LOSS_WARPS + threadIdx.x / 32;
   if (r >= f.T) return;
   int g = b.segment[r], text = b.dims->n_text, kind = b.seg_kind[g];
@@ -160,6 +162,7 @@ static __global__ void __launch_bounds__(LOSS_THREADS, 3)
 // a time: a lane keeps one's numbers, all lanes add its rows.
 static __global__ void __launch_bounds__(LOSS_THREADS)
     flow_total_kernel(const __grid_constant__ Batch b, const __grid_constant__ FlowLoss f) {
+  await_previous();
   __shared__ double flow_of[LOSS_WARPS], elements_of[LOSS_WARPS];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double flow = 0, elements = 0;

@@ -27,6 +27,7 @@ template <> __device__ inline float4 parts_sum(const float *from, int64_t stride
 // What every group of several parts is to become: the parts' sums, finished.
 template <int KIND, class End>
 static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ GemmLaunch<End> launch) {
+  await_previous();
   __shared__ GemmTiles t;
   const GemmWork &l = launch.work;
   gemm_counts_load(l, &t);

@@ -144,6 +144,7 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
     }
     barrier_init_fence();
   }
+  await_previous();
   gemm_tiles_load<KIND>(l.work, &control->tiles); // ends with a __syncthreads()
   if (threadIdx.x < GEMM_GROUP) {
     registers_give<GATHER ? 56 : 40>();

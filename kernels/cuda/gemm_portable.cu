@@ -86,6 +86,7 @@ static __device__ void tile_store(const GemmLaunch<End> &l, const GemmTile &t, c
 
 template <int KIND, class End>
 static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_constant__ GemmLaunch<End> launch) {
+  await_previous();
   const GemmWork &l = launch.work;
   constexpr bool A_INNER = KIND != GEMM_TN, B_INNER = KIND == GEMM_NT;
   extern __shared__ __align__(1024) unsigned char stages[]; // [STAGES][A, B]

@@ -85,6 +85,7 @@ size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
 // count [chunks], nll [T] = 0, and zeros in the rows of dh [T, C] (or NULL) without a target. A warp takes a row.
 static __global__ void __launch_bounds__(THREADS)
     head_begin(Batch b, int T, int C, int chunk, int32_t *count, float *nll, bf16 *dh) {
+  await_previous();
   const int lane = threadIdx.x % 32, first = blockIdx.x * WARPS + threadIdx.x / 32, step = gridDim.x * WARPS;
   for (int r = first; r < T; r += step) {
     if (lane == 0) nll[r] = 0;
@@ -158,6 +159,7 @@ static __device__ inline LogSum log_sum_add(LogSum s, const float x[CE_VECTORS][
 static __global__ void __launch_bounds__(THREADS, 2)
     cross_entropy(Batch b, const int32_t *index, const int32_t *count, int V, const float *logits, float *nll,
                   bf16 *dlogits) {
+  await_previous();
   const int rows = *count, span = CE_SPAN * blockDim.x;
   for (int i = blockIdx.x; i < rows; i += gridDim.x) {
     const int row = index[i], target = b.target[row];
@@ -191,6 +193,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 static __global__ void __launch_bounds__(THREADS)
     rows_scatter(const int32_t *index, const int32_t *count, int C, const bf16 *__restrict__ gathered,
                  bf16 *__restrict__ dh) {
+  await_previous();
   const int lane = threadIdx.x % 32, rows = *count;
   for (int i = blockIdx.x * WARPS + threadIdx.x / 32; i < rows; i += gridDim.x * WARPS) {
     const bf16 *from = gathered + (int64_t)i * C;
@@ -203,6 +206,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 // Adds the sums of nll by kind of target, in fp64, by one block in fixed order.
 static __global__ void __launch_bounds__(THREADS) head_end(Batch b, const float *nll, Metrics *metrics) {
+  await_previous();
   __shared__ double shared[WARPS][4];
   const int n = b.dims->n_target, lane = threadIdx.x % 32;
   double sum[4] = {0}; // nll by kind, targets by kind

@@ -123,6 +123,7 @@ static __device__ void rows_fill(const Outside &o, int m, const bf16 *add, int64
 
 // Rows before the extent, rows of a side without terms, and filler, which alone never takes `add`.
 static __global__ void __launch_bounds__(THREADS) outside_fill(Outside o, const BatchDims *dims, int32_t *used) {
+  await_previous();
   const RowSpan span = extent_span(o.extent, dims);
   if (blockIdx.x == 0 && threadIdx.x == 0) *used = dims->n_text + dims->n_image;
   if (o.extent == EXT_SPLIT) {
@@ -134,6 +135,7 @@ static __global__ void __launch_bounds__(THREADS) outside_fill(Outside o, const 
 }
 
 static __global__ void used_count(const BatchDims *dims, int32_t *used) {
+  await_previous();
   *used = dims->n_text + dims->n_image;
 }
 
@@ -191,6 +193,7 @@ extern "C" void cuda_LINEAR_DGRAD(const KernelCall *c) {
 // partial [BIAS_PARTS, width]: sums over one part of the rows each. Block (x, y): columns 128 x .. of part y.
 static __global__ void __launch_bounds__(THREADS)
     bias_partial(Extent extent, const BatchDims *dims, const bf16 *__restrict__ dy, int width, float *partial) {
+  await_previous();
   __shared__ float sum[BIAS_LANES][BIAS_WIDE * 8 + 1];
   const RowSpan span = extent_span(extent, dims);
   const int64_t rows = span.end > span.first ? span.end - span.first : 0;
@@ -218,6 +221,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 static __global__ void __launch_bounds__(THREADS)
     bias_total(const float *__restrict__ partial, int width, int accumulate, float *dbias) {
+  await_previous();
   const int column = blockIdx.x * THREADS + threadIdx.x;
   if (column >= width) return;
   dbias[column] = slots_sum<BIAS_PARTS>(partial + column, width) + (accumulate ? dbias[column] : 0);

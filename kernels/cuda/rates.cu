@@ -47,6 +47,7 @@ static double copy_rate(char *memory, cudaStream_t s) {
 
 // Values in (-1, 1): a product of zeros takes less power, and its clock is not that of a training run.
 __global__ void matrices_fill(bf16 *x, size_t n) {
+  await_previous();
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
     uint32_t h = (uint32_t)i * 2654435761u;
     h = (h ^ h >> 15) * 2246822519u;

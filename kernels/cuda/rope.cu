@@ -117,6 +117,7 @@ template <int D>
 static __global__ void __launch_bounds__(FORWARD_THREADS, 4)
     rope_forward(const __grid_constant__ Rope p, const bf16 *qkv, const bf16 *wq, const bf16 *wk, bf16 *q, bf16 *k,
                  bf16 *v) {
+  await_previous();
   constexpr int unroll = 4, step = HeadLane<D>::heads;
   int r = blockIdx.x * FORWARD_WARPS + threadIdx.x / 32;
   if (r >= p.T) return;
@@ -260,6 +261,7 @@ template <int D> static __device__ void sums_store(const float dw[2][8], HeadLan
 template <int D>
 static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
     rope_backward(const __grid_constant__ Rope p, const __grid_constant__ RopeGradients a) {
+  await_previous();
   HeadLane<D> lane;
   int warp = threadIdx.x / 32, n_text = p.dims->n_text, used = n_text + p.dims->n_image;
   int begin = blockIdx.x * RUN_ROWS, end = min(begin + RUN_ROWS, p.T), width = (p.H + 2 * p.G) * D;
@@ -282,6 +284,7 @@ static_assert(SUM_PARTS * SUM_LANES <= 1024 && 32 % SUM_LANES == 0,
 
 static __global__ void __launch_bounds__(SUM_PARTS *SUM_LANES)
     rope_sums(const float *partial, const BatchDims *dims, int D, float *dwq, float *dwk, int accumulate) {
+  await_previous();
   __shared__ float4 shared[SUM_WARPS][SUM_LANES];
   int modality = blockIdx.y >> 1, key = blockIdx.y & 1;
   int lane = threadIdx.x % SUM_LANES, part = threadIdx.x / SUM_LANES, first = blockIdx.x * 4 * SUM_LANES;

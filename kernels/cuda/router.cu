@@ -66,6 +66,7 @@ template <int COLUMNS>
 static __global__ void __launch_bounds__(THREADS, 2)
     choose_kernel(const BatchDims *n, const __grid_constant__ Sides s, const bf16 *h, const bf16 *wr0, const bf16 *wr1,
                   float *logits, float *weights, int32_t *slots, uint8_t *counts, int counts_stride, int even) {
+  await_previous();
   extern __shared__ float tile[];                     // [TILE, logit_stride]
   __shared__ unsigned long long takers[EXPERTS_MOST]; // bit r: row r of the tile chose the expert
   RowTile t = row_tile(n, s.T, TILE, blockIdx.x);
@@ -215,6 +216,7 @@ static __device__ void expert_starts(int E, int first_slot, int first_tile, int 
 static __global__ void __launch_bounds__(THREADS)
     place_kernel(const BatchDims *n, const __grid_constant__ Sides s, const uint8_t *counts, int counts_stride,
                  int tiles_limit, const __grid_constant__ Route route) {
+  await_previous();
   __shared__ int start[EXPERTS_MOST], place[EXPERTS_MOST], total[EXPERTS_MOST];
   int index = blockIdx.x, text_tiles = ceil_div(n->n_text, TILE);
   RowTile t = row_tile(n, s.T, TILE, index);
@@ -283,6 +285,7 @@ extern "C" void cuda_ROUTER_FWD(const KernelCall *c) {
 static __global__ void __launch_bounds__(THREADS)
     loss_rows_kernel(const BatchDims *n, const __grid_constant__ Sides s, const float *logits, const int32_t *counts,
                      double *partial) {
+  await_previous();
   enum { WARPS = THREADS / 32 };
   __shared__ float fraction[MODALITIES * EXPERTS_MOST]; // of the modality's assignments, by group
   __shared__ double sums[WARPS][LOSS_SUMS];
@@ -321,6 +324,7 @@ static __global__ void __launch_bounds__(THREADS)
 static __global__ void __launch_bounds__(THREADS)
     loss_total_kernel(const BatchDims *n, const __grid_constant__ Sides s, int blocks, const double *partial,
                       const int32_t *counts, double balance, double z, double *load, Metrics *metrics) {
+  await_previous();
   enum { SHARES = THREADS / LOSS_SUMS };
   __shared__ double sums[SHARES][LOSS_SUMS];
   int k = threadIdx.x % LOSS_SUMS;

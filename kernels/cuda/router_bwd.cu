@@ -61,6 +61,7 @@ static __global__ void __launch_bounds__(THREADS)
     logit_gradient_kernel(const BatchDims *n, const __grid_constant__ Sides s, LogitScales scales,
                           const float *dweights, const float *logits, const float *weights,
                           const __grid_constant__ Route route, bf16 *dlogits, int groups) {
+  await_previous();
   extern __shared__ float tile[];          // [TILE, logit_stride]
   __shared__ float fraction[EXPERTS_MOST]; // of the assignments, by expert
   __shared__ int ends[EXPERTS_MOST];       // of the experts' slots
@@ -131,6 +132,7 @@ static __global__ void __launch_bounds__(THREADS, GROUPS == 2 ? 3 : 2)
     gradient_kernel(const BatchDims *n, const __grid_constant__ Sides s, int block_rows, int first_group,
                     const bf16 *dlogits, int groups_stride, const bf16 *h, const bf16 *wr0, const bf16 *wr1,
                     const bf16 *add, bf16 *dh, float *partial) {
+  await_previous();
   extern __shared__ uint4 memory[];
   GradShared<GROUPS> *shared = (GradShared<GROUPS> *)memory;
   RowTile t = row_tile(n, s.T, block_rows, blockIdx.y);
@@ -275,6 +277,7 @@ static __global__ void __launch_bounds__(THREADS, GROUPS == 2 ? 3 : 2)
 static __global__ void __launch_bounds__(THREADS)
     weight_total_kernel(const BatchDims *n, const __grid_constant__ Sides s, int block_rows, int first_expert,
                         int experts, int accumulate, const float *partial, float *dwr0, float *dwr1) {
+  await_previous();
   __shared__ float4 sums[TOTAL_SHARES][TOTAL_COLUMNS / 4];
   int m = blockIdx.z, e = first_expert + blockIdx.y, four = threadIdx.x % (TOTAL_COLUMNS / 4);
   int share = threadIdx.x / (TOTAL_COLUMNS / 4), column = blockIdx.x * TOTAL_COLUMNS + four * 4;

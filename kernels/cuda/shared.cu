@@ -27,6 +27,7 @@ static int64_t shared_at(const Dims *d, int scale, int m) {
 
 // Zeros in the filler rows, the last ones, of two views [T, 2S] and [T, S] of the image side.
 static __global__ void __launch_bounds__(THREADS) filler_zero(bf16 *pre, bf16 *a, int T, int S, const BatchDims *dims) {
+  await_previous();
   const int64_t used = dims->n_text + dims->n_image, pieces = (T - used) * S / 8, step = (int64_t)gridDim.x * THREADS;
   uint4 *to_pre = reinterpret_cast<uint4 *>(pre + used * 2 * S), *to_a = reinterpret_cast<uint4 *>(a + used * S);
   for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < 3 * pieces; i += step)

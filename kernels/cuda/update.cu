@@ -24,6 +24,7 @@ extern "C" void cuda_ZERO(const KernelCall *c) {
 }
 
 static __global__ void __launch_bounds__(THREADS) add_kernel(int64_t count, const float *src, float *dst) {
+  await_previous();
   int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
 #pragma unroll 2
   for (int64_t i = first; i < count / 4; i += step) {
@@ -57,6 +58,7 @@ static __device__ inline void store_floats(float *p, const float x[8]) {
 }
 
 static __global__ void __launch_bounds__(THREADS) cast_kernel(int64_t count, const float *src, bf16 *dst) {
+  await_previous();
   int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
 #pragma unroll 2
   for (int64_t i = first; i < count / 8; i += step) {
@@ -180,6 +182,7 @@ template <int HALF> static __device__ inline void halve_leaves(double (&quad)[SQ
 // times.
 static __global__ void __launch_bounds__(THREADS)
     square_kernel(const float *grads, const __grid_constant__ SpanBatch batch, uint32_t *sums) {
+  await_previous();
   __shared__ uint32_t words[EXACT_WORDS]; // a chunk's leaves are too few for a word to overflow
   static_assert(CHUNK / EXACT_LEAF <= 1 << (32 - EXACT_BITS), "a word of a chunk");
   int param = chunk_of(batch, blockIdx.x).param;
@@ -214,6 +217,7 @@ static __global__ void __launch_bounds__(THREADS)
 // Block (p, word): squares[p, word] = sum over the chunks of parameter p, of which the launch has `chunks`.
 static __global__ void __launch_bounds__(THREADS)
     square_total_kernel(const __grid_constant__ SpanBatch batch, int chunks, const uint32_t *sums, double *squares) {
+  await_previous();
   __shared__ double shared[THREADS / 32];
   int p = blockIdx.x, end = batch.first_chunk[p + 1];
   const uint32_t *word = sums + (int64_t)blockIdx.y * chunks;
@@ -249,6 +253,7 @@ extern "C" void cuda_GRAD_SQUARES(const KernelCall *c) {
 
 static __global__ void __launch_bounds__(THREADS) status_kernel(int n, const double *squares, const Metrics *metrics,
                                                                 const StepScalars *scalars, UpdateStatus *status) {
+  await_previous();
   __shared__ double words[EXACT_WORDS];
   __shared__ int first_bad;
   if (threadIdx.x == 0) first_bad = n;
@@ -283,6 +288,7 @@ extern "C" void cuda_GRAD_DECIDE(const KernelCall *c) {
 // hash[p] += the mixed bits of a chunk of parameter p. Integer sums have no order, so the atomics leave no trace.
 static __global__ void __launch_bounds__(THREADS)
     hash_kernel(const float *grads, const __grid_constant__ SpanBatch batch, unsigned long long *hash) {
+  await_previous();
   __shared__ unsigned long long shared[THREADS / 32];
   Chunk c = chunk_of(batch, blockIdx.x);
   Eights e = chunk_eights(c);
@@ -403,6 +409,7 @@ static __global__ void __launch_bounds__(THREADS)
     adamw_kernel(const float *grads, const UpdateStatus *status, const StepScalars *scalars,
                  const __grid_constant__ SpanBatch batch, uint16_t *weights, float *ms, float *vs,
                  uint16_t *remainders) {
+  await_previous();
   if (status->skip) return;
   AdamConstants k = adam_constants(scalars, status);
   float decay = (float)(scalars->lr * scalars->weight_decay);
@@ -433,6 +440,7 @@ extern "C" void cuda_ADAMW(const KernelCall *c) {
 static __global__ void __launch_bounds__(THREADS)
     ema_kernel(const uint16_t *weights, const UpdateStatus *status, const StepScalars *scalars,
                const uint16_t *remainders, const __grid_constant__ SpanBatch batch, float *emas) {
+  await_previous();
   if (status->skip) return;
   float rate = (float)(1 - scalars->ema_decay);
   Chunk c = chunk_of(batch, blockIdx.x);

@@ -165,8 +165,8 @@ typedef struct Config {
     int adaln, moe_gemm;           // ways of computing ops, by their number among the key's words (config_ways)
     TileColumns tiles[MODALITIES]; // of experts' products
     Packing packing;               // of training; packs of evaluation and sampling are varlen
-    StreamKind streams;            // of the GPU, as is graph
-    bool graph;
+    StreamKind streams;            // of the GPU, as are graph and pdl
+    bool graph, pdl;
     UpdateKind update;
   } kernels; // what ablations switch
   struct {

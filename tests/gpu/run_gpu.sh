@@ -46,7 +46,9 @@ same_bits() {
     [no_arena]="--memory offload --set memory.arena=false" [ema]="--set memory.state=ema"
     [moments]="--set memory.state=moments" [gradients]="--set memory.state=gradients"
     [gradients_offload]="--memory offload --set memory.state=gradients"
-    [gradients_single]="--graph off --streams single --set memory.state=gradients")
+    [gradients_single]="--graph off --streams single --set memory.state=gradients"
+    [pdl]="--set kernels.pdl=true" [pdl_graph_off]="--set kernels.pdl=true --graph off"
+    [pdl_gradients]="--set kernels.pdl=true --memory offload --set memory.state=gradients")
   local flags=(--device cuda --stop-at "$steps" --memory keep --set train.micro_batches=2 --set eval.every=0
     --set eval.documents=0)
   demo first "${flags[@]}" || return
@@ -58,6 +60,18 @@ same_bits() {
     done
   done
   echo "$steps steps, $((${#ways[@]} + 1)) ways (${!ways[*]}): the same weights, EMA and moments"
+}
+
+# Kernels that begin before the one before has ended: those of a tiny model leave the most room for that, so that one
+# which reads too early would most likely read something else. Three times 200 steps, by graphs.
+early_launches() {
+  local name steps=200 flags=(--device cuda --steps 200 --memory keep --set memory.arena=true --graph on)
+  for name in off on_1 on_2 on_3; do
+    limited 60 "$train" tests/gpu/gpu_tiny.json --run-dir "$work/early_$name" "${flags[@]}" \
+      --set kernels.pdl="${name%_*}" 2>"$work/log" || { tail -5 "$work/log" && return 1; }
+    cmp "$work/early_off/ckpt-$steps/model.safetensors" "$work/early_$name/ckpt-$steps/model.safetensors" || return
+  done
+  echo "$steps steps with kernels.pdl, three times: the weights of launches one behind the other"
 }
 
 # With state on the host: evaluations with the EMA, hashes of gradients, a resume and --eval say the same as without.
@@ -408,6 +422,7 @@ check ops limited 240 "$build/tests/cuda_ops"
 check model limited 120 "$build/tests/cuda_model"
 check large limited 200 "$build/tests/cuda_large"
 check same_bits same_bits
+check early_launches early_launches
 check state_on_host state_on_host
 check resume limited 120 tests/scripts/resume.sh "$build" --device cuda
 check same_curves same_curves

@@ -144,7 +144,7 @@ mv "$dir/elsewhere" "$dir/moved"
 [ ! -e "$dir/elsewhere" ]
 "$train" configs/demo.json --run-dir "$dir/idle" "${short[@]}" --steps 1 --device cpu --adaln unfused --graph off 2>"$dir/log"
 grep -q 'kernels.adaln unfused changes nothing on the cpu' "$dir/log"
-grep -q 'kernels.graph change nothing' "$dir/log"
+grep -q 'kernels.graph and kernels.pdl change nothing' "$dir/log"
 "$train" configs/demo.json --run-dir "$dir/tuned" "${short[@]}" --steps 1 --init "$dir/run/ckpt-2" --memory offload \
   --trace "$dir/tuned/trace.json" 2>"$dir/log"
 # The trace, in a folder that was made first: every lane has ops, those of the compute lane lie in

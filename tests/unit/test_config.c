@@ -223,6 +223,7 @@ static const char *const other_values[] = {
     "kernels.tiles.image=256",
     "kernels.streams=single",
     "kernels.graph=false",
+    "kernels.pdl=true",
     "kernels.update=overlapped",
     "parallel.zero=0",
     "parallel.collectives=host"};
