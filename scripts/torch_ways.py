@@ -309,14 +309,13 @@ def load_params(path, s):
     return M.params_from_reference({n: torch.from_numpy(a) for n, a in tensors.items()}, s)
 
 
-def check(peer, folder, host, memory, flash):
-    """How far losses and gradients are from the dump's."""
+def check(peer, said, want, host, memory, flash):
+    """How far losses and gradients are from those that the dump said, and want."""
     params = params_to(host, peer)
     losses = peer.losses(params, peer.noised, memory, flash)
     M.total_loss(losses, peer.s).backward()
-    said = json.loads((folder / "losses.json").read_text())
     error = max(abs(v.item() / said[name] - 1) for name, v in zip(("ce", "flow"), losses))
-    want, errors = load_params(folder / "grads.safetensors", peer.s), []
+    errors = []
     groups = [("", params["ends"], want["ends"])]
     groups += [(f"layers.{i}.", *pair) for i, pair in enumerate(zip(params["layers"], want["layers"]))]
     for at, mine, theirs in groups:
@@ -338,7 +337,7 @@ def serve(pipe, folder, device, autotune, log):
     fails, until the pipe is closed. Each answer says the seconds that it took. folder: of a dump; log: a file for
     tracebacks."""
     torch.manual_seed(1)
-    peer = host = None
+    peer = host = want = None
     with contextlib.suppress(EOFError):
         while True:
             what, *operands = pipe.recv()
@@ -347,15 +346,17 @@ def serve(pipe, folder, device, autotune, log):
                 if what == "open":
                     s = R.sizes_from_config(json.loads((folder / "config.json").read_text()))
                     peer = Peer(s, R.safetensors_read(folder / "micro_0.safetensors"), device, autotune)
-                    host = load_params(folder / "params.safetensors", s)
                     half = lambda t: t.to(device, peer.dtype).cpu()  # as the model has it: rounded once
+                    host = load_params(folder / "params.safetensors", s)
                     host = on_each(host, lambda group: {n: half(t) for n, t in group.items()})
                     answer = {"parameters": sum(t.numel() for t in leaves_of(host))}
                     if peer.gpu:
                         answer |= {"gb": torch.cuda.get_device_properties(0).total_memory / 1e9,
                                    "name": torch.cuda.get_device_name()}  # fmt: skip
                 elif what == "check":
-                    answer = check(peer, folder, host, *operands)
+                    want = want or load_params(folder / "grads.safetensors", peer.s)
+                    said = json.loads((folder / "losses.json").read_text())
+                    answer = check(peer, said, want, host, *operands)
                 else:
                     answer = (time_gpu if peer.gpu else time_cpu)(peer, operands[0], host, operands[1])
             except Exception as error:  # out of memory, of the compiler, of a capture: whatever, another way may do

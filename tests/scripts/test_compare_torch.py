@@ -22,7 +22,7 @@ WRONG = PROGRAM % "torch_model.EPS = 1e-2"
 BROKEN = PROGRAM % """
 def fails(self, *operands): raise RuntimeError("no such luck")
 def check(*operands, whole=torch_ways.check):
-    if operands[3] == "checkpoint": time.sleep(100)
+    if operands[4] == "checkpoint": time.sleep(100)
     return whole(*operands)
 torch_ways.Update.__init__, torch_ways.MastersUpdate.__init__ = fails, lambda *operands: os._exit(3)
 torch_ways.check = check
