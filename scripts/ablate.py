@@ -422,8 +422,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="of configs/, or paths (default: as above)")
-    parser.add_argument("--parts", nargs="+", choices=["switches", "memory", "ladder", "batch"],
-                        default=["switches", "memory", "ladder", "batch"])  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=["switches", "ladder", "memory", "batch"],
+                        default=["switches", "ladder", "memory", "batch"])  # fmt: skip
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="of those parts, only these")
     parser.add_argument("--minutes", type=positive, default=15, help="when to end (default 15)")
     parser.add_argument("--repeats", type=int, default=6, help="rounds (default 6: as many either way)")
