@@ -11,7 +11,7 @@ batch, measured by short runs of ./train.
 OUT/ablate.csv gets a row as soon as it is measured, and what is there is not measured again: one that was broken off,
 by --minutes or by hand, goes on. A run that fails gets no row, so that the next call tries it again. All rows of an
 OUT are of the same --set, --tokens, --data and --init, which OUT/ablate.settings.json keeps. OUT/ablate.txt, ablate.json
-and two SVGs are made of the rows at the end.
+and three SVGs are made of the rows at the end.
 
 A run trains on the same documents from the same first weights as all others of its model, and its tokens/s are those of
 its median step behind the first, with its share of an EMA's update; padding is no token. A round runs every variant of

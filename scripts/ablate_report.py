@@ -142,7 +142,7 @@ def legend(models, x, y):
     return out
 
 
-def gains_svg(gains):
+def gains_svg(gains, title):
     """A line of dots for each technique: a model's gain, with a bar from its least to its largest ratio."""
     models, techniques = unique(g["model"] for g in gains), unique(g["technique"] for g in gains)
     step, left, top, width = 13 * len(models) + 14, 230, 84, 820
@@ -171,7 +171,7 @@ def gains_svg(gains):
     rounds = sorted({g["rounds"] for g in gains})
     about = "tokens/s gained: dots are medians, bars the least and the largest of "
     about += f"{' to '.join(map(str, unique([rounds[0], rounds[-1]])))} interleaved rounds"
-    return svg(width, height, "What each technique is worth", about, out)
+    return svg(width, height, title, about, out)
 
 
 def ladder_svg(runs):
@@ -204,11 +204,11 @@ def files(found, out):
     """Writes ablate.json, ablate.txt and, for each device, the pictures of what there is; returns their paths."""
     made = {"ablate.json": json.dumps(found, indent=1) + "\n", "ablate.txt": text(found)}
     for device in unique(r["device"] for r in found["runs"]):
-        gains = [g for g in found["gains"] if g["device"] == device and g["part"] in ("switches", "memory")]
         ladder = [r for r in found["runs"] if r["device"] == device and r["part"] == "ladder"]
         ladder = [r for r in ladder if r["tokens_per_second"]]
-        if gains:
-            made[f"gains-{device}.svg"] = gains_svg(gains)
+        for part, title in (("switches", "What each technique is worth"), ("memory", "What planned memory is worth")):
+            if gains := [g for g in found["gains"] if (g["device"], g["part"]) == (device, part)]:
+                made[f"{part}-{device}.svg"] = gains_svg(gains, title)
         if ladder:
             made[f"ladder-{device}.svg"] = ladder_svg(ladder)
     for name, content in made.items():

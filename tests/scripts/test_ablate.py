@@ -120,9 +120,9 @@ def stand_in(top):
     assert calls[-4:] == [f"--memory keep {keep}", f"{keep} --tokens 2000", f"--memory recompute {keep} --tokens 2000",
                           f"{keep} --tokens 1400"], calls  # fmt: skip
     assert "error: no more memory" in (out / "ablate.txt").read_text(), said
-    for name in ("gains", "ladder"):
+    for name, circles in (("switches", 1 + 8), ("memory", 1 + 3), ("ladder", 1 + 5)):
         root = xml.parse(out / f"{name}-cuda.svg").getroot()
-        assert len(list(root.iter(f"{SVG}circle"))) == {"gains": 1 + 8 + 3, "ladder": 1 + 5}[name], name
+        assert len(list(root.iter(f"{SVG}circle"))) == circles, name
 
     page = top / "page.md"
     places = ("<!-- ablate cuda switches -->\nold\n<!-- end -->\n", "<!-- ablate cpu switches -->\nkept\n<!-- end -->\n")
