@@ -2,6 +2,7 @@
 
 #include "model/program/policy.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 enum { SAMPLES = 5 };            // replays of each way, at most
@@ -119,9 +120,36 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
   return n;
 }
 
+// The share of a copy's time in which copies of the other direction ran as well.
+static double share_beside(const Program *p, const OpTime *times, int copy) {
+  const Lane other = p->ops[copy].lane == LANE_D2H ? LANE_H2D : LANE_D2H;
+  const OpTime *own = &times[copy];
+  double sum = 0;
+  for (int i = 0; i < p->n_ops; i++)
+    if (p->ops[i].lane == other) sum += fmax(0, fmin(own->end, times[i].end) - fmax(own->begin, times[i].begin));
+  return own->end > own->begin ? sum / (own->end - own->begin) : 0;
+}
+
+// What copies in both directions at once carried, if there were enough of them. In a link's own measurement nothing
+// else asks for the host's memory, and little of that is touched.
+static void note_link(const Program *p, const OpTime *times, LinkRates *link) {
+  const double enough_bytes = 128 << 20;
+  double *const rate[] = {[LANE_D2H] = &link->both_d2h, [LANE_H2D] = &link->both_h2d};
+  for (int lane = LANE_D2H; !p->one_queue && lane <= LANE_H2D; lane++) {
+    double bytes = 0, seconds = 0;
+    for (int i = 0; i < p->n_ops; i++) {
+      if ((int)p->ops[i].lane != lane || share_beside(p, times, i) < .9) continue;
+      bytes += (double)p->ops[i].args.span.count;
+      seconds += times[i].end - times[i].begin - link->latency;
+    }
+    if (bytes >= enough_bytes && seconds > 0) *rate[lane] = bytes / seconds;
+  }
+}
+
 void measure_note(const Program *p, const OpTime *times, Costs *c) {
   double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
   for (int i = 0; i < p->n_ops; i++) seconds[i] = times[i].end - times[i].begin;
   costs_note(c, p, seconds);
+  note_link(p, times, &c->link);
   free(seconds);
 }

@@ -14,7 +14,7 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
 
 // Whether all ops of a program were timed.
 int measure_has(const Costs *c, const Program *p);
-// Records the times of ops from a step that was timed op by op: the update's, since replaying it just to time it would
-// apply it.
+// Records the times of ops from a step that was timed op by op, and what the link carried in it in both directions at
+// once: the update's, since replaying it just to time it would apply it.
 void measure_note(const Program *p, const OpTime *times, Costs *c);
 #endif

@@ -43,13 +43,17 @@ static void keep_plan(const Watch *w, const Engine *e) {
   free(path);
 }
 
+static void predict(Watch *w, const Engine *e) {
+  for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
+}
+
 int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, int64_t step, Error *err) {
   if (!w->due) return 0;
   int timed = measure_train(e, pack, extents, w->rounds > 0);
   if (timed) keep_costs(w, e);
   if (timed && engine_plan_again(e, err) < 0) return -1; // by the same times the plan is the same
   keep_plan(w, e);
-  for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
+  predict(w, e);
   w->due = 0;
   w->rounds++;
   w->on_zeros = timed && step == 0;
@@ -59,14 +63,22 @@ int watch_pack(Watch *w, Engine *e, const void *pack, const Extents *extents, in
   return 0;
 }
 
+// In a first round updates whose ops have no times yet, from the second step on; in a second one each once more.
+static int update_due(const Watch *w, const Engine *e, const Program *update, int64_t step) {
+  int again = w->rounds > 1 && !w->has_again[update == e->update_ema];
+  return w->is_on && (again || (step >= w->first && !measure_has(&e->costs, update)));
+}
+
 OpTime *watch_times(Watch *w, const Engine *e, const Program *update, int64_t step) {
-  if (!w->is_on || step < w->first || measure_has(&e->costs, update)) return NULL;
+  if (!update_due(w, e, update, step)) return NULL;
   free(w->times);
   return w->times = xcalloc((size_t)update->n_ops, sizeof *w->times);
 }
 
 void watch_update(Watch *w, Engine *e, const Program *update) {
   measure_note(update, w->times, &e->costs);
+  if (w->rounds > 1) w->has_again[update == e->update_ema] = 1;
+  predict(w, e);
   if (w->n == w->wanted) keep_costs(w, e); // else they are once that is so
 }
 

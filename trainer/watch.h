@@ -18,6 +18,7 @@ typedef struct Watch {
   int due;             // ops shall be timed before the next step
   int rounds;          // how often that was done
   int on_zeros;        // the last time, on first weights
+  int has_again[2];    // the update without and with the EMA's was timed in a second round
   int64_t first;       // step that is watched, from 0
   int wanted, n;       // how many are, and were
   double predicted[2]; // seconds of a step without and with the EMA's update

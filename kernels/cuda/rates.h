@@ -11,7 +11,8 @@
 // Takes about 200 ms and half a gigabyte of device memory while it does.
 DeviceRates rates_measure(double sheet_flops, cudaStream_t stream);
 
-// Takes about 100 ms, and 256 MB of device and of pinned host memory while it does; zeros where they are not there.
+// Takes about 200 ms, and 128 MB of the device and 1 GB of pinned host memory while it does; zeros where they are not
+// there.
 LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d);
 
 // Whether cuBLASLt can be loaded (cublas_lt.cu).

@@ -75,6 +75,7 @@ static void pack_and_update(Ready *r, int64_t step, int ema, int expect_times) {
   for (int i = 0; i < update->n_ops; i++) times[i] = (OpTime){i, i + .001};
   watch_update(&r->w, &r->e, update);
   assert_true(fabs(op_seconds(&r->e.costs, update, &update->ops[0]) - .001) < 1e-9);
+  assert_true(fabs(r->w.predicted[ema] / predict_step(&r->e, ema) - 1) < 1e-9); // by what the update has taught
 }
 
 static void test_as_predicted(void **state) {
@@ -123,6 +124,8 @@ static void test_off(void **state) {
     assert_int_equal(watch_due(&r.w), !round);
     assert_int_equal(watch_pack(&r.w, &r.e, r.c.ops.batch.dims, &extents, first + 9, &err), 0);
     assert_int_equal(queued_cpu_counts().launches > launches, !round);
+    for (int ema = 0; ema < 2; ema++) pack_and_update(&r, first + 9 + ema, ema, !round); // from its first step on
+    for (int ema = 0; ema < 2; ema++) pack_and_update(&r, first + 9 + ema, ema, 0);
   }
   ready_close(&r);
 }
@@ -146,6 +149,33 @@ static void test_first_weights(void **state) {
   }
 }
 
+// What copies beside copies of the other direction carried, without their latency; but not from a few of them, nor
+// where all ran in one queue.
+static void test_link(void **state) {
+  (void)state;
+  const struct {
+    Lane lane;
+    double begin, end;
+  } ran[] = {{LANE_D2H, 0, 9}, {LANE_H2D, 0, 4}, {LANE_H2D, 4, 9}, {LANE_H2D, 9, 11}, {LANE_D2H, 10.5, 14}};
+  enum { COPIES = sizeof ran / sizeof *ran };
+  const LinkRates before = {.d2h = 1, .h2d = 2, .both_d2h = 3, .both_h2d = 4, .latency = 1};
+  for (int way = 0; way < 3; way++) {
+    Op op[COPIES] = {0};
+    OpTime times[COPIES];
+    const int64_t bytes = way == 1 ? 1 << 20 : 128 << 20;
+    Program p = {.ops = op, .n_ops = COPIES, .one_queue = way == 2};
+    Costs costs = {.link = before};
+    for (int i = 0; i < COPIES; i++) {
+      op[i] = (Op){.kind = OP_COPY, .lane = ran[i].lane, .args = {.span = {.count = bytes}}};
+      times[i] = (OpTime){ran[i].begin, ran[i].end};
+    }
+    measure_note(&p, times, &costs);
+    assert_true(costs.link.d2h == before.d2h && costs.link.h2d == before.h2d);
+    assert_float_equal(costs.link.both_d2h, way ? before.both_d2h : (double)bytes / 8, 1e-6);
+    assert_float_equal(costs.link.both_h2d, way ? before.both_h2d : 2.0 * (double)bytes / 7, 1e-6);
+  }
+}
+
 static void test_idle(void **state) {
   (void)state;
   Ready r;
@@ -164,8 +194,9 @@ static void test_idle(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test_setup(test_as_predicted, empty_folder), cmocka_unit_test_setup(test_off, empty_folder),
-      cmocka_unit_test_setup(test_first_weights, empty_folder), cmocka_unit_test_setup(test_idle, empty_folder)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test_setup(test_as_predicted, empty_folder),
+                                     cmocka_unit_test_setup(test_off, empty_folder),
+                                     cmocka_unit_test_setup(test_first_weights, empty_folder),
+                                     cmocka_unit_test_setup(test_idle, empty_folder), cmocka_unit_test(test_link)};
   return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }
