@@ -157,6 +157,7 @@ typedef struct PlaceList {
   Place *place;
   Room *room;
   int n;
+  int64_t memory; // bytes that this machine has
 } PlaceList;
 
 // A place; one to be chosen on the host only where the arena holds what passes through it and this machine has the
@@ -167,7 +168,7 @@ static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, d
   set_state_bytes(e, 1);
   Room room = engine_room(e);
   room.seconds = seconds;
-  int64_t left = backend_of_host()->memory() - engine_state_on_host(e);
+  int64_t left = list->memory - engine_state_on_host(e);
   if (place.state > STATE_DEVICE && place.state < STATE_GRADIENTS && engine_chooses_state(e)) {
     if (room.arena < arena || left < 0) return;
     room.host = min_i64(room.host, left);
@@ -200,7 +201,7 @@ static void list_state(Engine *e, PlaceList *list, MemoryState state, int shares
 int engine_places(Engine *e, Place **place, Room **room) {
   int64_t bytes[SPACE_COUNT], host_bytes[SPACE_COUNT];
   const Place now = {e->model.state, e->model.kept};
-  PlaceList list = {0};
+  PlaceList list = {.memory = backend_of_host()->memory()};
   memcpy(bytes, e->bytes, sizeof bytes);
   memcpy(host_bytes, e->bases.host_bytes, sizeof host_bytes);
   if (engine_chooses_state(e) && now.state < STATE_GRADIENTS) {

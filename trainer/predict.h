@@ -12,7 +12,8 @@ double predict_update(const Engine *e);
 // Seconds of a step, with or without the EMA's update.
 double predict_step(const Engine *e, int ema);
 // Appends the line of --plan: what a step takes with its update and the mean share of the EMA's, the part of it that is
-// spent on the update, and the share of transfers that ops hide; of several processes also what collectives take, and
-// the part of it that nothing hides.
+// spent on the update, and for the passes (activations, gradients that leave) and the update (state) the transfers and
+// the share of them that ops hide; of several processes also what collectives take, and the part of it that nothing
+// hides.
 void predict_print(const Engine *e, FILE *f);
 #endif

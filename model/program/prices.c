@@ -12,9 +12,14 @@ static double item_price(const MenuItem *i, Prices p) {
 
 // Of the first n items.
 static int cheapest(const Menu *m, int n, Prices p) {
+  double lowest = INFINITY;
   int least = 0;
-  for (int i = 1; i < n; i++)
-    if (item_price(&m->item[i], p) < item_price(&m->item[least], p)) least = i;
+  for (int i = 0; i < n; i++) {
+    double price = item_price(&m->item[i], p);
+    if (price >= lowest) continue;
+    lowest = price;
+    least = i;
+  }
   return least;
 }
 
@@ -57,12 +62,10 @@ static double bound_at(const Menu *m, int n, const Limits *l, Prices p) {
 // price is at most that of either.
 static double copied_price(const Menu *m, int n, const Limits *l, double resident) {
   double low = 0, high = fmin(resident, 1 / l->link);
-  for (int i = 0; i < 24; i++) { // the bound is concave
-    double a = low + (high - low) / 3, b = high - (high - low) / 3;
-    if (bound_at(m, n, l, (Prices){resident, a}) < bound_at(m, n, l, (Prices){resident, b}))
-      low = a;
-    else
-      high = b;
+  for (int i = 0; i < 16; i++) { // the bound is concave: it rises while more is copied than may be
+    double price = (low + high) / 2;
+    double copied = (double)m->item[cheapest(m, n, (Prices){resident, price})].copied;
+    *(l->layers * copied > l->copied ? &low : &high) = price;
   }
   return (low + high) / 2;
 }

@@ -27,7 +27,7 @@ if needs > budget:
 if "--plan" in a:
     print("parameters 1 M, slots 1000, modulation rows 9, micro-batches 2, policy x")
     print(f"  total {needs * 10**9:.0f} bytes {needs * 1e3} MB")
-    print(f"a step: predicted {ms:.2f} ms, no copies")
+    print(f"a step: predicted {ms:.2f} ms, 1.00 of them the update")
     sys.exit()
 if policy == "offload":
     sys.exit("error: no more memory\\n  hint: take less")
