@@ -181,17 +181,24 @@ static int load_config(const Options *o, Config *c, char **run, Error *err) {
   return bad;
 }
 
-// Prints the table even of what does not fit.
+// Prints the table even of what does not fit: rank 0 does, while the others measure with it.
 static int print_plan(const Config *c, const char *run, Error *err) {
   Engine e = {0};
   const Backend *b = backend_for_plan(c, err);
-  int bad = !b || engine_record_with(&e, c, b, 1, costs_open_plan(c, b, run), NULL, err) != 0;
+  if (!b) return -1;
+  Costs costs = costs_open_plan(c, b, run);
+  if (ranks_rank() > 0) {
+    costs_free(&costs);
+    return 0;
+  }
+  int bad = engine_record_with(&e, c, b, 1, costs, NULL, err) != 0;
   if (!bad) {
     engine_print_plan(&e, stdout);
     if (b->link) {
       alternatives_print(&e, stdout);
       predict_print(&e, stdout);
     }
+    if (c->processes > 1) predict_print_group(&e, stdout);
     bad = standard_flush(err) != 0;
     Error small; // this machine's memory: the run may be for another
     if (!bad && engine_check_host(&e, &small) != 0) log_warn("%s", small.text);
@@ -217,12 +224,12 @@ static int check_memory(const Config *c, Error *err) {
 
 // Work that is done once: by rank 0, as if alone, while the other processes wait.
 static bool is_for_one(const Options *o) {
-  return o->help || !o->config || o->print_config || o->plan || o->dump || o->sample || o->describe || o->eval;
+  return o->help || !o->config || o->print_config || o->dump || o->sample || o->describe || o->eval;
 }
 
-// --dump writes a step of all processes' packs. A plan and --print-config are each process's own.
+// --dump writes a step of all processes' packs. --print-config is each process's own.
 static void take_all(const Options *o, Config *c) {
-  if (o->print_config || o->plan) return;
+  if (o->print_config) return;
   if (o->dump) c->train.micro_batches *= c->processes;
   c->processes = 1;
 }

@@ -57,6 +57,17 @@ const Backend *backend_for_plan(const Config *c, Error *err) {
   return b || c->run.device != DEVICE_CUDA ? b : backend_find(c, 0, err);
 }
 
+int backend_join_for_plan(const Backend *b, const Config *c) {
+  Error err;
+  int64_t open = b->kernels()[0] != 0;
+  if (c->processes == 1) return 0;
+  ranks_sum_i64(&open, 1);
+  if (open < ranks_size()) return 0;
+  if (group_join(b, c, &err) == 0) return 1;
+  log_info("collectives are not measured: %s", err.text);
+  return 0;
+}
+
 const Backend *backend_of_host(void) {
   return &backend_cpu;
 }

@@ -233,8 +233,9 @@ typedef struct LinkRates {
 
 // What a process sends to the others of its group in a collective, while it receives as much.
 typedef struct GroupRates {
-  double bytes;   // a second; 0: nothing is known
-  double latency; // seconds that a collective takes besides
+  double reduce, gather; // bytes a second of a reduce-scatter, of an all-gather; 0: nothing is known
+  double latency;        // seconds that a collective takes besides
+  int measured;          // in this group; 0: assumed
 } GroupRates;
 
 struct Config; // model/config/config.h

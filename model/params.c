@@ -145,6 +145,10 @@ const ParamBucket *layer_bucket(const ParamTable *t, int layer) {
   return bucket_of(t, t->layer[layer].q_norm);
 }
 
+int bucket_opens(const ParamTable *t, const ParamBucket *b) {
+  return b->layer <= 0 && b != bucket_of(t, t->image_head);
+}
+
 void params_free(ParamTable *t) {
   free(t->of);
   free(t->layer);

@@ -66,6 +66,8 @@ Dims dims_from_config(const Config *c, int slots, int segments);
 ParamTable params_build(const Config *c);
 const ParamBucket *bucket_of(const ParamTable *t, int param);
 const ParamBucket *layer_bucket(const ParamTable *t, int layer);
+// Whether a pass reads it at once: what stands before the layers, the modulation table, the first layer.
+int bucket_opens(const ParamTable *t, const ParamBucket *b);
 void params_free(ParamTable *t);
 
 // Values to begin with, or every parameter random, N(0, scale / sqrt(fan_in)) for matrices and about 1 or 0 +- 0.3

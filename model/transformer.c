@@ -10,10 +10,6 @@
 
 // ---- gradients of a layer ----
 
-static OpArgs bucket_args(const Recording *r, const ParamBucket *b) {
-  return (OpArgs){.params = {.spans = r->model->params.spans + b->first, .n = b->n, .begin = b->begin, .end = b->end}};
-}
-
 // The gradient of a micro-step formed apart is added to the step's.
 static void record_gradient_sum(Recording *r, const ParamBucket *b) {
   TensorId micro = bucket_gradients(r->p, r->model, b, SPACE_MICRO_GRADS);
@@ -55,12 +51,18 @@ static void record_gradients_end(Recording *r, const ParamBucket *b) {
                        bucket_gradients(r->p, r->model, b, SPACE_GRADS));
   if (!bucket_leaves(r->model, b)) return;
   TensorId gradients = bucket_gradients(r->p, r->model, b, SPACE_GRADS);
-  if (mode_is_last(r->mode)) {
-    OpArgs a = bucket_args(r, b);
-    program_op(r->p, OP_GRAD_SQUARES, IN(gradients),
-               OUT(param_sums(r->p, &r->model->params, SUMS_OF_SQUARES, b->first, b->n)), &a);
-  }
+  if (mode_is_last(r->mode)) bucket_squares(r->p, r->model, b);
   program_copy(r->p, LANE_D2H, gradients, bucket_gradients(r->p, r->model, b, SPACE_HOST_GRADS));
+}
+
+// Of all buckets, in the order in which the processes sum them: beside the last sums of the step, which no other op is
+// left to hide.
+static void record_squares(Recording *r, const ParamBucket *of_heads) {
+  const ParamTable *w = &r->model->params;
+  bucket_squares(r->p, r->model, of_heads);
+  for (int l = r->d.L - 1; l >= 0; l--) bucket_squares(r->p, r->model, layer_bucket(w, l));
+  for (int b = w->buckets - 1; b >= 0; b--)
+    if (w->bucket[b].layer < 0 && &w->bucket[b] != of_heads) bucket_squares(r->p, r->model, &w->bucket[b]);
 }
 
 static void record_backward(Recording *r, const Input *in, const Heads *heads) {
@@ -80,9 +82,10 @@ static void record_backward(Recording *r, const Input *in, const Heads *heads) {
   TensorId dx = record_first_site_backward(r, g);
   program_layer(r->p, -1);
   record_input_backward(r, in, dx);
-  for (int b = 0; b < w->buckets; b++)
+  for (int b = w->buckets - 1; b >= 0; b--) // the modulation table's first: they are there before the embedding's
     if (w->bucket[b].layer < 0 && &w->bucket[b] != of_heads) record_gradients_end(r, &w->bucket[b]);
   record_share_sum(r);
+  if (mode_is_last(r->mode) && r->config->processes > 1) record_squares(r, of_heads);
 }
 
 // What a step opens with, of a bucket.
@@ -93,15 +96,19 @@ static void record_opening(Recording *r, const ParamBucket *b) {
     bucket_update(r->p, r->model, b, r->model->opening == OPEN_UPDATE_EMA);
 }
 
-// The buckets that are read before the layers and in the first one. Of the others weights that only come together do so
-// from here on, on the comm lane; an update is recorded a layer ahead of its own (record_next_opening).
+// Weights that only come together do so from here on, on the comm lane, but for those that are read at once, which have
+// (update.h). Where buckets are updated it is these, as they are read; others are a layer ahead of their own
+// (record_next_opening).
 static void record_first_openings(Recording *r) {
   const ParamTable *w = &r->model->params;
-  const ParamBucket *modulation = bucket_of(w, w->mod_weight);
-  record_opening(r, &w->bucket[0]);
-  record_opening(r, modulation);
-  for (const ParamBucket *b = w->bucket + 1; b < modulation; b++)
-    if (r->model->opening == OPEN_WEIGHTS || b->layer == 0) record_opening(r, b);
+  if (r->model->opening != OPEN_WEIGHTS) {
+    record_opening(r, &w->bucket[0]);
+    record_opening(r, bucket_of(w, w->mod_weight));
+    record_opening(r, layer_bucket(w, 0));
+    return;
+  }
+  for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++)
+    if (!bucket_opens(w, b)) record_opening(r, b);
 }
 
 // Of what follows layer l.

@@ -53,13 +53,17 @@ static void parts_join(Parts *s, int leaving) {
   }
 }
 
-// This process's share of every bucket.
+static Part part_share(const Model *model, const ParamBucket *b) {
+  Shard shard = bucket_shard(model, b);
+  return (Part){b, b->first, b->n, shard.begin, shard.end};
+}
+
+// This process's share of every bucket, of those first that the next step reads at once.
 static void parts_share(Parts *s) {
   const ParamTable *w = &s->model->params;
-  for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++) {
-    Shard shard = bucket_shard(s->model, b);
-    parts_add(s, (Part){b, b->first, b->n, shard.begin, shard.end});
-  }
+  for (int opens = 1; opens >= 0; opens--)
+    for (const ParamBucket *b = w->bucket; b < w->bucket + w->buckets; b++)
+      if (bucket_opens(w, b) == opens) parts_add(s, part_share(s->model, b));
 }
 
 static int is_shared(const Parts *s) {
@@ -160,18 +164,24 @@ static TensorId status_of(Program *p) {
   return program_external(p, SPACE_STATUS, 0, DT_U8, sizeof(UpdateStatus), "status");
 }
 
-// Sums of squares of the gradients that are on the device, and the decision of the step.
+static void record_squares(const Parts *s, const Part *part) {
+  OpArgs a = part_args(s, part);
+  program_op(s->p, OP_GRAD_SQUARES, IN(part_of(s, part, SPACE_GRADS)),
+             OUT(param_sums(s->p, &s->model->params, SUMS_OF_SQUARES, part->first, part->n)), &a);
+}
+
+void bucket_squares(Program *p, const Model *model, const ParamBucket *b) {
+  const Parts s = {.model = model, .p = p};
+  const Part part = part_share(model, b);
+  record_squares(&s, &part);
+}
+
+// Sums of squares of the gradients that are on the device, unless they were summed with them (bucket_squares), and the
+// decision of the step.
 static void record_decision(const Model *model, Program *p) {
   Parts s = {.model = model, .p = p};
-  if (is_shared(&s))
-    parts_share(&s);
-  else
-    parts_join(&s, 0);
-  for (const Part *part = s.of; part < s.of + s.n; part++) {
-    OpArgs a = part_args(&s, part);
-    program_op(p, OP_GRAD_SQUARES, IN(part_of(&s, part, SPACE_GRADS)),
-               OUT(param_sums(p, &model->params, SUMS_OF_SQUARES, part->first, part->n)), &a);
-  }
+  if (model->config->processes == 1) parts_join(&s, 0);
+  for (const Part *part = s.of; part < s.of + s.n; part++) record_squares(&s, part);
   free(s.of);
   TensorId squares = param_sums(p, &model->params, SUMS_OF_SQUARES, 0, model->params.n);
   if (is_shared(&s)) program_collective(p, OP_ALL_REDUCE, squares);
@@ -219,8 +229,9 @@ static void lend_ahead(const Parts *s, Lent *lent, int ema, int *sent, int *ahea
   }
 }
 
-// Of everything, part by part, after the decision.
-static void record_apply(Parts *s, TensorId status, TensorId scalars, int ema) {
+// Of everything, part by part, after the decision. Weights that are updated in shares come together while others are
+// updated: `all` of them, or those alone that the next step reads at once.
+static void record_apply(Parts *s, TensorId status, TensorId scalars, int ema, int all) {
   // With the EMA's update what follows from the moments does from the EMA, which leaves before them.
   int64_t away = state_host_count(s->model, ema ? SPACE_EMA : SPACE_ADAM_M);
   if (is_shared(s))
@@ -236,6 +247,7 @@ static void record_apply(Parts *s, TensorId status, TensorId scalars, int ema) {
   for (int i = 0, sent = 0, ahead = 0; i < s->n; i++) {
     lend_ahead(s, lent, ema, &sent, &ahead);
     record_part(s, &s->of[i], lent[i], status, scalars, ema);
+    if (all || bucket_opens(&s->model->params, s->of[i].bucket)) bucket_gather(s->p, s->model, s->of[i].bucket);
     ahead -= part_travels(s, &s->of[i], ema);
     lend_ahead(s, lent, ema, &sent, &ahead);
     update_return(s, &s->of[i], lent[i], ema);
@@ -246,7 +258,7 @@ static void record_apply(Parts *s, TensorId status, TensorId scalars, int ema) {
 Program *update_record(const Model *model, int ema) {
   Parts s = parts_open(model, ema ? "update with ema" : "update");
   record_decision(model, s.p);
-  record_apply(&s, status_of(s.p), scalars_of(s.p), ema);
+  record_apply(&s, status_of(s.p), scalars_of(s.p), ema, 0);
   return parts_close(&s);
 }
 
@@ -258,15 +270,13 @@ Program *decision_record(const Model *model) {
 
 Program *apply_record(const Model *model, int ema) {
   Parts s = parts_open(model, ema ? "update at once with ema" : "update at once");
-  record_apply(&s, status_of(s.p), scalars_of(s.p), ema);
-  for (int b = 0; b < model->params.buckets; b++) bucket_gather(s.p, model, &model->params.bucket[b]);
+  record_apply(&s, status_of(s.p), scalars_of(s.p), ema, 1);
   return parts_close(&s);
 }
 
 void bucket_update(Program *p, const Model *model, const ParamBucket *b, int ema) {
   const Parts s = {.model = model, .p = p};
-  Shard shard = bucket_shard(model, b);
-  const Part part = {b, b->first, b->n, shard.begin, shard.end};
+  const Part part = part_share(model, b);
   record_part(&s, &part, update_lend(&s, &part, ema), status_of(p), scalars_of(p), ema);
   bucket_gather(p, model, b);
 }
@@ -275,7 +285,8 @@ void bucket_update(Program *p, const Model *model, const ParamBucket *b, int ema
 
 Program *gather_record(const Model *model) {
   Parts s = parts_open(model, "weights of all");
-  for (int b = 0; b < model->params.buckets; b++) bucket_gather(s.p, model, &model->params.bucket[b]);
+  for (const ParamBucket *b = model->params.bucket; b < model->params.bucket + model->params.buckets; b++)
+    if (!bucket_opens(&model->params, b)) bucket_gather(s.p, model, b);
   return parts_close(&s);
 }
 
@@ -313,7 +324,10 @@ Program *ema_record(const Model *model, int enter) {
   const Part all = {.bucket = model->params.bucket, .n = model->params.n, .end = model->params.total};
   if (is_shared(&s)) {
     parts_share(&s);
-    for (int i = 0; i < s.n; i++) record_aside(&s, &s.of[i], enter);
+    for (int i = 0; i < s.n; i++) {
+      record_aside(&s, &s.of[i], enter);
+      if (!enter && bucket_opens(&model->params, s.of[i].bucket)) bucket_gather(s.p, model, s.of[i].bucket);
+    }
   } else {
     record_aside(&s, &all, enter);
     if (enter && state_host_count(model, SPACE_EMA))

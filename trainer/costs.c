@@ -2,9 +2,11 @@
 
 #include "base/hash.h"
 #include "base/ranks.h"
+#include "kernels/backends.h"
 #include "model/program/expected.h"
 #include "model/program/seconds_file.h"
 #include "model/transformer.h"
+#include "trainer/group_rates.h"
 
 #include <fcntl.h>
 #include <inttypes.h>
@@ -43,14 +45,18 @@ static char *sizes_text(const Config *c) {
 }
 
 typedef struct OwnKey {
-  char *path, *build, *sizes;
+  char *path, *build, *sizes, *processes;
   CostsKey key;
 } OwnKey;
 
 static OwnKey own_key(const Config *c, const Backend *b, const char *run) {
-  OwnKey k = {xasprintf("%s/" COSTS_FILE, run), build_hash(), sizes_text(c), {0}};
+  OwnKey k = {xasprintf("%s/" COSTS_FILE, run),
+              build_hash(),
+              sizes_text(c),
+              xasprintf("%d, %d of a host", c->processes, ranks_on_host()),
+              {0}};
   const char *device = b->kernels(); // none: a plan for one that is not here
-  k.key = (CostsKey){device[0] ? device : NULL, k.build, k.sizes};
+  k.key = (CostsKey){device[0] ? device : NULL, k.build, k.sizes, k.processes};
   return k;
 }
 
@@ -58,31 +64,48 @@ static void own_key_free(OwnKey *k) {
   free(k->path);
   free(k->build);
   free(k->sizes);
+  free(k->processes);
 }
 
-static Costs open_costs(const Config *c, const Backend *b, const char *run, int for_plan) {
+// Measures what depends on the machine alone: all processes do so together, since a host's devices may share its link.
+static void measure_machine(Costs *costs, const Config *c, const Backend *b, int connected) {
+  LinkRates link = b->link ? b->link() : (LinkRates){0};
+  if (link.d2h > 0) costs->link = link; // else no device is open
+  if (!connected) return;
+  Backend own = *b; // with the collectives that training uses
+  backend_choose(&own, c);
+  double began = time_now();
+  GroupRates group = group_rates_measure(&own);
+  if (!group.measured) return;
+  costs->group = group;
+  log_info("collectives of %d processes: %.4g and %.4g GB/s, %.0f us each (measured in %.1f s)", c->processes,
+           group.reduce / 1e9, group.gather / 1e9, 1e6 * group.latency, time_now() - began);
+}
+
+static Costs open_costs(const Config *c, const Backend *b, const char *run, int connected) {
   Extents extents = extents_expected(c, c->data.micro_batch_tokens);
   Costs costs = costs_new(b, &extents);
-  if (!b->link) return costs;
+  if (!b->link && c->processes == 1) return costs;
   OwnKey k = own_key(c, b, run);
   int found = costs_load(&costs, &k.key, k.path);
   own_key_free(&k);
+  costs.group.measured = found && c->processes > 1;
   int64_t missing = !found;
-  if (!for_plan) ranks_sum_i64(&missing, 1); // they measure together, since a host's devices may share its link
-  LinkRates link = missing ? b->link() : (LinkRates){0};
-  if (link.d2h <= 0) return costs; // known, or no device is open
-  costs.link = link;
-  DeviceRates rates = for_plan ? b->rates() : (DeviceRates){0};
-  if (rates.bytes > 0) costs.rates = rates;
+  ranks_sum_i64(&missing, 1);
+  if (missing) measure_machine(&costs, c, b, connected);
   return costs;
 }
 
 Costs costs_open(const Config *c, const Backend *b, const char *run) {
-  return open_costs(c, b, run, 0);
+  return open_costs(c, b, run, c->processes > 1);
 }
 
 Costs costs_open_plan(const Config *c, const Backend *b, const char *run) {
-  return open_costs(c, b, run, 1);
+  Costs costs = open_costs(c, b, run, backend_join_for_plan(b, c));
+  int is_open = b->link && b->kernels()[0];
+  DeviceRates rates = is_open && !costs.n_classes ? b->rates() : (DeviceRates){0};
+  if (rates.bytes > 0) costs.rates = rates;
+  return costs;
 }
 
 int costs_keep(const Config *c, const Backend *b, const char *run, const Costs *costs, Error *err) {

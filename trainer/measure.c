@@ -1,5 +1,6 @@
 #include "trainer/measure.h"
 
+#include "base/ranks.h"
 #include "model/program/policy.h"
 
 #include <math.h>
@@ -7,6 +8,20 @@
 
 enum { SAMPLES = 5 };            // replays of each way, at most
 static const double enough = .2; // seconds in which they begin: long replays vary less, and one is enough
+
+// Processes that time ops together replay the same programs as often, since these have collectives.
+static int any(int mine) {
+  int64_t sum = mine != 0;
+  ranks_sum_i64(&sum, 1);
+  return sum > 0;
+}
+
+// Whether another sample is to follow the n so far, which began at this time: rank 0 says.
+static int goes_on(int n, double began) {
+  int more = n < SAMPLES && (n == 0 || time_now() - began < enough);
+  ranks_broadcast(&more, sizeof more);
+  return more;
+}
 
 static int double_compare(const void *pa, const void *pb) {
   double a = *(const double *)pa, b = *(const double *)pb;
@@ -24,7 +39,7 @@ static void time_ops(Program *p, double *seconds) {
   OpTime *times = xcalloc(ops, sizeof *times);
   double(*samples)[SAMPLES] = xcalloc(ops, sizeof *samples), began = time_now();
   int n = 0;
-  for (; n < SAMPLES && (n == 0 || time_now() - began < enough); n++) {
+  for (; goes_on(n, began); n++) {
     program_replay(p, times);
     for (size_t i = 0; i < ops; i++) samples[i][n] = times[i].end - times[i].begin;
   }
@@ -37,7 +52,7 @@ static void time_ops(Program *p, double *seconds) {
 static double time_replays(const Queues *q, Program *p) {
   double samples[SAMPLES], began = time_now();
   int n = 0;
-  for (; n < SAMPLES && (n == 0 || time_now() - began < enough); n++) {
+  for (; goes_on(n, began); n++) {
     q->record(LANE_COMPUTE, EVENT_TIMED);
     program_replay(p, NULL);
     q->record(LANE_COMPUTE, EVENT_TIMED + 1);
@@ -86,7 +101,7 @@ static int fits(const Engine *e, const Program *p) {
 static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again) {
   PolicyTable policy = policy_table_new(e->config->model.layers, MEMORY_RECOMPUTE);
   ModelProgram m = transformer_record(&e->model, mode, e->slots, e->segments, &policy);
-  int measures = fits(e, m.program) && (again || !measure_has(&e->costs, m.program));
+  int measures = !any(!fits(e, m.program)) && any(again || !measure_has(&e->costs, m.program));
   if (measures) {
     m.program->one_queue = e->first.program->one_queue;
     m.program->use_graph = e->first.program->use_graph;
@@ -111,8 +126,8 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
   e->costs.extents = *extents;
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
     if (!own[i].of->program) continue;
-    if (e->chosen == MEMORY_AUTO) n += measure_recomputed(e, own[i].mode, pack, again);
-    if (!again && measure_has(&e->costs, own[i].of->program)) continue;
+    if (any(e->chosen == MEMORY_AUTO)) n += measure_recomputed(e, own[i].mode, pack, again);
+    if (!any(again || !measure_has(&e->costs, own[i].of->program))) continue;
     measure_program(e, own[i].of, pack);
     n++;
   }

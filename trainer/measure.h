@@ -8,8 +8,8 @@
 // Times the training programs' ops on a pack with these extents, after engine_allocate and between steps: each program
 // as it is and, where there is a plan to be made again and that fits in the same memory, with everything recomputed, so
 // that every op that a plan may add is there. Only what e->costs lack, or with `again` all. Replays leave gradients and
-// metrics, which the next step overwrites. Returns how many programs were timed; none where an op is done when its
-// function returns, since nothing is planned by times there.
+// metrics, which the next step overwrites. Several processes time the same ones together. Returns how many programs
+// were timed; none where an op is done when its function returns, since nothing is planned by times there.
 int measure_train(Engine *e, const void *pack, const Extents *extents, int again);
 
 // Whether all ops of a program were timed.

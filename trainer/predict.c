@@ -49,16 +49,6 @@ double predict_update(const Engine *e) {
   return play_update(e, &e->costs).seconds;
 }
 
-// Of several processes: what they send each other, and what is left of a step's time when that takes none.
-static void print_group(const Engine *e, const Simulation *step, FILE *f) {
-  Costs alone = e->costs;
-  alone.processes = 1;
-  Simulation without = play_passes(e, &alone, 0), update = play_update(e, &alone);
-  add(&without, 1, &update);
-  fprintf(f, "; collectives %.2f ms, %.2f ms of them exposed", 1e3 * step->busy[LANE_COMM],
-          1e3 * (step->seconds - without.seconds));
-}
-
 // "; copies of the update: to the host 8.15 ms, from it 8.15 ms, 52.1% hidden"
 static void print_copies(const char *of, const Simulation *s, FILE *f) {
   if (s->busy[LANE_D2H] + s->busy[LANE_H2D] == 0) return;
@@ -72,6 +62,27 @@ void predict_print(const Engine *e, FILE *f) {
   fprintf(f, "a step: predicted %.2f ms, %.2f of them the update", 1e3 * step.seconds, 1e3 * update.seconds);
   print_copies("the passes", &passes, f);
   print_copies("the update", &update, f);
-  if (e->config->processes > 1) print_group(e, &step, f);
   fputc('\n', f);
+}
+
+Collectives predict_collectives(const Engine *e) {
+  Simulation with = play_passes(e, &e->costs, 0), update = play_update(e, &e->costs);
+  add(&with, 1, &update);
+  Costs alone = e->costs;
+  alone.processes = 1; // what is left of a step's time when they take none
+  Simulation without = play_passes(e, &alone, 0);
+  update = play_update(e, &alone);
+  add(&without, 1, &update);
+  double seconds = with.busy[LANE_COMM];
+  return (Collectives){seconds, e->model.backend->queues ? with.seconds - without.seconds : seconds};
+}
+
+void predict_print_group(const Engine *e, FILE *f) {
+  const GroupRates *g = &e->costs.group;
+  const Collectives of_step = predict_collectives(e);
+  fprintf(f,
+          "collectives of %d processes: %.4g GB/s reduced, %.4g gathered, %.0f us each (%s); %.2f ms of a step, %.2f "
+          "ms of them exposed\n",
+          e->config->processes, g->reduce / 1e9, g->gather / 1e9, 1e6 * g->latency,
+          g->measured ? "measured" : "assumed", 1e3 * of_step.seconds, 1e3 * of_step.exposed);
 }

@@ -13,7 +13,14 @@ double predict_update(const Engine *e);
 double predict_step(const Engine *e, int ema);
 // Appends the line of --plan: what a step takes with its update and the mean share of the EMA's, the part of it that is
 // spent on the update, and for the passes (activations, gradients that leave) and the update (state) the transfers and
-// the share of them that ops hide; of several processes also what collectives take, and the part of it that nothing
-// hides.
+// the share of them that ops hide.
 void predict_print(const Engine *e, FILE *f);
+
+// Of several processes: seconds of a mean step's collectives, and of those that nothing hides: without queues, all.
+typedef struct Collectives {
+  double seconds, exposed;
+} Collectives;
+Collectives predict_collectives(const Engine *e);
+// Appends the line of --plan about them, and the rates that they are reckoned with.
+void predict_print_group(const Engine *e, FILE *f);
 #endif

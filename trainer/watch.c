@@ -11,10 +11,34 @@
 
 static const double too_much = .02; // of the prediction; as much as a device's pace changes from run to run
 
+// The processes of a group do the same at the same step.
+static int any(int mine) {
+  int64_t sum = mine != 0;
+  ranks_sum_i64(&sum, 1);
+  return sum > 0;
+}
+
+// ---- for the next start, rank 0's ----
+
+static void keep_costs(const Watch *w, const Engine *e) {
+  Error err;
+  if (ranks_rank() == 0 && costs_keep(e->config, e->model.backend, w->run, &e->costs, &err) != 0)
+    log_warn("%s: the next start times ops again", err.text);
+}
+
+static void keep_plan(const Watch *w, const Engine *e) {
+  Error err;
+  if (e->chosen != MEMORY_AUTO || ranks_rank() > 0) return;
+  char *path = xasprintf("%s/" PLAN_FILE, w->run);
+  if (policy_file_save(&e->policy, path, &err) != 0) log_warn("%s: a resume plans again", err.text);
+  free(path);
+}
+
 Watch watch_open(const Engine *e, const char *run, int64_t from, int profiled) {
-  // The processes of a group would have to agree on what each of them found.
-  int is_on = e->model.backend->queues && e->config->memory.arena && ranks_size() == 1;
-  return (Watch){.run = run, .is_on = is_on, .due = is_on, .first = from + 1, .wanted = WATCHED_STEPS - !!profiled};
+  int is_on = e->model.backend->queues && e->config->memory.arena;
+  Watch w = {.run = run, .is_on = is_on, .due = is_on, .first = from + 1, .wanted = WATCHED_STEPS - any(profiled)};
+  if (!is_on && e->costs.group.measured) keep_costs(&w, e); // no op will be timed
+  return w;
 }
 
 void watch_close(Watch *w) {
@@ -27,21 +51,6 @@ int watch_due(const Watch *w) {
 }
 
 // ---- timing ----
-
-static void keep_costs(const Watch *w, const Engine *e) {
-  Error err;
-  if (costs_keep(e->config, e->model.backend, w->run, &e->costs, &err) != 0)
-    log_warn("%s: the next start times ops again", err.text);
-}
-
-// For a resume.
-static void keep_plan(const Watch *w, const Engine *e) {
-  Error err;
-  if (e->chosen != MEMORY_AUTO) return;
-  char *path = xasprintf("%s/" PLAN_FILE, w->run);
-  if (policy_file_save(&e->policy, path, &err) != 0) log_warn("%s: a resume plans again", err.text);
-  free(path);
-}
 
 static void predict(Watch *w, const Engine *e) {
   for (int ema = 0; ema < 2; ema++) w->predicted[ema] = predict_step(e, ema && e->update_ema);
@@ -97,7 +106,7 @@ static int step_compare(const void *pa, const void *pb) {
 static void log_comparison(const Watch *w, const Engine *e, const WatchedStep *s) {
   const Backend *b = e->model.backend;
   const int every = e->config->train.ema_every;
-  char memory[128] = "", ema[64] = "";
+  char memory[128] = "", ema[64] = "", group[96] = "";
   if (e->update_ema && every > 1)
     snprintf(ema, sizeof ema, "; every %d steps the EMA takes %.2f ms more", every,
              1e3 * (w->predicted[1] - w->predicted[0]));
@@ -106,8 +115,12 @@ static void log_comparison(const Watch *w, const Engine *e, const WatchedStep *s
     snprintf(memory, sizeof memory, "; device memory: planned %.3f GB, in use %.3f GB (%+.2f%%)", planned / 1e9,
              used / 1e9, percent(used, planned));
   }
-  log_info("a step: predicted %.2f ms, measured %.2f ms (%+.1f%%)%s%s", 1e3 * s->predicted, 1e3 * s->measured,
-           percent(s->measured, s->predicted), ema, memory);
+  if (e->config->processes > 1) {
+    const Collectives c = predict_collectives(e);
+    snprintf(group, sizeof group, "; predicted of collectives %.2f ms, %.2f exposed", 1e3 * c.seconds, 1e3 * c.exposed);
+  }
+  log_info("a step: predicted %.2f ms, measured %.2f ms (%+.1f%%)%s%s%s", 1e3 * s->predicted, 1e3 * s->measured,
+           percent(s->measured, s->predicted), group, ema, memory);
 }
 
 void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
@@ -118,7 +131,7 @@ void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
   const WatchedStep *middle = &w->step[w->n / 2];
   log_comparison(w, e, middle);
   keep_costs(w, e);
-  int is_off = fabs(middle->measured / middle->predicted - 1) > too_much;
+  int is_off = any(fabs(middle->measured / middle->predicted - 1) > too_much);
   if (w->rounds > 1 || !(is_off || w->on_zeros)) return;
   if (is_off)
     log_info("that is more than %.0f%% off: ops are timed again", 100 * too_much);

@@ -1,6 +1,7 @@
 // Compares a run's steps with its plan. Ops are timed before the first step; where the steps after it differ too much
 // from the prediction, ops are timed again. So they are in any case where they were timed on first weights, by
-// which steps came out 2 to 9% too short on an H200 (docs/LOG.md).
+// which steps came out 2 to 9% too short on an H200 (docs/LOG.md). Several processes do all of this together, each for
+// its own device.
 #ifndef TESSERA_WATCH_H
 #define TESSERA_WATCH_H
 
@@ -14,7 +15,7 @@ typedef struct WatchedStep {
 
 typedef struct Watch {
   const char *run;     // its folder, for the costs; borrowed
-  int is_on;           // on a device, where ops' times decide something; not among several processes
+  int is_on;           // on a device, where ops' times decide something
   int due;             // ops shall be timed before the next step
   int rounds;          // how often that was done
   int on_zeros;        // the last time, on first weights

@@ -47,7 +47,7 @@ const Backend backend_cpu = {
     .kernels = blas_kernels,
     .assumed = {.bytes = 10e9, .flops = 100e9},
     .assumed_link = {.d2h = 5e9, .h2d = 5e9, .both_d2h = 5e9, .both_h2d = 5e9},
-    .assumed_group = {.bytes = 1e9, .latency = 50e-6},
+    .assumed_group = {.reduce = 1e9, .gather = 1e9, .latency = 50e-6},
     .memory = cpu_memory,
     .alloc = cpu_alloc,
     .release = free,

@@ -66,7 +66,7 @@ typedef struct GivenGradient {
 extern "C" void cuda_ADALN_BWD(const KernelCall *c) {
   const AdalnBackward b = adaln_backward_of(c);
   const GivenGradient dh = {(const bf16 *)c->in.ADALN_BWD.dh};
-  AdalnRuns runs = adaln_runs(b.C);
+  AdalnRuns runs = adaln_runs_beside(b.C); // of the layer's own gradients, which have just become complete
   int threads = 32 * runs.warps * runs.groups, silu = c->args->adaln.silu_image;
   cudaStream_t stream = call_stream(c);
   if (b.branch && silu)
@@ -77,20 +77,28 @@ extern "C" void cuda_ADALN_BWD(const KernelCall *c) {
     CUDA_LAUNCH((adaln_backward<GivenGradient, false, true>), runs.blocks, threads, 0, stream, b, dh);
   else
     CUDA_LAUNCH((adaln_backward<GivenGradient, false, false>), runs.blocks, threads, 0, stream, b, dh);
-  adaln_backward_sums(c, &b);
+  adaln_backward_sums(c, &b, runs.blocks);
 }
 
 // ---- sums over segments ----
 
 // As many warps as the row has 256 columns; short rows share a block of up to 8 warps.
-AdalnRuns adaln_runs(int C) {
+static AdalnRuns runs_on(int sm_count, int C) {
   AdalnRuns r;
   r.warps = ceil_div(C, 256);
   // A group's columns in shared memory are ADALN_SHARED_COLUMNS / groups: a power of two of groups keeps them aligned.
   r.groups = r.warps == 1 ? 8 : r.warps == 2 ? 4 : r.warps <= 4 ? 2 : 1;
   // Two blocks of up to 8 warps fit on a multiprocessor; longer rows have it to themselves.
-  r.blocks = cuda_sm_count() * (r.warps > 8 ? 1 : 2);
+  r.blocks = sm_count * (r.warps > 8 ? 1 : 2);
   return r;
+}
+
+AdalnRuns adaln_runs(int C) {
+  return runs_on(cuda_sm_count(), C);
+}
+
+AdalnRuns adaln_runs_beside(int C) {
+  return runs_on(cuda_sm_count_beside(), C);
 }
 
 int64_t adaln_pieces_size(const Dims *dims) {
@@ -106,12 +114,12 @@ size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
 enum { SUM_COLUMNS = 64, SUM_PARTS = 4 };
 
 static __global__ void __launch_bounds__(SUM_COLUMNS *SUM_PARTS)
-    segment_sums(const AdalnSums s, const BatchDims *dims, const int32_t *seg_start, const int32_t *seg_len, int runs,
-                 int C, int64_t M) {
+    segment_sums(const AdalnSums s, const BatchDims *dims, const int32_t *seg_start, const int32_t *seg_len, int C,
+                 int64_t M) {
   await_previous();
   __shared__ float4 shared[SUM_PARTS][SUM_COLUMNS];
   int part = threadIdx.y, g = blockIdx.x, first = 4 * (blockIdx.y * SUM_COLUMNS + threadIdx.x); // of [sums][C]
-  int start = seg_start[g], len = seg_len[g], run_rows = adaln_run_rows(dims, runs);
+  int start = seg_start[g], len = seg_len[g], run_rows = adaln_run_rows(dims, s.runs);
   if (g >= dims->n_segments) return;
   bool there = first < s.sums * C;
   int run = len ? start / run_rows : 0, pieces = len ? (start + len - 1) / run_rows - run + 1 : 0;
@@ -132,5 +140,5 @@ void adaln_segment_sums(const KernelCall *c, const AdalnSums *s) {
   const Dims *d = c->dims;
   dim3 grid((unsigned)d->segments, (unsigned)ceil_div(s->sums * d->C / 4, SUM_COLUMNS));
   CUDA_LAUNCH(segment_sums, grid, dim3(SUM_COLUMNS, SUM_PARTS), 0, call_stream(c), *s, c->batch->dims,
-              c->batch->seg_start, c->batch->seg_len, adaln_runs(d->C).blocks, d->C, d->M);
+              c->batch->seg_start, c->batch->seg_len, d->C, d->M);
 }

@@ -30,6 +30,8 @@ typedef struct AdalnRuns {
   int blocks; // = runs
 } AdalnRuns;
 AdalnRuns adaln_runs(int C);
+// The same for a kernel that runs beside collectives, in no more blocks.
+AdalnRuns adaln_runs_beside(int C);
 
 // fp32 elements of the pieces' sums, [runs + SEG][ADALN_SUMS][C].
 int64_t adaln_pieces_size(const Dims *dims);
@@ -38,7 +40,7 @@ int64_t adaln_pieces_size(const Dims *dims);
 typedef struct AdalnSums {
   const float *pieces; // [runs + SEG][ADALN_SUMS][C]
   bf16 *dmod;          // [SEG, M]
-  int columns[ADALN_SUMS], sums;
+  int columns[ADALN_SUMS], sums, runs;
 } AdalnSums;
 void adaln_segment_sums(const KernelCall *c, const AdalnSums *s);
 

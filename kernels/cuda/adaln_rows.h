@@ -246,9 +246,9 @@ static inline AdalnBackward adaln_backward_of(const KernelCall *c) {
   return b;
 }
 
-// dmod [SEG, M] of such a call, from the pieces that the kernel has left.
-static inline void adaln_backward_sums(const KernelCall *c, const AdalnBackward *b) {
-  AdalnSums sums = {b->pieces, (bf16 *)c->out.ADALN_BWD.dmod, {b->shift, b->scale, b->gate}, b->branch ? 3 : 2};
+// dmod [SEG, M] of such a call, from the pieces that the kernel has left in so many runs.
+static inline void adaln_backward_sums(const KernelCall *c, const AdalnBackward *b, int runs) {
+  AdalnSums sums = {b->pieces, (bf16 *)c->out.ADALN_BWD.dmod, {b->shift, b->scale, b->gate}, b->branch ? 3 : 2, runs};
   adaln_segment_sums(c, &sums);
 }
 

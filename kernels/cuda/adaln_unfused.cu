@@ -394,6 +394,7 @@ extern "C" void cuda_ADALN_BWD_unfused(const KernelCall *c) {
   if (branch) walk<GateBackward>(c, &s, pieces, dx, branch, dbranch);
   mask(c, &s, dx, dbranch, NULL, NULL);
 
-  AdalnSums sums = {pieces, (bf16 *)c->out.ADALN_BWD.dmod, {s.shift, s.scale, s.gate}, branch ? 3 : 2};
+  AdalnSums sums = {
+      pieces, (bf16 *)c->out.ADALN_BWD.dmod, {s.shift, s.scale, s.gate}, branch ? 3 : 2, adaln_runs(s.C).blocks};
   adaln_segment_sums(c, &sums);
 }

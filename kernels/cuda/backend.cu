@@ -189,7 +189,7 @@ static int cuda_join(const Config *c, Error *err) {
   ranks_gather(&prop.uuid, sizeof prop.uuid, all.data());
   gpu.sharing = 0;
   for (const cudaUUID_t &uuid : all) gpu.sharing += memcmp(&uuid, &prop.uuid, sizeof uuid) == 0;
-  if (!by_host && (device_alone(err) != 0 || nccl_open(err) != 0)) return -1;
+  if (!by_host && (ranks_worst(device_alone(err), err) != 0 || nccl_open(err) != 0)) return -1;
   if (by_host) log_info("GPUs are connected through the host's memory: slow, and steps have no graphs where they meet");
   gpu.joined = true;
   return 0;
@@ -197,6 +197,10 @@ static int cuda_join(const Config *c, Error *err) {
 
 bool cuda_is_joined(void) {
   return gpu.joined;
+}
+
+int cuda_sm_count_beside(void) {
+  return cuda_sm_count() - (gpu.joined ? std::min<int>(COLLECTIVE_BLOCKS, cuda_sm_count() / 2) : 0);
 }
 
 static void cuda_leave(void) {
@@ -482,7 +486,7 @@ static Backend backend_make(void) {
   // An H200's, in a socket of fifth-generation PCI Express.
   b.assumed = {4.2e12, 710e12, 0};
   b.assumed_link = {55.3e9, 55.3e9, 48.9e9, 48.9e9, 10e-6};
-  b.assumed_group = {350e9, 20e-6}; // NCCL in a host whose GPUs NVLink connects
+  b.assumed_group = {350e9, 350e9, 20e-6, 0}; // NCCL in a host whose GPUs NVLink connects
   b.cache_bytes = cuda_cache_bytes;
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;

@@ -208,5 +208,5 @@ extern "C" void cuda_COMBINE_ADALN_BWD(const KernelCall *c) {
   const CombinedGradient dh = {combine_of(c, in.dslot, in.route, NULL, in.add), runs.groups, b.T - 1};
   CUDA_LAUNCH((adaln_backward<CombinedGradient, true, false>), runs.blocks, 32 * runs.warps * runs.groups, 0,
               call_stream(c), b, dh);
-  adaln_backward_sums(&site, &b);
+  adaln_backward_sums(&site, &b, runs.blocks);
 }

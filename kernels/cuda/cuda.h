@@ -89,9 +89,13 @@ void cuda_await_graphs(void);
 
 // Whether collectives may have some of the multiprocessors.
 bool cuda_is_joined(void);
+enum { COLLECTIVE_BLOCKS = 24 }; // of them, at most: as many as NCCL takes by itself between two H200
 
 // Multiprocessors of the GPU; before it is opened, as for a plan, those of an H100.
 int cuda_sm_count(void);
+// Those that collectives leave: all where there are none. For a kernel whose blocks are there all at once, and that
+// would take twice as long with a few of them left for later.
+int cuda_sm_count_beside(void);
 
 // The grid of a kernel whose blocks walk through `blocks` blocks' worth of work in strides: that many, but no more than
 // keep the multiprocessors busy.

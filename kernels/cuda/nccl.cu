@@ -7,6 +7,7 @@ extern "C" {
 }
 
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -49,6 +50,9 @@ static int library_open(Error *err) {
   // What orders graphs and other launches at the same time costs 5% of a step (base on two H200); cuda_await_graphs
   // sees to it that there are none.
   setenv("NCCL_GRAPH_MIXING_SUPPORT", "0", 0);
+  char blocks[16];
+  snprintf(blocks, sizeof blocks, "%d", COLLECTIVE_BLOCKS);
+  setenv("NCCL_MAX_CTAS", blocks, 0); // no more than kernels reckon with
   void *library = dlopen(name, RTLD_NOW);
   if (!library)
     return error_set(err, hint, "several processes on GPUs need NCCL, and there is no %s in the library path: %s", name,
@@ -88,7 +92,7 @@ static void connect_all(void) {
 int nccl_open(Error *err) {
   int version = 0;
   UniqueId id = {};
-  if (library_open(err) != 0) return -1;
+  if (ranks_worst(library_open(err), err) != 0) return -1;
   NCCL_CHECK(GetVersion(&version));
   if (version < CAPTURED_SINCE)
     return error_set(err, "install a newer one", "NCCL %d.%d is too old: 2.9.6 is needed", version / 1000,

@@ -193,9 +193,12 @@ double copy_seconds(const Costs *c, Lane lane, double bytes, int both) {
 
 // Of N shares a process sends N - 1; a sum that everybody gets is scattered and gathered.
 static double collective_seconds(const Costs *c, const Program *p, const Op *op) {
-  double bytes = (double)p->tensors[op->out[0]].bytes * (op->kind == OP_ALL_REDUCE ? 2 : 1);
-  if (c->processes < 2 || c->group.bytes <= 0) return 0;
-  return c->group.latency + bytes * (c->processes - 1) / c->processes / c->group.bytes;
+  const GroupRates *g = &c->group;
+  if (c->processes < 2 || g->reduce <= 0 || g->gather <= 0) return 0;
+  double sent = (double)p->tensors[op->out[0]].bytes * (c->processes - 1) / c->processes, seconds = g->latency;
+  if (op->kind != OP_ALL_GATHER) seconds += sent / g->reduce;
+  if (op->kind != OP_REDUCE_SCATTER) seconds += sent / g->gather;
+  return seconds;
 }
 
 double op_seconds(const Costs *c, const Program *p, const Op *op) {

@@ -35,7 +35,7 @@ uint64_t op_class(const Program *p, const Op *op);
 // launch.
 double op_model_seconds(const Costs *c, const Program *p, const Op *op);
 // Seconds of an op while other lanes are idle. Compute lane: its class's measured time, else the model's time by its
-// kind's scale. Copy lanes: its transfer. Comm lane: what a process sends, at the assumed rate of its links.
+// kind's scale. Copy lanes: its transfer. Comm lane: what a process sends, at its group's rates.
 double op_seconds(const Costs *c, const Program *p, const Op *op);
 // Seconds of a transfer on LANE_D2H or LANE_H2D; both: while the other of the two is busy.
 double copy_seconds(const Costs *c, Lane lane, double bytes, int both);

@@ -31,6 +31,9 @@ static const Number numbers[] = {
     {"link", "both_d2h", offsetof(Costs, link.both_d2h), 0},
     {"link", "both_h2d", offsetof(Costs, link.both_h2d), 0},
     {"link", "latency", offsetof(Costs, link.latency), 1},
+    {"collectives", "reduce", offsetof(Costs, group.reduce), 1},
+    {"collectives", "gather", offsetof(Costs, group.gather), 1},
+    {"collectives", "latency", offsetof(Costs, group.latency), 1},
 };
 enum { NUMBERS = sizeof numbers / sizeof *numbers };
 
@@ -53,6 +56,8 @@ static void write_all(FILE *f, const Costs *c, const CostsKey *key) {
   write_text(f, "build", key->build);
   fputs(",\n ", f);
   write_text(f, "sizes", key->sizes);
+  fputs(",\n ", f);
+  write_text(f, "processes", key->processes);
   for (int i = 0; i < NUMBERS; i++) {
     int opens = i == 0 || strcmp(numbers[i].group, numbers[i - 1].group) != 0;
     if (opens) fprintf(f, "%s,\n \"%s\": {", i ? "}" : "", numbers[i].group);
@@ -133,7 +138,10 @@ static int read_all(const cJSON *root, Costs *c) {
 }
 
 int costs_load(Costs *c, const CostsKey *key, const char *path) {
-  const char *const named[][2] = {{"device", key->device}, {"build", key->build}, {"sizes", key->sizes}};
+  const char *const named[][3] = {{"device", key->device, "device"},
+                                  {"build", key->build, "build"},
+                                  {"sizes", key->sizes, "config's sizes"},
+                                  {"processes", key->processes, "number of processes"}};
   Error err;
   if (access(path, F_OK) != 0) return 0;
   cJSON *root = json_parse_file(path, most_bytes, JSON_PLAIN, &err);
@@ -143,12 +151,11 @@ int costs_load(Costs *c, const CostsKey *key, const char *path) {
   }
   Costs read = {0};
   const char *other = NULL;
-  for (int i = 0; i < 3 && !other; i++)
-    if (named[i][1] && strcmp(read_text(root, named[i][0]), named[i][1]) != 0) other = named[i][0];
+  for (size_t i = 0; i < sizeof named / sizeof *named && !other; i++)
+    if (named[i][1] && strcmp(read_text(root, named[i][0]), named[i][1]) != 0) other = named[i][2];
   int good = !other && read_all(root, &read);
   if (other)
-    log_info("%s has times of another %s: they are measured again", path,
-             strcmp(other, "sizes") == 0 ? "config's sizes" : other);
+    log_info("%s has times of another %s: they are measured again", path, other);
   else if (!good)
     log_info("%s is damaged: times are measured again", path);
   cJSON_Delete(root);

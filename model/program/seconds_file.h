@@ -1,8 +1,8 @@
 // Measured costs in a file, so that a run that starts again need not measure.
 //
-//   {"device": "NVIDIA H200", "build": "0123..", "sizes": "T 16384, ..", "extents": {"text": .., ..}, "rates": {..},
-//    "link": {..}, "classes": [{"class": "89ab..", "op": "LINEAR_FWD", "seconds": .., "model": .., "measured": 20},
-//    ..]}
+//   {"device": "NVIDIA H200", "build": "0123..", "sizes": "T 16384, ..", "processes": "2, 2 of a host",
+//    "extents": {"text": .., ..}, "rates": {..}, "link": {..}, "collectives": {..},
+//    "classes": [{"class": "89ab..", "op": "LINEAR_FWD", "seconds": .., "model": .., "measured": 20}, ..]}
 #ifndef TESSERA_SECONDS_FILE_H
 #define TESSERA_SECONDS_FILE_H
 
@@ -11,7 +11,7 @@
 // What times depend on besides the classes: costs are of no use where one of these is another. NULL, of costs that are
 // loaded: any.
 typedef struct CostsKey {
-  const char *device, *build, *sizes;
+  const char *device, *build, *sizes, *processes;
 } CostsKey;
 
 // Writes PATH.new and puts it in the place of PATH. -1 with *err where it cannot.

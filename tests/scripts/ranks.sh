@@ -127,6 +127,19 @@ planned() { # LABEL PROCESSES FLAG...: bytes of a slab in one of them
   "${launch[@]}" -np "$n" "$train" "${flags[@]}" --plan "$@" 2>"$dir/log" |
     awk -v label="  $label " 'index($0, label) == 1 { print substr($0, 27) + 0 }'
 }
+# Rates of collectives are measured once, by all, and kept beside the run for later starts and plans of as many processes.
+grep -q '^collectives of 2 processes: .* (measured in' "$dir/log" && fail "rates of a run that went on: measured again"
+rates() { # PROCESSES: the plan's line, and the first two of its rates
+  "${launch[@]}" -np "$1" "$train" "${flags[@]}" --run-dir "$dir/pair" --plan 2>"$dir/log" | tail -1
+}
+kept=$("$python" -c 'import json, sys
+rates = json.load(open(sys.argv[1]))["collectives"]
+print("%.4g GB/s reduced, %.4g gathered, %.0f us each (measured)" % (rates["reduce"] / 1e9, rates["gather"] / 1e9, 1e6 * rates["latency"]))' \
+  "$dir/pair/costs.json") || fail "no rates of collectives in costs.json"
+rates 2 | grep -qF "collectives of 2 processes: $kept" || fail "a plan with other rates than the run's ($kept)"
+grep -q 'measured in' "$dir/log" && fail "a plan of a run that has rates: measured again"
+rates 3 | grep -q '^collectives of 3 processes: .* (measured);' && grep -q '^collectives of 3 .*(measured in' "$dir/log" ||
+  fail "a plan for other processes: not by rates of their own"
 all=$(planned "Adam m" 1) third=$(planned "Adam m" 3)
 [ "$(planned gradients 3 --set parallel.zero=2)" = "$third" ] && [ "$(planned gradients 3)" -gt "$third" ] ||
   fail "parallel.zero=2: the gradients of each"

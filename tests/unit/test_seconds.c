@@ -26,6 +26,7 @@ static Backend sized_backend(void) {
   memcpy(b.dtype_bytes, bytes, sizeof bytes);
   b.assumed = (DeviceRates){.bytes = 1e12, .flops = 1e14};
   b.assumed_link = (LinkRates){.d2h = 5e10, .h2d = 4e10, .both_d2h = 3e10, .both_h2d = 2e10, .latency = 1e-5};
+  b.assumed_group = (GroupRates){.reduce = 1e9, .gather = 2e9, .latency = 1e-3};
   return b;
 }
 
@@ -240,6 +241,8 @@ static Costs some_costs(const Backend *b) {
 static void assert_costs_equal(const Costs *a, const Costs *b) {
   assert_int_equal(a->n_classes, b->n_classes);
   assert_memory_equal(&a->link, &b->link, sizeof a->link);
+  assert_true(a->group.reduce == b->group.reduce && a->group.gather == b->group.gather);
+  assert_true(a->group.latency == b->group.latency);
   assert_memory_equal(&a->extents, &b->extents, sizeof a->extents);
   assert_memory_equal(a->scale, b->scale, sizeof a->scale);
   assert_true(a->rates.bytes == b->rates.bytes && a->rates.flops == b->rates.flops);
@@ -254,19 +257,21 @@ static void test_file(void **state) {
   (void)state;
   Error err;
   Backend b = sized_backend();
-  const CostsKey key = {"a device \"2\"", "0123456789abcdef", "T 256"};
-  const CostsKey other[] = {
-      {"another", key.build, key.sizes}, {key.device, "1", key.sizes}, {key.device, key.build, ""}};
+  const CostsKey key = {"a device \"2\"", "0123456789abcdef", "T 256", "1"};
+  const CostsKey other[] = {{"another", key.build, key.sizes, key.processes},
+                            {key.device, "1", key.sizes, key.processes},
+                            {key.device, key.build, "", key.processes},
+                            {key.device, key.build, key.sizes, "2"}};
   char *path = xasprintf("%s/costs.json", folder), *nowhere = xasprintf("%s/none/costs.json", folder);
   Costs written = some_costs(&b), read = costs_new(&b, &(Extents){0}), before = read;
   assert_int_equal(costs_load(&read, &key, path), 0);
   assert_int_equal(costs_save(&written, &key, nowhere, &err), -1);
   assert_int_equal(costs_save(&written, &key, path, &err), 0);
-  for (int i = 0; i < 3; i++) {
+  for (size_t i = 0; i < sizeof other / sizeof *other; i++) {
     assert_int_equal(costs_load(&read, &other[i], path), 0);
     assert_costs_equal(&read, &before);
   }
-  const CostsKey any = {NULL, key.build, key.sizes};
+  const CostsKey any = {NULL, key.build, key.sizes, key.processes};
   for (int i = 0; i < 2; i++) {
     costs_free(&read);
     assert_int_equal(costs_load(&read, i ? &any : &key, path), 1);
@@ -305,13 +310,13 @@ static void test_file(void **state) {
   free(path);
 }
 
-// A collective takes what a process sends at the rate of its links, and alone nothing.
+// A collective takes what a process sends at the group's rates, and alone nothing. Weights of the buckets that are read
+// at once come together in the update.
 static void test_collectives(void **state) {
   (void)state;
   Config c;
   Error err;
   Backend b = sized_backend();
-  b.assumed_group = (GroupRates){.bytes = 1e9, .latency = 1e-3};
   assert_int_equal(config_load(&c, NULL, (const char *[]){"model.layers=3"}, 1, &err), 0);
   c.processes = 4;
   Model model = {.config = &c, .backend = &b, .params = params_build(&c)};
@@ -324,12 +329,13 @@ static void test_collectives(void **state) {
     costs.processes = 1;
     assert_true(op_seconds(&costs, m.program, op) == 0);
     costs.processes = 4;
-    double sent = (double)m.program->tensors[op->out[0]].bytes * (op->kind == OP_ALL_REDUCE ? 1.5 : .75);
-    assert_true(fabs(op_seconds(&costs, m.program, op) - 1e-3 - sent / 1e9) < 1e-12);
+    double a_byte = op->kind == OP_ALL_REDUCE ? 1.5e-9 : op->kind == OP_ALL_GATHER ? .5e-9 : 1e-9;
+    double sent = .75 * (double)m.program->tensors[op->out[0]].bytes;
+    assert_true(fabs(op_seconds(&costs, m.program, op) - 1e-3 - sent * a_byte) < 1e-12);
     found[op->kind]++;
   }
   int buckets = model.params.buckets;
-  assert_true(found[OP_ALL_GATHER] == buckets && found[OP_REDUCE_SCATTER] == buckets && found[OP_ALL_REDUCE] == 1);
+  assert_true(found[OP_ALL_GATHER] == buckets - 3 && found[OP_REDUCE_SCATTER] == buckets && found[OP_ALL_REDUCE] == 1);
   costs_free(&costs);
   program_free(m.program);
   params_free(&model.params);
