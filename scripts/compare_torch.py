@@ -319,17 +319,19 @@ def measure(found, worker, engine, ways, args):
         write(found, args.out)
         print(f"round {number + 1}: {name} {row}", flush=True)
 
-    for kind in dict.fromkeys((way.memory, way.flash) for way in ways):
-        alike = [way for way in ways if (way.memory, way.flash) == kind]
-        there = flash_installed() or not kind[1]
-        a = worker.ask("check", *kind) if there else {"failed": "flash_attn.cute is not installed"}
-        if "failed" in a:
-            for way in alike:
-                add(way.name, 0, a)
-        else:
-            name = "flash" if kind[1] else kind[0]
-            found["agreement"][name] = a
-            print(f"{name}: checked in {a['seconds']:.1f} s, compiling included", flush=True)
+    def checked(way):
+        """Whether its treatment of activations may be timed; asked once of each."""
+        name = "flash" if way.flash else way.memory
+        if name not in checks:
+            there = flash_installed() or not way.flash
+            checks[name] = a = (worker.ask("check", way.memory, way.flash) if there else
+                                {"failed": "flash_attn.cute is not installed"})  # fmt: skip
+            if "failed" not in a:
+                found["agreement"][name] = a
+                print(f"{name}: checked in {a['seconds']:.1f} s, compiling included", flush=True)
+        return checks[name]
+
+    checks = {}
     for number in range(args.rounds):
         for name in list(rows) if number % 2 == 0 else reversed(rows):
             if any("failed" in row for row in rows[name].values()):
@@ -337,7 +339,11 @@ def measure(found, worker, engine, ways, args):
             if time.time() >= end:
                 return False
             way = next((way for way in ways if way.name == name), None)
-            add(name, number, worker.ask("time", way, args.seconds) if way else engine.round())
+            if way is None:
+                add(name, number, engine.round())
+            else:
+                a = checked(way)
+                add(name, number, a if "failed" in a else worker.ask("time", way, args.seconds))
     return True
 
 

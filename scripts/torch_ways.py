@@ -37,9 +37,9 @@ class Way:
 WAYS = [Way("bf16"), Way("bf16, graph", graph=True), Way("masters", masters=True),
         Way("masters, graph", masters=True, graph=True),
         Way("masters, graph, flash", masters=True, graph=True, flash=True),
+        Way("masters, graph, checkpoint", masters=True, graph=True, memory="checkpoint"),
         Way("masters, graph, selective", masters=True, graph=True, memory="selective"),
-        Way("masters, graph, budget", masters=True, graph=True, memory="budget"),
-        Way("masters, graph, checkpoint", masters=True, graph=True, memory="checkpoint")]  # fmt: skip
+        Way("masters, graph, budget", masters=True, graph=True, memory="budget")]  # fmt: skip
 EAGER = [Way("eager"), Way("eager, masters", masters=True), Way("eager, checkpoint", memory="checkpoint")]  # on a CPU
 
 # ---- what becomes of activations: layer, the compiler -> the compiled layer -----------------------------------------
