@@ -5,22 +5,24 @@ of ./train measure as points.
     scripts/memory_curve.py CONFIG OUT [--data FOLDER] [--budgets GB ...] [--set KEY=VALUE ...]
 
 Writes OUT/curve.csv, a row as soon as it is known: what is there already is not measured again, so a curve that was
-broken off goes on; all rows of an OUT are of the same settings, which
-OUT/curve.settings.json keeps. OUT/curve.svg is drawn anew each time. At the end the errors of the predictions are
-printed.
+broken off goes on; all rows of an OUT are of the same settings, which OUT/curve.settings.json keeps. OUT/curve.svg is
+drawn anew each time. At the end the errors of the predictions are printed.
 
-Budgets: six from the smallest in which a plan runs to all that keep needs, unless given. A policy that leaves nothing
-to choose takes the same time in any budget that it fits: it is measured once. A step's time is the mean of those with
-and without the EMA's update. Runs are killed after their steps, before they write a checkpoint. FOLDER is one of
-scripts/make_bench_data.py; without it the config's own data are read.
+Budgets: six, unless given, from the smallest in which a plan runs: in thirds to what recomputing everything needs, half
+way from there to all that keep needs, and that. A policy that leaves nothing to choose takes the same time in any budget
+that it fits: it is measured once. A step's time is the mean of those with and without the EMA's update. Runs are killed
+after their steps, before they write a checkpoint. FOLDER is one of scripts/make_bench_data.py; without it the config's
+own data are read.
 Needs nothing but Python 3.
 """
 import argparse
 import html
 import math
+import os
 import re
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, last_line, mean_step, positive, run_steps,
@@ -28,10 +30,13 @@ from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, last_line, 
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
-COLUMNS = ["kind", "policy", "budget_gb", "needed_gb", "predicted_ms", "measured_ms", "tokens_per_second",
+COLUMNS = ["kind", "policy", "budget_gb", "needed_gb", "predicted_ms", "measured_ms", "tokens_per_second", "hidden",
            "planned_gb", "in_use_gb", "note"]
-BUDGETS, LINE_BUDGETS = 6, 24
+LINE_BUDGETS = 24
+PLENTY = 1e6  # GB: more than anything needs
+SECTIONS = 8  # that a range of budgets is cut into while the smallest is looked for
 WARM_UP = 4  # steps before those that count
+FEW, FEW_SECONDS = 5, 5.0  # steps that are enough once they have taken so long
 INK, FAINT, GRID = "#222", "#666", "#e4e4e4"
 
 
@@ -76,27 +81,40 @@ def number(row, column):
 # ---- ./train ----
 
 
-class Train:
-    """The program, and what is the same each time."""
+class Curve:
+    """A config's rows, and the program that makes them."""
 
-    def __init__(self, args):
-        self.args = args
-        self.run = args.out / "run"
+    def __init__(self, args, config, out):
+        self.args, self.config, self.out = args, config, out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fail(f"{out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+        self.rows = Rows(out / "curve.csv")
+        settings = {"CONFIG": str(config), "--set": args.set, "--data": args.data and str(args.data),
+                    "--device": args.device}  # fmt: skip
+        differ = settings_differ(self.rows.path, settings)
+        if differ:
+            fail(f"{self.rows.path} was measured with other settings: {differ}",
+                 "name another OUT, or give the same settings")
         self.sets = [*args.set, *(bench_sets(args.data) if args.data else []), *QUIET]
 
     def command(self, policy, budget, *more):
-        command = [str(self.args.train), str(self.args.config), "--memory", policy, "--run-dir", str(self.run), *more]
-        command += ["--set", f"memory.budget_gb={budget:.3f}"]
+        """math.inf as a budget: what the device has free."""
+        command = [str(self.args.train), str(self.config), "--memory", policy, "--run-dir", str(self.out / "run"), *more]
+        if budget < math.inf:
+            command += ["--set", f"memory.budget_gb={budget:.3f}"]
         if self.args.device:
             command += ["--device", self.args.device]
         for assignment in self.sets:
             command += ["--set", assignment]
         return command
 
-    def plan(self, policy, budget):
-        """What --plan says: {} where it does not fit. needed_gb; predicted_ms where a device's time can be told."""
+    def plan(self, policy, budget, *more):
+        """What --plan says: {} where it does not fit. needed_gb; predicted_ms where a device's time can be told, and of
+        the passes' copies the share that is hidden."""
         try:
-            plan = Plan(self.command(policy, budget))
+            plan = Plan(self.command(policy, budget, *more))
         except ValueError as error:
             fail(str(error), "use this script with the ./train of its own version")
         if not plan.fits:
@@ -107,14 +125,14 @@ class Train:
         if plan.predicted_ms:
             row["predicted_ms"] = plan.predicted_ms
             row["tokens_per_second"] = f"{plan.slots / float(plan.predicted_ms) * 1e3:.0f}"
+            row["hidden"] = plan.hidden or ""
         return row
 
-    def measure(self, policy, budget):
+    def measure(self, policy, budget, *more):
         """What a run of some steps takes."""
-        wanted = WARM_UP + self.args.steps
-        command = self.command(policy, budget, "--set", f"train.steps={wanted + 1000}")
-        enough = lambda lines: len(lines) >= wanted
-        lines, said = run_steps(command, self.run, self.args.out / "log", enough, self.args.limit)
+        args = self.args
+        command = self.command(policy, budget, *more, "--set", f"train.steps={WARM_UP + args.steps + 1000}")
+        lines, said = run_steps(command, self.out / "run", self.out / "log", self.has_enough, args.limit)
         lines = lines[WARM_UP:]
         if not lines:
             return {"note": last_line(said)}
@@ -130,17 +148,70 @@ class Train:
             row["planned_gb"], row["in_use_gb"] = device_memory(said)
         return row
 
+    def has_enough(self, lines):
+        """Long steps vary less: of those a few do, behind which a second prediction has been held against its steps."""
+        counted = lines[WARM_UP:]
+        return len(counted) >= self.args.steps or (
+            len(counted) > FEW and sum(line["seconds"] for line in counted) > FEW_SECONDS)  # fmt: skip
 
-def smallest_budget(train, needed):
-    """The least GB in which `auto` has a plan, to a hundredth of what keep needs: below it none fits."""
-    low, high = 0.0, needed
-    while high - low > max(0.01 * needed, 0.001):
-        middle = (low + high) / 2
-        if train.plan("auto", middle):
-            high = middle
-        else:
-            low = middle
-    return math.ceil(high * 1e3) / 1e3
+    def point(self, policy, budget, *more):
+        return self.rows.get("point", policy, budget, lambda: self.measure(policy, budget, *more))
+
+    def needed(self):
+        """GB that each policy but auto needs."""
+        made = plan_all([lambda p=p: self.plan(p, PLENTY) for p in POLICIES[1:]])
+        return {p: math.ceil(float(row["needed_gb"]) * 1e3) / 1e3 for p, row in zip(POLICIES[1:], made)}
+
+    def smallest_budget(self, most):
+        """The least GB in which `auto` has a plan, to a hundredth of `most`, and a hundredth more: by costs measured
+        later it may need a little more."""
+        low, high = 0.0, most
+        while high - low > max(0.01 * most, 0.001):
+            tried = [low + (high - low) * i / SECTIONS for i in range(1, SECTIONS)]
+            fits = plan_all([lambda budget=budget: self.plan("auto", budget) for budget in tried])
+            first = next((i for i, row in enumerate(fits) if row), len(tried))
+            low, high = ([low] + tried)[first], (tried + [high])[first]
+        return math.ceil(min(1.01 * high, most) * 1e3) / 1e3
+
+    def lines(self, policies, low, needed):
+        """The predictions: of auto in budgets from `low` to what keep needs."""
+        for policy in policies:
+            if policy == "auto":
+                budgets = [low + (needed["keep"] - low) * i / (LINE_BUDGETS - 1) for i in range(LINE_BUDGETS)]
+                missing = [b for b in budgets if ("line", policy, f"{b:.3f}") not in self.rows.of]
+                made = dict(zip(missing, plan_all([lambda b=b: self.plan("auto", b) for b in missing])))
+            else:  # the same time from what it needs on
+                budgets = needed[policy], 1.02 * max(needed.values())
+                made = dict.fromkeys(budgets, self.plan(policy, PLENTY))
+            for budget in budgets:
+                self.rows.get("line", policy, budget, lambda: made[budget])
+
+    def picture(self):
+        text = draw(self.rows, self.config.stem)
+        if text:
+            (self.out / "curve.svg").write_text(text, encoding="utf-8")
+            print(f"{self.out}/curve.svg")
+
+
+def plan_all(plans):
+    """Their results, several at once."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda plan: plan(), plans))
+
+
+def curve_budgets(low, needed):
+    """Six: in thirds from the smallest to what recomputing everything needs, then half way to keep's, and that."""
+    middle, most = needed["recompute"], needed["keep"]
+    if not low < middle < most:
+        return [low + (most - low) * i / 5 for i in range(6)]
+    return [low + (middle - low) * i / 3 for i in range(4)] + [(middle + most) / 2, most]
+
+
+def curve_points(budgets, needed):
+    """(policy, budget) of all runs. The first one times the ops that all plans after it go by: one that has both to keep
+    and to recompute."""
+    middle = max(len(budgets) - 2, 0)
+    return [("auto", b) for b in budgets[middle:] + budgets[:middle]] + [(p, needed[p]) for p in POLICIES[1:]]
 
 
 # ---- the picture ----
@@ -203,13 +274,18 @@ def draw(rows, title):
 # ---- the table ----
 
 
-def print_errors(rows):
+def errors(rows, predicted, measured):
+    """By how much the points of one column differ from those of another."""
     points = [row for policy in POLICIES for row in rows.list("point", policy)]
+    return [abs(number(r, measured) / number(r, predicted) - 1) for r in points if r[predicted] and r[measured]]
+
+
+def print_errors(rows):
     for what, a, b in (("step time", "predicted_ms", "measured_ms"), ("device memory", "planned_gb", "in_use_gb")):
-        errors = [abs(number(r, b) / number(r, a) - 1) for r in points if r[a] != "" and r[b] != ""]
-        if errors:
-            print(f"{what}, predicted against measured in {len(errors)} runs: median {statistics.median(errors):.2%}, "
-                  f"worst {max(errors):.2%}")
+        found = errors(rows, a, b)
+        if found:
+            print(f"{what}, predicted against measured in {len(found)} runs: median {statistics.median(found):.2%}, "
+                  f"worst {max(found):.2%}")
     speed = {p: [(number(r, "budget_gb"), number(r, "tokens_per_second")) for r in rows.list("point", p)
                  if r["tokens_per_second"] != ""] for p in POLICIES}
     for budget, auto in speed["auto"]:
@@ -218,71 +294,53 @@ def print_errors(rows):
             print(f"auto in {budget:.3f} GB: {auto:.0f} tokens/s, " + ", ".join(ratios))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("out", type=Path)
+def add_arguments(parser):
+    """Those that this script shares with memory_claims.py."""
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
-    parser.add_argument("--budgets", type=positive, nargs="+", metavar="GB", help="to measure auto in")
-    parser.add_argument("--least", type=positive, metavar="GB", help="where the curve begins (default: in what just runs)")
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--steps", type=int, default=12, help=f"of a run, behind {WARM_UP} (default 12)")
     parser.add_argument("--limit", type=positive, default=240, help="seconds of a run (default 240)")
     parser.add_argument("--device", help="as ./train takes it")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
-    parser.add_argument("--plan-only", action="store_true", help="lines alone: nothing is run")
-    args = parser.parse_args()
-    args.config, args.out = args.config.resolve(), args.out.resolve()
-    args.train, args.data = args.train.resolve(), args.data and args.data.resolve()
+
+
+def check_arguments(parser, args):
+    args.out, args.train, args.data = args.out.resolve(), args.train.resolve(), args.data and args.data.resolve()
     if args.steps < 1:
         parser.error("--steps: at least 1")
     if not args.train.is_file():
         fail(f"there is no {args.train}", "make builds it")
     if args.data and not args.data.is_dir():
         fail(f"there is no folder {args.data}", "scripts/make_bench_data.py makes it")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
-    train, rows = Train(args), Rows(args.out / "curve.csv")
-    settings = {"CONFIG": str(args.config), "--set": args.set, "--data": args.data and str(args.data),
-                "--device": args.device}  # fmt: skip
-    differ = settings_differ(rows.path, settings)
-    if differ:
-        fail(f"{rows.path} was measured with other settings: {differ}", "name another OUT, or give the same settings")
-    plenty = 1e6
-    fixed = {p: train.plan(p, plenty) for p in POLICIES[1:]}
-    needed = {p: math.ceil(float(row["needed_gb"]) * 1e3) / 1e3 for p, row in fixed.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--budgets", type=positive, nargs="+", metavar="GB", help="to measure auto in")
+    parser.add_argument("--least", type=positive, metavar="GB", help="where the curve begins (default: in what just runs)")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--plan-only", action="store_true", help="lines alone: nothing is run")
+    add_arguments(parser)
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    curve = Curve(args, args.config.resolve(), args.out)
+    needed = curve.needed()
     print("needed, GB: " + ", ".join(f"{p} {gb:.3f}" for p, gb in needed.items()), flush=True)
-    low = args.least or smallest_budget(train, needed["keep"])
-    span = needed["keep"] - low
-    budgets = args.budgets or [low + span * i / (BUDGETS - 1) for i in range(BUDGETS)]
-    # The first run times the ops that all plans after it go by: one that has both to keep and to recompute.
-    middle = len(budgets) // 2
-    points = [("auto", budget) for budget in budgets[middle:] + budgets[:middle]] + [(p, needed[p]) for p in POLICIES[1:]]
-    points = [] if args.plan_only else [point for point in points if point[0] in args.policies]
+    low = args.least or curve.smallest_budget(needed["keep"])
+    budgets = args.budgets or curve_budgets(low, needed)
+    points = [] if args.plan_only else [point for point in curve_points(budgets, needed) if point[0] in args.policies]
     for policy, budget in points[:1]:
-        rows.get("point", policy, budget, lambda: train.measure(policy, budget))
-    lines = [low + span * i / (LINE_BUDGETS - 1) for i in range(LINE_BUDGETS)]
-    for policy in args.policies:
-        if policy == "auto":
-            for budget in lines:
-                rows.get("line", policy, budget, lambda: train.plan("auto", budget))
-        else:  # the same time from what it needs on
-            made = train.plan(policy, plenty)
-            for budget in (needed[policy], 1.02 * max(needed.values())):
-                rows.get("line", policy, budget, lambda: made)
+        curve.point(policy, budget)
+    curve.lines(args.policies, low, needed)
     for policy, budget in points:
-        rows.get("point", policy, budget, lambda: train.measure(policy, budget))
-    picture = draw(rows, args.config.stem)
-    if picture:
-        (args.out / "curve.svg").write_text(picture, encoding="utf-8")
-        print(f"{args.out}/curve.svg")
-    print_errors(rows)
-    said = [rows.get("point", policy, budget, None)["note"] for policy, budget in points]
+        curve.point(policy, budget)
+    curve.picture()
+    print_errors(curve.rows)
+    said = [curve.point(policy, budget)["note"] for policy, budget in points]
     if points and all(said):
-        fail(f"nothing could be measured; the last run said: {said[-1]}", f"{args.out}/log has all that it said")
+        fail(f"nothing could be measured; the last run said: {said[-1]}", f"{curve.out}/log has all that it said")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def bench_sets(folder):
 
 
 class Plan:
-    """What --plan says. fits: whether there is a plan; needed_gb: a budget of which it is enough; slots a step;
-    predicted_ms: None where a device's time cannot be told; text: all of it, or the error."""
+    """What --plan says. fits: whether there is a plan; needed_gb: a budget of which it is enough; slots of a step
+    and of a micro-batch; predicted_ms: None where a device's time cannot be told; hidden: of the passes' copies, a share, None without any;
+    text: all of it, or the error."""
 
     def __init__(self, command):
         done = subprocess.run([*command, "--plan"], cwd=ROOT, capture_output=True, text=True)
@@ -73,11 +74,14 @@ class Plan:
         total = re.search(r"^ +total +(\d+) bytes", done.stdout, re.M)
         slots = re.search(r"slots (\d+),.* micro-batches (\d+)", done.stdout)
         step = re.search(r"a step: predicted ([\d.]+) ms", done.stdout)
+        hidden = re.search(r"copies of the passes: [^;]* ([\d.]+)% hidden", done.stdout)
         if self.fits and not (total and slots):
             raise ValueError("--plan says nothing of a total")
         if self.fits:
             self.needed_gb = math.ceil(int(total[1]) / 1e6) / 1e3
-            self.slots, self.predicted_ms = int(slots[1]) * int(slots[2]), step and step[1]
+            self.slots, self.micro_slots = int(slots[1]) * int(slots[2]), int(slots[1])
+            self.predicted_ms = step and step[1]
+            self.hidden = hidden and f"{float(hidden[1]) / 100:.3f}"
 
 
 def clear_run(run):

@@ -108,6 +108,7 @@ case $part in
     check trace_picture limited "$python" tests/scripts/test_trace_picture.py
     check scaling_model limited "$python" tests/scripts/test_scaling_model.py "$build"
     check memory_curve limited "$python" tests/scripts/test_memory_curve.py
+    check memory_claims limited "$python" tests/scripts/test_memory_claims.py
     check ablate limited "$python" tests/scripts/test_ablate.py "$build/train"
     check learning limited tests/scripts/learning.sh 300 "$build"
     ;;

@@ -145,8 +145,8 @@ static double share_beside(const Program *p, const OpTime *times, int copy) {
   return own->end > own->begin ? sum / (own->end - own->begin) : 0;
 }
 
-// What copies in both directions at once carried, if there were enough of them. In a link's own measurement nothing
-// else asks for the host's memory, and little of that is touched.
+// What copies in both directions at once carried, if there were enough of them: on an H200 47.5 to 51.6 GB/s to the
+// device at different times of the same day.
 static void note_link(const Program *p, const OpTime *times, LinkRates *link) {
   const double enough_bytes = 128 << 20;
   double *const rate[] = {[LANE_D2H] = &link->both_d2h, [LANE_H2D] = &link->both_h2d};
