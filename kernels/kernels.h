@@ -235,6 +235,7 @@ typedef struct LinkRates {
 typedef struct GroupRates {
   double reduce, gather; // bytes a second of a reduce-scatter, of an all-gather; 0: nothing is known
   double latency;        // seconds that a collective takes besides
+  double drag;           // seconds that ops which were not timed beside one lose to each second of it
   int measured;          // in this group; 0: assumed
 } GroupRates;
 

@@ -87,6 +87,7 @@ int engine_record_with(Engine *e, const Config *c, const Backend *backend, int t
   e->given = given;
   e->backend = *backend;
   e->budget = budget_bytes(c, backend);
+  if (c->processes > 1 && backend->in_use && backend->kernels()[0]) e->connections = backend->in_use();
   e->host_left = machine_memory_left("");
   backend_choose(&e->backend, c);
   e->model = (Model){.config = c, .backend = &e->backend, .params = params_build(c), .update_part = UPDATE_PART};

@@ -53,6 +53,7 @@ typedef struct Engine {
   ForwardProgram forward[ENGINE_FORWARD_PROGRAMS];
   int n_forward;
   int64_t budget;             // bytes that all of them may take
+  int64_t connections;        // of the device that those to other processes' devices had taken before
   int64_t host_left;          // bytes of host memory that were left when the programs were recorded
   int64_t bytes[SPACE_COUNT]; // of every allocation
   Bases bases;

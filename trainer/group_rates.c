@@ -78,7 +78,7 @@ static double rate(const Tensor *t, OpKind kind, Dtype type, int64_t bytes, doub
 }
 
 static GroupRates measure(Tensor *t) {
-  GroupRates none = {0}, r = {.measured = 1};
+  GroupRates none = {0}, r = {.drag = t->backend->assumed_group.drag, .measured = 1};
   int64_t bytes = LEAST_BYTES, small = (int64_t)SMALL * ranks_size();
   if (!tensor_fit(t, bytes)) return none;
   r.latency = (collective_seconds(t, OP_REDUCE_SCATTER, small) + collective_seconds(t, OP_ALL_GATHER, small)) / 2;

@@ -63,16 +63,15 @@ static double time_replays(const Queues *q, Program *p) {
 }
 
 static int uses_copies(const Program *p) {
-  for (int i = 0; i < p->n_ops; i++)
-    if (p->ops[i].lane != LANE_COMPUTE) return 1;
+  for (int i = 0; p && i < p->n_ops; i++)
+    if (p->ops[i].lane == LANE_D2H || p->ops[i].lane == LANE_H2D) return 1;
   return 0;
 }
 
-// Measures a bound program with its copies in the ops' queue: beside copies ops are slower, by which share the
-// simulation says, and how long the whole takes depends on what waits for what.
-static void measure_program(Engine *e, const ModelProgram *m, const void *pack) {
+// Measures a bound program; `alone`: with all lanes in the ops' queue.
+static void measure_program(Engine *e, const ModelProgram *m, const void *pack, int alone) {
   Program *p = m->program;
-  int one_queue = p->one_queue, binds = uses_copies(p) && !one_queue;
+  int one_queue = p->one_queue, binds = alone && !one_queue;
   double *seconds = xcalloc((size_t)p->n_ops, sizeof *seconds);
   p->one_queue |= binds;
   if (binds) program_bind(p, &e->bases);
@@ -98,7 +97,7 @@ static int fits(const Engine *e, const Program *p) {
 }
 
 // Measures the program of a mode with everything recomputed, where it fits; returns how many were.
-static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again) {
+static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again, int alone) {
   PolicyTable policy = policy_table_new(e->config->model.layers, MEMORY_RECOMPUTE);
   ModelProgram m = transformer_record(&e->model, mode, e->slots, e->segments, &policy);
   int measures = !any(!fits(e, m.program)) && any(again || !measure_has(&e->costs, m.program));
@@ -106,7 +105,7 @@ static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again)
     m.program->one_queue = e->first.program->one_queue;
     m.program->use_graph = e->first.program->use_graph;
     program_bind(m.program, &e->bases);
-    measure_program(e, &m, pack);
+    measure_program(e, &m, pack, alone);
   }
   program_free(m.program);
   policy_table_free(&policy);
@@ -121,14 +120,18 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
              {&e->later, MODE_TRAIN_MIDDLE},
              {&e->last, MODE_TRAIN_LAST}};
   double began = time_now();
-  int n = 0;
+  int n = 0, alone = 0;
   if (!e->model.backend->queues || e->bases.separate) return 0;
+  // Beside copies ops are slower, by which share the simulation says, and how long the whole takes depends on what
+  // waits for what. Beside collectives they are timed as they run: what they lose there is no one share.
+  for (size_t i = 0; i < sizeof own / sizeof *own; i++) alone |= uses_copies(own[i].of->program);
+  e->costs.group.drag = alone ? e->model.backend->assumed_group.drag : 0;
   e->costs.extents = *extents;
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
     if (!own[i].of->program) continue;
-    if (any(e->chosen == MEMORY_AUTO)) n += measure_recomputed(e, own[i].mode, pack, again);
+    if (any(e->chosen == MEMORY_AUTO)) n += measure_recomputed(e, own[i].mode, pack, again, alone);
     if (!any(again || !measure_has(&e->costs, own[i].of->program))) continue;
-    measure_program(e, own[i].of, pack);
+    measure_program(e, own[i].of, pack, alone);
     n++;
   }
   if (n) log_info("%d kinds of ops timed in %.1f s", e->costs.n_classes, time_now() - began);

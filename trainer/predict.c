@@ -74,7 +74,7 @@ Collectives predict_collectives(const Engine *e) {
   update = play_update(e, &alone);
   add(&without, 1, &update);
   double seconds = with.busy[LANE_COMM];
-  return (Collectives){seconds, e->model.backend->queues ? with.seconds - without.seconds : seconds};
+  return (Collectives){seconds, e->model.backend->queues ? with.stalled - without.stalled : seconds};
 }
 
 void predict_print_group(const Engine *e, FILE *f) {

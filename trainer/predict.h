@@ -16,7 +16,7 @@ double predict_step(const Engine *e, int ema);
 // the share of them that ops hide.
 void predict_print(const Engine *e, FILE *f);
 
-// Of several processes: seconds of a mean step's collectives, and of those that nothing hides: without queues, all.
+// Of several processes: seconds of a mean step's collectives, and of those that no op hides: without queues, all.
 typedef struct Collectives {
   double seconds, exposed;
 } Collectives;

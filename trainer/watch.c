@@ -106,21 +106,23 @@ static int step_compare(const void *pa, const void *pb) {
 static void log_comparison(const Watch *w, const Engine *e, const WatchedStep *s) {
   const Backend *b = e->model.backend;
   const int every = e->config->train.ema_every;
-  char memory[128] = "", ema[64] = "", group[96] = "";
+  char memory[160] = "", ema[64] = "", group[96] = "";
   if (e->update_ema && every > 1)
     snprintf(ema, sizeof ema, "; every %d steps the EMA takes %.2f ms more", every,
              1e3 * (w->predicted[1] - w->predicted[0]));
   if (b->in_use) {
-    double planned = (double)engine_device_bytes(e), used = (double)b->in_use();
-    snprintf(memory, sizeof memory, "; device memory: planned %.3f GB, in use %.3f GB (%+.2f%%)", planned / 1e9,
-             used / 1e9, percent(used, planned));
+    double planned = (double)engine_device_bytes(e), used = (double)(b->in_use() - e->connections);
+    int n = snprintf(memory, sizeof memory, "; device memory: planned %.3f GB, in use %.3f GB (%+.2f%%)", planned / 1e9,
+                     used / 1e9, percent(used, planned));
+    if (e->connections)
+      snprintf(memory + n, sizeof memory - (size_t)n, ", besides %.3f GB of connections", (double)e->connections / 1e9);
   }
   if (e->config->processes > 1) {
     const Collectives c = predict_collectives(e);
-    snprintf(group, sizeof group, "; predicted of collectives %.2f ms, %.2f exposed", 1e3 * c.seconds, 1e3 * c.exposed);
+    snprintf(group, sizeof group, " (collectives %.2f ms, %.2f of them exposed)", 1e3 * c.seconds, 1e3 * c.exposed);
   }
-  log_info("a step: predicted %.2f ms, measured %.2f ms (%+.1f%%)%s%s%s", 1e3 * s->predicted, 1e3 * s->measured,
-           percent(s->measured, s->predicted), group, ema, memory);
+  log_info("a step: predicted %.2f ms%s, measured %.2f ms (%+.1f%%)%s%s", 1e3 * s->predicted, group, 1e3 * s->measured,
+           percent(s->measured, s->predicted), ema, memory);
 }
 
 void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {

@@ -486,7 +486,8 @@ static Backend backend_make(void) {
   // An H200's, in a socket of fifth-generation PCI Express.
   b.assumed = {4.2e12, 710e12, 0};
   b.assumed_link = {55.3e9, 55.3e9, 48.9e9, 48.9e9, 10e-6};
-  b.assumed_group = {350e9, 350e9, 20e-6, 0}; // NCCL in a host whose GPUs NVLink connects
+  // NCCL between two that NVLink connects, on some of 132 multiprocessors.
+  b.assumed_group = {252e9, 269e9, 25e-6, COLLECTIVE_BLOCKS / 132.0, 0};
   b.cache_bytes = cuda_cache_bytes;
   b.memory = cuda_memory;
   b.alloc = cuda_alloc;

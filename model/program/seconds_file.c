@@ -34,6 +34,7 @@ static const Number numbers[] = {
     {"collectives", "reduce", offsetof(Costs, group.reduce), 1},
     {"collectives", "gather", offsetof(Costs, group.gather), 1},
     {"collectives", "latency", offsetof(Costs, group.latency), 1},
+    {"collectives", "drag", offsetof(Costs, group.drag), 1},
 };
 enum { NUMBERS = sizeof numbers / sizeof *numbers };
 

@@ -42,7 +42,7 @@ double copy_drag(const Costs *c) {
 static double slowness(const LaneState lane[LANE_COUNT], int l, const Costs *c) {
   const LinkRates *link = &c->link;
   int copies = lane[LANE_D2H].at_work + lane[LANE_H2D].at_work;
-  if (l == LANE_COMPUTE) return 1 / (1 - copy_drag(c) * copies);
+  if (l == LANE_COMPUTE) return 1 / (1 - copy_drag(c) * copies - c->group.drag * lane[LANE_COMM].at_work);
   if (copies < 2) return 1;
   return l == LANE_D2H ? link->d2h / link->both_d2h : l == LANE_H2D ? link->h2d / link->both_h2d : 1;
 }

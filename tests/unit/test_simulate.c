@@ -120,6 +120,18 @@ static void test_drag(void **state) {
   check(s.seconds, 4.75);
 }
 
+// While a collective runs the compute lane is slower by the group's drag.
+static void test_group_drag(void **state) {
+  (void)state;
+  Case c = {0};
+  const Costs costs = {.group = {.drag = .25}};
+  const Given ops[] = {{LANE_COMM, 2, {-1, -1}}, {C, 4, {-1, -1}}, {LANE_COMM, 1, {1, -1}}};
+  Simulation s = play(&c, ops, 3, &costs);
+  check(c.times[1].end, 4.5); // of it 1.5 in the first 2 s
+  check(s.seconds, 5.5);
+  check(s.stalled, 1);
+}
+
 static void test_nothing(void **state) {
   (void)state;
   Case c = {0};
@@ -208,13 +220,10 @@ static void test_against_steps(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_hidden),
-      cmocka_unit_test(test_exposed),
-      cmocka_unit_test(test_both_directions),
-      cmocka_unit_test(test_one_queue),
-      cmocka_unit_test(test_nothing),
-      cmocka_unit_test(test_drag),
-      cmocka_unit_test(test_against_recursion),
+      cmocka_unit_test(test_hidden),          cmocka_unit_test(test_exposed),
+      cmocka_unit_test(test_both_directions), cmocka_unit_test(test_one_queue),
+      cmocka_unit_test(test_nothing),         cmocka_unit_test(test_drag),
+      cmocka_unit_test(test_group_drag),      cmocka_unit_test(test_against_recursion),
       cmocka_unit_test(test_against_steps),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
