@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import trace_picture
-from memory_curve import (POLICIES, Curve, add_arguments, check_arguments, curve_budgets, curve_points, errors, fail,
-                          number)  # fmt: skip
+from memory_curve import (PLENTY, POLICIES, Curve, add_arguments, check_arguments, curve_budgets, curve_points, errors, fail,
+                          half_way, number)  # fmt: skip
 from timed_run import ROOT, Plan, bench_data, config_read, positive
 
 CONFIGS = ["base", "wide", "fine", "small"]
@@ -29,7 +29,7 @@ HALF, RECOMPUTED = {"base": 1.22, "wide": 1.21}, {"base": 1.05, "wide": 1.08}  #
 class Claims:
     def __init__(self, args):
         self.args, self.began, self.table = args, time.time(), []
-        self.curves, self.needed = {}, {}
+        self.curves, self.needs = {}, {}
 
     def curve(self, config, name=None, *sets):
         """Of a config of the project, with other settings under another name."""
@@ -46,8 +46,12 @@ class Claims:
                     fail(said, "--data names a folder of scripts/make_bench_data.py")
             print(f"--- {name}", flush=True)
             self.curves[name] = Curve(args, path, args.out / name)
-            self.needed[name] = self.curves[name].needed()
         return self.curves[name]
+
+    def needed(self, config):
+        if config not in self.needs:
+            self.needs[config] = self.curve(config).needed()
+        return self.needs[config]
 
     def point(self, curve, policy, budget, *more):
         """A row; none where there is no time for it, or the run failed."""
@@ -66,8 +70,8 @@ class Claims:
     def against_recompute(self, config):
         """Half way between the budgets of recompute and keep, and in that of recompute."""
         curve = self.curve(config)
-        needed = self.needed[config]
-        half = (needed["recompute"] + needed["keep"]) / 2
+        needed = self.needed(config)
+        half = half_way(needed)
         trace = curve.out / "half.trace.json"
         plans = {"half": self.point(curve, "auto", half, "--trace", str(trace)),
                  "recompute": self.point(curve, "recompute", needed["recompute"]),
@@ -113,13 +117,14 @@ class Claims:
             what = f"base: auto in {budget} GB" + (f", micro-batches of {length}" if length else "")
             self.claim(f"{what}, tokens/s", "", row and number(row, "tokens_per_second"), "{:.0f}")
         few = self.curve("base", "base-4-layers", "model.layers=4")
-        budget = self.needed["base-4-layers"]["recompute"]
+        budget = float(few.plan("recompute", PLENTY)["needed_gb"])
         self.claim("base with 4 layers: auto in recompute's budget, x recompute's tokens/s", "",
                    ratio(self.point(few, "auto", budget), self.point(few, "recompute", budget)))
 
     def whole(self, config):
         """What is left of a config's curve, and what its runs say of the predictions."""
-        curve, needed = self.curve(config), self.needed[config]
+        curve, needed = self.curve(config), self.needed(config)
+        self.point(curve, "auto", half_way(needed))
         low = curve.smallest_budget(needed["keep"])
         for policy, budget in curve_points(curve_budgets(low, needed), needed):
             self.point(curve, policy, budget)
@@ -160,9 +165,9 @@ def main():
     for config in [name for name in HALF if name in args.configs]:
         claims.against_recompute(config)
     claims.long()
-    claims.smaller()
     for config in args.configs:
         claims.whole(config)
+    claims.smaller()
     width = max(len(what) for what, _, _ in claims.table)
     print(f"{'':{width}}  {'reach':>12}  measured")
     for what, reach, value in claims.table:

@@ -157,9 +157,15 @@ class Curve:
     def point(self, policy, budget, *more):
         return self.rows.get("point", policy, budget, lambda: self.measure(policy, budget, *more))
 
+    def plan_all(self, plans):
+        """Their results, several at once where they need not measure the device's link."""
+        several = min(8, os.cpu_count() or 1) if (self.out / "run" / "costs.json").exists() else 1
+        with ThreadPoolExecutor(max_workers=several) as pool:
+            return list(pool.map(lambda plan: plan(), plans))
+
     def needed(self):
         """GB that each policy but auto needs."""
-        made = plan_all([lambda p=p: self.plan(p, PLENTY) for p in POLICIES[1:]])
+        made = self.plan_all([lambda p=p: self.plan(p, PLENTY) for p in POLICIES[1:]])
         return {p: math.ceil(float(row["needed_gb"]) * 1e3) / 1e3 for p, row in zip(POLICIES[1:], made)}
 
     def smallest_budget(self, most):
@@ -168,7 +174,7 @@ class Curve:
         low, high = 0.0, most
         while high - low > max(0.01 * most, 0.001):
             tried = [low + (high - low) * i / SECTIONS for i in range(1, SECTIONS)]
-            fits = plan_all([lambda budget=budget: self.plan("auto", budget) for budget in tried])
+            fits = self.plan_all([lambda budget=budget: self.plan("auto", budget) for budget in tried])
             first = next((i for i, row in enumerate(fits) if row), len(tried))
             low, high = ([low] + tried)[first], (tried + [high])[first]
         return math.ceil(min(1.01 * high, most) * 1e3) / 1e3
@@ -179,7 +185,7 @@ class Curve:
             if policy == "auto":
                 budgets = [low + (needed["keep"] - low) * i / (LINE_BUDGETS - 1) for i in range(LINE_BUDGETS)]
                 missing = [b for b in budgets if ("line", policy, f"{b:.3f}") not in self.rows.of]
-                made = dict(zip(missing, plan_all([lambda b=b: self.plan("auto", b) for b in missing])))
+                made = dict(zip(missing, self.plan_all([lambda b=b: self.plan("auto", b) for b in missing])))
             else:  # the same time from what it needs on
                 budgets = needed[policy], 1.02 * max(needed.values())
                 made = dict.fromkeys(budgets, self.plan(policy, PLENTY))
@@ -193,25 +199,22 @@ class Curve:
             print(f"{self.out}/curve.svg")
 
 
-def plan_all(plans):
-    """Their results, several at once."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda plan: plan(), plans))
-
-
 def curve_budgets(low, needed):
     """Six: in thirds from the smallest to what recomputing everything needs, then half way to keep's, and that."""
     middle, most = needed["recompute"], needed["keep"]
     if not low < middle < most:
         return [low + (most - low) * i / 5 for i in range(6)]
-    return [low + (middle - low) * i / 3 for i in range(4)] + [(middle + most) / 2, most]
+    return [low + (middle - low) * i / 3 for i in range(4)] + [half_way(needed), most]
+
+
+def half_way(needed):
+    """Between the budgets of recompute and keep."""
+    return (needed["recompute"] + needed["keep"]) / 2
 
 
 def curve_points(budgets, needed):
-    """(policy, budget) of all runs. The first one times the ops that all plans after it go by: one that has both to keep
-    and to recompute."""
-    middle = max(len(budgets) - 2, 0)
-    return [("auto", b) for b in budgets[middle:] + budgets[:middle]] + [(p, needed[p]) for p in POLICIES[1:]]
+    """(policy, budget) of all runs."""
+    return [("auto", b) for b in budgets] + [(p, needed[p]) for p in POLICIES[1:]]
 
 
 # ---- the picture ----
@@ -328,11 +331,12 @@ def main():
     curve = Curve(args, args.config.resolve(), args.out)
     needed = curve.needed()
     print("needed, GB: " + ", ".join(f"{p} {gb:.3f}" for p, gb in needed.items()), flush=True)
+    # The first run times the ops that all plans after it go by: one that has both to keep and to recompute.
+    if not args.plan_only and "auto" in args.policies:
+        curve.point("auto", args.budgets[-1] if args.budgets else half_way(needed))
     low = args.least or curve.smallest_budget(needed["keep"])
     budgets = args.budgets or curve_budgets(low, needed)
     points = [] if args.plan_only else [point for point in curve_points(budgets, needed) if point[0] in args.policies]
-    for policy, budget in points[:1]:
-        curve.point(policy, budget)
     curve.lines(args.policies, low, needed)
     for policy, budget in points:
         curve.point(policy, budget)
