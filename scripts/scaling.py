@@ -6,16 +6,19 @@
 
 curve   the losses of N processes with a micro-batch each beside one process with N: within rounding; parallel.zero 0,
         1 and 2; the same bits in two runs
-kill    kill -9 of a process: how long the others live, and whether the resumed run has the bits of an unbroken one;
-        the same checkpoint continued by one process
-weak    tokens a second and GPU of medium and base, T 16384, against one GPU in the same run; and of a traced step
-        (OUT/base-N.trace.json) how long GPUs talked, and how much of it with no op beside it
-Exit code 1 when a loss, the bits or the end of a killed run is not as it should be.
+kill    kill -9 of a process, any of them at any moment after a checkpoint: how long the others live, and whether the
+        resumed run has the bits of an unbroken one; the same checkpoint continued by one process
+weak    tokens a second and GPU of medium and base, T 16384, against the mean of the GPUs, each by itself in the same
+        run; what was predicted, by the ops' times and by scripts/scaling_model.py from the step of one; and of a traced
+        step (OUT/base-N.trace.json) how long GPUs talked, and how much of it with no op beside it
+Exit code 1 when a run fails, or a loss, the bits or the end of a killed run is not as it should be.
 """
 import argparse
 import hashlib
 import json
+import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -26,15 +29,18 @@ import time
 from pathlib import Path
 
 import run_metrics
+import scaling_model
 import trace_picture
+from timed_run import ROOT, bench_sets, gpu_memory, wait_for_memory
 
-ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ["curve", "kill", "weak"]
 STEPS = 20  # of curves and of the run that is killed
 SAVED = 10  # its checkpoint
 WARM_UP = 5
 FIRST_ROUNDING = 1e-5  # of the first step's loss and norm
 ROUNDING = 0.01  # of a loss: what bf16 and another order of sums may do in STEPS steps
 KILLED_WITHIN = 30  # seconds
+RUN_LIMIT = 100  # seconds of a run
 
 
 def median(values):
@@ -46,6 +52,8 @@ class Runs:
         self.args = args
         self.failed = []
         self.began = time.time()
+        self.random = random.Random(args.seed)
+        self.memory = gpu_memory()  # that others have
 
     def say(self, what, text, good=True):
         print(f"{what:<34} {text}{'' if good else '  WRONG'}", flush=True)
@@ -54,11 +62,8 @@ class Runs:
 
     def command(self, config, size, run, processes, *more):
         """`size`: the pictures' side in pixels."""
-        data = self.args.data / str(size)
-        sources = [{"type": "webdataset", "path": str(data / "bench.tar")}]
-        sets = [f"data.sources={json.dumps(sources)}", f"data.tokenizer={data / 'bench.bpe'}", "data.max_caption=96",
-                "data.threads=6", "data.cache_mb=1024", "eval.every=0", "eval.documents=0", "eval.samples=0",
-                "checkpoint.every=0", *self.args.set]
+        sets = [*bench_sets(self.args.data / str(size)), "data.threads=6", "eval.every=0", "eval.documents=0",
+                "eval.samples=0", "checkpoint.every=0", *self.args.set]
         # A process bound to one core would decode and launch with that one.
         launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(processes)]
         command = [*(launch if processes > 1 else []), str(self.args.train), str(ROOT / "configs" / f"{config}.json"),
@@ -67,14 +72,17 @@ class Runs:
             command += ["--set", assignment]
         return command + list(more)
 
-    def start(self, config, size, run, processes, *more):
+    def start(self, config, size, run, processes, *more, gpu=None):
+        """`gpu`: the only one that it sees."""
         (self.args.out / run).mkdir(parents=True, exist_ok=True)
+        seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with open(self.args.out / f"{run}.log", "a") as log:
-            return subprocess.Popen(self.command(config, size, run, processes, *more), cwd=ROOT, stdout=log, stderr=log)
+            return subprocess.Popen(self.command(config, size, run, processes, *more), cwd=ROOT, stdout=log, stderr=log,
+                                    env={**os.environ, **seen})
 
-    def wait_for(self, process, run, steps, seconds=150):
+    def wait_for(self, process, run, steps):
         """Whether the run came to have so many steps."""
-        until = time.time() + seconds
+        until = time.time() + RUN_LIMIT
         while process.poll() is None and time.time() < until:
             if len(run_metrics.steps(self.args.out / run)) >= steps:
                 return True
@@ -85,7 +93,7 @@ class Runs:
         """A run to its end; its steps."""
         process = self.start(config, size, run, processes, *more)
         try:
-            code = process.wait(150)
+            code = process.wait(RUN_LIMIT)
         except subprocess.TimeoutExpired:
             self.end(process)
             code = "no end"
@@ -101,18 +109,20 @@ class Runs:
     def end(self, process):
         """Kills one of the processes of a job, which ends all; how long that took. Infinite of one that has ended."""
         if process.poll() is not None:
-            return float("inf")
+            return math.inf
         began = time.time()
         ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(ranks[-1]) if ranks else process.pid, signal.SIGKILL)
+        os.kill(int(self.random.choice(ranks)) if ranks else process.pid, signal.SIGKILL)
+        took = math.inf
         try:
             process.wait(KILLED_WITHIN)
+            took = time.time() - began
         except subprocess.TimeoutExpired:
             for pid in [*map(int, ranks), process.pid]:
                 os.kill(pid, signal.SIGKILL)
             process.wait()
-            return float("inf")
-        return time.time() - began
+        wait_for_memory(self.memory)
+        return took
 
 
 def worst_difference(a, b, key="loss"):
@@ -170,6 +180,8 @@ def kill(runs, n):
     until = time.time() + 60
     while not (out / "killed" / f"ckpt-{SAVED}").exists() and process.poll() is None and time.time() < until:
         time.sleep(0.1)
+    # In steps, updates and the saves that follow.
+    time.sleep(runs.random.uniform(0, SAVED) * median([row["seconds"] for row in run_metrics.steps(out / "killed")]))
     if process.poll() is not None:
         runs.say("killed", runs.last_lines("killed"), False)
         return
@@ -190,29 +202,71 @@ def kill(runs, n):
     runs.say("continued by one process", f"{100 * off:.4f}% apart at most", off <= ROUNDING)
 
 
+def alone(runs, config, size, n, steps, flags):
+    """Seconds of a step and tokens a second of one GPU: the mean of n, each by itself and all at once. None: failed."""
+    names = [f"{config}-1-{k}" for k in range(n)]
+    jobs = [runs.start(config, size, name, 1, *flags, gpu=k) for k, name in enumerate(names)]
+    enough = [runs.wait_for(job, name, WARM_UP + steps) for job, name in zip(jobs, names)]
+    for job in jobs:
+        runs.end(job)  # no checkpoint of so much
+    rows = [run_metrics.steps(runs.args.out / name)[WARM_UP:] for name in names]
+    for name, whole in zip(names, enough):
+        if not whole:
+            runs.say(name, runs.last_lines(name), False)
+    if not all(enough):
+        return None
+    seconds, rates = [median([r["seconds"] for r in row]) for row in rows], [median_rate(row) for row in rows]
+    each = ", ".join(f"{1e3 * s:.2f}" for s in seconds)
+    seconds, rate = statistics.mean(seconds), statistics.mean(rates)
+    runs.say(f"{config}, T {runs.args.tokens}, a GPU alone", f"{1e3 * seconds:.2f} ms a step ({each}), {rate:.0f} tokens/s")
+    return seconds, rate
+
+
+def median_rate(rows):
+    return median([row["tokens"] / row["seconds"] for row in rows])
+
+
+def say_predicted(runs, config, n, run, seconds, one):
+    """What was predicted of a step, of its collectives and of memory."""
+    log = (runs.args.out / f"{run}.log").read_text(errors="replace")
+    told = re.findall(r"^a step: predicted ([\d.]+) ms \(collectives ([\d.]+) ms, ([\d.]+) of them exposed\)", log, re.M)
+    memory = re.findall(r"device memory: (.*)$", log, re.M)
+    if told:
+        predicted, took, open_ = map(float, told[-1])
+        runs.say("  predicted by its ops' times", f"{predicted:.2f} ms ({100 * (1e3 * seconds / predicted - 1):+.1f}%), "
+                 f"collectives {took:.2f} ms, {open_:.2f} of them exposed")
+    if memory:
+        runs.say("  memory of a GPU", memory[-1])
+    costs = json.loads((runs.args.out / run / "costs.json").read_text())
+    rates, link = costs["collectives"], costs["link"]
+    runs.say("  rates that it measured", f"reduced {rates['reduce'] / 1e9:.4g} GB/s, gathered {rates['gather'] / 1e9:.4g}, "
+             f"{1e6 * rates['latency']:.0f} us; all copying: {link['d2h'] / 1e9:.1f} GB/s to the host, "
+             f"{link['h2d'] / 1e9:.1f} from it, both at once {link['both_d2h'] / 1e9:.1f}, {link['both_h2d'] / 1e9:.1f}")
+    if told and one and not runs.args.set:  # of the config as it is, beside a device
+        model = scaling_model.Model(config, str(runs.args.train), 1e3 * one)
+        guess, took, open_ = model.step(n, 1, (rates["reduce"] + rates["gather"]) / 2)
+        runs.say("  predicted from one GPU's step", f"{1e3 * guess:.2f} ms ({100 * (seconds / guess - 1):+.1f}%), "
+                 f"collectives {1e3 * took:.2f} ms, {1e3 * open_:.2f} of them exposed")
+
+
 def weak(runs, n):
-    for config, size, steps in ("medium", 64, 30), ("base", 256, 12):
-        took = {}
-        for processes in sorted({1, n}):
-            run = f"{config}-{processes}"
-            trace = runs.args.out / f"{run}.trace.json"
-            process = runs.start(config, size, run, processes, "--tokens", "16384", "--trace", str(trace))
-            enough = runs.wait_for(process, run, WARM_UP + steps)
-            runs.end(process)  # no checkpoint of so much
-            rows = run_metrics.steps(runs.args.out / run)[WARM_UP:]
-            if not enough or not rows:
-                runs.say(run, runs.last_lines(run), False)
-                continue
-            took[processes] = median([row["seconds"] for row in rows])
-            rate = median([row["tokens"] / row["seconds"] for row in rows]) / processes
-            text = f"{1e3 * took[processes]:7.2f} ms a step, {rate:8.0f} tokens/s a GPU"
-            if processes == 1:
-                alone = rate
-            elif 1 in took:
-                text += f" = {rate / alone:.3f} of one; a step takes {1e3 * (took[processes] - took[1]):+.2f} ms"
-            runs.say(f"{config}, T 16384, {processes} GPU{'s' * (processes > 1)}", text)
-            if processes > 1:
-                runs.say("", exposed(trace))
+    flags = ["--tokens", str(runs.args.tokens)]
+    for config, size, steps in ("medium", 64, 60), ("base", 256, 20):
+        one, rate_of_one = alone(runs, config, size, n, steps, flags) or (None, None)
+        run, trace = f"{config}-{n}", runs.args.out / f"{config}-{n}.trace.json"
+        process = runs.start(config, size, run, n, *flags, "--trace", str(trace))
+        enough = runs.wait_for(process, run, WARM_UP + steps)
+        runs.end(process)
+        rows = run_metrics.steps(runs.args.out / run)[WARM_UP:]
+        if not enough:
+            runs.say(run, runs.last_lines(run), False)
+            continue
+        took, rate = median([row["seconds"] for row in rows]), median_rate(rows) / n
+        share = f" = {rate / rate_of_one:.3f} of one" if one else ""
+        runs.say(f"{config}, T {runs.args.tokens}, {n} GPUs", f"{1e3 * took:.2f} ms a step, {rate:.0f} tokens/s a GPU{share}")
+        if n > 1:
+            say_predicted(runs, config, n, run, took, one)
+            runs.say("  a traced step", exposed(trace))
 
 
 def gpus():
@@ -228,8 +282,10 @@ def main():
     parser.add_argument("data", type=Path, help="with the folders 64 and 256")
     parser.add_argument("out", type=Path, help="folder for runs and logs")
     parser.add_argument("--ranks", type=int, default=gpus(), help="processes (default: GPUs)")
-    parser.add_argument("--sections", nargs="+", default=["curve", "kill", "weak"], choices=["curve", "kill", "weak"])
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--device", default="cuda", help="as ./train takes it")
+    parser.add_argument("--tokens", type=int, default=16384, help="slots of a micro-batch of `weak` (default 16384)")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30), help="of the moment of the kill; printed")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
     args = parser.parse_args()
@@ -245,9 +301,10 @@ def main():
         sys.exit(f"error: {args.out} is not empty\n  hint: name a new folder: runs there would be continued")
     args.out.mkdir(parents=True, exist_ok=True)
     runs = Runs(args)
+    print(f"{args.ranks} processes, seed {args.seed}", flush=True)
     for section in args.sections:
         {"curve": curve, "kill": kill, "weak": weak}[section](runs, args.ranks)
-    print(f"{args.ranks} processes, {time.time() - runs.began:.0f} s; {len(runs.failed)} wrong")
+    print(f"{time.time() - runs.began:.0f} s; {len(runs.failed)} wrong")
     sys.exit(bool(runs.failed))
 
 
