@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 LANES = ["compute", "device to host", "host to device", "between processes"]
-WIDTH, LEFT, RIGHT, TOP = 1200, 120, 20, 64
+WIDTH, LEFT, RIGHT, TOP = 1200, 136, 20, 64
 LANE_H, LANE_GAP, AXIS_H, LEGEND_H = 56, 14, 40, 30
 PAUSE = 0.02  # ms: between two ops of the compute lane that follow each other; a longer one is a wait
 INK, FAINT, GRID, PASS = "#222", "#666", "#e4e4e4", "#f4f4f4"

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from checks import check, run_metrics
-from trainer_process import ROOT, SHAPES, Trainer, checkpoints, prepare, temporary
+from trainer_process import ROOT, SHAPES, Trainer, checkpoints, prepare, run_tests, temporary
 
 STEPS = 24  # of a run that goes to its end; the schedule is longer, so that no evaluation takes time
 FILES = ("model.safetensors", "ema.safetensors", "optimizer-0x1.safetensors")
@@ -568,20 +568,7 @@ def main():
         ]
         if options.leaks:
             tests.append((test_leaks,))
-        said = []
-        for test, *arguments in tests:
-            began = time.monotonic()
-            try:
-                said.append(test(work, *arguments))
-            except AssertionError as error:
-                print(f"{test.__name__}: FAILED: {error}")
-                return 1
-            finally:
-                for trainer in Trainer.all:
-                    trainer.kill()
-            print(f"{test.__name__}: {said[-1]} ({time.monotonic() - began:.1f} s)", flush=True)
-        print("; ".join(said))
-    return 0
+        return run_tests(work, tests)
 
 
 if __name__ == "__main__":

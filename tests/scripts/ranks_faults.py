@@ -23,7 +23,7 @@ from pathlib import Path
 
 import same_state
 from checks import check, run_metrics
-from trainer_process import ROOT, Trainer, checkpoints, prepare, temporary
+from trainer_process import ROOT, Trainer, checkpoints, prepare, run_tests, temporary
 
 RANKS, STEPS = 3, 24
 SECONDS = 30  # in which the end of one must be the end of all
@@ -300,21 +300,7 @@ def main():
         tests = [(test_any_number,), (test_kills, reference, rng, options.kills, whole), (test_crash, reference),
                  (test_stop_in_evaluation,), (test_full_disk, reference), (test_mismatch,),
                  (test_bad_images, samples[:40]), (test_apart, apart), (test_late, late)]
-        said = []
-        for test, *arguments in tests:
-            began = time.monotonic()
-            try:
-                said.append(test(work, *arguments))
-            except AssertionError as error:
-                print(f"{test.__name__}: FAILED: {error}")
-                return 1
-            finally:
-                for trainer in Trainer.all:
-                    if trainer not in (late[0], apart) or test is test_late:
-                        trainer.kill()
-            print(f"{test.__name__}: {said[-1]} ({time.monotonic() - began:.1f} s)", flush=True)
-        print("; ".join(said))
-    return 0
+        return run_tests(work, tests, spared=(late[0], apart))
 
 
 if __name__ == "__main__":

@@ -154,3 +154,24 @@ def prepare(work, binary, **keys):
         **{name.replace("__", "."): value for name, value in keys.items()},
     }
     return samples
+
+
+def run_tests(work, tests, spared=()):
+    """Runs (test, argument, ..) in the folder `work` one by one, prints what each says of itself, and kills what it
+    leaves behind; those `spared` go on until the last one. The exit code: 1 after the first that fails."""
+    said = []
+    for test, *arguments in tests:
+        began = time.monotonic()
+        try:
+            said.append(test(work, *arguments))
+        except AssertionError as error:
+            print(f"{test.__name__}: FAILED: {error}")
+            spared = ()  # nothing follows that needs them
+            return 1
+        finally:
+            for trainer in Trainer.all:
+                if trainer not in spared or test is tests[-1][0]:
+                    trainer.kill()
+        print(f"{test.__name__}: {said[-1]} ({time.monotonic() - began:.1f} s)", flush=True)
+    print("; ".join(said))
+    return 0
