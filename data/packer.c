@@ -61,6 +61,40 @@ static void pack_group_ids(Batch *b, BatchShape shape) {
   memset(b->id_start + ids + 1, 0, (size_t)(shape.slots - ids) * sizeof *b->id_start);
 }
 
+// Whether document x goes before y: first position, end. A longer one before a shorter one, else as they lie.
+static bool document_before(const int32_t x[2], const int32_t y[2]) {
+  int longer = x[1] - x[0] - (y[1] - y[0]);
+  return longer ? longer > 0 : x[0] < y[0];
+}
+
+// Lists the tiles. At first their places hold the documents, in Shell's order; then the last document's tiles go to
+// the end of the list, and so on.
+static void pack_tiles(Batch *b) {
+  int used = b->dims->n_text + b->dims->n_image, documents = 0, tiles = 0;
+  int32_t(*tile)[2] = (int32_t(*)[2])b->tile;
+  for (int q = 0; q < used; q++) {
+    if (b->doc_start[q] == q) tile[documents++][0] = q;
+    tile[documents - 1][1] = q + 1;
+  }
+  for (int gap = documents / 2; gap > 0; gap /= 2)
+    for (int i = gap; i < documents; i++) {
+      int32_t moved[2] = {tile[i][0], tile[i][1]};
+      int to = i;
+      for (; to >= gap && document_before(moved, tile[to - gap]); to -= gap)
+        memcpy(tile[to], tile[to - gap], sizeof *tile);
+      memcpy(tile[to], moved, sizeof *tile);
+    }
+  for (int i = 0; i < documents; i++) tiles += (tile[i][1] - tile[i][0] + BATCH_TILE - 1) / BATCH_TILE;
+  b->dims->n_tiles = tiles;
+  while (documents-- > 0) {
+    int end = tile[documents][1];
+    for (int first = tile[documents][0]; first < end; first += BATCH_TILE) {
+      tile[--tiles][0] = first;
+      tile[tiles][1] = end;
+    }
+  }
+}
+
 // Where the next part goes.
 typedef struct Cursor {
   int q;           // sequence slot
@@ -206,6 +240,7 @@ int pack_layout(const Document *const *docs, int n, BatchShape shape, Batch *b, 
   dims->n_target = at.target;
   b->seg_len[0] = dims->n_text;
   pack_group_ids(b, shape);
+  pack_tiles(b);
   memset(pack_patches(b, shape, dims->n_image), 0, (size_t)(shape.slots - dims->n_image) * (size_t)shape.patch);
   return 0;
 }

@@ -13,6 +13,7 @@
 
 enum { SEGMENT_NOISED = 0, SEGMENT_CLEAN = 1 }; // seg_kind
 enum { TARGET_TEXT = 0, TARGET_CAPTION = 1 };   // target_kind: plain text, or text that follows an image it can see
+enum { BATCH_TILE = 128 };                      // positions of a tile
 
 // Capacities that fix the layout of a pack.
 typedef struct BatchShape {
@@ -28,6 +29,7 @@ typedef struct BatchDims {
   int32_t n_segments;      // used modulation rows, row 0 (text) included
   int32_t n_target;        // text rows with a target
   int32_t n_ids;           // distinct token ids among the text rows
+  int32_t n_tiles;         // tiles of positions
   float ce_scale;          // what one row's negative log likelihood is multiplied by: ce_weight / targets of the step
   float flow_scale;        // likewise for one element of the flow loss: 1 / (noised image tokens of the step * 3p^2)
   float router_scale;      // 1 / number of micro-batches of the step, all processes
@@ -49,6 +51,8 @@ typedef struct Batch {
   int32_t *kv_end;       // [T]   filler: doc_start = kv_end = q
   int32_t *q_start;      // [T] sequence order: key k is seen by queries [q_start[k], q_end[k]);
   int32_t *q_end;        // [T]   filler: q_start = q_end = k
+  int32_t *tile;         // [T][2] sequence order, cut at documents every BATCH_TILE positions: where a tile begins and
+                         //   its document ends; the longest document first, the last tile of each first
   int32_t *id;           // [T] by-id token list: distinct ids ascending, the first n_ids entries
   int32_t *id_start;     // [T + 1] id j's rows are id_row[id_start[j] .. id_start[j+1])
   int32_t *id_row;       // [T] text rows grouped by id, ascending within an id
@@ -88,6 +92,7 @@ static inline size_t batch_bind(Batch *b, BatchShape s, void *base) {
   BATCH_TAKE(kv_end, int32_t, T);
   BATCH_TAKE(q_start, int32_t, T);
   BATCH_TAKE(q_end, int32_t, T);
+  BATCH_TAKE(tile, int32_t, 2 * T);
   BATCH_TAKE(id, int32_t, T);
   BATCH_TAKE(id_start, int32_t, T + 1);
   BATCH_TAKE(id_row, int32_t, T);

@@ -1,7 +1,12 @@
-// Tiles of queries, keys and values in shared memory, as the attention kernels share them.
+// Units of work, and tiles of queries, keys and values in shared memory, as the attention kernels share them.
 //
 // Query q attends key k where q_start[k] <= q < q_end[k]: the key's interval alone is the mask (batch.h). The query's
 // own interval [doc_start, kv_end) bounds the keys a tile of queries can reach.
+//
+// What is multiplied is of one document: blocks take tiles of the batch's list, which end with their document, and the
+// rows of a tile in shared memory behind the last one wanted are zeros. So what is NaN or infinite in a document stays
+// there. Queries of all heads that share a kv head are rows of one matrix: their keys are copied once, and only the
+// last rows of a document are fewer than a tile.
 //
 // A tile [rows, D] lies in blocks of 64 columns (32 when D is 32), one after the other; within a block the 16-byte
 // chunks of a row change places with the row, so that eight rows that are read at once lie in different banks. For
@@ -36,33 +41,20 @@ template <int D, int rows> static __device__ inline int tile_at(int row, int chu
                  : row * 32 + ((chunk ^ ((row >> 1) & 3)) << 3);
 }
 
-// Starts copying rows [0, valid) of `from` (stride elements apart) to a tile; its other rows become zeros. A thread
-// copies the same chunk of every eighth row (or 16th, 32nd), so its places in the tile differ by constants.
+// Starts copying rows [0, valid) of `from` (stride elements apart) to a tile; its other rows become zeros. By `threads`
+// threads that follow each other, the first a multiple of that. A thread copies the same chunk of every eighth row (or
+// 16th, 32nd), so its places in the tile differ by constants.
 template <int D, int rows, int threads>
 static __device__ inline void tile_load(bf16 *tile, const bf16 *from, int stride, int valid) {
   static_assert(rows % (threads / (D / 8)) == 0 && threads / (D / 8) % 8 == 0, "a thread's rows are swizzled alike");
   const int chunks = D / 8, step = threads / chunks;
-  int thread = (int)recompute(threadIdx.x), row = thread / chunks, chunk = thread % chunks;
+  int thread = (int)recompute(threadIdx.x % threads), row = thread / chunks, chunk = thread % chunks;
   uint32_t to = shared_address(tile + tile_at<D, rows>(row, chunk));
   const bf16 *at = from + (row * stride + chunk * 8);
 #pragma unroll
   for (int i = 0; i < rows / step; i++, at += step * stride) {
     bool in = row + i * step < valid;
     copy16_async(to + i * step * tile_pitch<D>(), in ? at : from, in);
-  }
-}
-
-// The same for rows index[0], index[1], .. of `from`.
-template <int D, int rows, int threads>
-static __device__ inline void tile_gather(bf16 *tile, const bf16 *from, const int32_t *index, int64_t stride,
-                                          int valid) {
-  const int chunks = D / 8, step = threads / chunks;
-  int thread = (int)recompute(threadIdx.x), row = thread / chunks, chunk = thread % chunks;
-  uint32_t to = shared_address(tile + tile_at<D, rows>(row, chunk));
-#pragma unroll
-  for (int i = 0; i < rows / step; i++) {
-    bool in = row + i * step < valid;
-    copy16_async(to + i * step * tile_pitch<D>(), in ? from + index[row + i * step] * stride + chunk * 8 : from, in);
   }
 }
 
@@ -73,11 +65,87 @@ template <int rows> static __device__ inline void line_load(void *line, const vo
   if (i < rows) copy4_async(shared_address(line) + 4 * i, (const int32_t *)from + (in ? i : 0), in);
 }
 
-// What a block that takes a tile of queries is for: head blockIdx % H of query tile blockIdx / H.
-typedef struct QueryBlock {
-  int head, kv_head, first; // its queries begin at `first`
-  int key, key_end;         // keys that some of them may see: either bound never decreases with the query
-} QueryBlock;
+// A tile of the batch's list: positions [first, end), as many as the tile has, of a document that ends at `end`.
+typedef struct Span {
+  int first, end;
+} Span;
+
+static __device__ inline Span batch_tile(const Batch &b, int i) {
+  int2 tile = ((const int2 *)b.tile)[i];
+  return {tile.x, tile.y};
+}
+
+// The rows of a kv head are those of the heads that share it, position by position: row i is of position i / heads, and
+// of head i % heads of theirs.
+typedef struct KvRow {
+  int position, head;
+} KvRow;
+
+static __device__ inline int heads_shared(const AttentionShape &s) {
+  return s.H / s.G;
+}
+static __device__ inline KvRow kv_row(const AttentionShape &s, int kv_head, int row) {
+  int heads = heads_shared(s);
+  return {row / heads, kv_head * heads + row % heads};
+}
+
+// A kernel's unit of work: `count` rows of a kv head from `first` on, none if count <= 0, all of one document, against
+// its keys [key, key_end), which are those that some of the rows see.
+typedef struct RowBlock {
+  int kv_head, first, count, key, key_end;
+} RowBlock;
+
+template <int rows> static __device__ inline RowBlock row_block(const Batch &b, const AttentionShape &s, int unit) {
+  const int heads = heads_shared(s), parts = heads * (BATCH_TILE / rows);
+  Span span = batch_tile(b, unit / s.G / parts);
+  RowBlock block = {unit % s.G, span.first * heads + unit / s.G % parts * rows, 0, 0, 0};
+  block.count = min(rows, min(span.first + BATCH_TILE, span.end) * heads - block.first);
+  if (block.count <= 0) return block;
+  block.key = b.doc_start[span.first];
+  block.key_end = b.kv_end[(block.first + block.count - 1) / heads];
+  return block;
+}
+
+// How many units of `rows` positions or rows the list has for `heads` heads.
+template <int rows> static __device__ inline int tile_units(const Batch &b, int heads) {
+  static_assert(BATCH_TILE % rows == 0, "a tile is whole units");
+  return b.dims->n_tiles * (BATCH_TILE / rows) * heads;
+}
+
+// Blocks of a kernel for them, one a unit but where documents are short: each strides through the units, if there are
+// more.
+static inline int tile_blocks(int T, int rows, int heads) {
+  return 2 * ceil_div(T, BATCH_TILE) * (BATCH_TILE / rows) * heads;
+}
+
+// What a thread copies of a tile of a kv head's rows [first, first + count): a chunk of one row in each of `turns`
+// turns. By `threads` threads that follow each other, the first a multiple of that.
+template <int D, int rows, int threads> struct RowChunk {
+  static constexpr int step = threads / (D / 8), turns = rows / step;
+  static_assert(rows % step == 0, "rows in whole turns");
+  KvRow row;
+  int chunk;
+  bool in;     // it is one of the rows
+  uint32_t to; // bytes of the tile
+  __device__ RowChunk(const AttentionShape &s, int kv_head, int first, int count, int turn) {
+    int thread = (int)recompute(threadIdx.x % threads), at = thread / (D / 8) + turn * step;
+    chunk = thread % (D / 8), in = at < count;
+    row = kv_row(s, kv_head, in ? first + at : first);
+    to = 2 * tile_at<D, rows>(at, chunk);
+  }
+  // Where it lies in x [T, H, D], whose row of its position is `position`.
+  __device__ int64_t element(const AttentionShape &s, int position) const {
+    return ((int64_t)position * s.H + row.head) * D + chunk * 8;
+  }
+};
+
+// Zeros in rows [from, to) of x [.., width], width a multiple of 8; all threads of the grid.
+static __device__ inline void zero_rows(bf16 *x, int width, int from, int to) {
+  int64_t end = (int64_t)to * (width / 8);
+  for (int64_t i = (int64_t)from * (width / 8) + (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < end;
+       i += (int64_t)gridDim.x * blockDim.x)
+    ((uint4 *)x)[i] = make_uint4(0, 0, 0, 0);
+}
 
 // Keys and values of one kv head, as they stream past.
 template <int D, int keys> struct __align__(1024) KeyTile {
@@ -154,6 +222,15 @@ static __device__ inline void rows_product(float (&c)[2][keys / 8][4], uint32_t 
   }
 }
 
+// As bf16 pairs, of which two neighbouring fragments are an A fragment.
+template <int n> static __device__ inline void pack_rows(uint32_t (&pairs)[n][2], const float (&p)[n][4]) {
+#pragma unroll
+  for (int j = 0; j < n; j++) {
+    pairs[j][0] = pack2(p[j][0], p[j][1]);
+    pairs[j][1] = pack2(p[j][2], p[j][3]);
+  }
+}
+
 // Rounds scale[half] * c [16, D], rows [row, row + 16), into a tile. scale[0] is for rows g, scale[1] for g + 8.
 template <int D, int rows>
 static __device__ inline void tile_store(bf16 *tile, int row, const float c[D / 8][4], const float scale[2]) {
@@ -187,7 +264,7 @@ template <int D, int rows> static __device__ inline uint4 tile_chunk(const bf16 
   return *(const uint4 *)(tile + tile_at<D, rows>(row + i / (D / 8), i % (D / 8)));
 }
 
-// How the queries [first, last] see the keys of a tile: not at all, in part, or all of them all of it.
+// How the positions [first, last] see the keys of a tile: not at all, in part, or all of them all of it.
 typedef enum TileView { TILE_HIDDEN, TILE_PARTLY, TILE_WHOLE } TileView;
 
 // q_start, q_end [keys] of the tile, in shared memory.
@@ -205,19 +282,53 @@ static __device__ inline TileView tile_view(const int32_t *q_start, const int32_
   return whole ? TILE_WHOLE : TILE_PARTLY;
 }
 
-// Sets scores [16, 8 n] of queries `query` (this lane's row g) and query + 8 to `hidden` where they don't see the key.
+// Whether one of the tile's first `keys` keys is hidden from query `last`, though it may see them by its own interval:
+// a noised image before it. q_end [64] in shared memory.
+static __device__ inline bool ends_before(const int32_t *q_end, int keys, int last) {
+  int lane = threadIdx.x & 31;
+  int2 end = ((const int2 *)q_end)[lane];
+  return __any_sync(0xffffffffu, (2 * lane < keys && end.x <= last) || (2 * lane + 1 < keys && end.y <= last));
+}
+
+// Sets scores [16, 8 n] of two rows a lane, at position[2], and keys from `key` on to `hidden` where they don't see the
+// key: those behind kv_end[2] of the rows, and, if `intervals`, by q_end [8 n] of the keys.
 template <int n>
-static __device__ inline void mask_rows(float (&score)[n][4], float hidden, const int32_t *q_start,
-                                        const int32_t *q_end, int query) {
+static __device__ inline void hide_keys(float (&score)[n][4], float hidden, const int position[2], const int kv_end[2],
+                                        const int32_t *q_end, bool intervals, int key) {
+  int t = threadIdx.x & 3;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int end = kv_end[h] - key - 2 * t;
+#pragma unroll
+    for (int j = 0; j < n; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (8 * j + i >= end) score[j][2 * h + i] = hidden;
+  }
+  if (!intervals) return;
+#pragma unroll
+  for (int j = 0; j < n; j++) {
+    int2 end = *(const int2 *)(q_end + 8 * j + 2 * t);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (position[h] >= end.x) score[j][2 * h] = hidden;
+      if (position[h] >= end.y) score[j][2 * h + 1] = hidden;
+    }
+  }
+}
+
+// Sets scores [16, 8 n] of two rows a lane, at position[2], to `hidden` where they don't see the key.
+template <int n>
+static __device__ inline void mask_rows(float (&score)[n][4], float hidden, const int position[2],
+                                        const int32_t *q_start, const int32_t *q_end) {
   int t = threadIdx.x & 3;
 #pragma unroll
   for (int j = 0; j < n; j++) {
     int2 from = *(const int2 *)(q_start + 8 * j + 2 * t), to = *(const int2 *)(q_end + 8 * j + 2 * t);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      int at = query + 8 * h;
-      if (at < from.x || at >= to.x) score[j][2 * h] = hidden;
-      if (at < from.y || at >= to.y) score[j][2 * h + 1] = hidden;
+      if (position[h] < from.x || position[h] >= to.x) score[j][2 * h] = hidden;
+      if (position[h] < from.y || position[h] >= to.y) score[j][2 * h + 1] = hidden;
     }
   }
 }

@@ -46,14 +46,14 @@ static_assert(offsetof(PassShared, ds) % 1024 == 0, "tiles begin on a block of t
 
 // ---- the warps that copy ----
 
-// Takes the next unit, of which each kv head has as many as there are spans; a warp.
+// Takes the next unit, a tile of the list for a kv head; a warp.
 static __device__ inline void take_unit(const PassCall &p, Unit *u) {
   const Batch &b = p.c.b;
   int lane = threadIdx.x & 31, number = 0, G = p.c.shape.G;
-  if (lane == 0) number = atomicAdd(&p.s.keys.counts->taken, 1);
+  if (lane == 0) number = atomicAdd(p.s.taken, 1);
   number = __shfl_sync(0xffffffffu, number, 0);
-  Span span = {0, 0, -1, 0};
-  if (number < p.s.keys.counts->spans * G) span = p.s.keys.span[number / G];
+  Span span = {-1, 0};
+  if (number < tile_units<PASS_KEYS>(b, G)) span = batch_tile(b, number / G);
   if (lane == 0) u->key = span.first;
   __syncwarp();
   if (span.first < 0) return;
@@ -73,7 +73,8 @@ static __device__ inline void take_unit(const PassCall &p, Unit *u) {
   }
   last = __reduce_max_sync(0xffffffffu, last);
   if (lane == 0) {
-    int first = span.start + (b.q_start[span.first] - span.start) / PASS_QUERIES * PASS_QUERIES;
+    int start = b.doc_start[span.first];
+    int first = start + (b.q_start[span.first] - start) / PASS_QUERIES * PASS_QUERIES;
     int tiles = ceil_div(last - first, PASS_QUERIES);
     u->end = span.end;
     u->kv_head = number % G;
@@ -204,29 +205,6 @@ static __device__ inline void key_probability(float (&p)[n][4], const float *lse
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (8 * j + i < from || 8 * j + i >= to) p[j][2 * h + i] = 0;
-  }
-}
-
-// As bf16 pairs, of which two neighbouring fragments are an A fragment.
-template <int n> static __device__ inline void pack_rows(uint32_t (&pairs)[n][2], const float (&p)[n][4]) {
-#pragma unroll
-  for (int j = 0; j < n; j++) {
-    pairs[j][0] = pack2(p[j][0], p[j][1]);
-    pairs[j][1] = pack2(p[j][2], p[j][3]);
-  }
-}
-
-// ds^T = p^T (dp^T - delta), p and ds as pairs: registers are short, and p was rounded for dv, too.
-template <int n>
-static __device__ inline void key_gradient(uint32_t (&ds)[n][2], const uint32_t (&p)[n][2], const float (&dp)[n][4],
-                                           const float *delta) {
-#pragma unroll
-  for (int j = 0; j < n; j++) {
-    float2 d = *(const float2 *)(delta + 8 * j + 2 * (threadIdx.x & 3));
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      ds[j][h] = pack2(__uint_as_float(p[j][h] << 16) * (dp[j][2 * h] - d.x),
-                       __uint_as_float(p[j][h] & 0xffff0000u) * (dp[j][2 * h + 1] - d.y));
   }
 }
 

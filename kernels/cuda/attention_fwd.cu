@@ -4,7 +4,7 @@
 #include "kernels/cuda/attention_fwd.h"
 
 size_t attention_fwd_scratch(OpKind, const Dims *d, const OpArgs *) {
-  return d->D == 128 ? attention_fwd_wide_scratch(d) : 0;
+  return d->D == 128 ? ATTENTION_WIDE_SCRATCH : 0;
 }
 
 extern "C" void cuda_ATTENTION_FWD(const KernelCall *call) {

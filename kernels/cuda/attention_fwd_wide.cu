@@ -6,7 +6,6 @@
 // take the softmax of this one.
 #include "kernels/cuda/attention_copy.h"
 #include "kernels/cuda/attention_fwd.h"
-#include "kernels/cuda/attention_spans.h"
 #include "kernels/cuda/attention_wgmma.h"
 
 enum {
@@ -24,7 +23,7 @@ enum {
 
 typedef struct FlashCall {
   ForwardCall c;
-  SpanList queries; // tiles of FLASH_ROWS queries (of heads in pairs) or of FLASH_SETS * FLASH_ROWS
+  int *taken; // units that blocks have taken
 } FlashCall;
 
 // What a block takes.
@@ -47,10 +46,7 @@ struct FlashShared {
 };
 static_assert(sizeof(FlashShared) <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
 
-static __global__ void __launch_bounds__(SPAN_THREADS) attention_list(SpanList list, Batch b, int rows) {
-  await_previous();
-  list_spans(list, b, rows);
-}
+static_assert(FLASH_SETS * FLASH_ROWS == BATCH_TILE, "sets of neighbours are a tile of the list");
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -60,25 +56,31 @@ static __global__ void __launch_bounds__(SPAN_THREADS) attention_list(SpanList l
 static __device__ inline void take_unit(const FlashCall &p, Unit *u) {
   const Batch &b = p.c.b;
   const int H = p.c.shape.H, G = p.c.shape.G, pairs = H / G % 2 == 0, sets = pairs ? H / 2 : H;
-  int lane = threadIdx.x & 31, number = 0;
-  if (lane == 0) number = atomicAdd(&p.queries.counts->taken, 1);
-  number = __shfl_sync(0xffffffffu, number, 0);
-  if (number >= p.queries.counts->spans * sets) {
-    if (lane == 0) u->start = -1;
-    __syncwarp();
-    return;
-  }
-  Span span = p.queries.span[number / sets];
+  const int parts = pairs ? BATCH_TILE / FLASH_ROWS : 1; // of a tile of the list
+  int lane = threadIdx.x & 31, number = 0, begin;
+  Span span;
+  do {
+    if (lane == 0) number = atomicAdd(p.taken, 1);
+    number = __shfl_sync(0xffffffffu, number, 0);
+    if (number >= b.dims->n_tiles * parts * sets) {
+      if (lane == 0) u->start = -1;
+      __syncwarp();
+      return;
+    }
+    span = batch_tile(b, number / sets / parts);
+    begin = span.first + number / sets % parts * FLASH_ROWS;
+  } while (begin >= span.end); // the tile has one part
+  const int start = b.doc_start[begin];
   if (lane < FLASH_SETS) {
-    int first = span.first + (pairs ? 0 : lane * FLASH_ROWS), head = pairs ? number % sets * 2 + lane : number % sets;
+    int first = begin + (pairs ? 0 : lane * FLASH_ROWS), head = pairs ? number % sets * 2 + lane : number % sets;
     int count = max(0, min(FLASH_ROWS, span.end - first));
-    int end = count ? b.kv_end[first + count - 1] : span.start, other = __shfl_xor_sync(0x3, end, 1);
+    int end = count ? b.kv_end[first + count - 1] : start, other = __shfl_xor_sync(0x3, end, 1);
     u->first[lane] = first;
     u->head[lane] = head;
     u->count[lane] = count;
     u->key_end[lane] = end;
     if (lane == 0) {
-      u->start = span.start;
+      u->start = start;
       u->kv_head = head / (H / G);
       u->keys_end = max(end, other);
     }
@@ -138,59 +140,6 @@ static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p) {
 
 enum { SCORES = FLASH_KEYS / 8 };
 
-// Two rows of a thread, g and g + 8 of its warp's 16.
-typedef struct RowPair {
-  float top[2], sum[2]; // largest score so far; this lane's share of the sum of p
-  int kv_end[2];
-} RowPair;
-
-// Hides the scores of keys [key, key + FLASH_KEYS) that queries `query` and query + 8 don't see.
-static __device__ inline void hide_scores(float (&score)[SCORES][4], const RowPair &r, const int32_t *q_end,
-                                          bool intervals, int key, int query) {
-  int t = threadIdx.x & 3;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int end = r.kv_end[h] - key - 2 * t;
-#pragma unroll
-    for (int j = 0; j < SCORES; j++)
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (8 * j + i >= end) score[j][2 * h + i] = -INFINITY;
-  }
-  if (!intervals) return;
-#pragma unroll
-  for (int j = 0; j < SCORES; j++) {
-    int2 end = *(const int2 *)(q_end + 8 * j + 2 * t);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      if (query + 8 * h >= end.x) score[j][2 * h] = -INFINITY;
-      if (query + 8 * h >= end.y) score[j][2 * h + 1] = -INFINITY;
-    }
-  }
-}
-
-// score -> p = exp2(scale2 (score - top)) with the new top; keep[h]: what sums so far are multiplied by.
-static __device__ inline void raise_scores(float (&score)[SCORES][4], RowPair *r, float keep[2], float scale2) {
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float top = r->top[h], added = 0;
-#pragma unroll
-    for (int j = 0; j < SCORES; j++) top = fmaxf(top, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    float shift = top == -INFINITY ? 0 : top * scale2; // nothing seen yet: every term becomes 0
-    keep[h] = exp2_fast(r->top[h] * scale2 - shift);
-    r->top[h] = top;
-#pragma unroll
-    for (int j = 0; j < SCORES; j++) {
-      score[j][2 * h] = exp2_fast(score[j][2 * h] * scale2 - shift);
-      score[j][2 * h + 1] = exp2_fast(score[j][2 * h + 1] * scale2 - shift);
-      added += score[j][2 * h] + score[j][2 * h + 1];
-    }
-    r->sum[h] = r->sum[h] * keep[h] + added;
-  }
-}
-
 static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
   const ForwardCall &c = p.c;
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0) - 1; // its set
@@ -209,10 +158,12 @@ static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
     float o[D / 8][4];
     RowPair r;
     fragments_zero(o);
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      r.top[h] = -INFINITY, r.sum[h] = 0, r.kv_end[h] = s->kv_end[place][own][lane_row + 8 * h];
     const int least_end = s->kv_end[place][own][0], first = u->first[own], count = u->count[own];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      r.top[h] = -INFINITY, r.sum[h] = 0;
+      r.position[h] = first + lane_row + 8 * h, r.kv_end[h] = s->kv_end[place][own][lane_row + 8 * h];
+    }
     if (left > 0) {
       int key = u->start;
       float score[SCORES][4], keep[2];
@@ -224,12 +175,10 @@ static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
       wgmma_keep(score);
       bool intervals = s->early_end[stage.at] < first + count;
       if (intervals || least_end < key + FLASH_KEYS)
-        hide_scores(score, r, s->q_end[stage.at], intervals, key, first + lane_row);
+        hide_keys(score, -INFINITY, r.position, r.kv_end, s->q_end[stage.at], intervals, key);
       if (speaks) barrier_arrive(shared_address(&s->k_empty[stage.at]));
       raise_scores(score, &r, keep, scale2);
-#pragma unroll
-      for (int j = 0; j < SCORES; j++)
-        pairs[j][0] = pack2(score[j][0], score[j][1]), pairs[j][1] = pack2(score[j][2], score[j][3]);
+      pack_rows(pairs, score);
       for (; left > 1; left--) {
         Place<FLASH_STAGES> last = stage;
         stage.step();
@@ -243,15 +192,13 @@ static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
         wgmma_keep(score);
         intervals = s->early_end[stage.at] < first + count;
         if (intervals || least_end < key + FLASH_KEYS)
-          hide_scores(score, r, s->q_end[stage.at], intervals, key, first + lane_row);
+          hide_keys(score, -INFINITY, r.position, r.kv_end, s->q_end[stage.at], intervals, key);
         if (speaks) barrier_arrive(shared_address(&s->k_empty[stage.at]));
         raise_scores(score, &r, keep, scale2);
         wgmma_wait<0>();
         wgmma_keep(o);
         if (speaks) barrier_arrive(shared_address(&s->v_empty[last.at]));
-#pragma unroll
-        for (int j = 0; j < SCORES; j++)
-          pairs[j][0] = pack2(score[j][0], score[j][1]), pairs[j][1] = pack2(score[j][2], score[j][3]);
+        pack_rows(pairs, score);
 #pragma unroll
         for (int i = 0; i < D / 8; i++) o[i][0] *= keep[0], o[i][1] *= keep[0], o[i][2] *= keep[1], o[i][3] *= keep[1];
       }
@@ -269,39 +216,16 @@ static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
       barrier_wait(shared_address(&s->v_full[stage.at]), stage.parity);
       if (speaks) barrier_arrive(shared_address(&s->v_empty[stage.at]));
     }
-    const int head = u->head[own];
+    RowPlace to[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      int at = lane_row + 8 * h, row = s->row[place][own][at];
-      float sum = r.sum[h];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      float inverse = __fdividef(1, sum);
-      if ((threadIdx.x & 3) == 0 && at < count)
-        c.lse[(int64_t)head * c.shape.T + first + at] = r.top[h] * c.shape.scale + logf(sum);
-      bf16 *to = c.o + ((int64_t)row * c.shape.H + head) * D + (threadIdx.x & 3) * 8;
-#pragma unroll
-      for (int n = 0; n < D / 8; n += 4) {
-        uint32_t w[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = pack2(o[n + i][2 * h] * inverse, o[n + i][2 * h + 1] * inverse);
-        uint4 out = quad_transpose(w[0], w[1], w[2], w[3]);
-        if (at < count) *(uint4 *)(to + 8 * n) = out;
-      }
+      int at = lane_row + 8 * h;
+      to[h] = {at < count ? u->head[own] : -1, s->row[place][own][at]};
     }
+    write_row_pair<D>(o, r, c, to);
     __syncwarp();
     if (speaks) barrier_arrive(shared_address(&s->q_empty[place]));
   }
-}
-
-// o = 0 and lse = inf for filler.
-static __device__ inline void write_filler(const ForwardCall &c) {
-  const int H = c.shape.H, T = c.shape.T, used = batch_used(c.b);
-  for (int64_t i = (int64_t)used * H * (D / 8) + blockIdx.x * 2 * GROUP + threadIdx.x - GROUP;
-       i < (int64_t)T * H * (D / 8); i += (int64_t)gridDim.x * 2 * GROUP)
-    ((uint4 *)c.o)[i] = make_uint4(0, 0, 0, 0);
-  for (int i = used * H + blockIdx.x * 2 * GROUP + threadIdx.x - GROUP; i < T * H; i += gridDim.x * 2 * GROUP)
-    c.lse[(int64_t)(i % H) * T + i / H] = INFINITY;
 }
 #endif
 
@@ -327,7 +251,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wid
     copy_tiles(s, p);
   } else {
     registers_take<224>();
-    write_filler(p.c);
+    write_filler<D>(p.c, blockIdx.x * 2 * GROUP + threadIdx.x - GROUP, gridDim.x * 2 * GROUP);
     multiply(s, p);
   }
 #endif
@@ -335,16 +259,9 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wid
 
 // ---- the host side ----
 
-size_t attention_fwd_wide_scratch(const Dims *d) {
-  SpanList list;
-  return span_list_bind(&list, d->T, NULL);
-}
-
 void attention_fwd_wide(const ForwardCall *c, void *scratch, cudaStream_t stream) {
-  FlashCall p = {.c = *c, .queries = {}};
-  span_list_bind(&p.queries, c->shape.T, scratch);
-  int rows = c->shape.H / c->shape.G % 2 == 0 ? FLASH_ROWS : FLASH_SETS * FLASH_ROWS;
-  CUDA_LAUNCH(attention_list, 1, SPAN_THREADS, 0, stream, p.queries, c->b, rows);
+  FlashCall p = {.c = *c, .taken = (int *)scratch};
+  CUDA_CHECK(cudaMemsetAsync(p.taken, 0, sizeof *p.taken, stream));
   CUDA_ALLOW_SHARED(attention_forward_wide, sizeof(FlashShared));
   CUDA_LAUNCH(attention_forward_wide, cuda_sm_count(), FLASH_THREADS, sizeof(FlashShared), stream, p);
 }

@@ -1,7 +1,7 @@
 // Before and after the backward attention's pass (attention_pass.h).
 #include "kernels/cuda/attention_pass.h"
 
-enum { D = 128, PREPARE_THREADS = SPAN_THREADS };
+enum { D = 128, PREPARE_THREADS = 256 };
 
 size_t pass_bind(PassScratch *s, const Dims *d, void *base) {
   char *at = (char *)base;
@@ -15,21 +15,22 @@ size_t pass_bind(PassScratch *s, const Dims *d, void *base) {
   PASS_TAKE(lse2, float, lines);
   PASS_TAKE(delta, float, lines);
   PASS_TAKE(turn, uint32_t, lines);
+  PASS_TAKE(taken, int, 1);
 #undef PASS_TAKE
-  return used + span_list_bind(&s->keys, d->T, base ? at + used : NULL);
+  return used;
 }
 
-// The first block makes the list; of the others, as many threads as a row of one head has chunks find its delta.
+// As many threads as a row of one head has chunks find its delta.
 static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(PassCall p) {
   await_previous();
   const BackwardCall &c = p.c;
   const int H = c.shape.H, T = c.shape.T, chunks = D / 8;
-  if (blockIdx.x == 0) return list_spans(p.s.keys, c.b, PASS_KEYS);
-  int64_t thread = (int64_t)(blockIdx.x - 1) * PREPARE_THREADS + threadIdx.x, item = thread / chunks;
+  int64_t thread = (int64_t)blockIdx.x * PREPARE_THREADS + threadIdx.x, item = thread / chunks;
   if (thread < (int64_t)H * T) {
     p.s.lse2[thread] = c.lse[thread] * LOG2E;
     p.s.turn[thread] = 0;
   }
+  if (thread == 0) *p.s.taken = 0;
   int position = (int)(item / H), head = (int)(item % H);
   float sum = 0;
   if (position < batch_used(c.b)) {
@@ -76,7 +77,7 @@ static int chunk_blocks(const PassCall *p) {
 }
 
 void attention_pass_prepare(const PassCall *p, cudaStream_t stream) {
-  CUDA_LAUNCH(attention_prepare, 1 + chunk_blocks(p), PREPARE_THREADS, 0, stream, *p);
+  CUDA_LAUNCH(attention_prepare, chunk_blocks(p), PREPARE_THREADS, 0, stream, *p);
 }
 
 void attention_pass_finish(const PassCall *p, cudaStream_t stream) {

@@ -9,16 +9,15 @@
 #define TESSERA_ATTENTION_PASS_H
 
 #include "kernels/cuda/attention_bwd.h"
-#include "kernels/cuda/attention_spans.h"
 
-enum { PASS_KEYS = 128 };
+enum { PASS_KEYS = BATCH_TILE };
 
 // Memory between the kernels of a call.
 typedef struct PassScratch {
   float *dq;           // [H, T, D] unscaled; elements of a row as dq_place says
   float *lse2, *delta; // [H, T] lse log2(e); rowsum(dO * O)
   uint32_t *turn;      // [H, T] of the query tile that begins there: units that have had their turn, and TURN_WRITTEN
-  SpanList keys;       // tiles of PASS_KEYS keys
+  int *taken;          // units that blocks have taken
 } PassScratch;
 #define TURN_WRITTEN (1u << 31) // one of them has written dq: the next adds to it
 
@@ -30,7 +29,7 @@ typedef struct PassCall {
 // Lays the arrays out from `base` (NULL: to measure); bytes.
 size_t pass_bind(PassScratch *s, const Dims *d, void *base);
 
-// Finds delta, lists the tiles of keys, sets turns to 0.
+// Finds delta, sets turns and taken units to 0.
 void attention_pass_prepare(const PassCall *p, cudaStream_t stream);
 // dq in bf16, and zeros in the filler rows of all gradients.
 void attention_pass_finish(const PassCall *p, cudaStream_t stream);

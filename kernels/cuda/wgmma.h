@@ -43,10 +43,11 @@ template <int n> static __device__ inline void wgmma_keep(float (&d)[n][4]) {
 
 // ---- the products; each starts, and belongs to the group of the next wgmma_commit ----
 
-// The first 32, 64, 128 operands, and sums as operands: 4, 16, 64 of d [n]; 2, 8 fragments of d [n][4].
+// The first 16, 32, 64, 128 operands, and sums as operands: 4, 16, 64 of d [n]; 2, 8 fragments of d [n][4].
+#define WGMMA_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_LIST_32                                                                                                  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                             \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  WGMMA_LIST_16 ", "                                                                                                   \
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_LIST_64                                                                                                  \
   WGMMA_LIST_32 ", "                                                                                                   \
                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                     \
@@ -79,7 +80,15 @@ template <int TRANS_A, int TRANS_B> static __device__ inline void wgmma_bf16(flo
                : "l"(a), "l"(b), "n"(TRANS_A), "n"(TRANS_B));
 }
 
-// d [64, N] = a [64, 16] b [N, 16]^T, N = 64 or 128, added to d if `add`; TRANS: the operand is MN-major.
+// d [64, N] = a [64, 16] b [N, 16]^T, N = 32, 64 or 128, added to d if `add`; TRANS: the operand is MN-major.
+template <int TRANS_A = 0, int TRANS_B = 0>
+static __device__ inline void wgmma_score(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
+  asm volatile("{.reg .pred add; setp.ne.b32 add, %18, 0; "
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" WGMMA_LIST_16
+               "}, %16, %17, add, 1, 1, %19, %20;}"
+               : WGMMA_PAIR(d, 0), WGMMA_PAIR(d, 2)
+               : "l"(a), "l"(b), "r"(add), "n"(TRANS_A), "n"(TRANS_B));
+}
 template <int TRANS_A = 0, int TRANS_B = 0>
 static __device__ inline void wgmma_score(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
   asm volatile("{.reg .pred add; setp.ne.b32 add, %34, 0; "
@@ -120,4 +129,5 @@ static __device__ inline void wgmma_add(float (&d)[16][4], const uint32_t a[4], 
 #undef WGMMA_LIST_128
 #undef WGMMA_LIST_64
 #undef WGMMA_LIST_32
+#undef WGMMA_LIST_16
 #endif

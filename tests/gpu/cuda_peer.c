@@ -4,12 +4,13 @@
 //   cuda_peer PACK_FILE KEY=VALUE... OP...    exit code 2 without a GPU
 //
 // Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), I0 I1 O0 O1 (LINEAR_*: widths of x and y by modality),
-// side (images are side x side patches), skew (of the experts' mean logits, the first is that many hundredths below
-// their middle, the last above; 30: the fullest expert has about 1.5 times its share, 160: 3 times). COPY copies 256
-// MiB. The pack is full: documents of 32-96 text tokens, one image and 0-32 text tokens; the last image is as large as
-// still fits. PACK_FILE receives its arrays as int32, one after another: n_text, n_image, n_segments, T, and doc_start,
-// kv_end [T] and seg_len [n_segments]. Then it prints "ready"; each line "OP" is answered by a line with the median
-// milliseconds of one launch, out of a captured graph, over copies of the operands that together exceed the L2 cache.
+// side (images are side x side patches), text (documents of that many text tokens alone, not of images), skew (of the
+// experts' mean logits, the first is that many hundredths below their middle, the last above; 30: the fullest expert
+// has about 1.5 times its share, 160: 3 times). COPY copies 256 MiB. The pack is full: documents of 32-96 text tokens,
+// one image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE receives its arrays as int32, one
+// after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and seg_len [n_segments]. Then it prints
+// "ready"; each line "OP" is answered by a line with the median milliseconds of one launch, out of a captured graph,
+// over copies of the operands that together exceed the L2 cache.
 #include "data/packer.h"
 #include "tests/gpu/cuda_bench.h"
 
@@ -22,7 +23,7 @@ typedef struct Peer {
   TimedCall timed[OP_COUNT]; // graph NULL: not named
   bool wanted[OP_COUNT];
   const char *path; // of the pack file
-  int side, skew;
+  int side, text, skew;
   int in[MODALITIES], out[MODALITIES];
 } Peer;
 
@@ -47,7 +48,9 @@ static void make_pack(Peer *p) {
     int before = case_int(o, 32, 96), after = case_int(o, 0, 32), side = image_side(room, before + after, p->side);
     const Piece pieces[] = {
         {.ids = ids, .n = before}, {.grid = {side, side}, .tag = 1}, {.ids = ids + before, .n = after}};
-    if (side)
+    if (p->text)
+      document_add_text(&docs[n], ids, (int)min_i64(room, p->text));
+    else if (side)
       document_interleaved(&docs[n], (uint64_t)n, d->V, pieces, 3, false, 0);
     else
       document_add_text(&docs[n], ids, room);
@@ -200,10 +203,10 @@ static int *size_named(Peer *p, const char *key) {
   const struct {
     const char *key;
     int *size;
-  } sizes[] = {{"T", &d->T},       {"C", &d->C},       {"H", &d->H},      {"G", &d->G},      {"D", &d->D},
-               {"Z", &d->Z},       {"E0", &d->E[0]},   {"E1", &d->E[1]},  {"F0", &d->F[0]},  {"F1", &d->F[1]},
-               {"K0", &d->K[0]},   {"K1", &d->K[1]},   {"I0", &p->in[0]}, {"I1", &p->in[1]}, {"O0", &p->out[0]},
-               {"O1", &p->out[1]}, {"side", &p->side}, {"skew", &p->skew}};
+  } sizes[] = {{"T", &d->T},       {"C", &d->C},       {"H", &d->H},       {"G", &d->G},      {"D", &d->D},
+               {"Z", &d->Z},       {"E0", &d->E[0]},   {"E1", &d->E[1]},   {"F0", &d->F[0]},  {"F1", &d->F[1]},
+               {"K0", &d->K[0]},   {"K1", &d->K[1]},   {"I0", &p->in[0]},  {"I1", &p->in[1]}, {"O0", &p->out[0]},
+               {"O1", &p->out[1]}, {"side", &p->side}, {"text", &p->text}, {"skew", &p->skew}};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     if (strcmp(sizes[i].key, key) == 0) return sizes[i].size;
   fprintf(stderr, "cuda_peer: there is no size %s\n", key);

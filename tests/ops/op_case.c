@@ -278,6 +278,20 @@ static void make_lists(OpCase *c) {
   }
 }
 
+// Tiles of documents, the longest first.
+static void make_tiles(Layout *l) {
+  Batch *b = &l->c->batch;
+  int n = 0;
+  for (int length = l->used; length > 0; length--)
+    for (int q = 0, end; q < l->used; q = end) {
+      for (end = q; end < l->used && b->doc_start[end] == q;) end++;
+      if (end - q != length) continue;
+      for (int first = q + (length - 1) / BATCH_TILE * BATCH_TILE; first >= q; first -= BATCH_TILE, n++)
+        b->tile[2 * n] = first, b->tile[2 * n + 1] = end;
+    }
+  b->dims->n_tiles = n;
+}
+
 static void make_segments(Layout *l) {
   OpCase *c = l->c;
   Batch *b = &c->batch;
@@ -318,6 +332,7 @@ void op_case_pack(OpCase *c, PackKind kind) {
   assign_rows(&l);
   make_segments(&l);
   make_lists(c);
+  make_tiles(&l);
   c->batch.dims->ce_scale = (float)(0.01 + 0.1 * case_uniform(c));
   c->batch.dims->flow_scale = (float)(0.001 + 0.01 * case_uniform(c));
   c->batch.dims->router_scale = (float)(0.2 + 0.8 * case_uniform(c));

@@ -180,8 +180,33 @@ static int check_lists(const Batch *b, BatchShape shape, Error *err) {
   return 0;
 }
 
+// Every document in tiles, one behind the other from its last to its first, the longest document first.
+static int check_tiles(const Batch *b, BatchShape shape, Error *err) {
+  const BatchDims *dims = b->dims;
+  int used = dims->n_text + dims->n_image, covered = 0, i = 0;
+  CHECK(dims->n_tiles >= 0 && dims->n_tiles <= used, "%d tiles of %d positions", dims->n_tiles, used);
+  for (int length = shape.slots, start = 0; i < dims->n_tiles;) {
+    int first = b->tile[2 * i], end = b->tile[2 * i + 1], before = start;
+    CHECK(first >= 0 && first < used && end > first && end <= used, "tile %d: [%d, %d)", i, first, end);
+    start = b->doc_start[first];
+    CHECK(b->doc_start[end - 1] == start && (end == used || b->doc_start[end] == end),
+          "tile %d: no document ends at %d", i, end);
+    CHECK(end - start < length || (end - start == length && (!covered || start > before)),
+          "tile %d: a document of %d after one of %d", i, end - start, length);
+    length = end - start;
+    for (int at = start + (length - 1) / BATCH_TILE * BATCH_TILE; at >= start; at -= BATCH_TILE, i++)
+      CHECK(i < dims->n_tiles && b->tile[2 * i] == at && b->tile[2 * i + 1] == end, "tile %d: not at %d", i, at);
+    covered += length;
+  }
+  CHECK(covered == used, "tiles of %d positions, not %d", covered, used);
+  for (; i < shape.slots; i++) CHECK(!b->tile[2 * i] && !b->tile[2 * i + 1], "tile %d is unused, yet not 0", i);
+  return 0;
+}
+
 int pack_check(const Batch *b, BatchShape shape, Error *err) {
-  if (check_order(b, shape, err) || check_segments(b, shape, err) || check_lists(b, shape, err)) return -1;
+  if (check_order(b, shape, err) || check_segments(b, shape, err) || check_lists(b, shape, err) ||
+      check_tiles(b, shape, err))
+    return -1;
   int used = b->dims->n_text + b->dims->n_image;
   for (int first = 0, end; first < used; first = end) {
     for (end = first; end < used && b->doc_start[end] == first;) end++;

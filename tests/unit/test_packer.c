@@ -271,12 +271,12 @@ static void test_check_finds_faults(void **state) {
     struct {
       int32_t *array;
       int count;
-    } place[] = {{b->row, T},         {b->seq, T},          {b->token, T},         {b->target, T},
-                 {b->target_kind, T}, {b->target_row, T},   {b->segment, T},       {b->position, 2 * T},
-                 {b->doc_start, T},   {b->kv_end, T},       {b->q_start, T},       {b->q_end, T},
-                 {b->id, T},          {b->id_start, T + 1}, {b->id_row, T},        {b->pool_segment, T},
-                 {b->seg_kind, G},    {b->seg_start, G},    {b->seg_len, G},       {b->seg_ordinal, G},
-                 {b->cap_start, G},   {b->cap_end, G},      {&b->dims->n_text, 4}, {&b->dims->n_ids, 1}};
+    } place[] = {
+        {b->row, T},          {b->seq, T},      {b->token, T},        {b->target, T},        {b->target_kind, T},
+        {b->target_row, T},   {b->segment, T},  {b->position, 2 * T}, {b->doc_start, T},     {b->kv_end, T},
+        {b->q_start, T},      {b->q_end, T},    {b->id, T},           {b->id_start, T + 1},  {b->id_row, T},
+        {b->pool_segment, T}, {b->seg_kind, G}, {b->seg_start, G},    {b->seg_len, G},       {b->seg_ordinal, G},
+        {b->cap_start, G},    {b->cap_end, G},  {b->tile, 2 * T},     {&b->dims->n_text, 4}, {&b->dims->n_ids, 2}};
     for (size_t i = 0; i < sizeof place / sizeof *place; i++) {
       // Entry 0 of seg_kind, seg_ordinal, cap_start and cap_end stands for text and says nothing.
       bool table = place[i].count == G && place[i].array != b->seg_start && place[i].array != b->seg_len;
