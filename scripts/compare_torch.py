@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/env python3
 """The engine beside PyTorch, written as a good user of it would: the same weights, the same pack, in one run.
 
     scripts/compare_torch.py CONFIG OUT              on a GPU; OUT/torch.json, torch.txt and torch.md
@@ -45,7 +45,7 @@ try:
     import torch_ways as W
     from torch_ways import M, R
 except ImportError as error:
-    print(f"skipped: {error}")
+    print(f"skipped: {error} (of {sys.executable})")
     sys.exit(77)
 
 WARM_UP, LEAST_STEPS = 6, 8  # steps of the engine: before those that count, and of those
