@@ -90,7 +90,8 @@ class Worker:
         try:
             said = self.pipe.recv() if self.pipe.poll(self.limit) else {"failed": f"longer than {self.limit:.0f} s"}
         except (EOFError, OSError):
-            said = {"failed": "its process ended"}
+            self.process.join()
+            said = {"failed": f"its process ended with {self.process.exitcode}"}
         if "failed" in said:
             self.end()
         return said

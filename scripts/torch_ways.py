@@ -6,9 +6,11 @@ launched op by op or captured as one CUDA graph by hand. Weights and gradients a
 else weights have fp32 masters and moments, as the engine has them.
 """
 import contextlib
+import faulthandler
 import gc
 import json
 import math
+import os
 import statistics
 import time
 import traceback
@@ -335,7 +337,10 @@ def check(peer, said, want, host, memory, flash):
 def serve(pipe, folder, device, autotune, log):
     """Answers ("open",), ("check", memory, flash) and ("time", way, seconds) with dictionaries, {"failed"} where one
     fails, until the pipe is closed. Each answer says the seconds that it took. folder: of a dump; log: a file for
-    tracebacks."""
+    tracebacks and the compiler's warnings."""
+    with open(log, "a") as out:
+        os.dup2(out.fileno(), 2)
+    faulthandler.enable()
     torch.manual_seed(1)
     peer = host = want = None
     with contextlib.suppress(EOFError):
@@ -360,8 +365,7 @@ def serve(pipe, folder, device, autotune, log):
                 else:
                     answer = (time_gpu if peer.gpu else time_cpu)(peer, operands[0], host, operands[1])
             except Exception as error:  # out of memory, of the compiler, of a capture: whatever, another way may do
-                with open(log, "a") as out:
-                    traceback.print_exc(file=out)
+                traceback.print_exc()
                 answer = {"failed": (str(error).strip().splitlines() or [type(error).__name__])[0][:160]}
             gc.collect()
             if device == "cuda" and "failed" not in answer:
