@@ -136,6 +136,7 @@ kept=$("$python" -c 'import json, sys
 rates = json.load(open(sys.argv[1]))["collectives"]
 print("%.4g GB/s reduced, %.4g gathered, %.0f us each (measured)" % (rates["reduce"] / 1e9, rates["gather"] / 1e9, 1e6 * rates["latency"]))' \
   "$dir/pair/costs.json") || fail "no rates of collectives in costs.json"
+[ "${kept%each*}" != "1 GB/s reduced, 1 gathered, 50 us " ] || fail "rates of collectives: those that are assumed"
 rates 2 | grep -qF "collectives of 2 processes: $kept" || fail "a plan with other rates than the run's ($kept)"
 grep -q 'measured in' "$dir/log" && fail "a plan of a run that has rates: measured again"
 rates 3 | grep -q '^collectives of 3 processes: .* (measured);' && grep -q '^collectives of 3 .*(measured in' "$dir/log" ||
