@@ -18,7 +18,8 @@ typedef struct KindCost {
 
 struct Profile {
   const Backend *backend;
-  OpTime *times; // [ops of the longest program]
+  OpTime *times; // [room]
+  int room;
   bool table;
   int64_t first_step, last_step; // timed; none yet where the last is before the first
   KindCost kind[OP_COUNT];
@@ -29,18 +30,9 @@ struct Profile {
 };
 
 Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first) {
-  const Program *programs[] = {e->first.program, e->later.program,      e->last.program,      e->update,
-                               e->update_ema,    e->opening[0].program, e->opening[1].program};
-  int most = 0;
-  for (size_t i = 0; i < sizeof programs / sizeof *programs; i++)
-    if (programs[i] && programs[i]->n_ops > most) most = programs[i]->n_ops;
   Profile *p = xcalloc(1, sizeof *p);
-  *p = (Profile){.backend = e->model.backend,
-                 .times = xcalloc((size_t)most, sizeof *p->times),
-                 .table = table,
-                 .first_step = first,
-                 .last_step = first - 1,
-                 .trace_path = trace};
+  *p = (Profile){
+      .backend = e->model.backend, .table = table, .first_step = first, .last_step = first - 1, .trace_path = trace};
   if (table && p->backend->rates) p->rates = p->backend->rates();
   return p;
 }
@@ -49,8 +41,10 @@ static bool is_traced(const Profile *p, int64_t step) {
   return p->trace_path && step == p->first_step;
 }
 
-OpTime *profile_times(Profile *p, int64_t step) {
+OpTime *profile_times(Profile *p, const Program *program, int64_t step) {
   if (!p || step < p->first_step || (!p->table && !is_traced(p, step))) return NULL;
+  if (program->n_ops > p->room) p->times = xrealloc(p->times, (size_t)program->n_ops * sizeof *p->times);
+  p->room = program->n_ops > p->room ? program->n_ops : p->room;
   return p->times;
 }
 

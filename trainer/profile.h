@@ -13,10 +13,11 @@ typedef struct Profile Profile;
 
 // Times step `first`, which must have nothing left to warm up, and with `table` every step after it. trace: the file
 // for a trace of step `first`, whose replays then follow each other, their times read afterwards; NULL: none. Engine
-// and trace are borrowed; the engine's training programs must be recorded.
+// and trace are borrowed.
 Profile *profile_open(const Engine *e, bool table, const char *trace, int64_t first);
-// Memory for the times of a replay in this step; NULL: the step is not timed, as none is where p is NULL.
-OpTime *profile_times(Profile *p, int64_t step);
+// Memory for the times of a replay of this program in this step, until the next call; NULL: the step is not timed, as
+// none is where p is NULL.
+OpTime *profile_times(Profile *p, const Program *program, int64_t step);
 // Notes the replay that has just filled those times, of a pack with these extents (NULL: of the update). -1 with *err
 // when the trace cannot be written.
 int profile_note(Profile *p, const Program *program, const Extents *extents, int64_t step, Error *err);

@@ -84,8 +84,8 @@ static int run_micro_steps(Trainer *t, Feed *feed, Profile *profile, StepSums *s
     s->flops += transformer_flops(c, extents.text - pack->padding, extents.image, extents.pairs - pack->padding_pairs);
     s->slots += e->slots;
     if (k == 0 && watch_due(&t->watch) && time_ops(t, pack->block, &extents, err) != 0) return -1;
-    OpTime *times = profile_times(profile, t->state.step);
     const ModelProgram *m = engine_micro_step(e, k);
+    OpTime *times = profile_times(profile, m->program, t->state.step);
     engine_run(e, m, pack->block, times);
     int wrong = k == 0 && c->train.verify_every && t->state.step % c->train.verify_every == 0 &&
                 verify_micro_step(e, &pack->batch, t->state.step, t->run, err) != 0;
@@ -161,7 +161,7 @@ static int train_step(Trainer *t, Feed *feed, Report *report, Profile *profile, 
   StepScalars scalars = optimizer_scalars(c, &t->state.optimizer, t->state.step);
   int ema = optimizer_ema_due(c, t->state.step);
   const Program *update = ema ? t->engine.update_ema : t->engine.update;
-  OpTime *times = profile_times(profile, t->state.step);
+  OpTime *times = profile_times(profile, update, t->state.step);
   OpTime *watched = times ? NULL : watch_times(&t->watch, &t->engine, update, t->state.step);
   engine_update(&t->engine, &scalars, ema, watched ? watched : times);
   if (watched) watch_update(&t->watch, &t->engine, update);
