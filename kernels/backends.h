@@ -17,7 +17,7 @@ const Backend *backend_for_plan(const Config *c, Error *err);
 // Connects the devices of a plan's processes, which all call it, so that they can be measured: 1; 0 where one is
 // alone, where they have no devices and, with a message, where these cannot be connected. backend_leave as above.
 int backend_join_for_plan(const Backend *b, const Config *c);
-// Takes into b, a copy of a backend, the ways of computing ops that the config chooses.
+// Takes into b, a copy of a backend, the ways of computing ops and the type of the moments that the config chooses.
 void backend_choose(Backend *b, const Config *c);
 // Whether this machine has what they need: 0, or -1 with *err. Says which choices change nothing on this backend.
 int backend_check_ways(const Backend *b, const Config *c, Error *err);

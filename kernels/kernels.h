@@ -168,12 +168,15 @@ typedef struct KernelCall {
   const OpArgs *args;
   void *stream;  // the lane's queue on the device (CUDA: cudaStream_t); NULL on the CPU
   void *scratch; // kernel_scratch() bytes that is this op's alone while it runs, of any content
+  int takes;     // of the device's multiprocessors it makes do with that many, since the compute lane has the others;
+                 //   0: all are its own
+  int leaves;    // so many of them another lane's op has: what would fill the device leaves them
 } KernelCall;
 
 typedef void (*KernelFn)(const KernelCall *call);
 
 // Queues of work, each in order. Nothing is ordered between them but by events.
-typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_COMM, LANE_COUNT } Lane;
+typedef enum Lane { LANE_COMPUTE, LANE_D2H, LANE_H2D, LANE_UPDATE, LANE_COMM, LANE_COUNT } Lane;
 
 enum { SLAB_SLOTS = 4 };
 
@@ -274,6 +277,7 @@ struct Backend {
   // Measures copies, with all queues empty; zeros where no device is open. NULL: there is no link.
   LinkRates (*link)(void);
   DeviceRates assumed; // of the device that plans are made for where none is open
+  int multiprocessors; // of that device, which lanes share (KernelCall.takes); 0: they do not
   LinkRates assumed_link;
   GroupRates assumed_group;
   int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known

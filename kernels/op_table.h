@@ -56,7 +56,7 @@ typedef struct OpArgs {
       int64_t count; // elements
       int is_f64;    // of F64, rather than DT_REAL (ALL_GATHER: DT_ACT)
     } group;
-    struct {                  // GRAD_SQUARES, GRAD_DECIDE, GRAD_HASH, ADAMW, EMA
+    struct {                  // GRAD_SQUARES, GRAD_DECIDE, GRAD_HASH, ADAMW
       const ParamSpan *spans; // [n]
       int n;
       int64_t begin, end; // elements of the slabs that the operands hold, which are all that is covered of the spans
@@ -174,12 +174,9 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
   OP(GRAD_SQUARES, NONE, 2 * params_count(args), IN(grads, WHOLE), OUT(squares, WHOLE))                                \
   OP(GRAD_DECIDE, NONE, 0, IN(squares, WHOLE) IN(metrics, WHOLE) IN(scalars, WHOLE), OUT(status, WHOLE))               \
   OP(GRAD_HASH, NONE, 0, IN(grads, WHOLE), OUT(hash, WHOLE))                                                           \
-  OP(ADAMW, NONE, 14 * params_count(args), IN(grads, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE),                      \
+  OP(ADAMW, NONE, adamw_flops(op) * params_count(args), IN(grads, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE),                      \
      OUT(weights, WHOLE, ADDS_ALWAYS) OUT(m, WHOLE, ADDS_ALWAYS) OUT(v, WHOLE, ADDS_ALWAYS)                            \
-     OUT(remainder, WHOLE, (OPTIONAL | ADDS_ALWAYS)))                                                                  \
-  OP(EMA, NONE, 3 * params_count(args),                                                                                \
-     IN(weights, WHOLE) IN(status, WHOLE) IN(scalars, WHOLE) IN(remainder, WHOLE, OPTIONAL),                           \
-     OUT(ema, WHOLE, ADDS_ALWAYS))                                                                                     \
+     OUT(remainder, WHOLE, (OPTIONAL | ADDS_ALWAYS)) OUT(ema, WHOLE, (OPTIONAL | ADDS_ALWAYS)))                        \
   OP(CAST, NONE, 0, IN(src, WHOLE), OUT(dst, WHOLE))                                                                   \
   OP(ALL_REDUCE, NONE, args->group.count, , OUT(values, WHOLE, ADDS_ALWAYS))                                           \
   OP(REDUCE_SCATTER, NONE, args->group.count, , OUT(values, WHOLE, ADDS_ALWAYS))                                       \
@@ -278,8 +275,8 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 // ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
 //                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
 //                 bias1, v^ = v / bias2. w is the weight itself, or with remainder [n] U16 the fp32 master that the two
-//                 stand for (master_join). Does nothing with status->skip.
-// EMA             ema += (1 - ema_decay) (w - ema), w as in ADAMW. Does nothing with status->skip.
+//                 stand for (master_join). ema += (1 - ema_decay) (w - ema), w as it is then. Does nothing with
+//                 status->skip.
 // CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.
 // ALL_REDUCE      of the process group (base/ranks.h), on the comm lane, and so in the same order in all processes:
 //                 values = the sum of what every process has there, added in the order of ranks.

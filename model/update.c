@@ -208,11 +208,10 @@ static void update_return(const Parts *s, const Part *part, Lent lent, int ema) 
   if (ema) part_return(s, part, SPACE_EMA, lent.ema);
 }
 
-static void record_part(const Parts *s, const Part *part, Lent lent, TensorId status, TensorId scalars, int ema) {
-  TensorId weights = part_of(s, part, SPACE_WEIGHTS), remainders = part_of(s, part, SPACE_REMAINDER);
+static void record_part(const Parts *s, Lane lane, const Part *part, Lent lent, TensorId status, TensorId scalars) {
   OpArgs a = part_args(s, part);
-  program_op(s->p, OP_ADAMW, IN(lent.grads, status, scalars), OUT(weights, lent.m, lent.v, remainders), &a);
-  if (ema) program_op(s->p, OP_EMA, IN(weights, status, scalars, remainders), OUT(lent.ema), &a);
+  program_op_on(s->p, lane, OP_ADAMW, IN(lent.grads, status, scalars),
+                OUT(part_of(s, part, SPACE_WEIGHTS), lent.m, lent.v, part_of(s, part, SPACE_REMAINDER), lent.ema), &a);
 }
 
 static int part_travels(const Parts *s, const Part *part, int ema) {
@@ -246,7 +245,7 @@ static void record_apply(Parts *s, TensorId status, TensorId scalars, int ema, i
   // before that.
   for (int i = 0, sent = 0, ahead = 0; i < s->n; i++) {
     lend_ahead(s, lent, ema, &sent, &ahead);
-    record_part(s, &s->of[i], lent[i], status, scalars, ema);
+    record_part(s, LANE_COMPUTE, &s->of[i], lent[i], status, scalars);
     if (all || bucket_opens(&s->model->params, s->of[i].bucket)) bucket_gather(s->p, s->model, s->of[i].bucket);
     ahead -= part_travels(s, &s->of[i], ema);
     lend_ahead(s, lent, ema, &sent, &ahead);
@@ -277,7 +276,7 @@ Program *apply_record(const Model *model, int ema) {
 void bucket_update(Program *p, const Model *model, const ParamBucket *b, int ema) {
   const Parts s = {.model = model, .p = p};
   const Part part = part_share(model, b);
-  record_part(&s, &part, update_lend(&s, &part, ema), status_of(p), scalars_of(p), ema);
+  record_part(&s, LANE_UPDATE, &part, update_lend(&s, &part, ema), status_of(p), scalars_of(p));
   bucket_gather(p, model, b);
 }
 

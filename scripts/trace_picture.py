@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A picture of a traced step as SVG: what the compute lane and the copies in both directions do, one above the other.
+"""A picture of a traced step as SVG: what its lanes of ops and of copies do, one above the other.
 
     scripts/trace_picture.py TRACE.json [OUT.svg] [--from MS] [--to MS]      default: TRACE.svg, the whole step
 
@@ -13,7 +13,8 @@ import math
 import sys
 from pathlib import Path
 
-LANES = ["compute", "device to host", "host to device", "between processes"]
+WORK = ["compute", "update"]  # lanes of ops; an overlapped update has one of its own
+TRANSFERS = ["device to host", "host to device", "between processes"]
 WIDTH, LEFT, RIGHT, TOP = 1200, 136, 20, 64
 LANE_H, LANE_GAP, AXIS_H, LEGEND_H = 56, 14, 40, 30
 PAUSE = 0.02  # ms: between two ops of the compute lane that follow each other; a longer one is a wait
@@ -25,7 +26,7 @@ FAMILIES = [
     ("attention", "#009e73", ("ATTENTION", "QKNORM")),
     ("norms, modulation", "#e69f00", ("ADALN", "COMBINE_ADALN", "MOD", "COND")),
     ("router", "#cc79a7", ("ROUTER",)),
-    ("update", "#666666", ("ADAMW", "EMA", "GRAD")),
+    ("update", "#666666", ("ADAMW", "GRAD")),
     ("others", "#bbbbbb", ("",)),
     ("copies", "#56b4e9", ()),
 ]
@@ -58,7 +59,7 @@ def read_trace(path):
 
 
 def colour(lane, op):
-    if lane != LANES[0]:
+    if lane not in WORK:
         return FAMILIES[-1][1]
     return next(c for _, c, prefixes in FAMILIES if op.startswith(prefixes))
 
@@ -89,7 +90,7 @@ def overlap(a, b):
 
 def copy_times(lanes, slices):
     """Milliseconds in which these lanes copied, and of them those beside the compute lane's work."""
-    compute = merged(((s[2], s[3]) for s in slices if s[0] == LANES[0]), PAUSE)
+    compute = merged(((s[2], s[3]) for s in slices if s[0] == WORK[0]), PAUSE)
     busy = merged((s[2], s[3]) for s in slices if s[0] in lanes)
     return sum(e - b for b, e in busy), overlap(busy, compute)
 
@@ -107,11 +108,11 @@ def copies_text(lane, slices):
 def hidden_text(slices):
     """Which share of the transfers' time passed beside work of the compute lane."""
     shares = []
-    for lane in LANES[1:]:
+    for lane in TRANSFERS:
         took, hidden = copy_times([lane], slices)
         if took > 0:
             shares.append(f"{lane} {hidden / took:.1%}")
-    took, hidden = copy_times(LANES[1:], slices)
+    took, hidden = copy_times(TRANSFERS, slices)
     if not shares:
         return "no transfers"
     return f"transfers hidden: {', '.join(shares)}; {took - hidden:.3g} ms with no op beside them"
@@ -142,9 +143,9 @@ def tick_step(span):
 
 
 def draw(title, programs, slices, first, last):
-    present = [lane for lane in LANES if lane == LANES[0] or any(s[0] == lane for s in slices)]
+    present = [lane for lane in WORK + TRANSFERS if lane == WORK[0] or any(s[0] == lane for s in slices)]
     width, bottom = WIDTH - LEFT - RIGHT, TOP + len(present) * (LANE_H + LANE_GAP)
-    notes = [copies_text(lane, slices) for lane in present[1:]]
+    notes = [copies_text(lane, slices) for lane in present if lane in TRANSFERS]
     notes += [hidden_text(slices)] if notes else []
     height = bottom + AXIS_H + LEGEND_H + 20 * len(notes) + 8
 
@@ -204,7 +205,7 @@ def main():
     except OSError as e:
         fail(f"cannot write {out}: {e.strerror}", "OUT.svg is a file, in a folder that there is")
     print(f"{out}: {first:g} to {last:g} ms")
-    for lane in LANES[1:]:
+    for lane in TRANSFERS:
         print(copies_text(lane, slices))
     print(hidden_text(slices))
 

@@ -69,6 +69,7 @@ static void add_costs(Profile *p, const Program *program, const Extents *x) {
 static const char *const lane_name[LANE_COUNT] = {[LANE_COMPUTE] = "compute",
                                                   [LANE_D2H] = "device to host",
                                                   [LANE_H2D] = "host to device",
+                                                  [LANE_UPDATE] = "update",
                                                   [LANE_COMM] = "between processes"};
 
 // The file of the traced step, opened at its first replay. Chrome's trace event format: a process for the step, a
@@ -119,12 +120,13 @@ static void trace_replay(Profile *p, const Program *program, const Extents *x) {
     fputs("\"tensor\": ", p->trace);
     json_write_string(p->trace, named == NO_TENSOR ? "" : program->tensors[named].name);
     if (op->layer >= 0) fprintf(p->trace, ", \"layer\": %d", op->layer);
-    if (op->lane != LANE_COMPUTE) { // over the link they go once, while an op's bytes are read and written
+    int computes = op->lane == LANE_COMPUTE || op->lane == LANE_UPDATE;
+    if (!computes) { // over the link they go once, while an op's bytes are read and written
       bytes = (double)program->tensors[op->out[0]].bytes;
       fprintf(p->trace, ", \"bytes\": %.0f", bytes);
     }
     if (seconds > 0) fprintf(p->trace, ", \"GB/s\": %.4g", bytes / seconds / 1e9);
-    if (seconds > 0 && op->lane == LANE_COMPUTE) fprintf(p->trace, ", \"GFLOP/s\": %.1f", flops / seconds / 1e9);
+    if (seconds > 0 && computes) fprintf(p->trace, ", \"GFLOP/s\": %.1f", flops / seconds / 1e9);
     fputs("}}", p->trace);
   }
 }

@@ -114,9 +114,11 @@ void cpu_ADAMW(const KernelCall *c) {
   const UpdateStatus *status = c->in.ADAMW.status;
   const StepScalars *s = c->in.ADAMW.scalars;
   real *weights = c->out.ADAMW.weights, *ms = c->out.ADAMW.m, *vs = c->out.ADAMW.v;
+  real *emas = c->out.ADAMW.ema;
   if (status->skip) return;
   real beta1 = (real)s->beta1, beta2 = (real)s->beta2, fresh1 = (real)(1 - s->beta1), fresh2 = (real)(1 - s->beta2);
   real step = (real)(s->lr / s->bias1), unbias2 = (real)(1 / s->bias2), eps = (real)s->eps, scale = (real)status->scale;
+  real rate = (real)(1 - s->ema_decay);
 #pragma omp parallel
   for (int p = 0; p < c->args->params.n; p++) {
     ParamSpan span = params_span(c->args, p);
@@ -134,25 +136,8 @@ void cpu_ADAMW(const KernelCall *c) {
         v[i] = vi;
         w[i] -= step * mi / (real_sqrt(vi * unbias2) + eps) + shrink * w[i];
       }
-    }
-  }
-}
-
-void cpu_EMA(const KernelCall *c) {
-  const real *weights = c->in.EMA.weights;
-  const UpdateStatus *status = c->in.EMA.status;
-  const StepScalars *scalars = c->in.EMA.scalars;
-  real *emas = c->out.EMA.ema;
-  if (status->skip) return;
-  real rate = (real)(1 - scalars->ema_decay);
-#pragma omp parallel
-  for (int p = 0; p < c->args->params.n; p++) {
-    ParamSpan span = params_span(c->args, p);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t at = 0; at < span.count; at += BLOCK) {
-      int64_t n = block_length(span.count, at, BLOCK);
-      const real *w = weights + span.offset + at;
-      real *ema = emas + span.offset + at;
+      if (!emas) continue;
+      real *ema = emas + first;
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) ema[i] += rate * (w[i] - ema[i]);
     }

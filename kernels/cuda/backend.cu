@@ -155,11 +155,12 @@ static int cuda_open(Error *err) {
               prop.minor);
     return -2;
   }
-  // A collective's few blocks go before the many of kernels, or they would only begin when those end.
+  // The few blocks of a collective or an update go before the many of kernels, or they would only begin when those end.
   int lowest, highest;
   CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
   for (int l = 0; l < LANE_COUNT; l++)
-    CUDA_CHECK(cudaStreamCreateWithPriority(&gpu.stream[l], cudaStreamNonBlocking, l == LANE_COMM ? highest : lowest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&gpu.stream[l], cudaStreamNonBlocking,
+                                            l == LANE_COMM || l == LANE_UPDATE ? highest : lowest));
   size_t total;
   CUDA_CHECK(cudaMemGetInfo(&gpu.free_at_open, &total));
   gpu.sm_count = prop.multiProcessorCount;
@@ -485,6 +486,7 @@ static Backend backend_make(void) {
   b.in_use = cuda_in_use;
   // An H200's, in a socket of fifth-generation PCI Express.
   b.assumed = {4.2e12, 710e12, 0};
+  b.multiprocessors = 132;
   b.assumed_link = {55.3e9, 55.3e9, 48.9e9, 48.9e9, 10e-6};
   // NCCL between two that NVLink connects, on some of 132 multiprocessors.
   b.assumed_group = {252e9, 269e9, 25e-6, COLLECTIVE_BLOCKS / 132.0, 0};

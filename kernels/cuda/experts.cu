@@ -44,6 +44,7 @@ static void up_fwd(const KernelCall *c, Tiles tiles) {
   const Dims *d = c->dims;
   const Route route = route_of(c, c->in.EXPERT_UP_FWD.route);
   Gemm g = experts_gemm(OP_EXPERT_UP_FWD, d, c->args, tiles);
+  g.leaves = c->leaves;
   GemmStoreSwiglu end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
@@ -62,6 +63,7 @@ static void down_fwd(const KernelCall *c, Tiles tiles) {
   const int C[MODALITIES] = {d->C, d->C};
   const Route route = route_of(c, c->in.EXPERT_DOWN_FWD.route);
   Gemm g = experts_gemm(OP_EXPERT_DOWN_FWD, d, c->args, tiles);
+  g.leaves = c->leaves;
   GemmStore end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];

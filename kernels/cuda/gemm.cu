@@ -115,7 +115,7 @@ template <class End> static void gemm_launch(const Gemm *g, const End *end, int 
   if (gemm_groups(&work->shape) == 0) return;
   work->shape.adds = adds_of(end, &work->shape);
   if (gemm_sm90_usable()) {
-    work->shape.blocks = cuda_sm_count();
+    work->shape.blocks = cuda_sm_count() - g->leaves;
     gemm_sm90(&l, kind, load_of(work), stream);
   } else {
     work->shape.bn[TEXT] = work->shape.bn[IMAGE] = GEMM_PORTABLE_BN;

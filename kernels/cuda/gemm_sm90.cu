@@ -62,7 +62,7 @@ template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static void launch_kernel(const GemmLaunch<End> *l, cudaStream_t stream) {
   auto kernel = gemm_sm90_kernel<KIND, LOAD, DRAWN, Tile, End>;
   CUDA_ALLOW_SHARED(kernel, Tile::SHARED_BYTES);
-  CUDA_LAUNCH(kernel, cuda_sm_count(), Tile::THREADS, Tile::SHARED_BYTES, stream, *l, maps_encode(l, KIND));
+  CUDA_LAUNCH(kernel, l->work.shape.blocks, Tile::THREADS, Tile::SHARED_BYTES, stream, *l, maps_encode(l, KIND));
 }
 
 template <int KIND, int LOAD, class Tile, class End> static void launch(const GemmLaunch<End> *l, cudaStream_t stream) {

@@ -152,6 +152,7 @@ static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALI
   linear_bind(&scratch, kind, c->dims, c->args, c->scratch);
   Gemm g = linear_gemm(kind, c->dims, c->args);
   g.scratch = scratch.gemm;
+  g.leaves = c->leaves;
   GemmStore end[MODALITIES] = {};
   Outside o = {};
   o.extent = a->extent;

@@ -43,6 +43,7 @@ static void fill(const KernelCall *c, void *pre, void *a) {
 extern "C" void cuda_SHARED_UP_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   Gemm g = shared_gemm(OP_SHARED_UP_FWD, d, c->batch->dims);
+  g.leaves = c->leaves;
   GemmStoreSwiglu end[MODALITIES] = {};
   for (int m = 0; m < MODALITIES; m++) {
     g.side[m].a = (const bf16 *)c->in.SHARED_UP_FWD.h;                // h [T, C]

@@ -329,11 +329,13 @@ extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
 typedef struct AdamConstants {
   float beta1, beta2, fresh1, fresh2; // fresh: 1 - beta
   float step, unbias2, eps, scale;
+  float rate; // of the average
 } AdamConstants;
 
 static __device__ inline AdamConstants adam_constants(const StepScalars *s, const UpdateStatus *status) {
-  AdamConstants k = {(float)s->beta1,           (float)s->beta2,       (float)(1 - s->beta1), (float)(1 - s->beta2),
-                     (float)(s->lr / s->bias1), (float)(1 / s->bias2), (float)s->eps,         (float)status->scale};
+  AdamConstants k = {(float)s->beta1,       (float)s->beta2,           (float)(1 - s->beta1),
+                     (float)(1 - s->beta2), (float)(s->lr / s->bias1), (float)(1 / s->bias2),
+                     (float)s->eps,         (float)status->scale,      (float)(1 - s->ema_decay)};
   return k;
 }
 
@@ -371,102 +373,102 @@ static __device__ inline void split8(const float w[8], uint4 *weight, uint4 *rem
   *remainder = make_uint4(b[0], b[1], b[2], b[3]);
 }
 
-static __device__ inline void adam_eight(const AdamConstants &k, float shrink, int64_t at, const float *grads,
-                                         uint16_t *weights, float *ms, float *vs, uint16_t *remainders) {
-  float g[8], m[8], v[8], w[8];
-  uint4 weight = __ldcs((const uint4 *)(weights + at)), remainder = make_uint4(0, 0, 0, 0);
-  if (remainders) remainder = __ldcs((const uint4 *)(remainders + at));
-  load_floats(grads + at, g);
-  load_floats(ms + at, m);
-  load_floats(vs + at, v);
-  join8(weight, remainder, w); // without remainders: the weights as they are
+// The slabs of what an update reads and writes, by element; remainders and ema may be NULL.
+typedef struct AdamSlabs {
+  const float *grads;
+  float *ms, *vs, *emas;
+  uint16_t *weights, *remainders;
+} AdamSlabs;
+
+// Eight elements on their way.
+typedef struct Eight {
+  float g[8], m[8], v[8], ema[8];
+  uint4 weight, remainder;
+} Eight;
+
+static __device__ inline void eight_load(const AdamSlabs &s, int64_t at, Eight *x) {
+  x->weight = __ldcs((const uint4 *)(s.weights + at));
+  x->remainder = s.remainders ? __ldcs((const uint4 *)(s.remainders + at)) : make_uint4(0, 0, 0, 0);
+  load_floats(s.grads + at, x->g);
+  load_floats(s.ms + at, x->m);
+  load_floats(s.vs + at, x->v);
+  if (s.emas) load_floats(s.emas + at, x->ema);
+}
+
+static __device__ inline void eight_update(const AdamConstants &k, float shrink, const AdamSlabs &s, int64_t at,
+                                           Eight *x) {
+  float w[8];
+  join8(x->weight, x->remainder, w); // without remainders: the weights as they are
 #pragma unroll
-  for (int i = 0; i < 8; i++) w[i] = adam_update(k, shrink, g[i], &m[i], &v[i], w[i]);
-  store_floats(ms + at, m);
-  store_floats(vs + at, v);
-  if (remainders) {
-    split8(w, &weight, &remainder);
-    __stcs((uint4 *)(remainders + at), remainder);
+  for (int i = 0; i < 8; i++) w[i] = adam_update(k, shrink, x->g[i], &x->m[i], &x->v[i], w[i]);
+  store_floats(s.ms + at, x->m);
+  store_floats(s.vs + at, x->v);
+  if (s.remainders) {
+    split8(w, &x->weight, &x->remainder);
+    __stcs((uint4 *)(s.remainders + at), x->remainder);
   } else {
-    weight = pack8(w);
+    x->weight = pack8(w);
+    unpack8(x->weight, w); // what the average is of
   }
-  __stcs((uint4 *)(weights + at), weight);
+  __stcs((uint4 *)(s.weights + at), x->weight);
+  if (!s.emas) return;
+#pragma unroll
+  for (int i = 0; i < 8; i++) x->ema[i] += k.rate * (w[i] - x->ema[i]);
+  store_floats(s.emas + at, x->ema);
 }
 
-static __device__ inline void adam_one(const AdamConstants &k, float shrink, int64_t at, const float *grads,
-                                       uint16_t *weights, float *ms, float *vs, uint16_t *remainders) {
-  float m = ms[at], v = vs[at], w = master_join(weights[at], remainders ? remainders[at] : 0);
-  w = adam_update(k, shrink, grads[at], &m, &v, w);
-  ms[at] = m;
-  vs[at] = v;
-  if (remainders)
-    master_split(w, &weights[at], &remainders[at]);
-  else
-    weights[at] = __bfloat16_as_ushort(__float2bfloat16_rn(w));
+static __device__ inline void adam_one(const AdamConstants &k, float shrink, const AdamSlabs &s, int64_t at) {
+  float w = master_join(s.weights[at], s.remainders ? s.remainders[at] : 0);
+  w = adam_update(k, shrink, s.grads[at], &s.ms[at], &s.vs[at], w);
+  if (s.remainders) {
+    master_split(w, &s.weights[at], &s.remainders[at]);
+  } else {
+    s.weights[at] = __bfloat16_as_ushort(__float2bfloat16_rn(w));
+    w = master_join(s.weights[at], 0);
+  }
+  if (s.emas) s.emas[at] += k.rate * (w - s.emas[at]);
 }
 
-static __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(const float *grads, const UpdateStatus *status, const StepScalars *scalars,
-                 const __grid_constant__ SpanBatch batch, uint16_t *weights, float *ms, float *vs,
-                 uint16_t *remainders) {
+// A block has a multiprocessor to itself and as many bytes under way as keep its share of the memory's pace: so the
+// kernel goes as fast with a few blocks beside others' kernels as these can go, and alone with one on each.
+enum { ADAM_THREADS = 512, ADAM_EIGHTS = 2 };
+static_assert(CHUNK % (ADAM_THREADS * ADAM_EIGHTS * 8) == 0, "a chunk is a whole number of the block's accesses");
+
+static __global__ void __launch_bounds__(ADAM_THREADS, 1)
+    adamw_kernel(const UpdateStatus *status, const StepScalars *scalars, const __grid_constant__ SpanBatch batch,
+                 const AdamSlabs s) {
   await_previous();
   if (status->skip) return;
-  AdamConstants k = adam_constants(scalars, status);
-  float decay = (float)(scalars->lr * scalars->weight_decay);
-  Chunk c = chunk_of(batch, blockIdx.x);
-  float shrink = batch.span[c.param].decay ? decay : 0;
-  Eights e = chunk_eights(c);
-  for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8)
-    adam_eight(k, shrink, at, grads, weights, ms, vs, remainders);
-  int64_t single = chunk_single(c, e);
-  if (single >= 0) adam_one(k, shrink, single, grads, weights, ms, vs, remainders);
+  const AdamConstants k = adam_constants(scalars, status);
+  const float decay = (float)(scalars->lr * scalars->weight_decay);
+  for (int i = blockIdx.x; i < batch.first_chunk[batch.n]; i += gridDim.x) {
+    Chunk c = chunk_of(batch, i);
+    float shrink = batch.span[c.param].decay ? decay : 0;
+    Eights e = chunk_eights(c);
+    for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += ADAM_EIGHTS * ADAM_THREADS * 8) {
+      Eight x[ADAM_EIGHTS];
+#pragma unroll
+      for (int j = 0; j < ADAM_EIGHTS; j++)
+        if (at + j * ADAM_THREADS * 8 < e.end) eight_load(s, at + j * ADAM_THREADS * 8, &x[j]);
+#pragma unroll
+      for (int j = 0; j < ADAM_EIGHTS; j++)
+        if (at + j * ADAM_THREADS * 8 < e.end) eight_update(k, shrink, s, at + j * ADAM_THREADS * 8, &x[j]);
+    }
+    int64_t single = chunk_single(c, e);
+    if (single >= 0) adam_one(k, shrink, s, single);
+  }
 }
 
 extern "C" void cuda_ADAMW(const KernelCall *c) {
-  int n = c->args->params.n;
+  const AdamSlabs s = {(const float *)c->in.ADAMW.grads, (float *)c->out.ADAMW.m,
+                       (float *)c->out.ADAMW.v,          (float *)c->out.ADAMW.ema,
+                       (uint16_t *)c->out.ADAMW.weights, (uint16_t *)c->out.ADAMW.remainder};
+  const int n = c->args->params.n, most = c->takes ? c->takes : cuda_sm_count();
   for (int p = 0; p < n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args, p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
-      CUDA_LAUNCH(adamw_kernel, chunks, THREADS, 0, call_stream(c), (const float *)c->in.ADAMW.grads,
-                  (const UpdateStatus *)c->in.ADAMW.status, (const StepScalars *)c->in.ADAMW.scalars, batch,
-                  (uint16_t *)c->out.ADAMW.weights, (float *)c->out.ADAMW.m, (float *)c->out.ADAMW.v,
-                  (uint16_t *)c->out.ADAMW.remainder);
-  }
-}
-
-// ---- EMA ----
-
-static __global__ void __launch_bounds__(THREADS)
-    ema_kernel(const uint16_t *weights, const UpdateStatus *status, const StepScalars *scalars,
-               const uint16_t *remainders, const __grid_constant__ SpanBatch batch, float *emas) {
-  await_previous();
-  if (status->skip) return;
-  float rate = (float)(1 - scalars->ema_decay);
-  Chunk c = chunk_of(batch, blockIdx.x);
-  Eights e = chunk_eights(c);
-#pragma unroll 2
-  for (int64_t at = e.begin + threadIdx.x * 8; at < e.end; at += THREADS * 8) {
-    float ema[8], w[8];
-    load_floats(emas + at, ema);
-    join8(__ldcs((const uint4 *)(weights + at)),
-          remainders ? __ldcs((const uint4 *)(remainders + at)) : make_uint4(0, 0, 0, 0), w);
-#pragma unroll
-    for (int j = 0; j < 8; j++) ema[j] += rate * (w[j] - ema[j]);
-    store_floats(emas + at, ema);
-  }
-  int64_t at = chunk_single(c, e);
-  if (at >= 0) emas[at] += rate * (master_join(weights[at], remainders ? remainders[at] : 0) - emas[at]);
-}
-
-extern "C" void cuda_EMA(const KernelCall *c) {
-  int n = c->args->params.n;
-  for (int p = 0; p < n; p += BATCH_SPANS) {
-    SpanBatch batch = batch_of(c->args, p);
-    int chunks = batch.first_chunk[batch.n];
-    if (chunks)
-      CUDA_LAUNCH(ema_kernel, chunks, THREADS, 0, call_stream(c), (const uint16_t *)c->in.EMA.weights,
-                  (const UpdateStatus *)c->in.EMA.status, (const StepScalars *)c->in.EMA.scalars,
-                  (const uint16_t *)c->in.EMA.remainder, batch, (float *)c->out.EMA.ema);
+      CUDA_LAUNCH(adamw_kernel, chunks < most ? chunks : most, ADAM_THREADS, 0, call_stream(c),
+                  (const UpdateStatus *)c->in.ADAMW.status, (const StepScalars *)c->in.ADAMW.scalars, batch, s);
   }
 }

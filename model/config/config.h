@@ -168,7 +168,8 @@ typedef struct Config {
     StreamKind streams;            // of the GPU, as are graph and pdl
     bool graph, pdl;
     UpdateKind update;
-  } kernels; // what ablations switch
+    int update_share; // multiprocessors of an overlapped one
+  } kernels;          // what ablations switch
   struct {
     int zero;        // 0: every process has all of the optimizer's state, 1: a share of it, 2: of the gradients too
     int collectives; // a way of computing ops, by its number among the key's words

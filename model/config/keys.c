@@ -174,6 +174,8 @@ const Key config_keys[] = {
      "GPU of Hopper's kind: a kernel is launched while the one before ends (programmatic dependent launch)"},
     {"kernels.update", KEY_ENUM, AT(kernels.update), "sequential", 0, 0, "sequential|overlapped", NULL,
      "weights are updated at a step's end, or bucket by bucket in the next step's forward pass, ahead of their layer"},
+    {"kernels.update_share", KEY_INT, AT(kernels.update_share), "32", 1, 64, NULL, NULL,
+     "GPU: multiprocessors that an overlapped update has beside the forward pass"},
 
     {"parallel.zero", KEY_INT, AT(parallel.zero), "1", 0, 2, NULL, NULL,
      "several processes: 1: each has a share of Adam's moments and the EMA; 2: of the gradients too; 0: all of them"},

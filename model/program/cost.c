@@ -49,6 +49,11 @@ static int head_products(const Op *op) {
   return has_gradients ? 3 : 1;
 }
 
+// Of a parameter; the average is only updated where it is due.
+static int adamw_flops(const Op *op) {
+  return op->out[OUT_AT(ADAMW, ema)] != NO_TENSOR ? 17 : 14;
+}
+
 // The share of a two-sided buffer that the text and image rows use, with these elements a token.
 static double sided_used(const Extents *x, const Dims *d, double text, double image) {
   double most = d->T * fmax(text, image);

@@ -209,7 +209,11 @@ static int op_add(Program *p, Lane lane, OpKind kind, TensorList in, TensorList 
 }
 
 int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpArgs *args) {
-  return op_add(p, LANE_COMPUTE, kind, in, out, args);
+  return program_op_on(p, LANE_COMPUTE, kind, in, out, args);
+}
+
+int program_op_on(Program *p, Lane lane, OpKind kind, TensorList in, TensorList out, const OpArgs *args) {
+  return op_add(p, lane, kind, in, out, args);
 }
 
 void program_copy(Program *p, Lane lane, TensorId from, TensorId to) {

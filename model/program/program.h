@@ -92,7 +92,8 @@ struct Program {
   int64_t live_bytes;              // the largest sum of live tensors: a lower bound of arena_bytes
   int fullest;                     // the op position at which they are alive
   int64_t scratch_bytes;           // the most that one of its ops uses
-  int one_queue;                   // the copy lanes' ops go to the compute lane's queue, in recorded order
+  int one_queue;                   // the other lanes' ops go to the compute lane's queue, in recorded order
+  int update_share;                // multiprocessors of the update lane's ops beside the compute lane's (KernelCall)
   int use_graph;                   // replays launch a graph, captured at the first replay after program_bind
   int takes_pack;                  // its first op copies the staged pack to its place
   ProgramState *state;             // recorder's own: memo of rebuilt tensors, layer marks, capacities
@@ -125,6 +126,8 @@ typedef struct TensorList {
 // model code end in a panic that names op and operand: more or fewer operands than the table has, an absent one that is
 // not optional, an output that is an input too.
 int program_op(Program *p, OpKind kind, TensorList in, TensorList out, const OpArgs *args);
+// The same on any lane.
+int program_op_on(Program *p, Lane lane, OpKind kind, TensorList in, TensorList out, const OpArgs *args);
 
 // Appends a copy of all of a tensor on any lane.
 void program_copy(Program *p, Lane lane, TensorId from, TensorId to);

@@ -57,6 +57,23 @@ static Lane op_queue(const Program *p, const Op *op) {
   return p->one_queue ? LANE_COMPUTE : op->lane;
 }
 
+// Multiprocessors of what runs beside the update lane, and of that lane's ops. Until the compute lane has what it waits
+// for first, the update has the device to itself; from the last of its waits on, it has nothing to leave.
+static void multiprocessors_share(Program *p) {
+  int first = p->n_ops, last = 0;
+  for (int i = 0; i < p->n_ops && !p->one_queue; i++)
+    for (int w = 0; w < p->ops[i].n_waits; w++) {
+      if (p->ops[i].lane != LANE_COMPUTE || p->ops[p->ops[i].waits[w].op].lane != LANE_UPDATE) continue;
+      if (i < first) first = i;
+      last = i;
+    }
+  for (int i = first; i < p->n_ops; i++) {
+    Op *op = &p->ops[i];
+    if (op->lane == LANE_UPDATE) op->call.takes = p->update_share;
+    if (op->lane == LANE_COMPUTE && i < last) op->call.leaves = p->update_share;
+  }
+}
+
 void program_bind(Program *p, const Bases *bases) {
   ProgramState *s = p->state;
   if (!s->finished) panic("program %s: bound before program_finish", p->name);
@@ -79,6 +96,7 @@ void program_bind(Program *p, const Bases *bases) {
     for (int k = 0; k < OP_MAX_IN; k++) op->call.in.at[k] = op->in[k] == NO_TENSOR ? NULL : s->address[op->in[k]];
     for (int k = 0; k < OP_MAX_OUT; k++) op->call.out.at[k] = op->out[k] == NO_TENSOR ? NULL : s->address[op->out[k]];
   }
+  multiprocessors_share(p);
 }
 
 void *program_address(const Program *p, TensorId t) {
@@ -275,8 +293,8 @@ void program_replay_random(Program *p, uint64_t seed) {
   for (TensorId t = 0; t < p->n_tensors; t++)
     if (is_laid_out(&p->tensors[t])) tensor_overwrite(p, t);
   for (int step = 0; step < p->n_ops; step++) {
-    Philox4 r = philox4(seed, (uint64_t)step, 0, 0);
-    if (step == 0 || philox4(seed, (uint64_t)step, 1, 0).v[0] % 4 == 0) memcpy(favour, r.v, sizeof favour);
+    if (step == 0 || philox4(seed, (uint64_t)step, 1, 0).v[0] % 4 == 0)
+      for (int l = 0; l < LANE_COUNT; l++) favour[l] = philox4(seed, (uint64_t)step, 0, (uint64_t)l).v[0];
     int lane = -1;
     for (int l = 0; l < LANE_COUNT; l++)
       if (op_ready(p, next[l], done) && (lane < 0 || favour[l] > favour[lane])) lane = l;

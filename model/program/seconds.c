@@ -45,7 +45,6 @@ static Share kind_share(OpKind kind) {
   case OP_GRAD_SQUARES:
   case OP_GRAD_HASH:
   case OP_ADAMW:
-  case OP_EMA:
   case OP_COPY:
   case OP_ZERO:
     return (Share){1, .95};
@@ -127,7 +126,6 @@ uint64_t op_class(const Program *p, const Op *op) {
   case OP_GRAD_DECIDE:
   case OP_GRAD_HASH:
   case OP_ADAMW:
-  case OP_EMA:
     mix(&h, op->args.params.n);
     for (int i = 0; i < op->args.params.n; i++) mix(&h, params_span(&op->args, i).count);
     break;
@@ -175,7 +173,11 @@ void costs_put(Costs *c, const ClassSeconds *x) {
 }
 
 Costs costs_new(const Backend *b, const Extents *extents) {
-  return (Costs){.rates = b->assumed, .link = b->assumed_link, .group = b->assumed_group, .extents = *extents};
+  return (Costs){.rates = b->assumed,
+                 .link = b->assumed_link,
+                 .group = b->assumed_group,
+                 .multiprocessors = b->multiprocessors,
+                 .extents = *extents};
 }
 
 void costs_free(Costs *c) {

@@ -20,6 +20,7 @@ typedef struct Costs {
   LinkRates link;
   GroupRates group;
   int processes;         // of that group
+  int multiprocessors;   // that the compute and the update lane share; 0: they do not slow each other
   Extents extents;       // of a pack as the data fill it, which the model reckons with
   ClassSeconds *classes; // [n_classes], ascending by `of`
   int n_classes, room;

@@ -38,11 +38,25 @@ double copy_drag(const Costs *c) {
   return c->rates.bytes > 0 ? felt * c->link.d2h / c->rates.bytes : 0;
 }
 
+// How many times longer an op takes on `share` of the multiprocessors than on all of them: a product, and an update,
+// for which a part of them is enough where it has them to itself.
+static double slower_product(const Costs *c, int share) {
+  return c->multiprocessors > 0 ? (double)c->multiprocessors / share : 1;
+}
+static double slower_update(const Costs *c, int share) {
+  // On an H200, beside base's forward pass: a multiprocessor moves 48 GB/s, where all of them have 30 each.
+  return fmax(1, slower_product(c, share) * 30 / 48);
+}
+
 // How many times longer the lane's op takes than alone, as things are.
-static double slowness(const LaneState lane[LANE_COUNT], int l, const Costs *c) {
+static double slowness(const Program *p, const LaneState lane[LANE_COUNT], int l, const Costs *c) {
   const LinkRates *link = &c->link;
   int copies = lane[LANE_D2H].at_work + lane[LANE_H2D].at_work;
-  if (l == LANE_COMPUTE) return 1 / (1 - copy_drag(c) * copies - c->group.drag * lane[LANE_COMM].at_work);
+  int shares = lane[LANE_COMPUTE].at_work && lane[LANE_UPDATE].at_work && p->update_share > 0;
+  if (l == LANE_UPDATE) return shares ? slower_update(c, p->update_share) : 1;
+  if (l == LANE_COMPUTE)
+    return (shares ? slower_product(c, c->multiprocessors - p->update_share) : 1) /
+           (1 - copy_drag(c) * copies - c->group.drag * lane[LANE_COMM].at_work);
   if (copies < 2) return 1;
   return l == LANE_D2H ? link->d2h / link->both_d2h : l == LANE_H2D ? link->h2d / link->both_h2d : 1;
 }
@@ -63,12 +77,12 @@ Simulation simulate(const Program *p, const double *seconds, const Costs *costs,
       if (times) times[a->next].begin = s.seconds;
     }
     for (int l = 0; l < LANE_COUNT; l++) {
-      slow[l] = slowness(lane, l, costs);
+      slow[l] = slowness(p, lane, l, costs);
       if (lane[l].at_work) step = fmin(step, lane[l].left * slow[l]);
     }
     if (step == DBL_MAX) panic("program %s: waits that no order can satisfy", p->name);
     s.seconds += step;
-    if (!lane[LANE_COMPUTE].at_work) s.stalled += step;
+    if (!lane[LANE_COMPUTE].at_work && !lane[LANE_UPDATE].at_work) s.stalled += step;
     for (int l = 0; l < LANE_COUNT; l++) {
       LaneState *a = &lane[l];
       if (!a->at_work) continue;

@@ -3,8 +3,8 @@
 // A CudaCase is an OpCase (sizes, pack, host memory) beside a piece of device memory. Host operands are `real`, which
 // must be float; where the device stores bf16 they hold numbers that bf16 has. Every operand on the device lies between
 // guards. A call runs twice there, outputs, guards, scratch and unused parts of the inputs filled with one pattern the
-// first time (NaN) and another the second time (large numbers): the results must have the same bits, and inputs and
-// guards must be as they were.
+// first time (NaN) and another the second time (large numbers), when it also has few of the multiprocessors: the
+// results must have the same bits, and inputs and guards must be as they were.
 #ifndef TESSERA_CUDA_CASE_H
 #define TESSERA_CUDA_CASE_H
 

@@ -502,7 +502,7 @@ static void run_flow(CudaCase *c, const CudaShape *shape) {
 
 const Family families[FAMILIES] = {
     {"copies", run_copies, {OP_COPY, OP_ZERO, OP_ADD, OP_CAST}, .n = 4},
-    {"update", run_update, {OP_GRAD_SQUARES, OP_GRAD_DECIDE, OP_GRAD_HASH, OP_ADAMW, OP_EMA}, .n = 5},
+    {"update", run_update, {OP_GRAD_SQUARES, OP_GRAD_DECIDE, OP_GRAD_HASH, OP_ADAMW}, .n = 4},
     {"linear", run_linears, {OP_LINEAR_FWD, OP_LINEAR_DGRAD, OP_LINEAR_WGRAD}, .n = 3, .both_timed = true},
     {"embedding", run_embedding, {OP_NOISE, OP_EMBED_FWD, OP_EMBED_BWD, OP_POOL_FWD, OP_POOL_BWD}, .n = 5},
     {"condition",

@@ -99,7 +99,6 @@ static void dump_args(Dump *d, const char *prefix, OpKind kind, const OpArgs *a)
   case OP_GRAD_DECIDE:
   case OP_GRAD_HASH:
   case OP_ADAMW:
-  case OP_EMA:
     for (int i = 0; i < a->params.n; i++) {
       const ParamSpan *s = &a->params.spans[i];
       double span[3] = {(double)s->offset, (double)s->count, s->decay};

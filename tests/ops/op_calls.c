@@ -315,8 +315,7 @@ static void call_update(OpCalls *w, int spoil) {
   call(w, OP_GRAD_SQUARES, a, IN(grads), OUT(squares));
   call(w, OP_GRAD_DECIDE, a, IN(squares, metrics, scalars), OUT(status));
   call(w, OP_GRAD_HASH, a, IN(grads), OUT(hash));
-  call(w, OP_ADAMW, a, IN(grads, status, scalars), OUT(weights, m, v));
-  call(w, OP_EMA, a, IN(weights, status, scalars), OUT(ema));
+  call(w, OP_ADAMW, a, IN(grads, status, scalars), OUT(weights, m, v, none, optional(w, ema)));
 }
 
 void op_calls_run(OpCalls *w) {

@@ -596,17 +596,13 @@ def op_grad_hash(c, r):
 
 def op_adamw(c, r):
     s, (_, scale, skip, _) = scalars(r), status(r.i["status"])
-    want = {name: r.before[name].clone() for name in ("weights", "m", "v")}
+    want = {name: r.before[name].clone() for name in ("weights", "m", "v", "ema") if name in r.before}
     for at, decays in [] if skip else spans(r):
         g, w = scale * r.i["grads"][at], want["weights"][at]
         m = s["beta1"] * want["m"][at] + (1 - s["beta1"]) * g
         v = s["beta2"] * want["v"][at] + (1 - s["beta2"]) * g.square()
         step = m / s["bias1"] / ((v / s["bias2"]).sqrt() + s["eps"]) + s["weight_decay"] * decays * w
         want["weights"][at], want["m"][at], want["v"][at] = w - s["lr"] * step, m, v
+        if "ema" in want:
+            want["ema"][at] += (1 - s["ema_decay"]) * (want["weights"][at] - want["ema"][at])
     return want
-
-
-def op_ema(c, r):
-    s, skip = scalars(r), status(r.i["status"])[2]
-    ema = r.before["ema"]
-    return {"ema": ema if skip else ema + (1 - s["ema_decay"]) * (r.i["weights"] - ema)}

@@ -192,6 +192,40 @@ static void test_every_wait_is_needed(void **state) {
   model_case_free(&c);
 }
 
+// Updates that open a step: those that the first ops wait for have the device to themselves, those of later layers make
+// do with a share of it, which the products of the forward pass leave, and nothing else.
+static void test_update_beside_forward(void **state) {
+  (void)state;
+  enum { SHARE = 5 };
+  World w;
+  world_open(&w, 3); // four layers
+  const int L = w.c.config.model.layers;
+  w.c.model.state = STATE_DEVICE;
+  for (int i = 0; i < 4; i++) {
+    int one_queue = i / 2, waits = 0, alone = 0, beside = 0;
+    w.c.model.opening = i % 2 ? OPEN_UPDATE_EMA : OPEN_UPDATE;
+    PolicyTable t = policy_table_new(L, MEMORY_KEEP);
+    Program *p = transformer_record(&w.c.model, MODE_TRAIN_ONLY, w.c.ops.dims.T, w.c.ops.dims.segments, &t).program;
+    p->one_queue = one_queue;
+    p->update_share = SHARE;
+    bind(&w, p);
+    for (int k = 0; k < p->n_ops; k++) {
+      const Op *op = &p->ops[k];
+      if (op->kind == OP_ADAMW) *(op->call.takes ? &beside : &alone) += 1;
+      if (op->kind == OP_EXPERT_UP_FWD) assert_int_equal(op->call.leaves, one_queue ? 0 : SHARE);
+      if (op->kind == OP_EXPERT_UP_DGRAD || op->kind == OP_LINEAR_WGRAD) assert_int_equal(op->call.leaves, 0);
+      assert_true(op->lane == LANE_UPDATE ? !op->call.leaves : !op->call.takes);
+      assert_true(op->call.takes == 0 || op->call.takes == SHARE);
+    }
+    assert_int_equal(beside, one_queue ? 0 : L); // of layers 1 .. L - 1, and the heads
+    assert_int_equal(alone + beside, w.c.model.params.buckets);
+    check_order(p, &waits);
+    assert_true(waits >= L + 2);
+    policy_table_free(&t);
+  }
+  world_close(&w);
+}
+
 // The same of what several processes do, whatever each of them has of the state.
 static void test_every_wait_of_a_group(void **state) {
   (void)state;
@@ -302,8 +336,9 @@ static void test_places(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random_orders_same_bits),
-                                     cmocka_unit_test(test_every_wait_is_needed), cmocka_unit_test(test_places),
-                                     cmocka_unit_test(test_every_wait_of_a_group), cmocka_unit_test(test_shares)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_random_orders_same_bits), cmocka_unit_test(test_every_wait_is_needed),
+      cmocka_unit_test(test_update_beside_forward),   cmocka_unit_test(test_places),
+      cmocka_unit_test(test_every_wait_of_a_group),   cmocka_unit_test(test_shares)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -638,10 +638,10 @@ def _():  # the GPU's; the CPU says that they are
         assert r.rows[0]["loss"] == plain.rows[0]["loss"] and "nothing on the cpu" not in plain.log
 
 
-@key("kernels.update")
+@key("kernels.update", "kernels.update_share")
 def _():  # the same bits, and the metrics of each step
     ways = ("sequential", "overlapped")
-    end, head = (run({"train.steps": 5, "kernels.update": way, "train.ema_every": 2}) for way in ways)
+    end, head = (run({"train.steps": 5, "kernels.update": way, "kernels.update_share": 7, "train.ema_every": 2}) for way in ways)
     assert [r["loss"] for r in end.rows] == [r["loss"] for r in head.rows]
     for file in ("model", "ema"):
         one, two = end.tensors(file, 5), head.tensors(file, 5)

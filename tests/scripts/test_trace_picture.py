@@ -10,7 +10,7 @@ from pathlib import Path
 
 PICTURE = Path(__file__).resolve().parents[2] / "scripts" / "trace_picture.py"
 SVG = "{http://www.w3.org/2000/svg}"
-LANES = ["compute", "device to host", "host to device"]
+LANES = ["compute", "device to host", "host to device", "update"]
 
 
 def trace(slices):
@@ -30,6 +30,7 @@ OPS = [(0, "LINEAR_FWD", k, k + .99, 0) for k in range(40)] + [(0, "HEAD_CE", 42
 # 12 ms of copies down, of which 10 beside ops; the gap from 40 to 42 ms is what they hold up.
 DOWN = [(1, "COPY", 30.0, 36.0, 3e8), (1, "COPY", 36.0, 42.0, 3e8)]
 UP = [(2, "COPY", 42.0, 46.0, 2e8)]
+BESIDE = [(3, "ADAMW", 0, 25, 0)]  # of the step before
 
 
 def run(*arguments):
@@ -51,7 +52,7 @@ def rectangles(path):
 def main():
     with tempfile.TemporaryDirectory() as top:
         file, out = Path(top) / "step.json", Path(top) / "step.svg"
-        file.write_text(json.dumps(trace(OPS + DOWN + UP)))
+        file.write_text(json.dumps(trace(OPS + DOWN + UP + BESIDE)))
         done = run(file)
         assert done.returncode == 0, done.stderr
         # 0.6 GB in 12 ms; of those 12, the gap of 2.01 ms is no work, those of .01 ms are pauses between ops.
@@ -63,6 +64,8 @@ def main():
         whole, texts = rectangles(out)
         assert all(lane in texts for lane in LANES) and "step 4, <cuda>, 50.0 ms" in texts, texts
         assert hidden[0] in " ".join(texts), texts
+        updates = sorted((r for r in whole if r[3] == "#666666" and r[2] != 12), key=lambda r: r[2])
+        assert len(updates) == 2 and math.isclose(updates[1][2] / updates[0][2], 25 / 6, rel_tol=.01), updates
         copies = [r for r in whole if r[3] == "#56b4e9" and r[2] != 12]  # 12: the legend's
         assert len(copies) == 2, copies  # the two down touch
         assert math.isclose(copies[0][2] / copies[1][2], 3, rel_tol=.01), copies

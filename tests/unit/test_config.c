@@ -225,6 +225,7 @@ static const char *const other_values[] = {
     "kernels.graph=false",
     "kernels.pdl=true",
     "kernels.update=overlapped",
+    "kernels.update_share=16",
     "parallel.zero=0",
     "parallel.collectives=host"};
 

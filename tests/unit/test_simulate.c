@@ -15,7 +15,7 @@
 static const Costs alone = {.link = {.d2h = 1, .h2d = 1, .both_d2h = 1, .both_h2d = 1}};
 static const Costs halved = {.link = {.d2h = 1, .h2d = 1, .both_d2h = .5, .both_h2d = .5}};
 
-static const Lane C = LANE_COMPUTE, D = LANE_D2H, H = LANE_H2D;
+static const Lane C = LANE_COMPUTE, D = LANE_D2H, H = LANE_H2D, U = LANE_UPDATE;
 enum { MOST = 64 };
 
 // An op of a lane, what it takes, and up to two ops that it waits for; -1: none.
@@ -33,9 +33,9 @@ typedef struct Case {
 } Case;
 
 static Simulation play(Case *c, const Given *given, int n, const Costs *costs) {
-  int one_queue = c->p.one_queue;
+  int one_queue = c->p.one_queue, update_share = c->p.update_share;
   memset(c, 0, sizeof *c);
-  c->p = (Program){.ops = c->ops, .n_ops = n, .one_queue = one_queue};
+  c->p = (Program){.ops = c->ops, .n_ops = n, .one_queue = one_queue, .update_share = update_share};
   for (int i = 0; i < n; i++) {
     c->ops[i].lane = given[i].lane;
     c->seconds[i] = given[i].seconds;
@@ -132,6 +132,22 @@ static void test_group_drag(void **state) {
   check(s.stalled, 1);
 }
 
+// Beside each other the compute lane and an update have 3 and 1 of 4 multiprocessors.
+static void test_update_beside(void **state) {
+  (void)state;
+  Case c = {0};
+  const Costs costs = {.link = alone.link, .multiprocessors = 4};
+  const Given ops[] = {{U, 1, {-1, -1}}, {C, 3, {-1, -1}}, {C, 1, {0, -1}}};
+  Simulation s = play(&c, ops, 3, &costs);
+  check(s.seconds, 4); // nothing is shared
+  c.p.update_share = 1;
+  s = play(&c, ops, 3, &costs);
+  check(c.times[0].end, 2.5); // a quarter of the multiprocessors moves 1 / 2.5 of the bytes
+  check(c.times[1].end, 2.5 + 3 - 2.5 * 3 / 4);
+  check(s.seconds, c.times[1].end + 1);
+  check(s.stalled, 0);
+}
+
 static void test_nothing(void **state) {
   (void)state;
   Case c = {0};
@@ -157,7 +173,7 @@ static void test_against_recursion(void **state) {
   for (int round = 0; round < 500; round++) {
     Given ops[MOST];
     Case c = {0};
-    double end[MOST], lane_end[LANE_COUNT] = {0}, total = 0, compute = 0;
+    double end[MOST], lane_end[LANE_COUNT] = {0}, total = 0, works = 0;
     int n = 1 + rng_below(&r, MOST);
     random_case(&r, ops, n);
     Simulation s = play(&c, ops, n, &alone);
@@ -169,10 +185,15 @@ static void test_against_recursion(void **state) {
       check(c.times[i].begin, begin);
       check(c.times[i].end, end[i]);
       total = fmax(total, end[i]);
-      if (ops[i].lane == LANE_COMPUTE) compute += ops[i].seconds;
+      if (ops[i].lane == LANE_COMPUTE || ops[i].lane == LANE_UPDATE) works += ops[i].seconds;
+      for (int k = 0; k <= i; k++) { // what of two lanes' work is at the same time counts once
+        if (ops[i].lane + ops[k].lane != LANE_COMPUTE + LANE_UPDATE || ops[i].lane == ops[k].lane) continue;
+        if (ops[i].lane != LANE_COMPUTE && ops[i].lane != LANE_UPDATE) continue;
+        works -= fmax(0, fmin(end[i], end[k]) - fmax(c.times[i].begin, c.times[k].begin));
+      }
     }
     check(s.seconds, total);
-    check(s.stalled, total - compute);
+    check(s.stalled, total - works);
   }
 }
 
@@ -181,7 +202,8 @@ static double play_in_steps(const Given *ops, int n, const LinkRates *link, doub
   double left[MOST], now = 0;
   for (int i = 0; i < n; i++) left[i] = ops[i].seconds;
   for (;; now += step) {
-    int at[LANE_COUNT] = {-1, -1, -1, -1}, seen[LANE_COUNT] = {0}, remaining = 0;
+    int at[LANE_COUNT], seen[LANE_COUNT] = {0}, remaining = 0;
+    for (int l = 0; l < LANE_COUNT; l++) at[l] = -1;
     for (int i = 0; i < n; i++) {
       if (left[i] <= 0 && ops[i].seconds > 0) continue;
       int ready = 1;
@@ -194,9 +216,9 @@ static double play_in_steps(const Given *ops, int n, const LinkRates *link, doub
     if (!remaining) return now;
     int both = at[LANE_D2H] >= 0 && at[LANE_H2D] >= 0;
     for (int l = 0; l < LANE_COUNT; l++) {
-      double pace = !both || l == LANE_COMPUTE || l == LANE_COMM ? 1
-                    : l == LANE_D2H                              ? link->both_d2h / link->d2h
-                                                                 : link->both_h2d / link->h2d;
+      double pace = both && l == LANE_D2H   ? link->both_d2h / link->d2h
+                    : both && l == LANE_H2D ? link->both_h2d / link->h2d
+                                            : 1;
       if (at[l] >= 0) left[at[l]] -= step * pace;
     }
   }
@@ -220,10 +242,15 @@ static void test_against_steps(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_hidden),          cmocka_unit_test(test_exposed),
-      cmocka_unit_test(test_both_directions), cmocka_unit_test(test_one_queue),
-      cmocka_unit_test(test_nothing),         cmocka_unit_test(test_drag),
-      cmocka_unit_test(test_group_drag),      cmocka_unit_test(test_against_recursion),
+      cmocka_unit_test(test_hidden),
+      cmocka_unit_test(test_exposed),
+      cmocka_unit_test(test_both_directions),
+      cmocka_unit_test(test_one_queue),
+      cmocka_unit_test(test_nothing),
+      cmocka_unit_test(test_drag),
+      cmocka_unit_test(test_group_drag),
+      cmocka_unit_test(test_update_beside),
+      cmocka_unit_test(test_against_recursion),
       cmocka_unit_test(test_against_steps),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
