@@ -1,9 +1,8 @@
 // The forward attention on Hopper for head_dim 64.
 //
-// A block is two warpgroups with a set of 64 rows each of one kv head. Tiles of 64 keys stream past, values a tile
-// behind their keys, two of each in shared memory; of a set's last tile 32 keys are left out if they can be. The tensor
-// cores multiply the next tile's scores while a warpgroup takes the softmax of this one; two blocks share a
-// multiprocessor.
+// A block is two warpgroups with a set of 64 rows each of one kv head. Tiles of 64 keys stream past, of which four have
+// room in shared memory; of a set's last one 32 keys are left out if they can be. The tensor cores multiply the next
+// tile's scores while a warpgroup takes the softmax of this one; two blocks share a multiprocessor.
 #include "kernels/cuda/attention_fwd.h"
 #include "kernels/cuda/attention_wgmma.h"
 
@@ -13,13 +12,14 @@ enum {
   SETS = 2,
   ROWS = 64, // of a set
   THREADS = SETS * GROUP,
-  KEYS = 64 // of a tile
+  KEYS = 64, // of a tile
+  STAGES = 4
 };
 
 struct FlashShared {
   bf16 q[SETS][ROWS * D];
-  bf16 k[2][KEYS * D], v[2][KEYS * D];
-  int32_t q_end[2][KEYS]; // of the keys; zeros past the last
+  bf16 k[STAGES][KEYS * D], v[STAGES][KEYS * D];
+  int32_t q_end[STAGES][KEYS]; // of the keys; zeros past the last
 };
 static_assert(2 * sizeof(FlashShared) <= CUDA_HOPPER_SHARED, "two blocks share a multiprocessor");
 static_assert(BATCH_TILE % (SETS * ROWS) == 0, "a tile of the list, in a head, is whole blocks");
@@ -42,23 +42,21 @@ static __device__ inline void load_rows(bf16 *tile, const ForwardCall &c, const 
   }
 }
 
-static __device__ inline void load_tile(bf16 *tile, const bf16 *from, const ForwardCall &c, const RowBlock &block,
-                                        int i) {
-  int key = block.key + i * KEYS;
-  tile_load<D, KEYS, THREADS>(tile, from + ((int64_t)key * c.shape.G + block.kv_head) * D, c.shape.G * D,
-                              block.key_end - key);
+// Tile i of keys and values, if there is one, into its place; a group.
+static __device__ inline void load_tile(FlashShared *s, const ForwardCall &c, const RowBlock &block, int i) {
+  const int key = block.key + i * KEYS, valid = block.key_end - key, stride = c.shape.G * D;
+  if (valid > 0) {
+    const int64_t at = ((int64_t)key * c.shape.G + block.kv_head) * D;
+    tile_load<D, KEYS, THREADS>(s->k[i % STAGES], c.k + at, stride, valid);
+    tile_load<D, KEYS, THREADS>(s->v[i % STAGES], c.v + at, stride, valid);
+    line_load<KEYS>(s->q_end[i % STAGES], c.b.q_end + key, valid);
+  }
+  copy_commit();
 }
 
-// Tile i of keys, into its place.
-static __device__ inline void load_key_tile(FlashShared *s, const ForwardCall &c, const RowBlock &block, int i) {
-  int key = block.key + i * KEYS;
-  load_tile(s->k[i & 1], c.k, c, block, i);
-  line_load<KEYS>(s->q_end[i & 1], c.b.q_end + key, block.key_end - key);
-}
-
-// What was copied is there for the tensor cores, and no warp still reads what it replaced.
-static __device__ inline void copies_arrive() {
-  copy_wait<0>();
+// The tile of the second last group is there for the tensor cores, and no warp still reads two before it.
+static __device__ inline void tile_arrive() {
+  copy_wait<1>();
   fence_async_proxy();
   __syncthreads();
 }
@@ -69,9 +67,9 @@ static __device__ inline void take_softmax(float (&score)[n][4], RowPair *r, flo
                                            const Set &set, int i, float scale2) {
   int key = set.rows.key + i * KEYS;
   wgmma_keep(score);
-  bool intervals = ends_before(s->q_end[i & 1], set.rows.key_end - key, set.last);
+  bool intervals = ends_before(s->q_end[i % STAGES], set.rows.key_end - key, set.last);
   if (intervals || set.least_end < key + 8 * n)
-    hide_keys(score, -INFINITY, r->position, r->kv_end, s->q_end[i & 1], intervals, key);
+    hide_keys(score, -INFINITY, r->position, r->kv_end, s->q_end[i % STAGES], intervals, key);
   raise_scores(score, r, keep, scale2);
 }
 
@@ -80,8 +78,8 @@ template <int n>
 static __device__ inline void take_tile(FlashShared *s, const Set &set, float (&o)[D / 8][4],
                                         uint32_t (&pairs)[KEYS / 8][2], RowPair *r, int i, float scale2) {
   float score[n][4], keep[2];
-  start_scores<D, ROWS>(score, s->q[threadIdx.x / GROUP], s->k[i & 1]);
-  start_sum<D>(o, pairs, s->v[~i & 1]);
+  start_scores<D, ROWS>(score, s->q[threadIdx.x / GROUP], s->k[i % STAGES]);
+  start_sum<D>(o, pairs, s->v[(i - 1) % STAGES]);
   wgmma_wait<1>();
   take_softmax(score, r, keep, s, set, i, scale2);
   wgmma_wait<0>();
@@ -110,8 +108,8 @@ static __device__ inline void take_unit(FlashShared *s, const ForwardCall &c, co
   set.rows.count = min((int)ROWS, block.count - group * ROWS);
   set.rows.key_end = block.key; // none
   load_rows(s->q[group], c, set.rows);
-  load_key_tile(s, c, block, 0);
-  copy_commit();
+  load_tile(s, c, block, 0);
+  load_tile(s, c, block, 1);
   if (set.rows.count > 0) {
     set.last = (set.rows.first + set.rows.count - 1) / heads;
     set.least_end = c.b.kv_end[set.rows.first / heads];
@@ -133,10 +131,8 @@ static __device__ inline void take_unit(FlashShared *s, const ForwardCall &c, co
   float o[D / 8][4];
   uint32_t pairs[KEYS / 8][2];
   fragments_zero(o);
-  copies_arrive();
-  if (tiles > 1) load_key_tile(s, c, block, 1);
-  load_tile(s->v[0], c.v, c, block, 0);
-  copy_commit();
+  tile_arrive();
+  load_tile(s, c, block, 2);
   if (own > 0) {
     float score[KEYS / 8][4], keep[2];
     start_scores<D, ROWS>(score, s->q[group], s->k[0]);
@@ -146,19 +142,16 @@ static __device__ inline void take_unit(FlashShared *s, const ForwardCall &c, co
   }
 #pragma unroll 1
   for (int i = 1; i < tiles; i++) {
-    copies_arrive();
-    if (i + 1 < tiles) load_key_tile(s, c, block, i + 1);
-    load_tile(s->v[i & 1], c.v, c, block, i);
-    copy_commit();
+    tile_arrive();
+    load_tile(s, c, block, i + 2);
     if (i + 1 < own || (i + 1 == own && !tail))
       take_tile<KEYS / 8>(s, set, o, pairs, &r, i, scale2);
     else if (i < own)
       take_tile<KEYS / 16>(s, set, o, pairs, &r, i, scale2);
     else if (i == own) // the other set sees more
-      take_last_values(o, pairs, s->v[~i & 1], tail);
+      take_last_values(o, pairs, s->v[(i - 1) % STAGES], tail);
   }
-  copies_arrive();
-  if (own == tiles) take_last_values(o, pairs, s->v[~tiles & 1], tail);
+  if (own == tiles) take_last_values(o, pairs, s->v[(tiles - 1) % STAGES], tail);
   write_row_pair<D>(o, r, c, to);
   __syncthreads(); // before the next unit's copies
 }
