@@ -6,8 +6,9 @@
 
 Each row: milliseconds of the engine and of PyTorch's fastest way (its name beside it), how many times as fast the
 engine is, the rate of both, and the engine's percentage of the floor that the bytes or FLOPs set at the ceilings
-measured first: captured graphs over operands beyond the L2 cache, medians of rounds that take turns; the engine's come
-from tests/gpu/cuda_peer.c.
+measured first. Products (linear experts, together about a minute): microseconds and TFLOP/s of the engine, and how many
+times as fast it is as cuBLASLt's dense products of equal FLOPs (R) and as torch._grouped_mm. All are captured graphs
+over operands beyond the L2 cache, medians of rounds that take turns; the engine's come from tests/gpu/cuda_peer.c.
 Exit code 77 without a GPU or PyTorch.
 """
 import argparse
@@ -33,8 +34,8 @@ except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
 
-ROUNDS = 5
-LAUNCHES, SAMPLES = 12, 5  # as tests/gpu/cuda_bench.c
+ROUNDS, PRODUCT_ROUNDS = 5, 3
+LAUNCHES, SAMPLES, SAMPLE_MS = 12, 5, 6  # as tests/gpu/cuda_bench.c
 COPIES_BYTES = 4 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)  # of all operands
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
@@ -45,7 +46,8 @@ def copies_of(bytes):
 
 
 class Timed:
-    """Calls captured in one graph, LAUNCHES of them in turn. round(): median milliseconds of one."""
+    """Calls captured in one graph, in turn: LAUNCHES of them, fewer if they are long. round(): median milliseconds of
+    one."""
 
     def __init__(self, calls):
         self.calls = calls  # the graph reads tensors that only they hold
@@ -56,13 +58,22 @@ class Timed:
             for _ in range(2):
                 for call in calls:
                     call()
+            marks = self.marks()
+            marks[0].record()
+            calls[0]()
+            marks[1].record()
             torch.cuda.synchronize()
+            self.launches = int(min(LAUNCHES, max(2, SAMPLE_MS / marks[0].elapsed_time(marks[1]))))
             with torch.cuda.graph(self.graph, stream=stream):
-                for i in range(LAUNCHES):
+                for i in range(self.launches):
                     calls[i % len(calls)]()
 
+    @staticmethod
+    def marks():
+        return [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
     def round(self):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks = self.marks()
         self.graph.replay()
         samples = []
         for _ in range(SAMPLES):
@@ -70,7 +81,7 @@ class Timed:
             self.graph.replay()
             marks[1].record()
             torch.cuda.synchronize()
-            samples.append(marks[0].elapsed_time(marks[1]) / LAUNCHES)
+            samples.append(marks[0].elapsed_time(marks[1]) / self.launches)
         return statistics.median(samples)
 
 
@@ -95,12 +106,15 @@ class Engine:
     """tests/cuda_peer with some ops ready."""
 
     def __init__(self, build, sizes, ops):
-        self.file = tempfile.NamedTemporaryFile()
+        self.file, said = tempfile.NamedTemporaryFile(), tempfile.TemporaryFile("w+")
         arguments = [f"{key}={value}" for key, value in sizes.items()]
         command = [f"{build}/tests/cuda_peer", self.file.name, *arguments, *ops]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+        self.process = subprocess.Popen(command, text=True, **pipes)
         if self.process.stdout.readline() != "ready\n":
-            sys.exit(f"bench_gpu: cuda_peer failed with exit code {self.process.wait()}")
+            code = self.process.wait()
+            said.seek(0)
+            sys.exit(f"{said.read()}bench_gpu: cuda_peer failed with exit code {code}")
         a = np.fromfile(self.file.name, np.int32)
         self.n_text, self.n_image, segments, T = (int(v) for v in a[:4])
         self.doc_start, self.kv_end = a[4 : 4 + 2 * T].reshape(2, T)  # sequence order
@@ -159,6 +173,25 @@ class Table:
         others = {way: ms for way, ms in theirs.items() if way != best}
         if others:
             print("    other ways: " + ", ".join(f"{way} {ms:.4f} ms" for way, ms in others.items()), flush=True)
+        return mine
+
+    def products_head(self, title):
+        columns = f"{'engine us':>11}{'TFLOP/s':>9}{'R us':>10}{'of R':>7}{'grouped_mm':>12}{'times':>7}"
+        print(f"\n{title}\n{'':<44}{columns}", flush=True)
+
+    def products(self, name, ours, dense, grouped, flops):
+        """ours: a round's function; dense, grouped: Timed or None. Rounds take turns."""
+        peers = [peer for peer in (dense, grouped) if peer]
+        rounds = [(ours(), *(peer.round() for peer in peers)) for _ in range(PRODUCT_ROUNDS)]
+        mine, *theirs = (statistics.median(column) for column in zip(*rounds))
+        text = f"{name:<44}{mine * 1e3:>11.1f}{flops / mine / 1e9:>9.0f}"
+        for peer, width in ((dense, 10), (grouped, 12)):
+            if peer:
+                ms = theirs.pop(0)
+                text += f"{ms * 1e3:>{width}.1f}{ms / mine:>7.2f}"
+            else:
+                text += f"{'-':>{width}}{'-':>7}"
+        print(text, flush=True)
         return mine
 
 
@@ -251,7 +284,7 @@ def linear(table, build):
     """PyTorch has the rows of text and image apart, and how many there are on the host. Weight gradients are fp32 where
     its products can be."""
     T = 16384
-    table.head(f"projections, weights by modality, {T} tokens; bare products, one call a modality")
+    table.products_head(f"projections, weights by modality, {T} tokens; R: one product a modality")
     products = {
         "forward": ("LINEAR_FWD", lambda x, w, dy: F.linear(x, w)),
         "input gradient": ("LINEAR_DGRAD", lambda x, w, dy: dy @ w),
@@ -268,16 +301,13 @@ def linear(table, build):
         calls = lambda product: [lambda both=both: [product(*m) for m in both] for both in operands]
         flops = sum(2.0 * r * i * o for r, i, o in zip(rows, into, out))
         for name, (op, product) in products.items():
-            ways = {}
-            for library in ("cublas", "cublaslt"):
-                torch.backends.cuda.preferred_blas_library(library)
-                ways[library] = attempt(lambda: Timed(calls(product)))
-                if not ways[library] and op == "LINEAR_WGRAD":
-                    ways[library + " to bf16"] = attempt(lambda: Timed(calls(lambda x, w, dy: dy.t() @ x)))
             widths = f"{into[0]}, {into[1]} -> {out[0]}, {out[1]}"
-            table.row(f"{name}, {widths}", lambda: engine.round(op), ways, flops=flops)
+            dense = attempt(lambda: Timed(calls(product)))
+            if not dense and op == "LINEAR_WGRAD":
+                dense = attempt(lambda: Timed(calls(lambda x, w, dy: dy.t() @ x)))
+            table.products(f"{name}, {widths}", lambda: engine.round(op), dense, None, flops)
         engine.close()
-        del operands, ways
+        del operands, dense
         torch.cuda.empty_cache()
 
 
@@ -327,70 +357,119 @@ EXPERT_OPS = (
 )  # fmt: skip
 
 
-# By how much experts' logits differ (cuda_peer's skew); the fullest expert has about 1.0, 1.5 and 3 times its share.
-SKEWS = (0, 30, 160)
+# By how much experts' logits differ (cuda_peer's skew): the fullest expert has about that many times its share.
+EVEN, SKEWED, STEEP = 0, 30, 160  # 1.0, 1.5 and 3
 
 
-def expert_sizes(name):
-    """dim, image side, and by modality: experts, their width, how many a token has."""
-    config = config_read(ROOT / f"configs/{name}.json")
-    model, keys = config["model"], ("experts", "expert_dim", "top_k")
-    side = config["data"]["image_size"] // model["patch"]
-    return model["dim"], side, *([model[m][key] for m in M.MODALITY] for key in keys)
+class Layer:
+    """Sizes of an expert layer; by modality: experts, their width, how many a token has."""
+
+    def __init__(self, name, T, C, side, experts, width, top_k):
+        self.name, self.T, self.C, self.side = name, T, C, side
+        self.experts, self.width, self.top_k = experts, width, top_k
+
+    @staticmethod
+    def text(T, C, experts, width, top_k):
+        """All rows are of one modality."""
+        name = f"{T} tokens, C {C}, {experts} experts of {width}, top {top_k}"
+        return Layer(name, T, C, 0, (experts, 1), (width, 8), (top_k, 1))
+
+    @staticmethod
+    def config(name):
+        config = config_read(ROOT / f"configs/{name}.json")
+        model, keys = config["model"], ("experts", "expert_dim", "top_k")
+        side = config["data"]["image_size"] // model["patch"]
+        return Layer(name, 16384, model["dim"], side, *([model[m][key] for m in M.MODALITY] for key in keys))
+
+    def arguments(self):
+        a = dict(T=self.T, C=self.C, side=self.side)
+        for m in (0, 1):
+            a |= {f"E{m}": self.experts[m], f"F{m}": self.width[m], f"K{m}": self.top_k[m]}
+        return a
 
 
-def expert_products(table, build, name, skew):
-    """The products of a config's experts. PyTorch's are bare and their rows already sorted; the engine's also gather
-    rows, apply SwiGLU forward and backward, weight and give the router weights' gradient. dense: one product a
-    modality of the same FLOPs. Returns the engine, {op: its milliseconds} and the FLOPs of a down product."""
-    C, side, E, width, top_k = expert_sizes(name)
-    sizes = dict(T=16384, C=C, side=side, skew=skew)
-    for m in (0, 1):
-        sizes |= {f"E{m}": E[m], f"F{m}": width[m], f"K{m}": top_k[m]}
-    engine = Engine(build, sizes, EXPERT_OPS)
-    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
+def expert_peers(layer, rows, ends):
+    """{op: (R's calls, grouped_mm's)}, both bare, of sorted rows. rows, ends (of experts' rows): by modality."""
+    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    weight = lambda *shape: draw(*shape).mul_(shape[-1] ** -0.5)
+    both = [m for m in (0, 1) if rows[m]]
+    E, C, width = layer.experts, layer.C, layer.width
+    per_copy = 2 * sum(rows[m] * (C + 3 * width[m]) + 3 * E[m] * C * width[m] for m in both)
+    copies = [
+        {m: (draw(rows[m], C), draw(rows[m], 2 * width[m]), draw(rows[m], width[m]), weight(E[m], 2 * width[m], C),
+             weight(E[m], C, width[m])) for m in both}
+        for _ in range(copies_of(per_copy))
+    ]  # fmt: skip
+    # By copy and modality: x, the gradient of the pre-activation, the activation, W1, W2.
+    calls = lambda product: [lambda c=c: [product(m, *c[m]) for m in both] for c in copies]
+    grouped = lambda a, b, m: torch._grouped_mm(a, b, offs=ends[m])
+    gradient = lambda a, b: torch.mm(a.t(), b, out_dtype=torch.float32)
+    ways = {
+        "EXPERT_UP_FWD": (lambda m, x, up, act, w1, w2: F.linear(x, w1[0]),
+                          lambda m, x, up, act, w1, w2: grouped(x, w1.mT, m)),
+        "EXPERT_DOWN_FWD": (lambda m, x, up, act, w1, w2: F.linear(act, w2[0]),
+                            lambda m, x, up, act, w1, w2: grouped(act, w2.mT, m)),
+        "EXPERT_DOWN_BWD": (lambda m, x, up, act, w1, w2: x @ w2[0], lambda m, x, up, act, w1, w2: grouped(x, w2, m)),
+        "EXPERT_UP_DGRAD": (lambda m, x, up, act, w1, w2: up @ w1[0], lambda m, x, up, act, w1, w2: grouped(up, w1, m)),
+        "EXPERT_DOWN_WGRAD": (lambda m, x, up, act, w1, w2: gradient(x, act),
+                              lambda m, x, up, act, w1, w2: grouped(x.t(), act, m)),
+        "EXPERT_UP_WGRAD": (lambda m, x, up, act, w1, w2: gradient(up, x),
+                            lambda m, x, up, act, w1, w2: grouped(up.t(), x, m)),
+    }  # fmt: skip
+    return {op: [calls(product) for product in pair] for op, pair in ways.items()}
+
+
+def expert_products(table, build, layer, skew):
+    """The products of a layer's experts. PyTorch's are bare and their rows already sorted; the engine's also gather
+    rows, apply SwiGLU forward and backward, weight and give the router weights' gradient. R: one product a modality of
+    the same FLOPs. Returns the engine, {op: its milliseconds} and the FLOPs of a down product."""
+    engine = Engine(build, layer.arguments() | {"skew": skew}, EXPERT_OPS)
     tokens = (engine.n_text, engine.n_image)
-    rows = [n * k for n, k in zip(tokens, top_k)]
-    counts = np.split(engine.expert_rows, [E[0]])
+    rows = [n * k for n, k in zip(tokens, layer.top_k)]
+    counts = np.split(engine.expert_rows, [layer.experts[0]])
     ends = [torch.tensor(c.cumsum(), dtype=torch.int32, device="cuda") for c in counts]
-    both = (0, 1)
-    x, up = [draw(rows[m], C) for m in both], [draw(rows[m], 2 * width[m]) for m in both]
-    act = [draw(rows[m], width[m]) for m in both]
-    w1, w2 = [draw(E[m], 2 * width[m], C) for m in both], [draw(E[m], C, width[m]) for m in both]
-    grouped = lambda a, b: lambda m: torch._grouped_mm(a(m), b(m), offs=ends[m])
-    gradient = lambda a, b: lambda m: torch.mm(a[m].t(), b[m], out_dtype=torch.float32)
-    products = {
-        "EXPERT_UP_FWD": (grouped(lambda m: x[m], lambda m: w1[m].mT), lambda m: F.linear(x[m], w1[m][0])),
-        "EXPERT_DOWN_FWD": (grouped(lambda m: act[m], lambda m: w2[m].mT), lambda m: F.linear(act[m], w2[m][0])),
-        "EXPERT_DOWN_BWD": (grouped(lambda m: x[m], lambda m: w2[m]), lambda m: x[m] @ w2[m][0]),
-        "EXPERT_UP_DGRAD": (grouped(lambda m: up[m], lambda m: w1[m]), lambda m: up[m] @ w1[m][0]),
-        "EXPERT_DOWN_WGRAD": (grouped(lambda m: x[m].t(), lambda m: act[m]), gradient(x, act)),
-        "EXPERT_UP_WGRAD": (grouped(lambda m: up[m].t(), lambda m: x[m]), gradient(up, x)),
-    }
-    fullest = max(c.max() / c.mean() for c in counts)
-    pack = f"{tokens[0]} text and {tokens[1]} image tokens"
-    table.head(f"experts of {name}, {pack}, the fullest expert {fullest:.2f} times its share")
-    down = sum(2.0 * rows[m] * C * width[m] for m in both)
+    fullest = max(c.max() / c.mean() for c in counts if c.sum())
+    table.products_head(f"{layer.name}: {tokens[0]} text and {tokens[1]} image tokens, fullest expert {fullest:.2f} x")
+    down = sum(2.0 * rows[m] * layer.C * layer.width[m] for m in (0, 1))
     ours = {}
-    for op, (bare, dense) in products.items():
-        ways = {"grouped_mm": bare, "dense": dense}
-        peers = {way: attempt(lambda f=f: Timed([lambda: [f(m) for m in both]])) for way, f in ways.items()}
-        ours[op] = table.row(op, lambda: engine.round(op), peers, flops=down * (2 if "UP" in op else 1))
+    for op, pair in expert_peers(layer, rows, ends).items():
+        dense, grouped = (attempt(lambda calls=calls: Timed(calls)) for calls in pair)
+        ours[op] = table.products(op, lambda: engine.round(op), dense, grouped, down * (2 if "UP" in op else 1))
+    combine = engine.round("EXPERT_COMBINE")  # forward, and as the sum of the rows' gradients
+    forward = ours["EXPERT_UP_FWD"] + ours["EXPERT_DOWN_FWD"] + combine
+    backward = sum(ours.values()) - forward + 2 * combine
+    rates = f"{3 * down / forward / 1e9:.0f}, {6 * down / backward / 1e9:.0f} TFLOP/s"
+    router = f"{engine.round('ROUTER_FWD') * 1e3:.0f}, {engine.round('ROUTER_BWD') * 1e3:.0f} us"
+    print(f"layer, forward and backward with sums over experts: {rates}; router besides {router}", flush=True)
     return engine, ours, down
 
 
-def experts(table, build):
-    """The products of three configs' experts, under routings as training has them."""
+# Rows an expert at large and at moderate sizes; SonicMoE's published layers; training's, with routings as it has them.
+def expert_layers():
+    yield Layer.text(65536, 2048, 16, 2816, 1), (EVEN,)
+    yield Layer.text(65536, 2048, 64, 2816, 1), (SKEWED, STEEP)
+    yield Layer.text(32768, 2048, 64, 1024, 1), (EVEN,)
+    yield Layer.text(24576, 1536, 32, 1024, 2), (EVEN,)
+    yield Layer.text(32768, 4096, 64, 1024, 4), (EVEN,)
+    yield Layer.text(32768, 4096, 64, 2048, 4), (EVEN,)
     for name in ("base", "small", "fine"):
-        for skew in SKEWS:
-            expert_products(table, build, name, skew)[0].close()
+        yield Layer.config(name), (EVEN, SKEWED, STEEP) if name == "base" else (EVEN, STEEP)
+
+
+def experts(table, build):
+    """The products of experts."""
+    for layer, skews in expert_layers():
+        for skew in skews:
+            expert_products(table, build, layer, skew)[0].close()
             torch.cuda.empty_cache()
 
 
 def moe(table, build):
     """Base's experts as a whole layer, beside PyTorch's."""
-    engine, ours, down = expert_products(table, build, "base", 0)
-    C, _, E, width, top_k = expert_sizes("base")
+    layer_sizes = Layer.config("base")
+    engine, ours, down = expert_products(table, build, layer_sizes, EVEN)
+    table.head("base's experts as a layer")
+    C, E, width, top_k = layer_sizes.C, layer_sizes.experts, layer_sizes.width, layer_sizes.top_k
     tokens = (engine.n_text, engine.n_image)
     draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
     for op in EXPERT_OPS:
@@ -428,7 +507,8 @@ def section(name, build):
     # backward passes are timed again and again on one forward pass
     torch._functorch.config.donated_buffer = False
     table = Table()
-    ceilings(table, build)
+    if name not in ("linear", "experts"):
+        ceilings(table, build)
     SECTIONS[name](table, build)
 
 

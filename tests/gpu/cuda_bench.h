@@ -7,6 +7,7 @@
 
 typedef struct TimedCall {
   void *graph;  // of many calls
+  int launches; // how many
   char *memory; // of their operands
 } TimedCall;
 

@@ -87,6 +87,7 @@ static Value value_new(CudaCase *c, Dtype type, int64_t count) {
   return (Value){.data = case_bytes(&c->ops, (size_t)count * host_bytes[type], 0xFF),
                  .dtype = type,
                  .count = count,
+                 .held = count,
                  .used = count,
                  .tolerance = type == DT_ACT ? c->act_tolerance : REAL_TOLERANCE};
 }
@@ -150,6 +151,15 @@ Value value_sided(CudaCase *c, Dtype type, const int each[MODALITIES], const int
   return v;
 }
 
+Value value_repeated(CudaCase *c, Dtype type, int64_t count, double std) {
+  const int64_t period = (1 << 24) - 3; // no multiple of a row: equal rows do not meet
+  Value v = value_new(c, type, std > 0 ? min_i64(count, period) : 1);
+  if (std > 0) fill_random(c, v, 0, v.count, std);
+  v.count = v.used = count;
+  v.fresh = std == 0;
+  return v;
+}
+
 Value value_bytes(CudaCase *c, const void *data, size_t bytes) {
   Value v = value_new(c, DT_U8, (int64_t)bytes);
   memcpy(v.data, data, bytes);
@@ -195,7 +205,7 @@ void device_call_plan(DeviceCall *d, const CudaCase *c, OpKind kind, const OpArg
   d->scratch = region_take(&d->bytes, kernel_scratch(c->backend, kind, &c->ops.dims, &d->args));
 }
 
-static void operand_image(const Value *v, char *image) {
+void operand_image(const Value *v, char *image) {
   const real *x = v->data;
   if (v->fresh) return;
   if (v->dtype != DT_ACT && v->dtype != DT_REAL) {
@@ -203,7 +213,7 @@ static void operand_image(const Value *v, char *image) {
     return;
   }
 #pragma omp parallel for
-  for (int64_t i = 0; i < v->count; i++) {
+  for (int64_t i = 0; i < v->held; i++) {
     if (is_nothing(x[i])) continue;
     if (v->dtype == DT_ACT)
       ((uint16_t *)(void *)image)[i] = bf16_from_float(x[i]);
@@ -285,9 +295,13 @@ static void slab_reserve(CudaCase *c, size_t bytes) {
 }
 
 bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, Value *got) {
+  return c->wanted[kind] && cuda_case_part(c, kind, args, in, out, got);
+}
+
+bool cuda_case_part(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, Value *got) {
   static const int poison[2] = {POISON_NAN, POISON_LARGE};
   Report *report = c->report;
-  if (!c->wanted[kind] || report->crashed[kind]) return false;
+  if (report->crashed[kind]) return false;
   double start = time_now();
   DeviceCall d;
   device_call_plan(&d, c, kind, &args, in, out);

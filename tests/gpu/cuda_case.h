@@ -20,6 +20,7 @@ typedef struct Value {
   void *data; // NULL: absent
   Dtype dtype;
   int64_t count;
+  int64_t held;          // elements in data: the others repeat them (value_repeated), and are only timed
   Rows rows[MODALITIES]; // what is compared; [1] is empty but for two-sided buffers
   double tolerance;      // of the relative norm
   int64_t zero_from;     // rows from this one on that should be zero must be exactly so
@@ -90,6 +91,8 @@ Value value_sum(CudaCase *c, int64_t rows, int64_t width, int accumulate);
 // the rows of filler tokens are used too.
 Value value_sided(CudaCase *c, Dtype type, const int each[MODALITIES], const int width[MODALITIES], double std,
                   bool fillers);
+// Large operands that are only timed, random or (std 0) an output: the host holds the first few million elements.
+Value value_repeated(CudaCase *c, Dtype type, int64_t count, double std);
 Value value_bytes(CudaCase *c, const void *data, size_t bytes);
 Value value_metrics(CudaCase *c);
 Value value_copy(CudaCase *c, Value v);
@@ -109,9 +112,11 @@ void cuda_case_cpu(const CudaCase *c, OpKind kind, OpArgs args, const Value *in,
 void cuda_case_call(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out);
 // The same where the expected outputs are given (absent ones are not compared).
 void cuda_case_expect(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, const Value *want);
-// The parts of it: the op on the device, whose outputs come back in got[]; false when it is not to be called. And the
-// comparison of one output, under a name.
+// The parts of it: the op on the device, whose outputs come back in got[]; false when it is not to be called.
 bool cuda_case_run(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, Value *got);
+// The same of an op that one which is wanted is compared with, wanted or not.
+bool cuda_case_part(CudaCase *c, OpKind kind, OpArgs args, const Value *in, const Value *out, Value *got);
+// And the comparison of one output, under a name.
 void cuda_case_judge(CudaCase *c, OpKind kind, int out, const char *name, const Value *got, const Value *want);
 // Counts a failure of the present case; the first one's text is kept.
 void cuda_case_fail(CudaCase *c, OpKind kind, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
@@ -130,9 +135,11 @@ typedef struct DeviceCall {
   size_t bytes; // all of it
 } DeviceCall;
 // Lays the operands out; then fills an image of that memory with what the host's hold, where `poison` is in every byte
-// that holds nothing, and gives the call the addresses it has from `base` on.
+// that holds nothing, and gives the call the addresses it has from `base` on. operand_image: of one operand's elements
+// that the host holds, in the device's type.
 void device_call_plan(DeviceCall *d, const CudaCase *c, OpKind kind, const OpArgs *args, const Value *in,
                       const Value *out);
+void operand_image(const Value *v, char *image);
 void device_call_image(const DeviceCall *d, const CudaCase *c, int poison, char *image);
 void device_call_bind(DeviceCall *d, const CudaCase *c, char *base);
 #endif

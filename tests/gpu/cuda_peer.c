@@ -4,13 +4,13 @@
 //   cuda_peer PACK_FILE KEY=VALUE... OP...    exit code 2 without a GPU
 //
 // Keys: T C H G D Z (Dims), E0 E1 F0 F1 K0 K1 (by modality), I0 I1 O0 O1 (LINEAR_*: widths of x and y by modality),
-// side (images are side x side patches), text (documents of that many text tokens alone, not of images), skew (of the
-// experts' mean logits, the first is that many hundredths below their middle, the last above; 30: the fullest expert
-// has about 1.5 times its share, 160: 3 times). COPY copies 256 MiB. The pack is full: documents of 32-96 text tokens,
-// one image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE receives its arrays as int32, one
-// after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and seg_len [n_segments]. Then it prints
-// "ready"; each line "OP" is answered by a line with the median milliseconds of one launch, out of a captured graph,
-// over copies of the operands that together exceed the L2 cache.
+// side (images are side x side patches; 0: there are none), text (documents of that many text tokens alone), skew (of
+// the experts' mean logits, the first is that many hundredths below their middle, the last above; 30: the fullest
+// expert has about 1.5 times its share, 160: 3 times). COPY copies 256 MiB. The pack is full: documents of 32-96 text
+// tokens, one image and 0-32 text tokens; the last image is as large as still fits. PACK_FILE receives its arrays as
+// int32, one after another: n_text, n_image, n_segments, T, and doc_start, kv_end [T] and seg_len [n_segments]. Then it
+// prints "ready"; each line "OP" is answered by a line with the median milliseconds of one launch, out of a captured
+// graph, over copies of the operands that together exceed the L2 cache.
 #include "data/packer.h"
 #include "tests/gpu/cuda_bench.h"
 
@@ -155,11 +155,12 @@ static void add_experts(Peer *p) {
   CudaCase *c = &p->c;
   const Dims *d = &c->ops.dims;
   const int one[2] = {1, 1}, two_f[2] = {2 * d->F[0], 2 * d->F[1]}, dims[2] = {d->C, d->C};
-  Value h = value_random(c, DT_ACT, d->T, d->C, 1), dout = value_random(c, DT_ACT, d->T, d->C, 1), wr[2], w1[2], w2[2];
+  Value h = value_random(c, DT_ACT, d->T, d->C, 1), dout = value_repeated(c, DT_ACT, (int64_t)d->T * d->C, 1);
+  Value wr[2], w1[2], w2[2];
   for (int m = 0; m < 2; m++) {
     wr[m] = value_weight(c, d->E[m], d->C, d->C);
-    w1[m] = value_weight(c, (int64_t)d->E[m] * 2 * d->F[m], d->C, d->C);
-    w2[m] = value_weight(c, (int64_t)d->E[m] * d->C, d->F[m], d->F[m]);
+    w1[m] = value_repeated(c, DT_ACT, (int64_t)d->E[m] * two_f[m] * d->C, 1 / sqrt(d->C));
+    w2[m] = value_repeated(c, DT_ACT, (int64_t)d->E[m] * d->C * d->F[m], 1 / sqrt(d->F[m]));
   }
   for (int64_t r = 0; r < d->T && p->skew; r++) ((real *)h.data)[r * d->C] = 1;
   for (int m = 0; m < 2 && p->skew; m++)
@@ -169,15 +170,15 @@ static void add_experts(Peer *p) {
                               value_out(c, DT_I32, 1, route_bind(&(Route){0}, d, NULL))};
   const Value no_rows = value_out(c, DT_ACT, d->T, d->C), no_weights = value_out(c, DT_REAL, d->T, dims_kmax(d));
   OpArgs plain = {.span = {0}}, router = {.router = {.balance = 0.01 / d->L, .z = 1e-3 / d->L}};
-  add(p, OP_ROUTER_FWD, plain, VALUES_IN(h, wr[0], wr[1]), routed);
-  cuda_case_cpu(c, OP_ROUTER_FWD, plain, VALUES_IN(h, wr[0], wr[1]), routed);
+  add(p, OP_ROUTER_FWD, router, VALUES_IN(h, wr[0], wr[1]), routed);
+  cuda_case_cpu(c, OP_ROUTER_FWD, router, VALUES_IN(h, wr[0], wr[1]), routed);
   for (int i = 0; i < 3; i++) routed[i].fresh = false; // now inputs
   Value logits = routed[0], weights = routed[1], route = routed[2];
   Route bound;
   route_bind(&bound, d, route.data);
   write_ints(p->path, "ab", (const int32_t *const[]){bound.count}, (const size_t[]){(size_t)(d->E[0] + d->E[1])}, 1);
-#define SLOTS(width, std) value_sided(c, DT_ACT, d->K, width, std, false)
-#define GRADIENT(m, rows, width) value_out(c, DT_REAL, (int64_t)d->E[m] * (rows), width)
+#define SLOTS(width, std) value_repeated(c, DT_ACT, two_sided_size(d->T, d->K, width), std)
+#define GRADIENT(m, rows, width) value_repeated(c, DT_REAL, (int64_t)d->E[m] * (rows) * (width), 0)
   Value pre = SLOTS(two_f, 1), a = SLOTS(d->F, 1), y = SLOTS(dims, 1);
   add(p, OP_EXPERT_UP_FWD, plain, VALUES_IN(h, route, w1[0], w1[1]), VALUES_OUT(SLOTS(two_f, 0), SLOTS(d->F, 0)));
   add(p, OP_EXPERT_DOWN_FWD, plain, VALUES_IN(a, route, w2[0], w2[1]), VALUES_OUT(SLOTS(dims, 0)));
