@@ -137,6 +137,10 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
   OP(ATTENTION_BWD, PACK, 10 * x->pairs * heads,                                                                       \
      IN(dout, ROWS) IN(o, ROWS) IN(q, ROWS) IN(k, ROWS) IN(v, ROWS) IN(lse, ROWS),                                     \
      OUT(dq, ROWS) OUT(dk, ROWS) OUT(dv, ROWS))                                                                        \
+  OP(ATTENTION_ROPE_BWD, PACK, 10 * x->pairs * heads + 20 * qk,                                                        \
+     IN(dout, ROWS) IN(o, ROWS) IN(q, ROWS) IN(k, ROWS) IN(v, ROWS) IN(lse, ROWS) IN(qkv, ROWS) IN(wq, WHOLE)          \
+     IN(wk, WHOLE),                                                                                                    \
+     OUT(dqkv, ROWS) OUT(dwq, WHOLE, ADDS_IF_ASKED) OUT(dwk, WHOLE, ADDS_IF_ASKED) OUT(work, ROWS))                    \
   OP(ROUTER_FWD, PACK, 2 * d->C * scores, IN(h, ROWS) IN_PAIR(wr, WHOLE),                                              \
      OUT(logits, ROWS) OUT(weights, ROWS) OUT(route, ROWS))                                                            \
   OP(ROUTER_LOSS, PACK, 4 * scores, IN(logits, ROWS) IN(route, ROWS), OUT(metrics, WHOLE, ADDS_ALWAYS))                \
@@ -227,6 +231,9 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 //                 q_end[k]. Query head h uses kv head h / (H/G). o [T,H D] in ROW order; lse [H,T] (natural log) in
 //                 sequence order. Filler: o = 0, lse = +inf.
 // ATTENTION_BWD   dout, o in row order; dq [T,H,D], dk, dv [T,G,D] in sequence order; filler 0.
+// ATTENTION_ROPE_BWD ATTENTION_BWD(dout, o, q, k, v, lse) gives dq, dk, dv, rounded to their storage type;
+//                 QKNORM_ROPE_BWD(dq, dk, dv, qkv, wq, wk) gives dqkv, dwq, dwk: both with the bits of the two ops. work:
+//                 room for dq, dk and dv.
 // ROUTER_FWD      logits (two-sided, R = 1, widths E_m; filler rows 0) = h Wr_m^T in DT_REAL; top-k of each row, ties
 //                 to the lower index, in descending order; weights [T,Kmax] = softmax over the chosen logits (K_m = 1:
 //                 the full-softmax probability), 0 where unused; route (struct Route). Where loads are to be even,

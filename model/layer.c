@@ -228,12 +228,36 @@ static BranchGradient record_site2_backward(Recording *r, int l, TensorId dx2, T
   return to;
 }
 
+// q, k = rotary(RMSnorm(q, k)); o = attention(q, k, v): from do to dqkv. One op where the backend has it.
+static TensorId record_attention_backward(Recording *r, int l, TensorId d_o, TensorId o) {
+  const LayerParams *w = &r->model->params.layer[l];
+  const int HD = r->d.H * r->d.D, GD = r->d.G * r->d.D;
+  const Activations *f = &r->layer[l];
+  Program *p = r->p;
+  const OpArgs acc = {.accumulate = r->accumulate};
+  TensorId q = program_need(p, f->q), k = program_need(p, f->k), v = program_need(p, f->v);
+  TensorId lse = program_need(p, f->lse), dqkv = rows_tensor(r, HD + 2 * GD, "dqkv");
+  const TensorId dwq = gradient(r, w->q_norm), dwk = gradient(r, w->k_norm);
+  if (!r->model->backend->fn[OP_ATTENTION_ROPE_BWD]) {
+    TensorId dq = rows_tensor(r, HD, "dq"), dk = rows_tensor(r, GD, "dk"), dv = rows_tensor(r, GD, "dv");
+    program_op(p, OP_ATTENTION_BWD, IN(d_o, o, q, k, v, lse), OUT(dq, dk, dv), NULL);
+    program_op(p, OP_QKNORM_ROPE_BWD,
+               IN(dq, dk, dv, program_need(p, f->qkv), weight(r, w->q_norm), weight(r, w->k_norm)), OUT(dqkv, dwq, dwk),
+               &acc);
+    return dqkv;
+  }
+  program_op(p, OP_ATTENTION_ROPE_BWD,
+             IN(d_o, o, q, k, v, lse, program_need(p, f->qkv), weight(r, w->q_norm), weight(r, w->k_norm)),
+             OUT(dqkv, dwq, dwk, rows_tensor(r, HD + 2 * GD, "dq, dk, dv")), &acc);
+  return dqkv;
+}
+
 SiteGradient record_layer_backward(Recording *r, int l, SiteGradient g) {
   const LayerParams *w = &r->model->params.layer[l];
   const Dims *d = &r->d;
   const int C = d->C, HD = d->H * d->D, GD = d->G * d->D, *F = d->F;
   const Activations *f = &r->layer[l];
-  const OpArgs acc = {.accumulate = r->accumulate}, experts = expert_args(r);
+  const OpArgs experts = expert_args(r);
   Program *p = r->p;
 
   // x' = x2 + gate2 b2; h' = AdaLN(x')
@@ -276,16 +300,8 @@ SiteGradient record_layer_backward(Recording *r, int l, SiteGradient g) {
   linear_rows_wgrad(r, db1, o, w->out, HD, C);
   TensorId d_o = linear_rows_dgrad(r, db1, w->out, HD, C, "d attention out");
 
-  // o = attention(q, k, v)
-  TensorId dq = rows_tensor(r, HD, "dq"), dk = rows_tensor(r, GD, "dk"), dv = rows_tensor(r, GD, "dv");
-  program_op(p, OP_ATTENTION_BWD,
-             IN(d_o, o, program_need(p, f->q), program_need(p, f->k), program_need(p, f->v), program_need(p, f->lse)),
-             OUT(dq, dk, dv), NULL);
-
-  // q, k = rotary(RMSnorm(q, k))
-  TensorId dqkv = rows_tensor(r, HD + 2 * GD, "dqkv");
-  program_op(p, OP_QKNORM_ROPE_BWD, IN(dq, dk, dv, program_need(p, f->qkv), weight(r, w->q_norm), weight(r, w->k_norm)),
-             OUT(dqkv, gradient(r, w->q_norm), gradient(r, w->k_norm)), &acc);
+  // q, k = rotary(RMSnorm(q, k)); o = attention(q, k, v)
+  TensorId dqkv = record_attention_backward(r, l, d_o, o);
 
   // q, k, v = h Wqkv
   linear_rows_wgrad(r, dqkv, program_need(p, f->site1.h), w->qkv, C, HD + 2 * GD);

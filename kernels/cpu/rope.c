@@ -154,3 +154,31 @@ void cpu_QKNORM_ROPE_BWD(const KernelCall *c) {
     }
   }
 }
+
+// ---- with attention before it ----
+
+void cpu_ATTENTION_ROPE_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  real *dq = c->out.ATTENTION_ROPE_BWD.work;   // [T, H, D]
+  real *dk = dq + (int64_t)d->T * d->H * d->D; // [T, G, D]
+  real *dv = dk + (int64_t)d->T * d->G * d->D; // [T, G, D]
+  KernelCall attention = *c, rope = *c;
+  attention.in = (OpInputs){.ATTENTION_BWD = {.dout = c->in.ATTENTION_ROPE_BWD.dout,
+                                              .o = c->in.ATTENTION_ROPE_BWD.o,
+                                              .q = c->in.ATTENTION_ROPE_BWD.q,
+                                              .k = c->in.ATTENTION_ROPE_BWD.k,
+                                              .v = c->in.ATTENTION_ROPE_BWD.v,
+                                              .lse = c->in.ATTENTION_ROPE_BWD.lse}};
+  attention.out = (OpOutputs){.ATTENTION_BWD = {.dq = dq, .dk = dk, .dv = dv}};
+  cpu_ATTENTION_BWD(&attention);
+  rope.in = (OpInputs){.QKNORM_ROPE_BWD = {.dq = dq,
+                                           .dk = dk,
+                                           .dv = dv,
+                                           .qkv = c->in.ATTENTION_ROPE_BWD.qkv,
+                                           .wq = c->in.ATTENTION_ROPE_BWD.wq,
+                                           .wk = c->in.ATTENTION_ROPE_BWD.wk}};
+  rope.out = (OpOutputs){.QKNORM_ROPE_BWD = {.dqkv = c->out.ATTENTION_ROPE_BWD.dqkv,
+                                             .dwq = c->out.ATTENTION_ROPE_BWD.dwq,
+                                             .dwk = c->out.ATTENTION_ROPE_BWD.dwk}};
+  cpu_QKNORM_ROPE_BWD(&rope);
+}

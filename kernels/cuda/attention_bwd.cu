@@ -12,7 +12,8 @@ size_t attention_bwd_scratch(OpKind, const Dims *d, const OpArgs *) {
   return d->D == 128 ? attention_bwd_pass_scratch(d) : sizeof(float) * d->H * d->T; // there: delta
 }
 
-extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {
+const float *attention_backward(const KernelCall *call, bf16 *dq, bf16 *dk, bf16 *dv, bool sums) {
+  static_assert(IN_AT(ATTENTION_BWD, lse) == IN_AT(ATTENTION_ROPE_BWD, lse), "the inputs of both begin alike");
   const Dims *d = call->dims;
   BackwardCall c = {.dout = (const bf16 *)call->in.ATTENTION_BWD.dout,
                     .o = (const bf16 *)call->in.ATTENTION_BWD.o,
@@ -21,15 +22,23 @@ extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {
                     .v = (const bf16 *)call->in.ATTENTION_BWD.v,
                     .lse = (const float *)call->in.ATTENTION_BWD.lse,
                     .delta = (float *)call->scratch,
-                    .dq = (bf16 *)call->out.ATTENTION_BWD.dq,
-                    .dk = (bf16 *)call->out.ATTENTION_BWD.dk,
-                    .dv = (bf16 *)call->out.ATTENTION_BWD.dv,
+                    .dq = dq,
+                    .dk = dk,
+                    .dv = dv,
                     .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
                     .b = *call->batch};
-  if (d->D == 32 || !attention_bwd_sm90_usable())
-    attention_bwd_portable(&c, d->D, call_stream(call));
-  else if (d->D == 64)
+  if (d->D == 128 && attention_bwd_sm90_usable()) {
+    const float *left = attention_bwd_pass(&c, d, call->scratch, !sums, call_stream(call));
+    return sums ? left : NULL;
+  }
+  if (d->D == 64 && attention_bwd_sm90_usable())
     attention_bwd_sm90(&c, call_stream(call));
   else
-    attention_bwd_pass(&c, d, call->scratch, call_stream(call));
+    attention_bwd_portable(&c, d->D, call_stream(call));
+  return NULL;
+}
+
+extern "C" void cuda_ATTENTION_BWD(const KernelCall *call) {
+  const auto &out = call->out.ATTENTION_BWD;
+  attention_backward(call, (bf16 *)out.dq, (bf16 *)out.dk, (bf16 *)out.dv, false);
 }

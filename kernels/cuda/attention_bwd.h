@@ -21,11 +21,15 @@ typedef struct BackwardCall {
 // For head_dim 32, 64 or 128 on any card from sm_80 on.
 void attention_bwd_portable(const BackwardCall *c, int D, cudaStream_t stream);
 
+// dq, dk, dv of ATTENTION_BWD, or of ATTENTION_ROPE_BWD, whose inputs begin alike. With `sums` dq may be left as the
+// sums of a pass (attention_pass.h): then this is where they lie, and filler rows are not written. Otherwise NULL.
+const float *attention_backward(const KernelCall *call, bf16 *dq, bf16 *dk, bf16 *dv, bool sums);
+
 // For head_dim 64 and for 128 on Hopper, and whether this card and this build have them. The latter does not use
-// c->delta; its scratch, and the bytes of that.
+// c->delta; its scratch, and the bytes of that. It returns where dq's sums lie, which become c->dq if `finish`.
 bool attention_bwd_sm90_usable(void);
 void attention_bwd_sm90(const BackwardCall *c, cudaStream_t stream);
-void attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, cudaStream_t stream);
+const float *attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, bool finish, cudaStream_t stream);
 size_t attention_bwd_pass_scratch(const Dims *d);
 
 // Where lse and delta of a row lie.

@@ -355,11 +355,12 @@ size_t attention_bwd_pass_scratch(const Dims *d) {
   return pass_bind(&s, d, NULL);
 }
 
-void attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, cudaStream_t stream) {
+const float *attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, bool finish, cudaStream_t stream) {
   PassCall p = {.c = *c, .s = {}};
   pass_bind(&p.s, d, scratch);
   attention_pass_prepare(&p, stream);
   CUDA_ALLOW_SHARED(attention_backward_pass, sizeof(PassShared));
   CUDA_LAUNCH(attention_backward_pass, cuda_sm_count(), PASS_THREADS, sizeof(PassShared), stream, p);
-  attention_pass_finish(&p, stream);
+  if (finish) attention_pass_finish(&p, stream);
+  return p.s.dq;
 }

@@ -413,6 +413,7 @@ static const KernelWay own_ways[] = {
     OWN(QKNORM_ROPE_BWD, rope_scratch),
     OWN(ATTENTION_FWD, attention_fwd_scratch),
     OWN(ATTENTION_BWD, attention_bwd_scratch),
+    OWN(ATTENTION_ROPE_BWD, rope_scratch),
     OWN(ROUTER_FWD, router_scratch),
     OWN(ROUTER_LOSS, router_scratch),
     OWN(ROUTER_BWD, router_scratch),

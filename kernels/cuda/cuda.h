@@ -146,7 +146,7 @@ size_t linear_scratch(OpKind kind, const Dims *dims, const OpArgs *args);       
 size_t expert_scratch(OpKind kind, const Dims *dims, const OpArgs *args);        // EXPERT_*
 size_t head_scratch(OpKind kind, const Dims *dims, const OpArgs *args);          // HEAD_*
 size_t adaln_scratch(OpKind kind, const Dims *dims, const OpArgs *args);         // ADALN_*, COMBINE_ADALN_*
-size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);          // QKNORM_ROPE_*
+size_t rope_scratch(OpKind kind, const Dims *dims, const OpArgs *args);          // QKNORM_ROPE_*, ATTENTION_ROPE_BWD
 size_t attention_fwd_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_FWD
 size_t attention_bwd_scratch(OpKind kind, const Dims *dims, const OpArgs *args); // ATTENTION_BWD
 size_t router_scratch(OpKind kind, const Dims *dims, const OpArgs *args);        // ROUTER_*

@@ -1,14 +1,17 @@
 // QK-norm and rotary positions: qkv in row order -> q, k, v in sequence order, and back. One kernel each way, bound by
-// memory; the backward one leaves sums for dwq and dwk, which a second, small kernel adds up.
+// memory; the backward one leaves sums for dwq and dwk, which a second, small kernel adds up. Behind a backward
+// attention that leaves dq as sums in fp32 it takes these (ATTENTION_ROPE_BWD), which nothing else has to read and
+// round.
 //
 // A thread holds 8 elements (4 rotary pairs) of a head: D / 8 lanes make a head, a warp walks over the heads of one
 // token. All heads of a token turn by the same angles, which are computed once a token.
+#include "kernels/cuda/attention_pass.h"
 #include "kernels/cuda/sums.h"
 
 #include <math.h>
 
 enum { FORWARD_THREADS = 256, FORWARD_WARPS = FORWARD_THREADS / 32 };
-enum { BACKWARD_THREADS = 128, BACKWARD_WARPS = BACKWARD_THREADS / 32, RUN_ROWS = 8 }; // RUN_ROWS: rows of a block
+enum { BACKWARD_THREADS = 128, BACKWARD_WARPS = BACKWARD_THREADS / 32, RUN_ROWS = 16 }; // RUN_ROWS: rows of a block
 enum { MAX_HEAD = 128 };
 
 static const float norm_eps = 1e-6f;
@@ -171,41 +174,94 @@ static __global__ void __launch_bounds__(FORWARD_THREADS, 4)
 
 typedef struct RopeGradients {
   const bf16 *dq, *dk, *dv; // [T, H D], [T, G D] twice, sequence order
-  const bf16 *qkv;          // [T, (H+2G) D]
-  const bf16 *wq, *wk;      // [2, D]
-  bf16 *dqkv;               // [T, (H+2G) D]
-  float *partial; // [blocks + 1][2][D]: block b's sums for dwq and dwk over text rows in slot b, image rows b + 1
+  const float *dq_sums;     // instead of dq: [H, T, D] as attention_pass.h leaves it, to be multiplied by dq_scale
+  const int32_t *doc_start; // [T] sequence order, with dq_sums
+  float dq_scale;
+  const bf16 *qkv;     // [T, (H+2G) D]
+  const bf16 *wq, *wk; // [2, D]
+  bf16 *dqkv;          // [T, (H+2G) D]
+  float *dwq, *dwk;    // [2, D]
+  float *partial;      // [blocks + 1][2][D]: block b's sums for dwq and dwk over text rows in slot b, image rows b + 1
 } RopeGradients;
 
+// What a lane reads of a row, for `unroll` heads at a time. SUMS: dq comes as sums.
+template <int D, bool SUMS> struct RowReader {
+  static constexpr int unroll = 2, step = HeadLane<D>::heads;
+  const bf16 *x, *dq, *dk, *dv;
+  const float *sums; // of head 0
+  int64_t head_sums; // from head to head
+  int second;        // from the first four of the lane's sums to the others
+  struct Raw {
+    uint4 x[unroll], dy[unroll], dy_second[SUMS ? unroll : 1];
+  };
+
+  __device__ RowReader(const Rope &p, const RopeGradients &a, HeadLane<D> lane, int r, int s) {
+    x = a.qkv + (int64_t)r * (p.H + 2 * p.G) * D + 8 * lane.part;
+    dk = a.dk + (int64_t)s * p.G * D + 8 * lane.part, dv = a.dv + (int64_t)s * p.G * D + 8 * lane.part;
+    if constexpr (SUMS) {
+      const int local = s - a.doc_start[s], place = dq_place(lane.part / 4 * 8 + lane.part % 4, local);
+      sums = a.dq_sums + (int64_t)s * D + 4 * place;
+      second = 4 * (dq_place(lane.part / 4 * 8 + lane.part % 4 + 4, local) - place);
+      head_sums = (int64_t)p.T * D;
+    } else
+      dq = a.dq + (int64_t)s * p.H * D + 8 * lane.part;
+  }
+
+  __device__ void load(Raw &raw, const Heads &n, HeadLane<D> lane, int base) const {
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+      const int head = base + u * step + lane.head;
+      raw.x[u] = load_or_zero(x + head * D, head < n.qk); // v needs none: its gradient passes as it is
+      if constexpr (SUMS) {
+        const bf16 *own = (const bf16 *)(sums + head * head_sums), *other = head_at<D>(n, head, own, dk, dv);
+        raw.dy[u] = load_or_zero(head < n.q ? own : other, head < n.all);
+        raw.dy_second[u] = load_or_zero((const bf16 *)(sums + head * head_sums + second), head < n.q);
+      } else
+        raw.dy[u] = load_or_zero(head_at<D>(n, head, dq, dk, dv), head < n.all);
+    }
+  }
+
+  // Eight elements of head `head`'s gradient; all lanes of the warp.
+  static __device__ uint4 gradient(const Raw &raw, int u, bool any_q, bool is_q, float scale) {
+    uint4 dy = raw.dy[u];
+    if constexpr (SUMS) {
+      if (!any_q) return dy;
+      const float4 a = floats(dy), b = floats(raw.dy_second[u]);
+      const uint4 rounded = quad_transpose(pack2(a.x * scale, a.y * scale), pack2(a.z * scale, a.w * scale),
+                                           pack2(b.x * scale, b.y * scale), pack2(b.z * scale, b.w * scale));
+      if (is_q) dy = rounded;
+    }
+    return dy;
+  }
+  static __device__ float4 floats(uint4 v) {
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  }
+};
+
 // dqkv of row r. dw [2][8]: the lane's sums for dwq and dwk.
-template <int D>
+template <int D, bool SUMS>
 static __device__ inline void row_backward(const Rope &p, const RopeGradients &a, HeadLane<D> lane, int r, int modality,
                                            float dw[2][8]) {
-  constexpr int unroll = 2, step = HeadLane<D>::heads;
-  Heads n = heads_of(p);
-  int s = p.seq[r], query = p.H * D, key = p.G * D;
-  int64_t row = (int64_t)r * n.all * D + 8 * lane.part;
-  const bf16 *x = a.qkv + row, *from_q = a.dq + (int64_t)s * query + 8 * lane.part;
-  const bf16 *from_k = a.dk + (int64_t)s * key + 8 * lane.part, *from_v = a.dv + (int64_t)s * key + 8 * lane.part;
-  bf16 *dx = a.dqkv + row;
-  Turn t;
+  typedef RowReader<D, SUMS> Reader;
+  constexpr int unroll = Reader::unroll, step = Reader::step;
+  const Heads n = heads_of(p);
+  const int s = p.seq[r];
+  const Reader from(p, a, lane, r, s);
+  bf16 *dx = a.dqkv + (int64_t)r * n.all * D + 8 * lane.part;
+  typename Reader::Raw raw;
+  from.load(raw, n, lane, 0);
+  const Turn t = turn_at<D>(p, s, lane.part); // while the first heads are on their way
   for (int base = 0; base < n.all; base += unroll * step) {
-    uint4 raw_x[unroll], raw_dy[unroll];
+    typename Reader::Raw next;
+    from.load(next, n, lane, base + unroll * step);
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
-      int head = base + u * step + lane.head;
-      raw_x[u] = load_or_zero(x + head * D, head < n.qk); // v needs none: its gradient passes as it is
-      raw_dy[u] = load_or_zero(head_at<D>(n, head, from_q, from_k, from_v), head < n.all);
-    }
-    if (base == 0) t = turn_at<D>(p, s, lane.part); // while the first heads are on their way
-#pragma unroll
-    for (int u = 0; u < unroll; u++) {
-      int head = base + u * step + lane.head;
-      uint4 y = raw_dy[u];
+      const int head = base + u * step + lane.head;
+      uint4 y = Reader::gradient(raw, u, base + u * step < n.q, head < n.q, a.dq_scale);
       if (base + u * step < n.qk) {                    // some of the warp's heads are not v
         float x8[8], g[8], w[8], squares = 0, dot = 0; // g: the gradient before the rotation
-        unpack8(raw_x[u], x8);
-        unpack8(raw_dy[u], g);
+        unpack8(raw.x[u], x8);
+        unpack8(y, g);
         load8((head < n.q ? a.wq : a.wk) + modality * D + 8 * lane.part, w); // from L1: registers are short
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -237,6 +293,7 @@ static __device__ inline void row_backward(const Rope &p, const RopeGradients &a
       }
       if (head < n.all) *reinterpret_cast<uint4 *>(dx + head * D) = y;
     }
+    raw = next;
   }
 }
 
@@ -258,8 +315,8 @@ template <int D> static __device__ void sums_store(const float dw[2][8], HeadLan
   __syncthreads();
 }
 
-template <int D>
-static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
+template <int D, bool SUMS>
+static __global__ void __launch_bounds__(BACKWARD_THREADS, 4)
     rope_backward(const __grid_constant__ Rope p, const __grid_constant__ RopeGradients a) {
   await_previous();
   HeadLane<D> lane;
@@ -269,7 +326,7 @@ static __global__ void __launch_bounds__(BACKWARD_THREADS, 5)
     int from = modality ? max(begin, n_text) : begin, to = min(end, modality ? used : n_text);
     if (from >= to) continue;
     float dw[2][8] = {};
-    for (int r = from + warp; r < to; r += BACKWARD_WARPS) row_backward<D>(p, a, lane, r, modality, dw);
+    for (int r = from + warp; r < to; r += BACKWARD_WARPS) row_backward<D, SUMS>(p, a, lane, r, modality, dw);
     sums_store<D>(dw, lane, a.partial + (int64_t)(blockIdx.x + modality) * 2 * D);
   }
   for (int r = max(begin, used) + warp; r < end; r += BACKWARD_WARPS) warp_zero(a.dqkv + (int64_t)r * width, width);
@@ -316,9 +373,17 @@ static int backward_blocks(int T) {
   return ceil_div(T, RUN_ROWS);
 }
 
+// Where the blocks' sums begin in ATTENTION_ROPE_BWD's scratch, behind attention's.
+static size_t partial_at(const Dims *d) {
+  const size_t align = 256;
+  return (attention_bwd_scratch(OP_ATTENTION_BWD, d, NULL) + align - 1) / align * align;
+}
+
 size_t rope_scratch(OpKind kind, const Dims *d, const OpArgs *args) {
   (void)args;
-  return kind == OP_QKNORM_ROPE_BWD ? (size_t)(backward_blocks(d->T) + 1) * 2 * (size_t)d->D * sizeof(float) : 0;
+  if (kind == OP_QKNORM_ROPE_FWD) return 0;
+  const size_t partial = (size_t)(backward_blocks(d->T) + 1) * 2 * (size_t)d->D * sizeof(float);
+  return (kind == OP_ATTENTION_ROPE_BWD ? partial_at(d) : 0) + partial;
 }
 
 // Runs `launch`, which uses the constant D, for the head dimension of the call.
@@ -349,21 +414,41 @@ extern "C" void cuda_QKNORM_ROPE_FWD(const KernelCall *c) {
                CUDA_LAUNCH(rope_forward<D>, grid, FORWARD_THREADS, 0, call_stream(c), p, qkv, wq, wk, q, k, v));
 }
 
-extern "C" void cuda_QKNORM_ROPE_BWD(const KernelCall *c) {
-  Rope p = rope_of(c);
-  RopeGradients a = {};
-  a.dq = (const bf16 *)c->in.QKNORM_ROPE_BWD.dq;
-  a.dk = (const bf16 *)c->in.QKNORM_ROPE_BWD.dk;
-  a.dv = (const bf16 *)c->in.QKNORM_ROPE_BWD.dv;
-  a.qkv = (const bf16 *)c->in.QKNORM_ROPE_BWD.qkv;
-  a.wq = (const bf16 *)c->in.QKNORM_ROPE_BWD.wq;
-  a.wk = (const bf16 *)c->in.QKNORM_ROPE_BWD.wk;
-  a.dqkv = (bf16 *)c->out.QKNORM_ROPE_BWD.dqkv;
-  a.partial = (float *)c->scratch;
-  float *dwq = (float *)c->out.QKNORM_ROPE_BWD.dwq, *dwk = (float *)c->out.QKNORM_ROPE_BWD.dwk; // [2, D]
-  FOR_HEAD_DIM(c->dims->D,
-               CUDA_LAUNCH(rope_backward<D>, backward_blocks(p.T), BACKWARD_THREADS, 0, call_stream(c), p, a));
-  dim3 grid((unsigned)c->dims->D / (4 * SUM_LANES), 2 * MODALITIES);
-  CUDA_LAUNCH(rope_sums, grid, SUM_PARTS * SUM_LANES, 0, call_stream(c), a.partial, p.dims, c->dims->D, dwq, dwk,
+// The kernels of a backward call, whose outputs and scratch `a` has.
+template <int D, bool SUMS> static void backward_launch(const KernelCall *c, const RopeGradients &a) {
+  const Rope p = rope_of(c);
+  CUDA_LAUNCH((rope_backward<D, SUMS>), backward_blocks(p.T), BACKWARD_THREADS, 0, call_stream(c), p, a);
+  const dim3 grid(D / (4 * SUM_LANES), 2 * MODALITIES);
+  CUDA_LAUNCH(rope_sums, grid, SUM_PARTS * SUM_LANES, 0, call_stream(c), a.partial, p.dims, D, a.dwq, a.dwk,
               c->args->accumulate);
+}
+
+extern "C" void cuda_QKNORM_ROPE_BWD(const KernelCall *c) {
+  const auto &in = c->in.QKNORM_ROPE_BWD;
+  const auto &out = c->out.QKNORM_ROPE_BWD;
+  RopeGradients a = {};
+  a.dq = (const bf16 *)in.dq, a.dk = (const bf16 *)in.dk, a.dv = (const bf16 *)in.dv;
+  a.qkv = (const bf16 *)in.qkv, a.wq = (const bf16 *)in.wq, a.wk = (const bf16 *)in.wk;
+  a.dqkv = (bf16 *)out.dqkv, a.dwq = (float *)out.dwq, a.dwk = (float *)out.dwk;
+  a.partial = (float *)c->scratch;
+  FOR_HEAD_DIM(c->dims->D, (backward_launch<D, false>(c, a)));
+}
+
+extern "C" void cuda_ATTENTION_ROPE_BWD(const KernelCall *c) {
+  const Dims *d = c->dims;
+  const auto &in = c->in.ATTENTION_ROPE_BWD;
+  const auto &out = c->out.ATTENTION_ROPE_BWD;
+  bf16 *dq = (bf16 *)out.work, *dk = dq + (int64_t)d->T * d->H * d->D, *dv = dk + (int64_t)d->T * d->G * d->D;
+  RopeGradients a = {};
+  a.dq_sums = attention_backward(c, dq, dk, dv, true);
+  a.doc_start = c->batch->doc_start;
+  a.dq_scale = 1 / sqrtf((float)d->D);
+  a.dq = dq, a.dk = dk, a.dv = dv;
+  a.qkv = (const bf16 *)in.qkv, a.wq = (const bf16 *)in.wq, a.wk = (const bf16 *)in.wk;
+  a.dqkv = (bf16 *)out.dqkv, a.dwq = (float *)out.dwq, a.dwk = (float *)out.dwk;
+  a.partial = (float *)((char *)c->scratch + partial_at(d));
+  if (a.dq_sums)
+    backward_launch<MAX_HEAD, true>(c, a);
+  else
+    FOR_HEAD_DIM(d->D, (backward_launch<D, false>(c, a)));
 }

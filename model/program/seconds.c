@@ -36,6 +36,7 @@ static Share kind_share(OpKind kind) {
   case OP_ATTENTION_FWD:
     return (Share){.55, .8};
   case OP_ATTENTION_BWD:
+  case OP_ATTENTION_ROPE_BWD:
     return (Share){.36, .8};
   case OP_HEAD_CE:
     return (Share){.75, .8};
@@ -66,9 +67,11 @@ double op_model_seconds(const Costs *c, const Program *p, const Op *op) {
   double flops, bytes;
   op_cost(p, op, &c->extents, &flops, &bytes);
   Share s = kind_share(op->kind);
-  if (op->kind == OP_ATTENTION_FWD || op->kind == OP_ATTENTION_BWD)
+  if (op->kind == OP_ATTENTION_FWD || op->kind == OP_ATTENTION_BWD || op->kind == OP_ATTENTION_ROPE_BWD)
     s.flops *= attention_share(p, op->kind, &c->extents);
-  return launch + fmax(flops / (s.flops * c->rates.flops), bytes / (s.bytes * c->rates.bytes));
+  const double multiplied = flops / (s.flops * c->rates.flops), moved = bytes / (s.bytes * c->rates.bytes);
+  if (op->kind == OP_ATTENTION_ROPE_BWD) return launch + multiplied + moved; // attention, then what memory bounds
+  return launch + fmax(multiplied, moved);
 }
 
 // ---- classes ----

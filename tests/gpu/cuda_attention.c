@@ -55,6 +55,29 @@ static void run_attention_spoilt(CudaCase *c, Value q, Value k, Value v, Value d
   judge_spared(c, OP_ATTENTION_BWD, "dv", &spoilt[1][2], &clean[1][2], GD, begin, end, false);
 }
 
+// QK-norm and rotary positions behind the backward pass. forward: o, lse.
+static void run_attention_rope(CudaCase *c, Value q, Value k, Value v, Value dout, const Value *forward) {
+  const Dims *d = &c->ops.dims;
+  const int HD = d->H * d->D, GD = d->G * d->D;
+  const OpArgs a = {.accumulate = case_int(&c->ops, 0, 1)};
+  Value qkv = value_random(c, DT_ACT, d->T, HD + 2 * GD, 1), work = value_out(c, DT_ACT, d->T, HD + 2 * GD);
+  Value wq = value_random(c, DT_ACT, 2, d->D, 1), wk = value_random(c, DT_ACT, 2, d->D, 1);
+  Value dq = value_out(c, DT_ACT, d->T, HD), dkv = value_out(c, DT_ACT, d->T, GD);
+  Value dqkv = work, dwq = value_sum(c, 2, d->D, a.accumulate), dwk = value_sum(c, 2, d->D, a.accumulate);
+  Value grads[OP_MAX_OUT], parts[OP_MAX_OUT] = {none}, got[OP_MAX_OUT];
+  work.anything = true;
+  dqkv.tolerance = dwq.tolerance = dwk.tolerance = UNFUSED_TOLERANCE; // dq, dk and dv are rounded on one backend
+  cuda_case_variant(c, "%d/%d heads of %d, QK-norm%s", d->H, d->G, d->D, a.accumulate ? " add" : "");
+  const Value *in = VALUES_IN(dout, forward[0], q, k, v, forward[1], qkv, wq, wk);
+  const Value *out = VALUES_OUT(dqkv, dwq, dwk, work);
+  cuda_case_call(c, OP_ATTENTION_ROPE_BWD, a, in, out);
+  if (c->bench || !cuda_case_part(c, OP_ATTENTION_BWD, a, in, VALUES_OUT(dq, dkv, dkv), grads)) return;
+  if (cuda_case_part(c, OP_QKNORM_ROPE_BWD, a, VALUES_IN(grads[0], grads[1], grads[2], qkv, wq, wk),
+                     VALUES_OUT(dqkv, dwq, dwk), parts) &&
+      cuda_case_run(c, OP_ATTENTION_ROPE_BWD, a, in, out, got))
+    compare_bits(c, OP_ATTENTION_ROPE_BWD, got, parts);
+}
+
 void run_attention(CudaCase *c, const CudaShape *shape) {
   (void)shape;
   const Dims *d = &c->ops.dims;
@@ -64,7 +87,7 @@ void run_attention(CudaCase *c, const CudaShape *shape) {
   Value lse = value_out(c, DT_REAL, (int64_t)d->H * d->T, 1);
   cuda_case_variant(c, "%d/%d heads of %d", d->H, d->G, d->D);
   cuda_case_call(c, OP_ATTENTION_FWD, ARGS(.span = {0}), VALUES_IN(q, k, v), VALUES_OUT(o, lse));
-  if (!c->wanted[OP_ATTENTION_BWD]) return;
+  if (!c->wanted[OP_ATTENTION_BWD] && !c->wanted[OP_ATTENTION_ROPE_BWD]) return;
   Value forward[OP_MAX_OUT] = {value_copy(c, o), value_copy(c, lse)};
   cuda_case_cpu(c, OP_ATTENTION_FWD, ARGS(.span = {0}), VALUES_IN(q, k, v), forward);
   // Where one key is allowed, dq and dk are differences of equal numbers: zero on one backend, rounding on the other.
@@ -74,4 +97,5 @@ void run_attention(CudaCase *c, const CudaShape *shape) {
   cuda_case_call(c, OP_ATTENTION_BWD, ARGS(.span = {0}), VALUES_IN(dout, forward[0], q, k, v, forward[1]),
                  VALUES_OUT(dq, dkv, dkv));
   if (!c->bench) run_attention_spoilt(c, q, k, v, dout, forward);
+  if (c->wanted[OP_ATTENTION_ROPE_BWD]) run_attention_rope(c, q, k, v, dout, forward);
 }

@@ -53,6 +53,7 @@ static double call_flops(const CudaCase *c, OpKind kind, const OpArgs *a) {
   case OP_ATTENTION_FWD:
     return 4 * (double)batch_pairs(&c->ops.batch) * d->H * d->D;
   case OP_ATTENTION_BWD:
+  case OP_ATTENTION_ROPE_BWD:
     return 10 * (double)batch_pairs(&c->ops.batch) * d->H * d->D;
   case OP_EXPERT_UP_FWD:
   case OP_EXPERT_UP_DGRAD:

@@ -308,6 +308,12 @@ static void run_routers(CudaCase *c, const CudaShape *shape) {
   run_router_nan(c, shape);
 }
 
+void compare_bits(CudaCase *c, OpKind kind, const Value *got, const Value *want) {
+  for (int i = 0; i < OP_MAX_OUT; i++)
+    if (got[i].data && want[i].data && !same_bits(got[i].data, want[i].data, (size_t)got[i].count * sizeof(real)))
+      cuda_case_fail(c, kind, "output %d: not the bits that it should have", i);
+}
+
 #define SLOTS(w, std) value_sided(c, DT_ACT, d->K, w, std, false)
 
 static void run_experts(CudaCase *c, const CudaShape *shape) {
@@ -351,13 +357,6 @@ static void run_experts(CudaCase *c, const CudaShape *shape) {
                    VALUES_OUT(value_sum(c, (int64_t)d->E[0] * 2 * d->F[0], d->C, accumulate),
                               value_sum(c, (int64_t)d->E[1] * 2 * d->F[1], d->C, accumulate)));
   }
-}
-
-// An op made of others, after those on the device with their outputs in its own order: the same bits.
-static void compare_bits(CudaCase *c, OpKind kind, const Value *got, const Value *parts) {
-  for (int i = 0; i < OP_MAX_OUT; i++)
-    if (got[i].data && !same_bits(got[i].data, parts[i].data, (size_t)got[i].count * sizeof(real)))
-      cuda_case_fail(c, kind, "output %d: not the bits of the ops one by one", i);
 }
 
 // Without the branch for the backward pass, a shared expert's output, and the activation, or with them.
@@ -519,7 +518,7 @@ const Family families[FAMILIES] = {
      .mark = "unfused"},
     {"adaln_stability", run_adaln_stability, {OP_ADALN_FWD, OP_ADALN_BWD}, .n = 2, .mark = "stability", .apart = true},
     {"rope", run_rope, {OP_QKNORM_ROPE_FWD, OP_QKNORM_ROPE_BWD}, .n = 2},
-    {"attention", run_attention, {OP_ATTENTION_FWD, OP_ATTENTION_BWD}, .n = 2},
+    {"attention", run_attention, {OP_ATTENTION_FWD, OP_ATTENTION_BWD, OP_ATTENTION_ROPE_BWD}, .n = 3},
     {"router", run_routers, {OP_ROUTER_FWD, OP_ROUTER_LOSS, OP_ROUTER_BWD}, .n = 3},
     {"experts",
      run_experts,

@@ -25,4 +25,8 @@ extern const Family families[FAMILIES];
 void run_adaln_stability(CudaCase *c, const CudaShape *shape);
 void run_update(CudaCase *c, const CudaShape *shape);    // tests/gpu/cuda_update.c
 void run_attention(CudaCase *c, const CudaShape *shape); // tests/gpu/cuda_attention.c
+
+// An op's outputs on the device must have the bits of others from there: of its parts, or of itself in another way.
+// What `want` lacks is not compared.
+void compare_bits(CudaCase *c, OpKind kind, const Value *got, const Value *want);
 #endif

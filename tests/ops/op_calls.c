@@ -164,6 +164,11 @@ static void call_attention(OpCalls *w) {
   call(w, OP_ATTENTION_FWD, ARGS(.span = {0}), IN(q, k, v), OUT(o, lse));
   call(w, OP_ATTENTION_BWD, ARGS(.span = {0}), IN(random_value(w, nq), o, q, k, v, lse),
        OUT(poison_value(w, nq), poison_value(w, nk), poison_value(w, nk)));
+  for (int accumulate = 0; accumulate < 2; accumulate++)
+    call(w, OP_ATTENTION_ROPE_BWD, ARGS(.accumulate = accumulate),
+         IN(random_value(w, nq), o, q, k, v, lse, qkv, wq, wk),
+         OUT(poison_value(w, nq + 2 * nk), sum_value(w, nw, accumulate), sum_value(w, nw, accumulate),
+             poison_value(w, nq + 2 * nk)));
 }
 
 // Returns the route, weights and the router's input through pointers, for the experts.

@@ -271,6 +271,16 @@ def op_attention_bwd(c, r):
     return {name: c.put(g) for name, g in zip(("dq", "dk", "dv"), grads)}
 
 
+def op_attention_rope_bwd(c, r):
+    def attended(*x):
+        turned = qk_turned(c, *x)
+        return attend(c, *turned)[0]
+
+    inputs = [c.rows(r.i["qkv"]), r.i["wq"], r.i["wk"]]
+    dqkv, dwq, dwk = vjp(attended, inputs, [c.rows(r.i["dout"])])
+    return {"dqkv": c.put(dqkv), "work": None} | added(r, dwq=dwq, dwk=dwk)
+
+
 def op_router_fwd(c, r):
     """Logits are compared; what was chosen must follow from the op's own logits, exactly."""
     logits, chosen = [], []

@@ -69,7 +69,7 @@ static PolicyTable random_policy(ModelCase *c) {
   return t;
 }
 
-// A backend without the ops that sum over the experts and go on, under any policy, gives the same bits.
+// A backend without the ops that are made of two, under any policy, gives the same bits.
 static void test_separate_ops_same_bits(void **state) {
   (void)state;
   for (int v = 0; v < VARIANTS; v++) {
@@ -77,7 +77,7 @@ static void test_separate_ops_same_bits(void **state) {
     model_case_init(&c, 150 + (uint64_t)v, v);
     real *want = keep_gradients(&c, NULL);
     Backend separate = backend_cpu;
-    separate.fn[OP_COMBINE_ADALN_FWD] = separate.fn[OP_COMBINE_ADALN_BWD] = NULL;
+    separate.fn[OP_COMBINE_ADALN_FWD] = separate.fn[OP_COMBINE_ADALN_BWD] = separate.fn[OP_ATTENTION_ROPE_BWD] = NULL;
     c.model.backend = &separate;
     for (int i = 0; i < 5; i++) {
       PolicyTable t = i ? random_policy(&c) : policy_table_new(c.config.model.layers, MEMORY_KEEP);
@@ -346,12 +346,13 @@ static void test_flops_are_those_of_the_ops(void **state) {
     ModelCase c;
     model_case_init(&c, 1300 + (uint64_t)v, v);
     ModelProgram m = model_case_record(&c, MODE_TRAIN_FIRST, NULL, 0);
+    const Dims *d = &c.ops.dims;
     const Extents x = {.text = 31, .image = 44, .segments = 6, .targets = 31, .pairs = 1234};
     double sum = 0;
     for (int i = 0; i < m.program->n_ops; i++) {
       const Op *op = &m.program->ops[i];
       int linear = op->kind == OP_LINEAR_FWD || op->kind == OP_LINEAR_DGRAD || op->kind == OP_LINEAR_WGRAD;
-      int attention = op->kind == OP_ATTENTION_FWD || op->kind == OP_ATTENTION_BWD;
+      int attention = op->kind == OP_ATTENTION_FWD || op->kind == OP_ATTENTION_ROPE_BWD;
       int other = op->kind == OP_ROUTER_FWD || op->kind == OP_ROUTER_BWD || op->kind == OP_HEAD_CE ||
                   op->kind == OP_EXPERT_UP_FWD || op->kind == OP_EXPERT_UP_DGRAD || op->kind == OP_EXPERT_UP_WGRAD ||
                   op->kind == OP_EXPERT_DOWN_FWD || op->kind == OP_EXPERT_DOWN_BWD ||
@@ -360,10 +361,10 @@ static void test_flops_are_those_of_the_ops(void **state) {
       if (linear && op->args.linear.extent == EXT_SEGMENTS) continue; // the condition is not a token's
       if (!linear && !attention && !other) continue;
       op_cost(m.program, op, &x, &flops, &bytes);
+      if (op->kind == OP_ATTENTION_ROPE_BWD) flops -= 20 * (x.text + x.image) * (d->H + d->G) * d->D; // QK-norm's
       sum += attention ? flops * 12 / 14 : flops;
     }
     // Pixels need no gradient: the first product behind them has none.
-    const Dims *d = &c.ops.dims;
     int first = c.config.model.patch_bottleneck ? c.config.model.patch_bottleneck : d->C;
     sum += 2.0 * d->P * first * x.image;
     double want = transformer_flops(&c.config, x.text, x.image, x.pairs);

@@ -47,7 +47,37 @@ static void test_rope(void **state) {
   }
 }
 
+// With the backward attention before it: the bits of the two ops.
+static void test_attention_rope(void **state) {
+  (void)state;
+  for (int seed = 0; seed < SEEDS; seed++) {
+    OpCase box, *c = &box;
+    make_case(c, seed);
+    const Dims *d = &c->dims;
+    int64_t nq = (int64_t)d->T * d->H * d->D, nk = (int64_t)d->T * d->G * d->D, nx = nq + 2 * nk, nw = 2 * d->D;
+    int64_t nl = (int64_t)d->H * d->T;
+    real *qkv = case_random(c, nx, 1), *wq = case_random(c, nw, 1), *wk = case_random(c, nw, 1);
+    real *q = case_poison(c, nq), *k = case_poison(c, nk), *v = case_poison(c, nk);
+    real *o = case_poison(c, nq), *lse = case_poison(c, nl), *dout = case_random(c, nq, 1);
+    op_run(c, OP_QKNORM_ROPE_FWD, (OpArgs){0}, OP_IN(qkv, wq, wk), OP_OUT(q, k, v));
+    op_run(c, OP_ATTENTION_FWD, (OpArgs){0}, OP_IN(q, k, v), OP_OUT(o, lse));
+    for (int accumulate = 0; accumulate < 2; accumulate++) {
+      const OpArgs a = {.accumulate = accumulate};
+      real *dq = case_poison(c, nq), *dk = case_poison(c, nk), *dv = case_poison(c, nk), *work = case_poison(c, nx);
+      real *dx = case_poison(c, nx), *dwq = case_random(c, nw, 1), *dwk = case_random(c, nw, 1);
+      real *both_x = case_poison(c, nx), *both_q = case_copy(c, dwq, nw), *both_k = case_copy(c, dwk, nw);
+      op_run(c, OP_ATTENTION_BWD, a, OP_IN(dout, o, q, k, v, lse), OP_OUT(dq, dk, dv));
+      op_run(c, OP_QKNORM_ROPE_BWD, a, OP_IN(dq, dk, dv, qkv, wq, wk), OP_OUT(dx, dwq, dwk));
+      run_same(c, OP_ATTENTION_ROPE_BWD, a, OP_IN(dout, o, q, k, v, lse, qkv, wq, wk),
+               OP_OUT(both_x, both_q, both_k, work), SIZES(REALS(nx), REALS(nw), REALS(nw), REALS(nx)));
+      assert_true(same_bits(both_x, dx, REALS(nx)));
+      assert_true(same_bits(both_q, dwq, REALS(nw)) && same_bits(both_k, dwk, REALS(nw)));
+    }
+    op_case_free(c);
+  }
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_rope)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_rope), cmocka_unit_test(test_attention_rope)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
