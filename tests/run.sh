@@ -78,6 +78,7 @@ case $part in
     check mutants_texts "$python" tests/scripts/mutants.py --texts
     check cli limited tests/scripts/cli.sh "$build"
     check messages limited tests/scripts/messages.sh "$build"
+    check early_kernels limited tests/scripts/early_kernels.sh
     if "$python" -c 'import torch' 2>/dev/null; then
       check reference limited "$python" tests/ops/test_reference.py
       check parity_ops limited tests/ops/parity.sh ops "$build"

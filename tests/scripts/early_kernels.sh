@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What scripts/nvcc_strict.sh refuses: kernels that may begin before the one in front of them has ended, and touch memory
+# before await_previous() or never call it. Exit code 77 without nvcc.
+set -eu
+cd "$(dirname "$0")/../.."
+command -v nvcc >/dev/null || { echo "there is no nvcc"; exit 77; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+count=0
+
+compiles() { # NAME, the kernel's body on standard input: x, y [n] floats, of which x is read only
+  {
+    printf '#include "kernels/cuda/cuda.h"\n'
+    printf 'static __device__ float of_all;\n'
+    printf 'static __global__ void probe(int n, const float *__restrict__ x, float *y) {\n  __shared__ float s[32];\n'
+    cat
+    printf '}\nvoid run(cudaStream_t s) { CUDA_LAUNCH(probe, 1, 32, 0, s, 32, &of_all, NULL); }\n'
+  } >"$work/$1.cu"
+  count=$((count + 1))
+  scripts/nvcc_strict.sh -std=c++17 -I. -O3 -gencode=arch=compute_90a,code=sm_90a -c -o "$work/$1.o" "$work/$1.cu" \
+    >"$work/said" 2>&1
+}
+passes() {
+  compiles "$1" || { echo "$1: refused" && cat "$work/said" && exit 1; }
+  [ -s "$work/$1.o" ] || { echo "$1: no object" && exit 1; }
+}
+refused() {
+  ! compiles "$1" || { echo "$1: not refused" && exit 1; }
+  grep -q '^error: a kernel touches memory before await_previous(), or lacks it: probe' "$work/said" ||
+    { echo "$1: says something else" && cat "$work/said" && exit 1; }
+  [ ! -e "$work/$1.o" ] || { echo "$1: left an object" && exit 1; }
+}
+
+passes first <<<'await_previous(); if (threadIdx.x < n) y[threadIdx.x] = x[threadIdx.x];'
+passes shared_before <<<'s[threadIdx.x] = n; __syncthreads(); await_previous(); y[threadIdx.x] = x[0] + s[n];'
+passes empty <<<''
+refused without <<<'y[threadIdx.x] = 1;'
+refused load_before <<<'float v = x[threadIdx.x]; await_previous(); y[threadIdx.x] = v;'
+refused moved_before <<<'if (n > 3) y[0] = 1; await_previous(); y[threadIdx.x] = __ldg(x);'
+refused atomic_before <<<'atomicAdd(y, 1.0f); await_previous();'
+refused global_before <<<'of_all = n; await_previous();'
+refused prefetch_before <<<'asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); await_previous(); *y = *x;'
+echo "$count kernels: those that wait too late are refused"
