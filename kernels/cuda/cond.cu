@@ -160,23 +160,10 @@ extern "C" void cuda_COND_BWD(const KernelCall *c) {
 
 // ---- the modulation table, [SEG, M] ----
 
-// What the product U a does not write: row 0 = S[TEXT], unused rows 0.
-static __global__ void __launch_bounds__(THREADS)
-    mod_rest_kernel(const BatchDims *n, int segments, int M, const bf16 *S, bf16 *mod) {
-  await_previous();
-  int unused = segments - n->n_segments; // rows; they follow row 0 here
-  for_eights(1 + unused, M, [&](int row, int column) {
-    if (row == 0)
-      *(uint4 *)(mod + column) = *(const uint4 *)(S + (int64_t)TEXT * M + column);
-    else
-      store_zeros(mod + (int64_t)(n->n_segments + row - 1) * M + column);
-  });
-}
-
 extern "C" void cuda_MOD_FWD(const KernelCall *c) {
   const Dims *d = c->dims;
   const bf16 *S = (const bf16 *)c->in.MOD_FWD.S; // [2, M]
-  Gemm product = {};                             // rows [1, n_segments): a U^T + S[IMAGE]
+  Gemm product = {};                             // rows [1, n_segments): a U^T + S[IMAGE]; row 0: S[TEXT]
   GemmSide *side = &product.side[0];
   side->groups = 1;
   side->extent.count = &c->batch->dims->n_segments;
@@ -190,9 +177,11 @@ extern "C" void cuda_MOD_FWD(const KernelCall *c) {
   GemmStore end[MODALITIES] = {};
   end[0].c = (bf16 *)c->out.MOD_FWD.mod; // [SEG, M]
   end[0].bias = S + (int64_t)IMAGE * d->M;
+  product.dims = c->batch->dims;
+  product.fill_rows = d->segments;
+  product.fill[0] = {GEMM_TEXT_SEGMENT, d->M, end[0].c, S + (int64_t)TEXT * d->M};
+  product.fill[1] = {GEMM_UNUSED_SEGMENTS, d->M, end[0].c, NULL};
   gemm_rows(&product, end, call_stream(c));
-  CUDA_LAUNCH(mod_rest_kernel, grid_striding(ceil_div64((int64_t)d->segments * d->M / 8, THREADS)), THREADS, 0,
-              call_stream(c), c->batch->dims, d->segments, d->M, S, (bf16 *)c->out.MOD_FWD.mod);
 }
 
 static __global__ void __launch_bounds__(THREADS)

@@ -37,7 +37,7 @@ static Gemm experts_gemm(OpKind kind, const Dims *d, const OpArgs *args, Tiles t
 // The slots of modality m's experts.
 static GemmExtent experts_extent(const Dims *d, const Route *route, int m) {
   const int first = m == TEXT ? 0 : d->E[TEXT];
-  return {route->begin + first, route->count + first, 0, 0};
+  return {route->begin + first, route->count + first, 0, 0, NULL};
 }
 
 static void up_fwd(const KernelCall *c, Tiles tiles) {

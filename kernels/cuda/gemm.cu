@@ -60,6 +60,12 @@ static __global__ void __launch_bounds__(256) finish_kernel(const __grid_constan
   }
 }
 
+// The fills of a product without terms.
+static __global__ void __launch_bounds__(256) fill_kernel(const __grid_constant__ Gemm g) {
+  await_previous();
+  gemm_fill(g, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+}
+
 // ---- entry points ----
 
 static GemmWork work_make(const Gemm *g, int kind, bool splits) {
@@ -112,7 +118,10 @@ static int adds_of(const GemmStoreWeights *end, const GemmShape *s) {
 template <class End> static void gemm_launch(const Gemm *g, const End *end, int kind, cudaStream_t stream) {
   GemmLaunch<End> l = {work_make(g, kind, End::SPLITS), {end[TEXT], end[IMAGE]}};
   GemmWork *work = &l.work;
-  if (gemm_groups(&work->shape) == 0) return;
+  if (gemm_groups(&work->shape) == 0) {
+    if (g->fill[0].part != GEMM_NO_ROWS) CUDA_LAUNCH(fill_kernel, 2 * cuda_sm_count(), 256, 0, stream, *g);
+    return;
+  }
   work->shape.adds = adds_of(end, &work->shape);
   if (gemm_sm90_usable()) {
     work->shape.blocks = cuda_sm_count() - g->leaves;

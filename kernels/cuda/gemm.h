@@ -12,10 +12,11 @@
 #include "kernels/cuda/cuda.h"
 
 // Rows [begin, begin + count) of a group: fixed numbers plus, where a pointer is given, a number on the device, read at
-// index g. (EXT_SEGMENTS: begin_fixed 1, count = &n_segments, count_fixed -1.)
+// index g; `more` belongs to the count, too. (EXT_SEGMENTS: begin_fixed 1, count = &n_segments, count_fixed -1.)
 typedef struct GemmExtent {
   const int32_t *begin, *count; // [groups] on the device, or NULL
   int begin_fixed, count_fixed;
+  const int32_t *more; // as count
 } GemmExtent;
 
 typedef struct GemmSide {
@@ -28,6 +29,23 @@ typedef struct GemmSide {
   int M, N, K;                      // M: gemm_weights only; K: gemm_rows only. Multiples of 8; 0: nothing to do
 } GemmSide;
 
+// Rows that no group has, which the launch of a product writes beside it: those of a part of the pack.
+typedef enum GemmPart {
+  GEMM_NO_ROWS,
+  GEMM_TEXT_ROWS,
+  GEMM_IMAGE_ROWS,
+  GEMM_FILLER_ROWS,    // behind text and image
+  GEMM_TEXT_SEGMENT,   // of a tensor [SEG, .]: row 0,
+  GEMM_UNUSED_SEGMENTS // and those behind the last segment
+} GemmPart;
+enum { GEMM_FILLS = 3 };
+typedef struct GemmFill {
+  GemmPart part;
+  int width;        // a multiple of 8
+  bf16 *to;         // [rows, width]
+  const bf16 *from; // likewise, which is copied, or NULL: zeros
+} GemmFill;
+
 typedef struct Gemm {
   GemmSide side[MODALITIES]; // both gather the same operand, or neither does
   int b_transposed;          // gemm_rows: B_g is [K, N]
@@ -37,6 +55,9 @@ typedef struct Gemm {
   int16_t tiles[MODALITIES]; // columns of a side's tiles; 0: those that are best
   void *scratch;             // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long
                              //   inner dimension stay whole, and slow where they are few
+  const BatchDims *dims;     // on the device; where there are fills
+  int fill_rows;             // capacity of what is filled
+  GemmFill fill[GEMM_FILLS]; // gemm_rows only; the first GEMM_NO_ROWS ends them
 } Gemm;
 
 // ---- epilogues: what becomes of a product, by side. SPLITS: its inner dimension may be cut into parts ----
@@ -90,8 +111,8 @@ typedef struct GemmStoreWeights {
   int accumulate;     // else groups without rows become zeros
 } GemmStoreWeights;
 
-// The rows of every group; other rows of what an epilogue stores are not written. Only the products of GEMM_PRODUCTS
-// (gemm_tiles.h) are built: others end the process.
+// The rows of every group; other rows of what an epilogue stores are written by g->fill or not at all. Only the
+// products of GEMM_PRODUCTS (gemm_tiles.h) are built: others end the process.
 void gemm_rows(const Gemm *g, const GemmStore end[MODALITIES], cudaStream_t stream);
 void gemm_rows(const Gemm *g, const GemmStoreFloat end[MODALITIES], cudaStream_t stream);
 void gemm_rows(const Gemm *g, const GemmStoreSwiglu end[MODALITIES], cudaStream_t stream);

@@ -151,6 +151,8 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
     if (GATHER || threadIdx.x == 0) produce<KIND, LOAD, DRAWN, Tile>(l, maps, control, shared_address(memory));
   } else {
     registers_take<GATHER ? 224 : 232>();
+    if (KIND != GEMM_TN) // while the first stages are on their way
+      gemm_fill(l.work.g, blockIdx.x * 2 * GEMM_GROUP + threadIdx.x - GEMM_GROUP, gridDim.x * 2 * GEMM_GROUP);
     consume<KIND, LOAD, DRAWN, Tile>(l, control, memory);
   }
 }

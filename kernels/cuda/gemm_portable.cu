@@ -94,6 +94,7 @@ static __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(const __grid_co
   uint32_t shared = shared_address(stages);
   int warp = threadIdx.x >> 5;
   gemm_tiles_load<KIND>(l, &tiles);
+  if (KIND != GEMM_TN) gemm_fill(l.g, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
   const int total = gemm_tiles_total(&l.shape, &tiles);
   for (int round = 0; round * (int)gridDim.x < total; round++) {
     int number = gemm_tile_number(round, blockIdx.x, gridDim.x);

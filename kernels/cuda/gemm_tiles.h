@@ -54,7 +54,7 @@ static __device__ inline void gemm_counts_load(const GemmWork &l, GemmTiles *t) 
     int m = gemm_group_side(&l.shape, i), e = i - (m == IMAGE ? l.shape.groups[TEXT] : 0);
     const GemmExtent &x = l.g.side[m].extent;
     t->begin[i] = x.begin_fixed + (x.begin ? x.begin[e] : 0);
-    t->count[i] = max(0, x.count_fixed + (x.count ? x.count[e] : 0));
+    t->count[i] = max(0, x.count_fixed + (x.count ? x.count[e] : 0) + (x.more ? x.more[e] : 0));
   }
   __syncthreads();
 }
@@ -67,6 +67,27 @@ template <int KIND> static __device__ inline void gemm_tiles_load(const GemmWork
 // Where a tile's part of an inner dimension leaves its sums: [., N], row 0 as tile.m counts.
 template <int KIND> static __device__ inline float *gemm_part_sums(const GemmWork &l, const GemmTile &t) {
   return l.partial + t.partial_at + t.part * gemm_part_size(KIND, &l.shape, t.side);
+}
+
+// Writes the rows that no group has. Thread `thread` of `threads` in all.
+static __device__ inline void gemm_fill(const Gemm &g, int thread, int threads) {
+#pragma unroll 1
+  for (int i = 0; i < GEMM_FILLS && g.fill[i].part != GEMM_NO_ROWS; i++) {
+    const GemmFill &f = g.fill[i];
+    const int text = g.dims->n_text, used = text + g.dims->n_image;
+    const int first = f.part == GEMM_TEXT_ROWS || f.part == GEMM_TEXT_SEGMENT ? 0
+                      : f.part == GEMM_IMAGE_ROWS                             ? text
+                      : f.part == GEMM_FILLER_ROWS                            ? used
+                                                                              : g.dims->n_segments;
+    const int end = f.part == GEMM_TEXT_ROWS      ? text
+                    : f.part == GEMM_IMAGE_ROWS   ? used
+                    : f.part == GEMM_TEXT_SEGMENT ? 1
+                                                  : g.fill_rows;
+    const int64_t eights = f.width / 8;
+    const uint4 *from = (const uint4 *)f.from;
+    for (int64_t at = first * eights + thread; at < end * eights; at += threads)
+      ((uint4 *)f.to)[at] = from ? from[at] : make_uint4(0, 0, 0, 0);
+  }
 }
 
 // index / index_divisor.

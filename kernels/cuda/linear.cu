@@ -1,5 +1,5 @@
-// Linear layers over an extent of rows: the products through gemm.h, the rows that no product writes by one small
-// kernel before it, bias gradients by column sums in two passes of fixed order.
+// Linear layers over an extent of rows: the products through gemm.h, which fill the rows that no product has, bias
+// gradients by column sums in two passes of fixed order.
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/sums.h"
 
@@ -41,7 +41,6 @@ static Gemm linear_gemm(OpKind kind, const Dims *d, const OpArgs *args) {
 
 // An op's scratch.
 typedef struct LinearScratch {
-  int32_t *used;  // [1] text and image rows
   float *partial; // [BIAS_PARTS, out] sums over parts of the rows
   void *gemm;
 } LinearScratch;
@@ -53,9 +52,8 @@ static size_t linear_bind(LinearScratch *s, OpKind kind, const Dims *d, const Op
   const Gemm g = linear_gemm(kind, d, args);
   const int weights = kind == OP_LINEAR_WGRAD;
   const size_t bytes = weights ? (size_t)BIAS_PARTS * args->linear.out_dim[0] * sizeof(float) : 0;
-  const size_t gemm_at = SCRATCH_ALIGN + (bytes + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
-  s->used = (int32_t *)base;
-  s->partial = base ? (float *)((char *)base + SCRATCH_ALIGN) : NULL;
+  const size_t gemm_at = (bytes + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
+  s->partial = (float *)base;
   s->gemm = base ? (char *)base + gemm_at : NULL;
   return gemm_at + (weights ? gemm_weights_scratch(&g) : gemm_rows_scratch(&g));
 }
@@ -84,59 +82,39 @@ static __device__ RowSpan extent_span(Extent extent, const BatchDims *dims) {
   return s;
 }
 
-// The same for gemm.h. No number in BatchDims is the count of EXT_ROWS: a kernel leaves it in `used`.
-static GemmExtent side_extent(const KernelCall *c, int m, const int32_t *used) {
+// The same for gemm.h.
+static GemmExtent side_extent(const KernelCall *c, int m) {
   const BatchDims *dims = c->batch->dims; // on the device: only addresses are taken
   switch (c->args->linear.extent) {
   case EXT_ROWS:
-    return {NULL, used, 0, 0};
+    return {NULL, &dims->n_text, 0, 0, &dims->n_image};
   case EXT_IMAGE:
-    return {&dims->n_text, &dims->n_image, 0, 0};
+    return {&dims->n_text, &dims->n_image, 0, 0, NULL};
   case EXT_SEGMENTS:
-    return {NULL, &dims->n_segments, 1, -1};
+    return {NULL, &dims->n_segments, 1, -1, NULL};
   case EXT_SPLIT:
     break;
   }
-  if (m == TEXT) return {NULL, &dims->n_text, 0, 0};
-  return {&dims->n_text, &dims->n_image, 0, 0};
+  if (m == TEXT) return {NULL, &dims->n_text, 0, 0, NULL};
+  return {&dims->n_text, &dims->n_image, 0, 0, NULL};
 }
 
 // ---- rows without a product ----
 
-typedef struct Outside {
-  Extent extent;
-  int64_t rows;                // capacity
-  bf16 *y[MODALITIES];         // [rows, width] views; one side: both are the same
-  const bf16 *add[MODALITIES]; // likewise, or NULL
-  int width[MODALITIES];
-  bool empty[MODALITIES]; // the side's product has no terms
-} Outside;
-
-// Rows [first, end) of side m: `add` where there is one, else zeros.
-static __device__ void rows_fill(const Outside &o, int m, const bf16 *add, int64_t first, int64_t end) {
-  uint4 *to = reinterpret_cast<uint4 *>(o.y[m]);
-  const uint4 *from = reinterpret_cast<const uint4 *>(add);
-  const int64_t pieces = o.width[m] / 8, step = (int64_t)gridDim.x * THREADS;
-  for (int64_t i = first * pieces + blockIdx.x * (int64_t)THREADS + threadIdx.x; i < end * pieces; i += step)
-    to[i] = from ? from[i] : make_uint4(0, 0, 0, 0);
-}
-
-// Rows before the extent, rows of a side without terms, and filler, which alone never takes `add`.
-static __global__ void __launch_bounds__(THREADS) outside_fill(Outside o, const BatchDims *dims, int32_t *used) {
-  await_previous();
-  const RowSpan span = extent_span(o.extent, dims);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *used = dims->n_text + dims->n_image;
-  if (o.extent == EXT_SPLIT) {
-    if (o.empty[TEXT]) rows_fill(o, TEXT, o.add[TEXT], 0, dims->n_text);
-    if (o.empty[IMAGE]) rows_fill(o, IMAGE, o.add[IMAGE], dims->n_text, span.end);
-  }
-  rows_fill(o, TEXT, o.add[TEXT], 0, span.first);
-  rows_fill(o, IMAGE, NULL, span.end, o.rows);
-}
-
-static __global__ void used_count(const BatchDims *dims, int32_t *used) {
-  await_previous();
-  *used = dims->n_text + dims->n_image;
+// Adds to g's fills those of an op: rows before the extent, rows of a side without terms, and filler, which alone never
+// takes `add`. y, add: [rows, width] views of the sides; where there is one side both are the same.
+static void rows_fill(Gemm *g, const KernelCall *c, const int from[MODALITIES], const int to[MODALITIES],
+                      bf16 *const y[MODALITIES], const bf16 *const add[MODALITIES]) {
+  const LinearArgs *a = &c->args->linear;
+  GemmFill *f = g->fill;
+  g->dims = c->batch->dims;
+  g->fill_rows = capacity_of(c->dims, a);
+  if (a->extent == EXT_SEGMENTS) *f++ = {GEMM_TEXT_SEGMENT, to[0], y[0], add[0]};
+  if (a->extent == EXT_IMAGE || (a->extent == EXT_SPLIT && !from[TEXT]))
+    *f++ = {GEMM_TEXT_ROWS, to[TEXT], y[TEXT], add[TEXT]};
+  if (a->extent == EXT_SPLIT && !from[IMAGE]) *f++ = {GEMM_IMAGE_ROWS, to[IMAGE], y[IMAGE], add[IMAGE]};
+  const int last = a->extent == EXT_SPLIT ? IMAGE : 0;
+  *f = {a->extent == EXT_SEGMENTS ? GEMM_UNUSED_SEGMENTS : GEMM_FILLER_ROWS, to[last], y[last], NULL};
 }
 
 // ---- forward and input gradient ----
@@ -145,7 +123,6 @@ static __global__ void used_count(const BatchDims *dims, int32_t *used) {
 static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALITIES], const int to[MODALITIES],
                          const void *rows, const void *const w[MODALITIES], const void *bias, const bf16 *add,
                          void *out) {
-  const LinearArgs *a = &c->args->linear;
   const bf16 *x = (const bf16 *)rows; // [rows, from]
   bf16 *y = (bf16 *)out;              // [rows, to]
   LinearScratch scratch;
@@ -154,26 +131,22 @@ static void rows_product(const KernelCall *c, OpKind kind, const int from[MODALI
   g.scratch = scratch.gemm;
   g.leaves = c->leaves;
   GemmStore end[MODALITIES] = {};
-  Outside o = {};
-  o.extent = a->extent;
-  o.rows = capacity_of(c->dims, a);
+  bf16 *views[MODALITIES];
+  const bf16 *adds[MODALITIES];
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
-    const int side = s->groups ? m : 0;
-    const int64_t at = side_at(c, to, side);
-    o.y[m] = y + at;
-    o.add[m] = add ? add + at : NULL;
-    o.width[m] = to[side];
-    o.empty[m] = from[side] == 0;
+    const int64_t at = side_at(c, to, s->groups ? m : 0);
+    views[m] = y + at;
+    adds[m] = add ? add + at : NULL;
     if (!s->groups) continue;
-    s->extent = side_extent(c, m, scratch.used);
+    s->extent = side_extent(c, m);
     s->a = x + side_at(c, from, m);
     s->b = (const bf16 *)w[m]; // [out, in]
-    end[m].c = o.y[m];
+    end[m].c = views[m];
     end[m].bias = (const bf16 *)bias;
-    end[m].add = o.add[m];
+    end[m].add = adds[m];
   }
-  CUDA_LAUNCH(outside_fill, 2 * cuda_sm_count(), THREADS, 0, call_stream(c), o, c->batch->dims, scratch.used);
+  rows_fill(&g, c, from, to, views, adds);
   gemm_rows(&g, end, call_stream(c));
 }
 
@@ -241,13 +214,12 @@ extern "C" void cuda_LINEAR_WGRAD(const KernelCall *c) {
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];
     if (!s->groups) continue;
-    s->extent = side_extent(c, m, scratch.used);
+    s->extent = side_extent(c, m);
     s->a = dy + side_at(c, a->out_dim, m);
     s->b = x + side_at(c, a->in_dim, m);
     end[m].accumulate = c->args->accumulate;
     end[m].dw = (float *)c->out.LINEAR_WGRAD.dw[m]; // dW [out, in]
   }
-  if (a->extent == EXT_ROWS) CUDA_LAUNCH(used_count, 1, 1, 0, call_stream(c), c->batch->dims, scratch.used);
   gemm_weights(&g, end, call_stream(c));
   if (!dbias) return;
   // With a bias both sides have one width, so that their views are one tensor.
