@@ -177,6 +177,7 @@ extern "C" void cuda_MOD_FWD(const KernelCall *c) {
   GemmStore end[MODALITIES] = {};
   end[0].c = (bf16 *)c->out.MOD_FWD.mod; // [SEG, M]
   end[0].bias = S + (int64_t)IMAGE * d->M;
+  product.settled = 1;
   product.dims = c->batch->dims;
   product.fill_rows = d->segments;
   product.fill[0] = {GEMM_TEXT_SEGMENT, d->M, end[0].c, S + (int64_t)TEXT * d->M};

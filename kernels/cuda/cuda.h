@@ -63,12 +63,16 @@ static inline cudaError_t cuda_launch(void (*kernel)(P...), dim3 grid, dim3 bloc
 }
 
 // The first statement of a kernel, or the first after what touches no memory of the device: until the kernel that its
-// stream was given before has ended and all that it wrote is there. From here on the next one's blocks may come, where
-// this one's leave room, to wait here themselves. scripts/nvcc_strict.sh refuses a kernel that has it too late or not.
-static __device__ inline void await_previous(void) {
+// stream was given before has ended and all that it wrote is there. scripts/nvcc_strict.sh refuses a kernel that has it
+// too late or not.
+//
+// `admits`: the next kernel's blocks come as soon as this one's leave room, to wait here themselves; else when this
+// one's have all ended. Blocks that end at very different times do not admit any: the multiprocessors that are free
+// first would get all blocks of a kernel that has as many as fill the card, and it would take up to twice as long.
+static __device__ inline void await_previous(bool admits = true) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (admits) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

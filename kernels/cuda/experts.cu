@@ -16,6 +16,8 @@ enum Tiles { OWN_TILES, SAME_TILES };
 static Gemm experts_gemm(OpKind kind, const Dims *d, const OpArgs *args, Tiles tiles) {
   Gemm g = {};
   g.same_tiles = tiles == SAME_TILES;
+  // The others take what one of these two has made by the same route.
+  g.settled = kind != OP_EXPERT_UP_FWD && kind != OP_EXPERT_DOWN_BWD;
   g.b_transposed = kind == OP_EXPERT_DOWN_BWD || kind == OP_EXPERT_UP_DGRAD;
   g.index_divisor = dims_kmax(d);
   for (int m = 0; m < MODALITIES; m++) {

@@ -55,6 +55,7 @@ typedef struct Gemm {
   int16_t tiles[MODALITIES]; // columns of a side's tiles; 0: those that are best
   void *scratch;             // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long
                              //   inner dimension stay whole, and slow where they are few
+  int settled;               // the extents' numbers were there before the kernel in front of this one began
   const BatchDims *dims;     // on the device; where there are fills
   int fill_rows;             // capacity of what is filled
   GemmFill fill[GEMM_FILLS]; // gemm_rows only; the first GEMM_NO_ROWS ends them

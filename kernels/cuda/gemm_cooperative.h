@@ -144,8 +144,9 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
     }
     barrier_init_fence();
   }
-  await_previous();
+  if (!l.work.g.settled) await_previous(false);
   gemm_tiles_load<KIND>(l.work, &control->tiles); // ends with a __syncthreads()
+  if (l.work.g.settled) await_previous(false);
   if (threadIdx.x < GEMM_GROUP) {
     registers_give<GATHER ? 56 : 40>();
     if (GATHER || threadIdx.x == 0) produce<KIND, LOAD, DRAWN, Tile>(l, maps, control, shared_address(memory));

@@ -48,13 +48,14 @@ static_assert(GEMM_MAX_GROUPS <= INT16_MAX && GEMM_MAX_PARTS <= INT16_MAX, "Gemm
 static_assert(sizeof(GemmTiles) <= CUDA_STATIC_SHARED,
               "the kernel that adds parts has the tiles in static shared memory");
 
-// Fills begin and count from the extents on the device. All threads of the block take part.
+// Fills begin and count from the extents on the device, past L1, which may be older than they are where the kernel
+// began early. All threads of the block take part.
 static __device__ inline void gemm_counts_load(const GemmWork &l, GemmTiles *t) {
   for (int i = threadIdx.x; i < gemm_groups(&l.shape); i += blockDim.x) {
     int m = gemm_group_side(&l.shape, i), e = i - (m == IMAGE ? l.shape.groups[TEXT] : 0);
     const GemmExtent &x = l.g.side[m].extent;
-    t->begin[i] = x.begin_fixed + (x.begin ? x.begin[e] : 0);
-    t->count[i] = max(0, x.count_fixed + (x.count ? x.count[e] : 0) + (x.more ? x.more[e] : 0));
+    t->begin[i] = x.begin_fixed + (x.begin ? __ldcg(x.begin + e) : 0);
+    t->count[i] = max(0, x.count_fixed + (x.count ? __ldcg(x.count + e) : 0) + (x.more ? __ldcg(x.more + e) : 0));
   }
   __syncthreads();
 }

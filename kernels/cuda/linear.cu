@@ -27,6 +27,7 @@ static Gemm linear_gemm(OpKind kind, const Dims *d, const OpArgs *args) {
   const LinearArgs *a = &args->linear;
   Gemm g = {};
   g.b_transposed = kind == OP_LINEAR_DGRAD;
+  g.settled = 1;
   const int sides = a->extent == EXT_SPLIT ? 2 : 1;
   for (int m = 0; m < sides; m++) {
     GemmSide *s = &g.side[m];

@@ -120,7 +120,7 @@ template <int D>
 static __global__ void __launch_bounds__(FORWARD_THREADS, 4)
     rope_forward(const __grid_constant__ Rope p, const bf16 *qkv, const bf16 *wq, const bf16 *wk, bf16 *q, bf16 *k,
                  bf16 *v) {
-  await_previous();
+  await_previous(false);
   constexpr int unroll = 4, step = HeadLane<D>::heads;
   int r = blockIdx.x * FORWARD_WARPS + threadIdx.x / 32;
   if (r >= p.T) return;
