@@ -153,7 +153,7 @@ static void name_idle_queues(const Engine *e) {
   if (!b->queues && c->memory.state > STATE_DEVICE) log_info("memory.state changes nothing on the %s", b->name);
   if (c->kernels.update == UPDATE_OVERLAPPED && e->update && !engine_overlaps(e))
     log_info("kernels.update: the optimizer's state is on the host, and is updated at each step's end");
-  if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph || c->kernels.pdl))
+  if (!b->queues && (c->kernels.streams != STREAMS_MULTI || !c->kernels.graph || !c->kernels.pdl))
     log_info("kernels.streams, kernels.graph and kernels.pdl change nothing on the %s", b->name);
   if (!b->note && (c->kernels.tiles[TEXT] || c->kernels.tiles[IMAGE]))
     log_info("kernels.tiles changes nothing on the %s", b->name);

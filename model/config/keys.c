@@ -170,7 +170,7 @@ const Key config_keys[] = {
      "GPU: transfers in queues of their own, or in that of the kernels"},
     {"kernels.graph", KEY_BOOL, AT(kernels.graph), "true", 0, 0, "off|on", "--graph",
      "GPU: a step is launched as captured graphs, or op by op"},
-    {"kernels.pdl", KEY_BOOL, AT(kernels.pdl), "false", 0, 0, "off|on", NULL,
+    {"kernels.pdl", KEY_BOOL, AT(kernels.pdl), "true", 0, 0, "off|on", NULL,
      "GPU of Hopper's kind: a kernel is launched while the one before ends (programmatic dependent launch)"},
     {"kernels.update", KEY_ENUM, AT(kernels.update), "sequential", 0, 0, "sequential|overlapped", NULL,
      "weights are updated at a step's end, or bucket by bucket in the next step's forward pass, ahead of their layer"},

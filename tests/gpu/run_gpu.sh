@@ -47,8 +47,8 @@ same_bits() {
     [moments]="--set memory.state=moments" [gradients]="--set memory.state=gradients"
     [gradients_offload]="--memory offload --set memory.state=gradients"
     [gradients_single]="--graph off --streams single --set memory.state=gradients"
-    [pdl]="--set kernels.pdl=true" [pdl_graph_off]="--set kernels.pdl=true --graph off"
-    [pdl_gradients]="--set kernels.pdl=true --memory offload --set memory.state=gradients")
+    [pdl_off]="--set kernels.pdl=false" [pdl_graph_off]="--set kernels.pdl=false --graph off"
+    [pdl_gradients]="--set kernels.pdl=false --memory offload --set memory.state=gradients")
   local flags=(--device cuda --stop-at "$steps" --memory keep --set train.micro_batches=2 --set eval.every=0
     --set eval.documents=0)
   demo first "${flags[@]}" || return
