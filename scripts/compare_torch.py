@@ -235,7 +235,7 @@ def notes_of(found):
     about, rounds = found["about"], sorted({row["rounds"] for row in found["rows"]} - {0})
     rounds = " to ".join(map(str, dict.fromkeys([rounds[0], rounds[-1]]))) if rounds else "no"
     out = [f"{about['config']}, {about['tokens']:,} tokens a step, {about['device']}, PyTorch {about['torch']}; "
-           f"medians of {rounds} rounds."]  # fmt: skip
+           f"medians of {rounds} {'round' if rounds == '1' else 'rounds'}."]  # fmt: skip
     for name, a in found["agreement"].items():
         out.append(f"Losses of {name} are {a['losses']:.1e} from the engine's, its {a['gradients']} gradients "
                    f"{a['gradients_median']:.1e} (median) to {a['gradients_worst']:.1e} ({a['worst']})"
