@@ -379,6 +379,31 @@ static void test_captioned_by_hand(void **state) {
   for (int i = 0; i < 3; i++) document_free(&d[i]);
 }
 
+// Documents of 1, 128, 300, 129 and 128 tokens: the longest first, equal ones as they lie, the last tile of each first.
+static void test_tiles_by_hand(void **state) {
+  (void)state;
+  enum { N = 5 };
+  const int length[N] = {1, BATCH_TILE, 300, BATCH_TILE + 1, BATCH_TILE};
+  int32_t ids[300] = {0};
+  Document d[N] = {0};
+  const Document *docs[N];
+  for (int i = 0; i < N; i++) {
+    document_reset(&d[i], (uint64_t)i);
+    document_add_text(&d[i], ids, length[i]);
+    docs[i] = &d[i];
+  }
+  BatchShape shape = {700, 1, VALUES, VOCAB};
+  Block block = block_new(shape, 255);
+  Error err;
+  assert_int_equal(pack_layout(docs, N, shape, &block.batch, &err), 0);
+  assert_int_equal(block.batch.dims->n_tiles, 8);
+  assert_rows(block.batch.tile,
+              (int32_t[]){385, 429, 257, 429, 129, 429, 557, 558, 429, 558, 1, 129, 558, 686, 0, 1, 0, 0}, 18);
+  if (pack_check(&block.batch, shape, &err)) fail_msg("%s", err.text);
+  free(block.memory);
+  for (int i = 0; i < N; i++) document_free(&d[i]);
+}
+
 static void test_layout_errors(void **state) {
   (void)state;
   Document d = {0};
@@ -470,6 +495,7 @@ int main(void) {
       cmocka_unit_test(test_random_packs),       cmocka_unit_test(test_check_finds_faults),
       cmocka_unit_test(test_layout_errors),      cmocka_unit_test(test_randomness_follows_documents),
       cmocka_unit_test(test_choice_is_the_best), cmocka_unit_test(test_padded_packs),
+      cmocka_unit_test(test_tiles_by_hand),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
