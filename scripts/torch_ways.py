@@ -20,8 +20,9 @@ import torch
 import torch_model as M
 from torch_model import R
 
-# Most relative error of losses and of gradients: of bf16 on both sides, of fp32. With another formula they are off by 1.
-ENOUGH = {"cuda": (0.02, 0.2), "cpu": (1e-5, 1e-3)}
+# Most relative error of losses, of gradients, and of those of routers and experts, which get other rows where rounding
+# decides between two experts: of bf16 on both sides, of fp32. With another formula they are off by 1.
+ENOUGH = {"cuda": (0.02, 0.2, 0.5), "cpu": (1e-5, 1e-3, 1e-3)}
 LR, BETAS, EPS = 1e-5, (0.9, 0.95), 1e-8
 
 
@@ -326,7 +327,9 @@ def check(peer, said, want, host, memory, flash):
             errors.append((((t.grad.float() - b).norm() / b.norm()).item(), at + name))
     errors.sort()
     most, worst = errors[-1]
-    good = error < ENOUGH[peer.device][0] and all(e < ENOUGH[peer.device][1] for e, _ in errors)  # no NaN is
+    enough = ENOUGH[peer.device]
+    near = lambda e, name: e < enough[2 if ".router." in name or ".experts." in name else 1]  # no NaN is
+    good = error < enough[0] and all(near(*pair) for pair in errors)
     return {"losses": error, "gradients": len(errors), "gradients_median": errors[len(errors) // 2][0],
             "gradients_worst": most, "worst": worst, "agree": good}  # fmt: skip
 
