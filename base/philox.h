@@ -1,6 +1,7 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and normals from it.
 // key = seed; counter = (document draw number, low and high), stream, element block. Never step, slot or rank, so
-// that packing and process count do not change a document's randomness. Shared by host code, CPU and CUDA kernels.
+// that packing and process count do not change a document's randomness (STREAM_MOMENTS alone is no document's). Shared
+// by host code, CPU and CUDA kernels.
 #ifndef TESSERA_PHILOX_H
 #define TESSERA_PHILOX_H
 
@@ -23,7 +24,8 @@ enum {
   STREAM_FLIP = 5,
   STREAM_SHUFFLE = 6,
   STREAM_SAMPLE = 7,
-  STREAM_INIT = 8
+  STREAM_INIT = 8,
+  STREAM_MOMENTS = 9
 };
 
 typedef struct Philox4 {

@@ -85,6 +85,7 @@ void backend_choose(Backend *b, const Config *c) {
   int n = config_ways(c, way);
   for (int i = 0; i < n; i++)
     if (!way[i].is_own) kernels_choose(b, way[i].word);
+  if (c->train.moments == MOMENTS_BF16) b->dtype_bytes[DT_MOMENT] = 2;
 }
 
 int backend_check_ways(const Backend *b, const Config *c, Error *err) {

@@ -24,7 +24,8 @@
 #include <stddef.h>
 
 // DT_ACT: activations and weights as the backend stores them (CPU: real; CUDA: bf16). DT_REAL: fp32 (CPU: real).
-typedef enum Dtype { DT_ACT, DT_REAL, DT_I32, DT_U8, DT_F64, DT_COUNT } Dtype;
+// DT_MOMENT: Adam's moments, as DT_REAL or as bf16 (moments.h).
+typedef enum Dtype { DT_ACT, DT_REAL, DT_I32, DT_U8, DT_F64, DT_MOMENT, DT_COUNT } Dtype;
 
 // Columns that a flow time becomes: cosines, then sines, of half as many frequencies.
 enum { TIME_FEATURES = 256 };
@@ -110,6 +111,7 @@ typedef struct StepScalars {
   double bias1, bias2;                              // 1 - beta1^t, 1 - beta2^t, t = updates applied, this one included
   double ema_decay;
   double norm_limit; // a step whose gradient norm is beyond it is skipped, 0: none
+  double step;       // its number, by which moments in bf16 are rounded
 } StepScalars;
 
 // What GRAD_DECIDE found; ADAMW and EMA do nothing when `skip` is set.

@@ -60,6 +60,7 @@ typedef struct OpArgs {
       const ParamSpan *spans; // [n]
       int n;
       int64_t begin, end; // elements of the slabs that the operands hold, which are all that is covered of the spans
+      int bf16_moments;   // ADAMW: m and v are bf16
     } params;
   };
 } OpArgs;
@@ -282,8 +283,8 @@ enum { OPTIONAL = 1, ADDS_ALWAYS = 2, ADDS_IF_ASKED = 4 }; // ADDS: an output th
 // ADAMW           decoupled weight decay (Loshchilov and Hutter 2019): g = scale * grad; m = beta1 m + (1 - beta1) g, v
 //                 = beta2 v + (1 - beta2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + weight_decay w [decay]) with m^ = m /
 //                 bias1, v^ = v / bias2. w is the weight itself, or with remainder [n] U16 the fp32 master that the two
-//                 stand for (master_join). ema += (1 - ema_decay) (w - ema), w as it is then. Does nothing with
-//                 status->skip.
+//                 stand for (master_join). ema += (1 - ema_decay) (w - ema), w as it is then. m and v [n]
+//                 DT_MOMENT, with args.bf16_moments as moment_round rounds them. Does nothing with status->skip.
 // CAST            dst (DT_ACT) = src (DT_REAL), count elements, rounded to nearest.
 // ALL_REDUCE      of the process group (base/ranks.h), on the comm lane, and so in the same order in all processes:
 //                 values = the sum of what every process has there, added in the order of ranks.

@@ -31,7 +31,8 @@ StepScalars optimizer_scalars(const Config *c, const OptimizerState *s, int64_t 
                        .bias1 = 1 - pow(c->train.beta1, t),
                        .bias2 = 1 - pow(c->train.beta2, t),
                        .ema_decay = optimizer_ema_decay(c, s->applied),
-                       .norm_limit = optimizer_norm_limit(c, s)};
+                       .norm_limit = optimizer_norm_limit(c, s),
+                       .step = (double)step};
 }
 
 static int compare_rising(const void *a, const void *b) {

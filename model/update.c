@@ -102,11 +102,16 @@ static void parts_spread(Parts *s, int64_t away) {
 
 // ---- operands ----
 
+static Dtype space_type(Space space) {
+  static const Dtype types[] = {
+      [SPACE_ACT] = DT_ACT, [SPACE_REAL] = DT_REAL, [SPACE_MOMENTS] = DT_MOMENT, [SPACE_REMAINDERS] = DT_U8};
+  return types[space_info[space].element];
+}
+
 // Elements from `begin` on of a space, as many as the part has.
 static TensorId place(const Parts *s, const Part *part, Space space, int64_t begin) {
-  static const Dtype types[] = {[SPACE_ACT] = DT_ACT, [SPACE_REAL] = DT_REAL, [SPACE_REMAINDERS] = DT_U8};
   int64_t element = (int64_t)space_element(s->model->backend, space), count = part->end - part->begin;
-  Dtype type = types[space_info[space].element];
+  Dtype type = space_type(space);
   return program_external(s->p, space, begin * element, type, type == DT_U8 ? count * element : count,
                           space_info[space].label);
 }
@@ -129,7 +134,7 @@ static int is_away(const Parts *s, const Part *part, Space space) {
 static TensorId part_lend(const Parts *s, const Part *part, Space space) {
   Space from = space == SPACE_GRADS && bucket_leaves(s->model, part->bucket) ? SPACE_HOST_GRADS : space;
   if (!is_away(s, part, from)) return part_of(s, part, from);
-  TensorId t = program_tensor(s->p, DT_REAL, part->end - part->begin, "%s on the way", space_info[from].label);
+  TensorId t = program_tensor(s->p, space_type(from), part->end - part->begin, "%s on the way", space_info[from].label);
   program_copy(s->p, LANE_H2D, part_of(s, part, from), t);
   return t;
 }
@@ -210,6 +215,7 @@ static void update_return(const Parts *s, const Part *part, Lent lent, int ema) 
 
 static void record_part(const Parts *s, Lane lane, const Part *part, Lent lent, TensorId status, TensorId scalars) {
   OpArgs a = part_args(s, part);
+  a.params.bf16_moments = s->model->config->train.moments == MOMENTS_BF16;
   program_op_on(s->p, lane, OP_ADAMW, IN(lent.grads, status, scalars),
                 OUT(part_of(s, part, SPACE_WEIGHTS), lent.m, lent.v, part_of(s, part, SPACE_REMAINDER), lent.ema), &a);
 }

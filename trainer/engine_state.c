@@ -183,6 +183,8 @@ static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, d
 static void list_state(Engine *e, PlaceList *list, MemoryState state, int shares) {
   const int has_ema = e->config->train.ema > 0;
   const double ema_share = has_ema ? 1.0 / e->config->train.ema_every : 0, total = (double)e->model.params.total;
+  const double pair = 2.0 * (double)space_element(e->model.backend, SPACE_ADAM_M) /
+                      (double)space_element(e->model.backend, SPACE_EMA); // both moments, in elements of an EMA
   e->model.state = state;
   e->model.kept = 0;
   const Away plain = away_of(e, 0), ema = has_ema ? away_of(e, 1) : plain;
@@ -191,7 +193,7 @@ static void list_state(Engine *e, PlaceList *list, MemoryState state, int shares
     double moments = (double)state_host_count(&e->model, SPACE_ADAM_M) / total,
            average = has_ema ? (double)state_host_count(&e->model, SPACE_EMA) / total : 0;
     if (state < STATE_MOMENTS) moments = 1; // the plain update is as it is
-    double with = state < STATE_MOMENTS ? average : (2 * moments + average) / (2 + has_ema);
+    double with = state < STATE_MOMENTS ? average : (pair * moments + average) / (pair + has_ema);
     if (state == STATE_DEVICE) with = 1;
     double seconds = (1 - ema_share) * partly(&plain, moments) + ema_share * partly(&ema, with);
     list_place(e, list, (Place){state, kept}, max_i64(plain.arena, ema.arena), seconds);

@@ -136,8 +136,12 @@ static void fill(void *context, int i, size_t at, size_t n, void *out) {
   const StatePiece *piece = &f->layout->piece[i];
   Space space = piece->space;
   int64_t first = piece->at + (int64_t)(at / element), count = (int64_t)(n / element);
+  const Backend *b = e->model.backend;
+  if (s->at[space] && space != SPACE_WEIGHTS) {
+    slab_moments_read(e, s->at[space] + (size_t)first * space_element(b, space), count, out);
+    return;
+  }
   if (s->at[space]) {
-    const Backend *b = e->model.backend;
     b->weights_read(s->at[SPACE_WEIGHTS] + (size_t)first * b->dtype_bytes[DT_ACT],
                     s->at[SPACE_REMAINDER] + first * b->remainder_bytes, count, out);
     return;

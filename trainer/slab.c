@@ -3,6 +3,7 @@
 #include "base/base.h"
 #include "base/ranks.h"
 #include "kernels/backends.h"
+#include "kernels/moments.h"
 #include "model/placement.h"
 
 #include <stdlib.h>
@@ -10,8 +11,14 @@
 
 // ---- whole slabs ----
 
+static int is_moment(Space space) {
+  return space == SPACE_ADAM_M || space == SPACE_ADAM_V;
+}
+
 int engine_converts(const Engine *e, Space space) {
-  return space == SPACE_WEIGHTS && e->model.backend->weights_read;
+  const Backend *b = e->model.backend;
+  return (space == SPACE_WEIGHTS && b->weights_read) ||
+         (is_moment(space) && b->dtype_bytes[DT_MOMENT] != b->dtype_bytes[DT_REAL]);
 }
 
 SafeTensor slab_tensor(const Engine *e, int i, const char *name) {
@@ -31,14 +38,35 @@ static void host_copy(void *to, const void *from, size_t bytes) {
   backend_of_host()->fn[OP_COPY](&(KernelCall){.in.COPY.src = from, .out.COPY.dst = to, .args = &args});
 }
 
-// Elements of a slab of DT_REAL, the first of which may lie on the host.
-static int64_t count_on_host(const Engine *e, Space space) {
-  if (engine_on_host(e, space)) return INT64_MAX;
-  return e->bases.host_bytes[space] / (int64_t)e->model.backend->dtype_bytes[DT_REAL];
+void slab_moments_read(const Engine *e, const void *stored, int64_t count, void *out) {
+  const uint16_t *from = stored;
+  double *wide = out;
+  if (e->model.backend->dtype_bytes[DT_REAL] == sizeof *wide)
+    for (int64_t i = 0; i < count; i++) wide[i] = (double)moment_float(from[i]);
+  else
+    floats_from(stored, sizeof *from, count, out);
 }
 
-static void read_real(const Engine *e, Space space, int64_t first, int64_t count, void *out) {
-  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+// Moments [count] of DT_REAL as they are stored: those that were stored so before stay as they are. malloc'd.
+static uint16_t *moments_narrow(const Engine *e, const void *values, int64_t count) {
+  const double *wide = values;
+  const float *narrow = values;
+  int is_wide = e->model.backend->dtype_bytes[DT_REAL] == sizeof *wide;
+  uint16_t *to = xmalloc((size_t)count * sizeof *to);
+  for (int64_t i = 0; i < count; i++) to[i] = bf16_from_float(is_wide ? (float)wide[i] : narrow[i]);
+  return to;
+}
+
+// Elements of a slab, the first of which may lie on the host.
+static int64_t count_on_host(const Engine *e, Space space) {
+  if (engine_on_host(e, space)) return INT64_MAX;
+  int64_t bytes = e->bases.host_bytes[space];
+  return bytes ? bytes / (int64_t)space_element(e->model.backend, space) : 0;
+}
+
+// As they are stored.
+static void read_stored(const Engine *e, Space space, int64_t first, int64_t count, void *out) {
+  size_t element = space_element(e->model.backend, space);
   int64_t on_host = max_i64(0, min_i64(count, count_on_host(e, space) - first));
   char *others = (char *)out + (size_t)on_host * element;
   if (on_host) {
@@ -59,7 +87,7 @@ static void read_gradients(const Engine *e, int64_t first, int64_t count, char *
     if (begin >= end) continue;
     int away = bucket_leaves(&e->model, b);
     int64_t at = away ? begin : gradients_begin(&e->model, b) + begin - b->begin;
-    read_real(e, away ? SPACE_HOST_GRADS : SPACE_GRADS, at, end - begin, out + (size_t)(begin - first) * element);
+    read_stored(e, away ? SPACE_HOST_GRADS : SPACE_GRADS, at, end - begin, out + (size_t)(begin - first) * element);
   }
 }
 
@@ -71,7 +99,12 @@ void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t 
     return;
   }
   if (!engine_converts(e, space)) {
-    read_real(e, space, first, count, out);
+    read_stored(e, space, first, count, out);
+    return;
+  }
+  if (is_moment(space)) {
+    read_stored(e, space, first, count, scratch);
+    slab_moments_read(e, scratch, count, out);
     return;
   }
   const char *remainder = stored(e, SPACE_REMAINDER, first);
@@ -219,11 +252,11 @@ static void put_remainders(const Engine *e, int64_t first, int64_t count, const 
   }
 }
 
-// Elements as they lie in this process's slab.
+// Elements as they lie in this process's slab: weights as their masters, others as they are stored.
 static void put_stored(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
   const Engine *e = w->e;
   const Backend *b = e->model.backend;
-  size_t element = b->dtype_bytes[DT_REAL], n = (size_t)count;
+  size_t element = space == SPACE_WEIGHTS ? b->dtype_bytes[DT_REAL] : space_element(b, space), n = (size_t)count;
   int64_t on_host = max_i64(0, min_i64(count, count_on_host(e, space) - first));
   if (on_host && on_host < count) {
     put_stored(w, space, first, on_host, values);
@@ -244,7 +277,7 @@ static void put_stored(SlabWriter *w, Space space, int64_t first, int64_t count,
   char *slot = w->slot[w->next];
   w->next = (w->next + 1) % SLAB_SLOTS;
   b->queues->finish(event);
-  if (engine_converts(e, space)) {
+  if (space == SPACE_WEIGHTS && engine_converts(e, space)) {
     size_t weight_bytes = n * b->dtype_bytes[DT_ACT];
     b->weights_write(values, count, slot, slot + weight_bytes);
     queue_copy(b, LANE_H2D, stored(e, SPACE_WEIGHTS, first), slot, weight_bytes);
@@ -256,18 +289,24 @@ static void put_stored(SlabWriter *w, Space space, int64_t first, int64_t count,
   b->queues->record(LANE_H2D, event);
 }
 
+static void put_values(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
+  uint16_t *narrow = is_moment(space) && engine_converts(w->e, space) ? moments_narrow(w->e, values, count) : NULL;
+  put_stored(w, space, first, count, narrow ? narrow : values);
+  free(narrow);
+}
+
 void slab_writer_put(SlabWriter *w, Space space, int64_t first, int64_t count, const void *values) {
   const Model *m = &w->e->model;
   size_t element = m->backend->dtype_bytes[DT_REAL];
   if (!space_is_shared(m, space)) {
-    put_stored(w, space, first, count, values);
+    put_values(w, space, first, count, values);
     return;
   }
   for (const ParamBucket *b = m->params.bucket; b < m->params.bucket + m->params.buckets; b++) {
     Shard shard = bucket_shard(m, b);
     int64_t begin = max_i64(first, shard.begin), end = min_i64(first + count, shard.end);
     if (begin < end)
-      put_stored(w, space, shard.at + begin - shard.begin, end - begin,
+      put_values(w, space, shard.at + begin - shard.begin, end - begin,
                  (const char *)values + (size_t)(begin - first) * element);
   }
 }

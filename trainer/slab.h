@@ -9,11 +9,13 @@
 void engine_slab_read(const Engine *e, Space space, void *out);
 // Parameter i of a slab as a file's tensor, as DT_REAL, without data.
 SafeTensor slab_tensor(const Engine *e, int i, const char *name);
-// Elements [first, first + count) of a slab that is not shared. `scratch` is used where engine_converts says so: a
-// weight and its remainder for each. May be called by any thread, one at a time.
+// Elements [first, first + count) of a slab that is not shared, as DT_REAL. `scratch` is used where engine_converts
+// says so: a weight and its remainder for each, or a moment. May be called by any thread, one at a time.
 void engine_slab_read_part(const Engine *e, Space space, int64_t first, int64_t count, void *out, void *scratch);
-// Whether a slab's elements are stored as something else than DT_REAL (Backend.weights_read).
+// Whether a slab's elements are stored as something else than DT_REAL: weights (Backend.weights_read), or moments.
 int engine_converts(const Engine *e, Space space);
+// Moments [count] of DT_REAL from such as are stored as something else.
+void slab_moments_read(const Engine *e, const void *stored, int64_t count, void *out);
 
 // Allocates what engine_slab_copy passes through beside a device, twice `bytes`, unless that was done before. -1 with
 // *err when it cannot be had.

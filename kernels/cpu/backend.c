@@ -40,7 +40,12 @@ static void cpu_clear(void *p, size_t bytes) {
 
 const Backend backend_cpu = {
     .name = "cpu",
-    .dtype_bytes = {[DT_ACT] = sizeof(real), [DT_REAL] = sizeof(real), [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8},
+    .dtype_bytes = {[DT_ACT] = sizeof(real),
+                    [DT_REAL] = sizeof(real),
+                    [DT_I32] = 4,
+                    [DT_U8] = 1,
+                    [DT_F64] = 8,
+                    [DT_MOMENT] = sizeof(real)},
     .gradient_per_micro = 1,
     .head_chunk = 256,
     .open = cpu_open,

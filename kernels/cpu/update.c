@@ -2,6 +2,7 @@
 #include "kernels/bits.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/exact.h"
+#include "kernels/moments.h"
 
 // What one loop iteration covers. Fixed, so that sums do not depend on the number of threads.
 enum { BLOCK = 16384, COPY_BLOCK = 1 << 18 };
@@ -109,16 +110,69 @@ void cpu_GRAD_HASH(const KernelCall *c) {
   }
 }
 
+// What all elements of an update share.
+typedef struct Adam {
+  real beta1, beta2, fresh1, fresh2, step, unbias2, eps, scale, rate; // fresh: 1 - beta
+} Adam;
+
+static Adam adam_of(const StepScalars *s, const UpdateStatus *status) {
+  return (Adam){.beta1 = (real)s->beta1,
+                .beta2 = (real)s->beta2,
+                .fresh1 = (real)(1 - s->beta1),
+                .fresh2 = (real)(1 - s->beta2),
+                .step = (real)(s->lr / s->bias1),
+                .unbias2 = (real)(1 / s->bias2),
+                .eps = (real)s->eps,
+                .scale = (real)status->scale,
+                .rate = (real)(1 - s->ema_decay)};
+}
+
+// Elements [n]; ema may be NULL.
+static void adam_elements(const Adam *all, real shrink, int64_t n, const real *grad, real *w, real *m, real *v,
+                          real *ema) {
+  const Adam a = *all;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    real g = a.scale * grad[i];
+    real mi = a.beta1 * m[i] + a.fresh1 * g, vi = a.beta2 * v[i] + a.fresh2 * g * g;
+    m[i] = mi;
+    v[i] = vi;
+    w[i] -= a.step * mi / (real_sqrt(vi * a.unbias2) + a.eps) + shrink * w[i];
+  }
+  if (!ema) return;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) ema[i] += a.rate * (w[i] - ema[i]);
+}
+
+// The same with moments in bf16; `first` of all elements is the first of these.
+static void adam_elements_bf16(const Adam *a, real shrink, int64_t n, const real *grad, real *w, uint16_t *m,
+                               uint16_t *v, real *ema, int64_t step, int64_t first) {
+  enum { PIECE = 256 };
+  real wide_m[PIECE], wide_v[PIECE];
+  for (int64_t at = 0; at < n; at += PIECE) {
+    int64_t count = block_length(n, at, PIECE);
+    for (int64_t i = 0; i < count; i++) {
+      wide_m[i] = (real)moment_float(m[at + i]);
+      wide_v[i] = (real)moment_float(v[at + i]);
+    }
+    adam_elements(a, shrink, count, grad + at, w + at, wide_m, wide_v, ema ? ema + at : NULL);
+    Philox4 chances = {{0}};
+    for (int64_t i = 0; i < count; i++) {
+      int64_t element = first + at + i;
+      if (i == 0 || element % 4 == 0) chances = moment_chances(step, element / 4);
+      m[at + i] = moment_round((float)wide_m[i], chances.v[element % 4]);
+      v[at + i] = moment_round((float)wide_v[i], chances.v[element % 4] >> 16);
+    }
+  }
+}
+
 void cpu_ADAMW(const KernelCall *c) {
   const real *grads = c->in.ADAMW.grads;
   const UpdateStatus *status = c->in.ADAMW.status;
   const StepScalars *s = c->in.ADAMW.scalars;
-  real *weights = c->out.ADAMW.weights, *ms = c->out.ADAMW.m, *vs = c->out.ADAMW.v;
-  real *emas = c->out.ADAMW.ema;
+  real *weights = c->out.ADAMW.weights, *emas = c->out.ADAMW.ema;
   if (status->skip) return;
-  real beta1 = (real)s->beta1, beta2 = (real)s->beta2, fresh1 = (real)(1 - s->beta1), fresh2 = (real)(1 - s->beta2);
-  real step = (real)(s->lr / s->bias1), unbias2 = (real)(1 / s->bias2), eps = (real)s->eps, scale = (real)status->scale;
-  real rate = (real)(1 - s->ema_decay);
+  const Adam a = adam_of(s, status);
 #pragma omp parallel
   for (int p = 0; p < c->args->params.n; p++) {
     ParamSpan span = params_span(c->args, p);
@@ -126,20 +180,13 @@ void cpu_ADAMW(const KernelCall *c) {
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t at = 0; at < span.count; at += BLOCK) {
       int64_t first = span.offset + at, n = block_length(span.count, at, BLOCK);
-      const real *grad = grads + first;
-      real *w = weights + first, *m = ms + first, *v = vs + first;
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) {
-        real g = scale * grad[i];
-        real mi = beta1 * m[i] + fresh1 * g, vi = beta2 * v[i] + fresh2 * g * g;
-        m[i] = mi;
-        v[i] = vi;
-        w[i] -= step * mi / (real_sqrt(vi * unbias2) + eps) + shrink * w[i];
-      }
-      if (!emas) continue;
-      real *ema = emas + first;
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) ema[i] += rate * (w[i] - ema[i]);
+      real *ema = emas ? emas + first : NULL;
+      if (c->args->params.bf16_moments)
+        adam_elements_bf16(&a, shrink, n, grads + first, weights + first, (uint16_t *)c->out.ADAMW.m + first,
+                           (uint16_t *)c->out.ADAMW.v + first, ema, (int64_t)s->step, c->args->params.begin + first);
+      else
+        adam_elements(&a, shrink, n, grads + first, weights + first, (real *)c->out.ADAMW.m + first,
+                      (real *)c->out.ADAMW.v + first, ema);
     }
   }
 }

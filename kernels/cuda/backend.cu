@@ -464,6 +464,7 @@ static Backend backend_make(void) {
   b.dtype_bytes[DT_I32] = 4;
   b.dtype_bytes[DT_U8] = 1;
   b.dtype_bytes[DT_F64] = 8;
+  b.dtype_bytes[DT_MOMENT] = 4;
   b.head_chunk = 4096;
   b.remainder_bytes = sizeof(uint16_t);
   b.weights_read = masters_join;

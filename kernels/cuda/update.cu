@@ -6,6 +6,7 @@
 #include "kernels/cuda/sums.h"
 #include "kernels/exact.h"
 #include "kernels/master.h"
+#include "kernels/moments.h"
 
 enum { BATCH_SPANS = 128, CHUNK = 16384, THREADS = 256 };
 
@@ -50,11 +51,6 @@ static __device__ inline void load_floats(const float *p, float x[8]) {
   float4 a = __ldcs((const float4 *)p), b = __ldcs((const float4 *)p + 1);
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
   x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-}
-
-static __device__ inline void store_floats(float *p, const float x[8]) {
-  __stcs((float4 *)p, make_float4(x[0], x[1], x[2], x[3]));
-  __stcs((float4 *)p + 1, make_float4(x[4], x[5], x[6], x[7]));
 }
 
 static __global__ void __launch_bounds__(THREADS) cast_kernel(int64_t count, const float *src, bf16 *dst) {
@@ -329,13 +325,14 @@ extern "C" void cuda_GRAD_HASH(const KernelCall *c) {
 typedef struct AdamConstants {
   float beta1, beta2, fresh1, fresh2; // fresh: 1 - beta
   float step, unbias2, eps, scale;
-  float rate; // of the average
+  float rate;     // of the average
+  int64_t number; // of the step
 } AdamConstants;
 
 static __device__ inline AdamConstants adam_constants(const StepScalars *s, const UpdateStatus *status) {
-  AdamConstants k = {(float)s->beta1,       (float)s->beta2,           (float)(1 - s->beta1),
-                     (float)(1 - s->beta2), (float)(s->lr / s->bias1), (float)(1 / s->bias2),
-                     (float)s->eps,         (float)status->scale,      (float)(1 - s->ema_decay)};
+  AdamConstants k = {(float)s->beta1,           (float)s->beta2,       (float)(1 - s->beta1), (float)(1 - s->beta2),
+                     (float)(s->lr / s->bias1), (float)(1 / s->bias2), (float)s->eps,         (float)status->scale,
+                     (float)(1 - s->ema_decay), (int64_t)s->step};
   return k;
 }
 
@@ -373,36 +370,95 @@ static __device__ inline void split8(const float w[8], uint4 *weight, uint4 *rem
   *remainder = make_uint4(b[0], b[1], b[2], b[3]);
 }
 
-// The slabs of what an update reads and writes, by element; remainders and ema may be NULL.
+// The slabs of what an update reads and writes, by element; remainders and emas may be NULL.
 typedef struct AdamSlabs {
   const float *grads;
-  float *ms, *vs, *emas;
+  void *ms, *vs; // fp32 or bf16
+  float *emas;
   uint16_t *weights, *remainders;
+  int64_t begin; // number of the first element
 } AdamSlabs;
 
-// Eight elements on their way.
+// Eight elements on their way, as they are stored.
 typedef struct Eight {
-  float g[8], m[8], v[8], ema[8];
-  uint4 weight, remainder;
+  uint4 grad[2], m[2], v[2], ema[2], weight, remainder;
 } Eight;
 
-static __device__ inline void eight_load(const AdamSlabs &s, int64_t at, Eight *x) {
-  x->weight = __ldcs((const uint4 *)(s.weights + at));
-  x->remainder = s.remainders ? __ldcs((const uint4 *)(s.remainders + at)) : make_uint4(0, 0, 0, 0);
-  load_floats(s.grads + at, x->g);
-  load_floats(s.ms + at, x->m);
-  load_floats(s.vs + at, x->v);
-  if (s.emas) load_floats(s.emas + at, x->ema);
+// Eight elements of `size` bytes, and back.
+template <int size> static __device__ inline void load_raw(const void *p, int64_t at, uint4 x[2]) {
+  const uint4 *from = (const uint4 *)((const char *)p + at * size);
+  x[0] = __ldcs(from);
+  if (size == 4) x[1] = __ldcs(from + 1);
+}
+template <int size> static __device__ inline void store_raw(void *p, int64_t at, const uint4 x[2]) {
+  uint4 *to = (uint4 *)((char *)p + at * size);
+  __stcs(to, x[0]);
+  if (size == 4) __stcs(to + 1, x[1]);
 }
 
+static __device__ inline void floats_of(const uint4 x[2], float f[8]) {
+  const uint32_t bits[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) f[i] = __uint_as_float(bits[i]);
+}
+static __device__ inline void floats_to_raw(const float f[8], uint4 x[2]) {
+  x[0] = make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]), __float_as_uint(f[3]));
+  x[1] = make_uint4(__float_as_uint(f[4]), __float_as_uint(f[5]), __float_as_uint(f[6]), __float_as_uint(f[7]));
+}
+
+template <class Moment> static __device__ inline void eight_load(const AdamSlabs &s, int64_t at, Eight *x) {
+  x->weight = __ldcs((const uint4 *)(s.weights + at));
+  x->remainder = s.remainders ? __ldcs((const uint4 *)(s.remainders + at)) : make_uint4(0, 0, 0, 0);
+  load_raw<sizeof(float)>(s.grads, at, x->grad);
+  load_raw<sizeof(Moment)>(s.ms, at, x->m);
+  load_raw<sizeof(Moment)>(s.vs, at, x->v);
+  if (s.emas) load_raw<sizeof(float)>(s.emas, at, x->ema);
+}
+
+// Moments of eight elements, the first of which is number `element`, a multiple of four; the lower half of a word
+// rounds m, the upper v.
+static __device__ inline void moments_round(int64_t step, int64_t element, const float m[8], const float v[8],
+                                            Eight *x) {
+  uint32_t to_m[4], to_v[4];
+#pragma unroll
+  for (int quad = 0; quad < 2; quad++) {
+    const Philox4 chances = moment_chances(step, element / 4 + quad);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float *mi = m + 4 * quad + i, *vi = v + 4 * quad + i;
+      to_m[2 * quad + i / 2] = moment_round(mi[0], chances.v[i]) | (uint32_t)moment_round(mi[1], chances.v[i + 1])
+                                                                       << 16;
+      to_v[2 * quad + i / 2] =
+          moment_round(vi[0], chances.v[i] >> 16) | (uint32_t)moment_round(vi[1], chances.v[i + 1] >> 16) << 16;
+    }
+  }
+  x->m[0] = make_uint4(to_m[0], to_m[1], to_m[2], to_m[3]);
+  x->v[0] = make_uint4(to_v[0], to_v[1], to_v[2], to_v[3]);
+}
+
+template <class Moment>
 static __device__ inline void eight_update(const AdamConstants &k, float shrink, const AdamSlabs &s, int64_t at,
                                            Eight *x) {
-  float w[8];
+  float g[8], m[8], v[8], w[8], ema[8];
   join8(x->weight, x->remainder, w); // without remainders: the weights as they are
+  floats_of(x->grad, g);
+  if (sizeof(Moment) == sizeof(float)) {
+    floats_of(x->m, m);
+    floats_of(x->v, v);
+  } else {
+    unpack8(x->m[0], m);
+    unpack8(x->v[0], v);
+  }
 #pragma unroll
-  for (int i = 0; i < 8; i++) w[i] = adam_update(k, shrink, x->g[i], &x->m[i], &x->v[i], w[i]);
-  store_floats(s.ms + at, x->m);
-  store_floats(s.vs + at, x->v);
+  for (int i = 0; i < 8; i++) w[i] = adam_update(k, shrink, g[i], &m[i], &v[i], w[i]);
+  if (sizeof(Moment) == sizeof(float)) {
+    floats_to_raw(m, x->m);
+    floats_to_raw(v, x->v);
+  } else {
+    moments_round(k.number, s.begin + at, m, v, x);
+  }
+  store_raw<sizeof(Moment)>(s.ms, at, x->m);
+  store_raw<sizeof(Moment)>(s.vs, at, x->v);
   if (s.remainders) {
     split8(w, &x->weight, &x->remainder);
     __stcs((uint4 *)(s.remainders + at), x->remainder);
@@ -412,14 +468,26 @@ static __device__ inline void eight_update(const AdamConstants &k, float shrink,
   }
   __stcs((uint4 *)(s.weights + at), x->weight);
   if (!s.emas) return;
+  floats_of(x->ema, ema);
 #pragma unroll
-  for (int i = 0; i < 8; i++) x->ema[i] += k.rate * (w[i] - x->ema[i]);
-  store_floats(s.emas + at, x->ema);
+  for (int i = 0; i < 8; i++) ema[i] += k.rate * (w[i] - ema[i]);
+  floats_to_raw(ema, x->ema);
+  store_raw<sizeof(float)>(s.emas, at, x->ema);
 }
 
+template <class Moment>
 static __device__ inline void adam_one(const AdamConstants &k, float shrink, const AdamSlabs &s, int64_t at) {
   float w = master_join(s.weights[at], s.remainders ? s.remainders[at] : 0);
-  w = adam_update(k, shrink, s.grads[at], &s.ms[at], &s.vs[at], w);
+  if constexpr (sizeof(Moment) == sizeof(float)) {
+    w = adam_update(k, shrink, s.grads[at], (float *)s.ms + at, (float *)s.vs + at, w);
+  } else {
+    uint16_t *to_m = (uint16_t *)s.ms + at, *to_v = (uint16_t *)s.vs + at;
+    float m = moment_float(*to_m), v = moment_float(*to_v);
+    w = adam_update(k, shrink, s.grads[at], &m, &v, w);
+    uint32_t chance = moment_chances(k.number, (s.begin + at) / 4).v[(s.begin + at) % 4];
+    *to_m = moment_round(m, chance);
+    *to_v = moment_round(v, chance >> 16);
+  }
   if (s.remainders) {
     master_split(w, &s.weights[at], &s.remainders[at]);
   } else {
@@ -434,6 +502,7 @@ static __device__ inline void adam_one(const AdamConstants &k, float shrink, con
 enum { ADAM_THREADS = 512, ADAM_EIGHTS = 2 };
 static_assert(CHUNK % (ADAM_THREADS * ADAM_EIGHTS * 8) == 0, "a chunk is a whole number of the block's accesses");
 
+template <class Moment>
 static __global__ void __launch_bounds__(ADAM_THREADS, 1)
     adamw_kernel(const UpdateStatus *status, const StepScalars *scalars, const __grid_constant__ SpanBatch batch,
                  const AdamSlabs s) {
@@ -449,26 +518,36 @@ static __global__ void __launch_bounds__(ADAM_THREADS, 1)
       Eight x[ADAM_EIGHTS];
 #pragma unroll
       for (int j = 0; j < ADAM_EIGHTS; j++)
-        if (at + j * ADAM_THREADS * 8 < e.end) eight_load(s, at + j * ADAM_THREADS * 8, &x[j]);
+        if (at + j * ADAM_THREADS * 8 < e.end) eight_load<Moment>(s, at + j * ADAM_THREADS * 8, &x[j]);
 #pragma unroll
       for (int j = 0; j < ADAM_EIGHTS; j++)
-        if (at + j * ADAM_THREADS * 8 < e.end) eight_update(k, shrink, s, at + j * ADAM_THREADS * 8, &x[j]);
+        if (at + j * ADAM_THREADS * 8 < e.end) eight_update<Moment>(k, shrink, s, at + j * ADAM_THREADS * 8, &x[j]);
     }
     int64_t single = chunk_single(c, e);
-    if (single >= 0) adam_one(k, shrink, s, single);
+    if (single >= 0) adam_one<Moment>(k, shrink, s, single);
   }
 }
 
-extern "C" void cuda_ADAMW(const KernelCall *c) {
-  const AdamSlabs s = {(const float *)c->in.ADAMW.grads, (float *)c->out.ADAMW.m,
-                       (float *)c->out.ADAMW.v,          (float *)c->out.ADAMW.ema,
-                       (uint16_t *)c->out.ADAMW.weights, (uint16_t *)c->out.ADAMW.remainder};
+template <class Moment> static void adamw(const KernelCall *c) {
+  const AdamSlabs s = {(const float *)c->in.ADAMW.grads,
+                       c->out.ADAMW.m,
+                       c->out.ADAMW.v,
+                       (float *)c->out.ADAMW.ema,
+                       (uint16_t *)c->out.ADAMW.weights,
+                       (uint16_t *)c->out.ADAMW.remainder,
+                       c->args->params.begin};
   const int n = c->args->params.n, most = c->takes ? c->takes : cuda_sm_count();
   for (int p = 0; p < n; p += BATCH_SPANS) {
     SpanBatch batch = batch_of(c->args, p);
     int chunks = batch.first_chunk[batch.n];
     if (chunks)
-      CUDA_LAUNCH(adamw_kernel, chunks < most ? chunks : most, ADAM_THREADS, 0, call_stream(c),
+      CUDA_LAUNCH(adamw_kernel<Moment>, chunks < most ? chunks : most, ADAM_THREADS, 0, call_stream(c),
                   (const UpdateStatus *)c->in.ADAMW.status, (const StepScalars *)c->in.ADAMW.scalars, batch, s);
   }
+}
+
+extern "C" void cuda_ADAMW(const KernelCall *c) {
+  if (!c->args->params.bf16_moments) return adamw<float>(c);
+  if (c->args->params.begin % 8) panic("ADAMW: elements from %lld on", (long long)c->args->params.begin);
+  adamw<bf16>(c);
 }

@@ -31,6 +31,8 @@ typedef enum Packing { PACKING_VARLEN, PACKING_PADDED } Packing;
 
 // What happens to activations that the backward pass needs.
 typedef enum MemoryPolicy { MEMORY_AUTO, MEMORY_KEEP, MEMORY_RECOMPUTE, MEMORY_OFFLOAD } MemoryPolicy;
+typedef enum MomentKind { MOMENTS_FP32, MOMENTS_BF16 } MomentKind;
+
 // What of the optimizer's state lies in the host's memory and is streamed through the update; each has what those
 // before it have. In the order of what they cost.
 typedef enum MemoryState { STATE_AUTO, STATE_DEVICE, STATE_EMA, STATE_MOMENTS, STATE_GRADIENTS } MemoryState;
@@ -119,7 +121,8 @@ typedef struct Config {
     double beta1, beta2;
     double weight_decay;
     double clip; // global norm, 0 = off
-    double ema;  // 0 = no EMA
+    MomentKind moments;
+    double ema; // 0 = no EMA
     int ema_every;
     double ce_weight;
     int max_skipped;    // non-finite steps in a row before the run is given up

@@ -90,6 +90,8 @@ const Key config_keys[] = {
      "last share of the steps, with lr falling to 0"},
     {"train.beta1", KEY_FLOAT, AT(train.beta1), "0.9", 0, 0.999999, NULL, NULL, "AdamW, first moment"},
     {"train.beta2", KEY_FLOAT, AT(train.beta2), "0.95", 0, 0.999999, NULL, NULL, "AdamW, second moment"},
+    {"train.moments", KEY_ENUM, AT(train.moments), "fp32", 0, 0, "fp32|bf16", NULL,
+     "AdamW's moments; bf16: half the memory, rounded by chance"},
     {"train.weight_decay", KEY_FLOAT, AT(train.weight_decay), "0", 0, 10, NULL, NULL,
      "AdamW, decoupled; matrices only"},
     {"train.clip", KEY_FLOAT, AT(train.clip), "1", 0, 1e9, NULL, NULL, "largest global gradient norm; 0: no limit"},

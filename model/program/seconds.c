@@ -130,6 +130,7 @@ uint64_t op_class(const Program *p, const Op *op) {
   case OP_GRAD_HASH:
   case OP_ADAMW:
     mix(&h, op->args.params.n);
+    mix(&h, op->args.params.bf16_moments);
     for (int i = 0; i < op->args.params.n; i++) mix(&h, params_span(&op->args, i).count);
     break;
   default:

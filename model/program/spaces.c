@@ -9,8 +9,8 @@ const SpaceInfo space_info[SPACE_COUNT] = {
     [SPACE_MICRO_GRADS] = {"micro-step gradients", SPACE_REAL, 0},
     [SPACE_HOST_GRADS] = {"gradients of layers", SPACE_REAL, SPACE_ON_HOST},
     [SPACE_PARAM_SUMS] = {"sums of gradients", SPACE_BYTES, 0},
-    [SPACE_ADAM_M] = {"Adam m", SPACE_REAL, SPACE_CLEARED | SPACE_SAVED},
-    [SPACE_ADAM_V] = {"Adam v", SPACE_REAL, SPACE_CLEARED | SPACE_SAVED},
+    [SPACE_ADAM_M] = {"Adam m", SPACE_MOMENTS, SPACE_CLEARED | SPACE_SAVED},
+    [SPACE_ADAM_V] = {"Adam v", SPACE_MOMENTS, SPACE_CLEARED | SPACE_SAVED},
     [SPACE_EMA] = {"EMA", SPACE_REAL, SPACE_SAVED},
     [SPACE_STAGING] = {"staged pack", SPACE_BYTES, 0},
     [SPACE_BATCH] = {"live pack", SPACE_BYTES, 0},
@@ -29,6 +29,8 @@ size_t space_element(const Backend *b, Space space) {
     return b->dtype_bytes[DT_ACT];
   case SPACE_REAL:
     return b->dtype_bytes[DT_REAL];
+  case SPACE_MOMENTS:
+    return b->dtype_bytes[DT_MOMENT];
   case SPACE_REMAINDERS:
     return (size_t)b->remainder_bytes;
   }

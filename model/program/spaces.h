@@ -42,6 +42,7 @@ typedef enum SpaceElement {
   SPACE_BYTES,     // tensors of any kind
   SPACE_ACT,       // DT_ACT for every parameter
   SPACE_REAL,      // DT_REAL for every parameter
+  SPACE_MOMENTS,   // DT_MOMENT for every parameter
   SPACE_REMAINDERS // Backend.remainder_bytes for every parameter
 } SpaceElement;
 

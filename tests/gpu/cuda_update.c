@@ -4,6 +4,9 @@
 
 #include "kernels/exact.h"
 #include "kernels/master.h"
+#include "kernels/moments.h"
+
+#include <stdlib.h>
 
 enum { PARAMS = 300, PARAM_ALIGN = 64 };
 static const StepScalars step = {.lr = 0.01,
@@ -14,7 +17,8 @@ static const StepScalars step = {.lr = 0.01,
                                  .clip = 1,
                                  .bias1 = 1 - 0.9 * 0.9,
                                  .bias2 = 1 - 0.95 * 0.95,
-                                 .ema_decay = 0.97};
+                                 .ema_decay = 0.97,
+                                 .step = 12345};
 
 // Parameters of 1 to 5000 elements, and a few large ones; returns the elements of a slab.
 static int64_t make_spans(CudaCase *c, ParamSpan spans[PARAMS]) {
@@ -70,6 +74,49 @@ static void judge_status(CudaCase *c, const Value *got, const UpdateStatus *want
   if (norm && scale && s.skip == want->skip && s.bad == want->bad) return;
   cuda_case_fail(c, OP_GRAD_DECIDE, "status: expected norm %.9g scale %.9g skip %d bad %d, got %.9g %.9g %d %d",
                  want->norm, want->scale, want->skip, want->bad, s.norm, s.scale, s.skip, s.bad);
+}
+
+// Numbers [n] as bf16 has them, in two bytes each; and back.
+static Value to_halves(CudaCase *c, Value x) {
+  uint16_t *half = xmalloc((size_t)x.count * sizeof *half);
+  for (int64_t i = 0; i < x.count; i++) half[i] = bf16_from_float(((real *)x.data)[i]);
+  Value v = value_bytes(c, half, (size_t)x.count * sizeof *half);
+  free(half);
+  return v;
+}
+static Value from_halves(CudaCase *c, Value like, const Value *halves) {
+  Value v = value_copy(c, like);
+  for (int64_t i = 0; i < v.count; i++) ((real *)v.data)[i] = moment_float(((const uint16_t *)halves->data)[i]);
+  return v;
+}
+
+// AdamW with moments in bf16: those of the CPU, but where fp32 differs in the last place, which seldom rounds
+// otherwise.
+static void run_bf16_moments(CudaCase *c, OpArgs a, const Value *in, Value master, Value m, Value v, Value ema) {
+  Value weights = value_copy(c, master), remainder, got[OP_MAX_OUT];
+  a.params.bf16_moments = 1;
+  weights.dtype = DT_ACT;
+  value_round(weights);
+  split_masters(c, master, &weights, &remainder);
+  Value half_m = to_halves(c, m), half_v = to_halves(c, v);
+  Value after[OP_MAX_OUT] = {value_copy(c, master), value_copy(c, half_m), value_copy(c, half_v), none,
+                             value_copy(c, ema)};
+  after[0].tolerance = 1e-6;
+  cuda_case_cpu(c, OP_ADAMW, a, in, after);
+  cuda_case_variant(c, "%lld numbers, moments in bf16", (long long)a.params.end);
+  Value *out = VALUES_OUT(weights, half_m, half_v, remainder, ema);
+  if (c->bench) {
+    cuda_case_call(c, OP_ADAMW, a, in, out);
+  } else if (cuda_case_run(c, OP_ADAMW, a, in, out, got)) {
+    static const char *const names[] = {"weights", "m in bf16", "v in bf16", "remainder", "ema"};
+    got[0] = join_masters(c, master, got[0], got[3]);
+    for (int i = 1; i < 3; i++) {
+      got[i] = from_halves(c, m, &got[i]);
+      after[i] = from_halves(c, m, &after[i]);
+    }
+    for (int i = 0; i < OP_MAX_OUT; i++)
+      if (after[i].data) cuda_case_judge(c, OP_ADAMW, i, names[i], &got[i], &after[i]);
+  }
 }
 
 // The spoiled step: nothing is wrong, a gradient is infinite, the loss is NaN, the norm is beyond its limit.
@@ -134,6 +181,7 @@ static void run_update_step(CudaCase *c, int spoil, double clip) {
         if (after[i].data) cuda_case_judge(c, OP_ADAMW, i, names[i], &got[i], &after[i]);
     }
   }
+  if (cuda_case_wants(c, true)) run_bf16_moments(c, a, VALUES_IN(grads, status, scalars), master, m, v, ema);
 }
 
 void run_update(CudaCase *c, const CudaShape *shape) {

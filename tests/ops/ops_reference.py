@@ -537,7 +537,8 @@ def op_flow_loss(c, r):
     return out
 
 
-SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay", "clip", "bias1", "bias2", "ema_decay", "norm_limit")
+SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay", "clip", "bias1", "bias2", "ema_decay", "norm_limit",
+           "step")
 
 
 def scalars(r):

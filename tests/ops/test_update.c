@@ -8,9 +8,11 @@
 
 #include "base/philox.h"
 #include "kernels/bits.h"
+#include "kernels/moments.h"
 #include "tests/ops/op_slab.h"
 
 #include <omp.h>
+#include <stdlib.h>
 
 #define assert_close(got, want, n) assert_true(relative_error(got, want, n) < CASE_TOL)
 
@@ -256,12 +258,88 @@ static void test_adamw_ema(void **state) {
   op_case_free(&c);
 }
 
+// In the mean what is rounded stays what it was, whatever lies below the last place; what bf16 has stays as it is.
+static void test_moments_round(void **state) {
+  (void)state;
+  enum { DRAWS = 40000 };
+  const float values[] = {1.001f, -3.1416f, 1.2345e-9f, 255.99f, -1e-41f, 0.5f, 0};
+  for (size_t k = 0; k < sizeof values / sizeof *values; k++) {
+    double mean = 0, step = fmax(ldexp(fabs((double)values[k]), -7), ldexp(1, -133)); // at least the last place's worth
+    for (int i = 0; i < DRAWS; i++) {
+      Philox4 r = moment_chances(i / 7, i % 7);
+      float rounded = moment_float(moment_round(values[k], r.v[i % 4] >> 16 * (i % 2)));
+      assert_true(fabs((double)rounded - (double)values[k]) <= step);
+      mean += (double)rounded / DRAWS;
+    }
+    assert_true(fabs(mean - (double)values[k]) <= 2.5 * step / sqrt(DRAWS));
+  }
+  assert_true(moment_round(1, 0xffff) == 0x3f80 && moment_round(-2, 0xffff) == 0xc000 && moment_round(0, 0xffff) == 0);
+  assert_true(moment_round(INFINITY, 0xffff) == 0x7f80 && moment_round(-INFINITY, 0xffff) == 0xff80);
+  assert_true(isnan(moment_float(moment_round(NAN, 0xffff))));
+}
+
+// Moments in bf16 are those in fp32, rounded by chances that depend on step and element alone: whatever parts the slabs
+// are updated in, the bits are the same.
+static void test_adamw_bf16(void **state) {
+  (void)state;
+  OpCase c;
+  Slab s;
+  op_case_init(&c, 8);
+  slab_make(&c, &s);
+  real *w = slab_random(&c, &s, 1), *grads = slab_random(&c, &s, 0.3);
+  real *w32 = case_copy(&c, w, s.size), *m32 = case_random(&c, s.size, 0), *v32 = case_random(&c, s.size, 0);
+  uint16_t *m = xcalloc((size_t)s.size, sizeof *m), *v = xcalloc((size_t)s.size, sizeof *v);
+  for (int64_t i = 0; i < s.size; i++) {
+    m[i] = bf16_from_float((float)(grads[i] * (real)-0.1));
+    v[i] = bf16_from_float((float)(grads[i] * grads[i]));
+    if (slab_param(&s, i) < 0) m[i] = v[i] = 0;
+    m32[i] = (real)moment_float(m[i]);
+    v32[i] = (real)moment_float(v[i]);
+  }
+  real *w_parts = case_copy(&c, w, s.size);
+  uint16_t *m_parts = xmalloc((size_t)s.size * sizeof *m), *v_parts = xmalloc((size_t)s.size * sizeof *v);
+  memcpy(m_parts, m, (size_t)s.size * sizeof *m);
+  memcpy(v_parts, v, (size_t)s.size * sizeof *v);
+  StepScalars k = {.lr = 0.01, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .bias1 = 0.2, .bias2 = 0.1, .step = 41};
+  UpdateStatus status = {.scale = 0.5};
+  op_run(&c, OP_ADAMW, s.args, OP_IN(grads, &status, &k), OP_OUT(w32, m32, v32));
+  s.args.params.bf16_moments = 1;
+  op_run(&c, OP_ADAMW, s.args, OP_IN(grads, &status, &k), OP_OUT(w, m, v));
+  int64_t up = 0, inexact = 0;
+  for (int64_t i = 0; i < s.size; i++) {
+    if (slab_param(&s, i) < 0) continue;
+    Philox4 r = moment_chances(41, i / 4);
+    assert_int_equal(m[i], moment_round((float)m32[i], r.v[i % 4]));
+    assert_int_equal(v[i], moment_round((float)v32[i], r.v[i % 4] >> 16));
+    assert_true(w[i] == w32[i]);
+    up += moment_float(v[i]) > (float)v32[i];
+    inexact += moment_float(v[i]) != (float)v32[i];
+  }
+  assert_true(up > inexact / 3 && up < inexact * 2 / 3);
+  OpArgs part = s.args;
+  for (int64_t end = 0; end < s.size;) {
+    part.params.begin = end;
+    part.params.end = end = min_i64(end + 8 * 1000, s.size);
+    int64_t at = part.params.begin;
+    op_run(&c, OP_ADAMW, part, OP_IN(grads + at, &status, &k), OP_OUT(w_parts + at, m_parts + at, v_parts + at));
+  }
+  for (int64_t i = 0; i < s.size; i++)
+    if (slab_param(&s, i) >= 0) assert_true(w_parts[i] == w[i] && m_parts[i] == m[i] && v_parts[i] == v[i]);
+  free(m);
+  free(v);
+  free(m_parts);
+  free(v_parts);
+  op_case_free(&c);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_spans),
                                      cmocka_unit_test(test_grad_norm),
                                      cmocka_unit_test(test_grad_norm_blocks),
                                      cmocka_unit_test(test_grad_norm_shares),
                                      cmocka_unit_test(test_grad_hash),
-                                     cmocka_unit_test(test_adamw_ema)};
+                                     cmocka_unit_test(test_adamw_ema),
+                                     cmocka_unit_test(test_moments_round),
+                                     cmocka_unit_test(test_adamw_bf16)};
   return cmocka_run_group_tests_name("update", tests, NULL, NULL);
 }

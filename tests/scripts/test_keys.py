@@ -375,6 +375,21 @@ def _():
     assert shrunk > 10
 
 
+@key("train.moments")
+def _():  # learns as with fp32, and a run that is resumed has the bits of one that is not
+    sets = {"train.steps": 30, "checkpoint.every": 15}
+    wide, half = run(sets), run({**sets, "train.moments": "bf16"})
+    last = [sum(row["loss"] for row in r.rows[-5:]) for r in (wide, half)]
+    assert last[0] != last[1] and abs(last[1] / last[0] - 1) < 0.01, last
+    moments = half.tensors("optimizer-0x1", 30)
+    is_bf16 = lambda m: ((m.astype(np.float32).view(np.uint32) & 0xffff) == 0).all()
+    assert all(map(is_bf16, moments.values())) and not all(map(is_bf16, wide.tensors("optimizer-0x1", 30).values()))
+    where = tempfile.mkdtemp(dir=WORK)
+    run({**sets, "train.moments": "bf16"}, "--stop-at", "15", where=where)
+    again = run({**sets, "train.moments": "bf16"}, "--resume", where=where).tensors("optimizer-0x1", 30)
+    assert all((again[n] == moments[n]).all() for n in moments)
+
+
 @key("train.ema")
 def _():
     assert not (run({"train.ema": 0}).folder / "ckpt-1/ema.safetensors").exists()

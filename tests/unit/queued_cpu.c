@@ -283,7 +283,12 @@ static int device_open(Error *err) {
 
 const Backend backend_queued_cpu = {
     .name = "queued cpu",
-    .dtype_bytes = {[DT_ACT] = sizeof(real), [DT_REAL] = sizeof(real), [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8},
+    .dtype_bytes = {[DT_ACT] = sizeof(real),
+                    [DT_REAL] = sizeof(real),
+                    [DT_I32] = 4,
+                    [DT_U8] = 1,
+                    [DT_F64] = 8,
+                    [DT_MOMENT] = sizeof(real)},
     .gradient_per_micro = 1,
     .head_chunk = 256,
     .queues = &queues,

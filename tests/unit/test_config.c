@@ -178,6 +178,7 @@ static const char *const other_values[] = {
     "train.decay_fraction=0",
     "train.beta1=0.8",
     "train.beta2=0.99",
+    "train.moments=bf16",
     "train.weight_decay=0.1",
     "train.clip=0",
     "train.ema=0",

@@ -24,7 +24,7 @@ static void test_rows(void **state) {
 
 static void test_elements(void **state) {
   (void)state;
-  const Backend half = {.dtype_bytes = {[DT_ACT] = 2, [DT_REAL] = 4}, .remainder_bytes = 2};
+  const Backend half = {.dtype_bytes = {[DT_ACT] = 2, [DT_REAL] = 4, [DT_MOMENT] = 4}, .remainder_bytes = 2};
   size_t saved = 0;
   for (int s = 0; s < SPACE_COUNT; s++)
     if (space_has((Space)s, SPACE_SAVED)) saved += space_element(&half, (Space)s);
