@@ -54,8 +54,10 @@ static double slowness(const Program *p, const LaneState lane[LANE_COUNT], int l
   int copies = lane[LANE_D2H].at_work + lane[LANE_H2D].at_work;
   int shares = lane[LANE_COMPUTE].at_work && lane[LANE_UPDATE].at_work && p->update_share > 0;
   if (l == LANE_UPDATE) return shares ? slower_update(c, p->update_share) : 1;
+  // Beside an update small's, medium's and base's forward passes are slower still, by a clock that power lowers.
+  const double clock = c->multiprocessors > 0 ? 1.12 : 1;
   if (l == LANE_COMPUTE)
-    return (shares ? slower_product(c, c->multiprocessors - p->update_share) : 1) /
+    return (shares ? clock * slower_product(c, c->multiprocessors - p->update_share) : 1) /
            (1 - copy_drag(c) * copies - c->group.drag * lane[LANE_COMM].at_work);
   if (copies < 2) return 1;
   return l == LANE_D2H ? link->d2h / link->both_d2h : l == LANE_H2D ? link->h2d / link->both_h2d : 1;

@@ -143,7 +143,7 @@ static void test_update_beside(void **state) {
   c.p.update_share = 1;
   s = play(&c, ops, 3, &costs);
   check(c.times[0].end, 2.5); // a quarter of the multiprocessors moves 1 / 2.5 of the bytes
-  check(c.times[1].end, 2.5 + 3 - 2.5 * 3 / 4);
+  check(c.times[1].end, 2.5 + 3 - 2.5 * 3 / 4 / 1.12);
   check(s.seconds, c.times[1].end + 1);
   check(s.stalled, 0);
 }
