@@ -231,7 +231,10 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
   engine_flush(&e);
   for (int s = 0; s < SPACES; s++) {
     o.state[s] = xcalloc(o.elements, sizeof(real)); // of what is shared, this process's part
-    engine_slab_read_part(&e, spaces[s], 0, engine_slab_bytes(&e, spaces[s]) / (int64_t)sizeof(real), o.state[s], NULL);
+    int64_t count = engine_slab_bytes(&e, spaces[s]) / (int64_t)space_element(e.model.backend, spaces[s]);
+    void *scratch = xmalloc((size_t)count * sizeof(real));
+    engine_slab_read_part(&e, spaces[s], 0, count, o.state[s], scratch);
+    free(scratch);
   }
   free(given[0]);
   free(given[1]);
@@ -273,6 +276,7 @@ static void test_same_bits(void **state) {
     World w;
     world_open(&w, 40 + (uint64_t)v, v);
     Config *c = &w.c.config;
+    c->train.moments = v % 2 ? MOMENTS_BF16 : MOMENTS_FP32;
     c->memory.policy = MEMORY_KEEP;
     Outcome want = run(&w, &backend_cpu, -1);
     for (int s = 0; s < STEPS; s++) assert_int_equal(want.status[s].skip, 0);
@@ -344,6 +348,7 @@ static void test_state_on_host(void **state) {
     World w;
     world_open(&w, 50 + (uint64_t)v, v);
     Config *c = &w.c.config;
+    c->train.moments = v % 2 ? MOMENTS_BF16 : MOMENTS_FP32;
     c->memory.policy = MEMORY_KEEP;
     Outcome want = run(&w, &backend_cpu, -1);
     for (int i = 0; i < 15; i++) {
