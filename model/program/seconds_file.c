@@ -150,7 +150,7 @@ int costs_load(Costs *c, const CostsKey *key, const char *path) {
     log_info("%s: times are measured again", err.text);
     return 0;
   }
-  Costs read = {0};
+  Costs read = {.processes = c->processes, .multiprocessors = c->multiprocessors}; // what no file says
   const char *other = NULL;
   for (size_t i = 0; i < sizeof named / sizeof *named && !other; i++)
     if (named[i][1] && strcmp(read_text(root, named[i][0]), named[i][1]) != 0) other = named[i][2];

@@ -16,7 +16,7 @@ typedef struct CostsKey {
 
 // Writes PATH.new and puts it in the place of PATH. -1 with *err where it cannot.
 int costs_save(const Costs *c, const CostsKey *key, const char *path, Error *err);
-// Replaces what *c has by the file's. 1 when it did; 0 where there is no file, and with a message where it has another
-// key or is damaged: *c is as it was.
+// Replaces what *c has by the file's, all but the numbers of processes and of multiprocessors. 1 when it did; 0 where
+// there is no file, and with a message where it has another key or is damaged: *c is as it was.
 int costs_load(Costs *c, const CostsKey *key, const char *path);
 #endif

@@ -240,6 +240,8 @@ static Costs some_costs(const Backend *b) {
 
 static void assert_costs_equal(const Costs *a, const Costs *b) {
   assert_int_equal(a->n_classes, b->n_classes);
+  assert_int_equal(a->processes, b->processes);
+  assert_int_equal(a->multiprocessors, b->multiprocessors);
   assert_memory_equal(&a->link, &b->link, sizeof a->link);
   assert_true(a->group.reduce == b->group.reduce && a->group.gather == b->group.gather);
   assert_true(a->group.latency == b->group.latency);
@@ -257,6 +259,7 @@ static void test_file(void **state) {
   (void)state;
   Error err;
   Backend b = sized_backend();
+  b.multiprocessors = 132;
   const CostsKey key = {"a device \"2\"", "0123456789abcdef", "T 256", "1"};
   const CostsKey other[] = {{"another", key.build, key.sizes, key.processes},
                             {key.device, "1", key.sizes, key.processes},
@@ -274,6 +277,7 @@ static void test_file(void **state) {
   const CostsKey any = {NULL, key.build, key.sizes, key.processes};
   for (int i = 0; i < 2; i++) {
     costs_free(&read);
+    read = costs_new(&b, &(Extents){0});
     assert_int_equal(costs_load(&read, i ? &any : &key, path), 1);
     assert_costs_equal(&read, &written);
   }
