@@ -82,7 +82,7 @@ class Claims:
         self.claim(f"{config}: auto in recompute's budget, x recompute's", f">= {RECOMPUTED[config]}",
                    ratio(plans["least"], plans["recompute"]))
         if trace.exists():
-            took, hidden = trace_picture.copy_times(trace_picture.LANES[1:], passes_of(trace))
+            took, hidden = trace_picture.copy_times(trace_picture.TRANSFERS, passes_of(trace))
             self.claim(f"{config}: of its passes' transfers hidden, in a trace", ">= 98%",
                        hidden / took if took else None, "{:.1%}")
 

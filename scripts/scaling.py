@@ -149,8 +149,8 @@ def exposed(path):
     if not path.exists():
         return "no trace"
     slices = trace_picture.read_trace(path)[2]
-    took, hidden = trace_picture.copy_times(trace_picture.LANES[-1:], slices)
-    return f"{trace_picture.copies_text(trace_picture.LANES[-1], slices)}; {took - hidden:.2f} ms with no op beside them"
+    took, hidden = trace_picture.copy_times(trace_picture.TRANSFERS[-1:], slices)
+    return f"{trace_picture.copies_text(trace_picture.TRANSFERS[-1], slices)}; {took - hidden:.2f} ms with no op beside them"
 
 
 def curve(runs, n):

@@ -8,9 +8,13 @@ import tempfile
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+from checks import check
+
+import scaling
+
 PICTURE = Path(__file__).resolve().parents[2] / "scripts" / "trace_picture.py"
 SVG = "{http://www.w3.org/2000/svg}"
-LANES = ["compute", "device to host", "host to device", "update"]
+LANES = ["compute", "device to host", "host to device", "update", "between processes"]
 
 
 def trace(slices):
@@ -31,6 +35,7 @@ OPS = [(0, "LINEAR_FWD", k, k + .99, 0) for k in range(40)] + [(0, "HEAD_CE", 42
 DOWN = [(1, "COPY", 30.0, 36.0, 3e8), (1, "COPY", 36.0, 42.0, 3e8)]
 UP = [(2, "COPY", 42.0, 46.0, 2e8)]
 BESIDE = [(3, "ADAMW", 0, 25, 0)]  # of the step before
+BETWEEN = [(4, "ALL_GATHER", 38, 42, 8e8)]  # half of it while nothing is computed
 
 
 def run(*arguments):
@@ -62,7 +67,7 @@ def main():
         assert math.isclose(float(hidden[1]), 100 * (12 - 2.01) / 12, abs_tol=.06), done.stdout
         assert math.isclose(float(hidden[2]), 2.01, abs_tol=.006), done.stdout
         whole, texts = rectangles(out)
-        assert all(lane in texts for lane in LANES) and "step 4, <cuda>, 50.0 ms" in texts, texts
+        assert all(lane in texts for lane in LANES[:-1]) and "step 4, <cuda>, 50.0 ms" in texts, texts
         assert hidden[0] in " ".join(texts), texts
         updates = sorted((r for r in whole if r[3] == "#666666" and r[2] != 12), key=lambda r: r[2])
         assert len(updates) == 2 and math.isclose(updates[1][2] / updates[0][2], 25 / 6, rel_tol=.01), updates
@@ -70,6 +75,9 @@ def main():
         assert len(copies) == 2, copies  # the two down touch
         assert math.isclose(copies[0][2] / copies[1][2], 3, rel_tol=.01), copies
         assert run(file, out, "--from", 40, "--to", 45).returncode == 0
+        file.write_text(json.dumps(trace(OPS + BETWEEN)))
+        said = scaling.exposed(file)  # as scripts/scaling.py reads it
+        check(said == "between processes: 1 copies, 0.8 GB in 4 ms of copying, 200 GB/s; 2.01 ms with no op beside them", said)
         part, _ = rectangles(out)
         copies = [r for r in part if r[3] == "#56b4e9" and r[2] != 12]
         assert math.isclose(copies[0][2] / copies[1][2], 2 / 3, rel_tol=.01), copies
