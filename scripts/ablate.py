@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablate_report
-from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
-                       positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, end_quietly, has_gpu, last_line,
+                       mean_step, positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -497,4 +497,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_quietly(main)

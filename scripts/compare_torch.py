@@ -37,15 +37,17 @@ import time
 from pathlib import Path
 
 from ablate_report import fill_places, markdown_table
-from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, has_gpu, last_line, mean_step,
-                       positive, run_steps)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, end_quietly, has_gpu, last_line,
+                       mean_step, positive, run_steps)  # fmt: skip
 
 try:
     import torch
     import torch_ways as W
     from torch_ways import M, R
 except ImportError as error:
-    print(f"skipped: {error} (of {sys.executable})")
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+    print(f"skipped: {error} (of {sys.executable})\n  fix: call it with a Python that has PyTorch")
     sys.exit(77)
 
 WARM_UP, LEAST_STEPS = 6, 8  # steps of the engine: before those that count, and of those
@@ -352,10 +354,14 @@ def put(args):
     """The tables that are there into pages: <!-- torch CONFIG -->, <!-- torch CONFIG short -->."""
     if not (args.out / "torch.json").is_file():
         fail(f"there is no {args.out / 'torch.json'}", "measure first: scripts/compare_torch.py CONFIG OUT")
-    found = json.loads((args.out / "torch.json").read_text())
-    place = f"torch {found['about']['config']}"
+    try:
+        found = json.loads((args.out / "torch.json").read_text())
+        place = f"torch {found['about']['config']}"
+        tables = {place: markdown(found), f"{place} short": markdown_short(found)}
+    except (ValueError, KeyError, TypeError, IndexError):
+        fail(f"{args.out / 'torch.json'} is not whole", "measure again: scripts/compare_torch.py CONFIG OUT")
     for page in args.markdown:
-        if wrong := fill_places(page, {place: markdown(found), f"{place} short": markdown_short(found)}):
+        if wrong := fill_places(page, tables):
             sys.exit(f"compare_torch: {wrong}")
 
 
@@ -397,4 +403,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_quietly(main)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What memory plans are worth on this GPU: the runs behind the project's third claim, and one table that holds them
-against what was to be reached.
+"""What memory plans are worth on this GPU: the runs that show it, and one table that holds them against what was to be
+reached.
 
     scripts/memory_claims.py OUT [--device cuda] [--seconds S]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import trace_picture
 from memory_curve import (PLENTY, POLICIES, Curve, add_arguments, check_arguments, curve_budgets, curve_points, errors, fail,
                           half_way, number)  # fmt: skip
-from timed_run import ROOT, Plan, bench_data, config_read, positive
+from timed_run import ROOT, Plan, bench_data, config_read, end_quietly, positive
 
 CONFIGS = ["base", "wide", "fine", "small"]
 LONGER = 1.8  # times keep's longest micro-batch, at a loss of 5%
@@ -90,8 +90,10 @@ class Claims:
         """Micro-batches as long as keep has room for, and longer."""
         curve = self.curve("base")
         slots = {policy: self.longest(curve, policy) for policy in ("keep", "auto")}
-        self.claim("base: longest micro-batch, slots: keep", "", slots["keep"], "{}")
-        self.claim("base: longest micro-batch, slots: auto", "", slots["auto"], "{}")
+        self.claim("base: longest micro-batch, slots: keep", "", slots["keep"] or "none fits", "{}")
+        self.claim("base: longest micro-batch, slots: auto", "", slots["auto"] or "none fits", "{}")
+        if not slots["keep"]:
+            return  # base has no room here at any length
         longer = {}
         for policy, times in (("keep", 1), ("auto", 2), ("recompute", 2), ("auto", LONGER)):
             length = int(slots["keep"] * times) // 64 * 64
@@ -131,7 +133,7 @@ class Claims:
         curve.lines(POLICIES, low, needed)
         curve.picture()
         for what, a, b, reach in (("step time", "predicted_ms", "measured_ms", ("<= 2%", "<= 5%")),
-                                  ("device memory", "planned_gb", "in_use_gb", ("", "<= 0.4%"))):
+                                  ("device memory", "planned_gb", "in_use_gb", ("-", "<= 0.4%"))):
             found = errors(curve.rows, a, b)
             value = f"{statistics.median(found):.2%}, {max(found):.2%}" if found else None
             self.claim(f"{config}: {what}, off from the prediction in {len(found)} runs: median, worst", ", ".join(reach),
@@ -161,6 +163,8 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     check_arguments(parser, args)
+    if args.out.exists() and not args.out.is_dir():
+        fail(f"{args.out} is no folder", "OUT is a folder, which need not be there yet")
     claims = Claims(args)
     for config in [name for name in HALF if name in args.configs]:
         claims.against_recompute(config)
@@ -175,4 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_quietly(main)

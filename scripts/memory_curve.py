@@ -25,8 +25,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, last_line, mean_step, positive, run_steps,
-                       settings_differ, table_append, table_read)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, end_quietly, last_line, mean_step, positive,
+                       run_steps, settings_differ, table_append, table_read)  # fmt: skip
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -348,4 +348,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_quietly(main)

@@ -31,7 +31,7 @@ from pathlib import Path
 import run_metrics
 import scaling_model
 import trace_picture
-from timed_run import ROOT, bench_sets, gpu_memory, wait_for_memory
+from timed_run import ROOT, bench_sets, end_quietly, gpu_memory, wait_for_memory
 
 SECTIONS = ["curve", "kill", "weak"]
 STEPS = 20  # of curves and of the run that is killed
@@ -309,4 +309,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_quietly(main)

@@ -164,8 +164,8 @@ def table_read(path, columns):
     """Rows of a CSV that has these columns; None where it has others, or a row has more."""
     with open(path, newline="", errors="replace") as f:
         table = csv.DictReader(f)
-        rows = list(table)
-    return None if table.fieldnames != columns or any(None in row.values() for row in rows) else rows
+        names, rows = table.fieldnames, list(table)  # of an empty file none
+    return None if names != columns or any(None in row.values() for row in rows) else rows
 
 
 def table_append(path, columns, row):
@@ -191,6 +191,14 @@ def settings_differ(table, settings):
         return f"{path} is not whole"
     said = lambda value: "none" if value in (None, []) else " ".join(value) if isinstance(value, list) else value
     return "; ".join(f"{n}: {said(before[n])} then, {said(settings[n])} now" for n in changed) or None
+
+
+def end_quietly(main):
+    """Ctrl-C ends a script by its exit code alone: what it had measured is kept."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def positive(text):

@@ -117,8 +117,11 @@ with tempfile.TemporaryDirectory() as top:
     said = compare(tiny, out, *common, "--rounds", "1", code=1, program=("-c", WRONG))
     assert "NOT the same model" in said and "another model" in said, said
     (Path(top) / "file").write_text("")
+    (Path(top) / "cut").mkdir()
+    (Path(top) / "cut/torch.json").write_text('{"about":')
     for what, *arguments in (("no", "nothing.json", out), ("file", ROOT / "configs/demo.json", Path(top) / "file"),
                              ("--rounds", ROOT / "configs/demo.json", out, "--rounds", "0"),
+                             ("not whole", tiny, Path(top) / "cut", "--markdown", "page"),
                              ("measure first", tiny, Path(top) / "none", "--markdown", "page"),
                              ("--dump failed", ROOT / "configs/demo.json", out, *common, "--set", "train.lr=-1")):  # fmt: skip
         said = compare(*arguments, code=2 if what == "--rounds" else 1)

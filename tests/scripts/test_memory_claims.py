@@ -35,6 +35,7 @@ def main():
         table, runs = claims()
         step = lambda needs, slots=1: ((1000 + 100 * (10 - needs)) * slots * 1.01 + 20.2) / slots
         assert value(table, "base: auto half way") == f"{step(4) / step(7):.3f}", table
+        assert value(table, "base: of its passes' transfers hidden") == "75.0%", table
         assert value(table, "base: auto in recompute's budget") == "1.000", table
         assert value(table, "base: longest micro-batch, slots: keep") == "3000", table
         assert value(table, "base: longest micro-batch, slots: auto") == "5000", table
