@@ -126,6 +126,7 @@ static __device__ inline void dq_write(const float (&dq)[D / 8][4], DqShared<D, 
                                        const BackwardCall &c) {
   const RowBlock &block = s->block;
   const float scale[2] = {c.shape.scale, c.shape.scale};
+  __syncwarp(); // every lane has read the queries that others overwrite
   tile_store<D, rows>(s->q, row, dq, scale);
   __syncwarp();
 #pragma unroll
