@@ -8,10 +8,12 @@
 
 #include "base/ranks.h"
 #include "kernels/group.h"
+#include "trainer/group_rates.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static void forget_launchers(void) {
   const char *const all[] = {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE",    "PMI_RANK",
@@ -169,6 +171,51 @@ static void check_collectives(void) {
     }
 }
 
+// ---- what they carry ----
+
+static const GroupRates told = {.reduce = 1e8, .gather = 5e7, .latency = 4e-3, .drag = .125};
+
+// Takes as long as a collective of that rate, whose elements have so many bytes.
+static void wait_for(const KernelCall *call, double rate, double element) {
+  double sent = (double)call->args->group.count * element * (ranks_size() - 1) / ranks_size();
+  usleep((useconds_t)(1e6 * (told.latency + sent / rate)));
+}
+static void slow_reduce(const KernelCall *call) {
+  wait_for(call, told.reduce, 8);
+}
+static void slow_gather(const KernelCall *call) {
+  wait_for(call, told.gather, 2);
+}
+static void clear(void *at, size_t bytes) {
+  memset(at, 0, bytes);
+}
+static void *alloc_but_rank_1(size_t bytes) {
+  return ranks_rank() == 1 ? NULL : malloc(bytes);
+}
+
+static int near(double got, double want) { // what sleeps comes late
+  return got > .7 * want && got < 1.3 * want;
+}
+
+static void check_rates(void) {
+  Backend b = {.dtype_bytes = {[DT_ACT] = 2, [DT_REAL] = 8},
+               .fn = {[OP_REDUCE_SCATTER] = slow_reduce, [OP_ALL_GATHER] = slow_gather},
+               .alloc = malloc,
+               .release = free,
+               .clear = clear,
+               .assumed_group = {.drag = told.drag}};
+  GroupRates r = group_rates_measure(&b);
+  double own[] = {r.reduce, r.gather, r.latency}, sums[] = {r.reduce, r.gather, r.latency};
+  ranks_sum_f64(sums, 3);
+  for (int i = 0; i < 3; i++) need(sums[i] == own[i] * ranks_size(), "rates of its own");
+  need(r.measured && r.drag == told.drag, "rates of collectives");
+  need(near(r.latency, told.latency), "the latency of collectives");
+  need(near(r.reduce, told.reduce), "the rate of reduce-scatters");
+  need(near(r.gather, told.gather), "the rate of all-gathers");
+  b.alloc = alloc_but_rank_1;
+  need(!group_rates_measure(&b).measured, "rates, though a process has no memory");
+}
+
 // ---- all of it ----
 
 static void check_group(void) {
@@ -193,6 +240,7 @@ static void check_group(void) {
   need(strcmp(err.text, want) == 0, err.text);
   free(want);
   check_collectives();
+  check_rates();
   ranks_wait();
   if (rank == 0) printf("a group of %d\n", size);
 }

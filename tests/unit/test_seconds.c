@@ -15,6 +15,7 @@
 #include "model/program/policy.h"
 #include "model/program/seconds_file.h"
 #include "model/transformer.h"
+#include "model/update.h"
 #include "tests/unit/temp_folder.h"
 
 static const Extents sketchy = {.text = 100, .image = 150, .segments = 4, .targets = 90, .pairs = 20000};
@@ -22,12 +23,17 @@ static const Extents sketchy = {.text = 100, .image = 150, .segments = 4, .targe
 // A backend of which only sizes and rates matter.
 static Backend sized_backend(void) {
   Backend b = {.name = "sized", .head_chunk = 64};
-  const size_t bytes[DT_COUNT] = {[DT_ACT] = 2, [DT_REAL] = 4, [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8};
+  const size_t bytes[DT_COUNT] = {
+      [DT_ACT] = 2, [DT_REAL] = 4, [DT_I32] = 4, [DT_U8] = 1, [DT_F64] = 8, [DT_MOMENT] = 4};
   memcpy(b.dtype_bytes, bytes, sizeof bytes);
   b.assumed = (DeviceRates){.bytes = 1e12, .flops = 1e14};
   b.assumed_link = (LinkRates){.d2h = 5e10, .h2d = 4e10, .both_d2h = 3e10, .both_h2d = 2e10, .latency = 1e-5};
-  b.assumed_group = (GroupRates){.reduce = 1e9, .gather = 2e9, .latency = 1e-3};
+  b.assumed_group = (GroupRates){.reduce = 1e9, .gather = 2e9, .latency = 1e-3, .drag = .125};
   return b;
+}
+
+static void no_kernel(const KernelCall *call) {
+  (void)call;
 }
 
 // Three layers' training program of a small model under one policy.
@@ -204,6 +210,61 @@ static void test_model(void **state) {
   discard(&model, &policy, &m);
 }
 
+// The fused backward pass of attention and QK-norm is bound by its products first, then by memory.
+static void test_fused_attention(void **state) {
+  (void)state;
+  Config c;
+  Backend b;
+  Model model;
+  PolicyTable policy;
+  ModelProgram m;
+  record(&c, &b, &model, MEMORY_KEEP, &policy, &m);
+  program_free(m.program);
+  b.fn[OP_ATTENTION_ROPE_BWD] = no_kernel;
+  m = transformer_record(&model, MODE_TRAIN_FIRST, 256, 5, &policy);
+  Costs costs = costs_new(&b, &sketchy), moves = costs, multiplies = costs;
+  moves.rates.bytes *= 2;
+  multiplies.rates.flops *= 2;
+  int found = 0;
+  for (int i = 0; i < m.program->n_ops; i++) {
+    const Op *op = &m.program->ops[i];
+    assert_true(op->kind != OP_ATTENTION_BWD && op->kind != OP_QKNORM_ROPE_BWD);
+    if (op->kind != OP_ATTENTION_ROPE_BWD) continue;
+    double x = op_model_seconds(&costs, m.program, op), launch = 4e-6;
+    double moved_faster = op_model_seconds(&moves, m.program, op),
+           multiplied_faster = op_model_seconds(&multiplies, m.program, op);
+    assert_true(moved_faster < x && multiplied_faster < x &&
+                fabs(moved_faster + multiplied_faster - 2 * launch - 1.5 * (x - launch)) < 1e-12);
+    found++;
+  }
+  assert_int_equal(found, 3);
+  discard(&model, &policy, &m);
+}
+
+// AdamW's FLOPs are 14 a parameter, and 3 more where it updates the average.
+static void test_update_flops(void **state) {
+  (void)state;
+  Config c;
+  Error err;
+  Backend b = sized_backend();
+  assert_int_equal(config_load(&c, NULL, NULL, 0, &err), 0);
+  Model model = {.config = &c, .backend = &b, .params = params_build(&c)};
+  int64_t count = 0;
+  for (int p = 0; p < model.params.n; p++) count += model.params.spans[p].count;
+  for (int ema = 0; ema < 2; ema++) {
+    Program *p = update_record(&model, ema);
+    double sum = 0, flops, bytes;
+    for (int i = 0; i < p->n_ops; i++) {
+      if (p->ops[i].kind != OP_ADAMW) continue;
+      op_cost(p, &p->ops[i], &sketchy, &flops, &bytes);
+      sum += flops;
+    }
+    assert_true(sum == (ema ? 17.0 : 14.0) * (double)count);
+    program_free(p);
+  }
+  params_free(&model.params);
+}
+
 // What a pack of base is expected to hold, against the mean of eight packs of its benchmark data (captions of 32 to 96
 // words): 51.25 images, 3,264 text rows, 263 pairs a row.
 static void test_expected(void **state) {
@@ -244,7 +305,7 @@ static void assert_costs_equal(const Costs *a, const Costs *b) {
   assert_int_equal(a->multiprocessors, b->multiprocessors);
   assert_memory_equal(&a->link, &b->link, sizeof a->link);
   assert_true(a->group.reduce == b->group.reduce && a->group.gather == b->group.gather);
-  assert_true(a->group.latency == b->group.latency);
+  assert_true(a->group.latency == b->group.latency && a->group.drag == b->group.drag);
   assert_memory_equal(&a->extents, &b->extents, sizeof a->extents);
   assert_memory_equal(a->scale, b->scale, sizeof a->scale);
   assert_true(a->rates.bytes == b->rates.bytes && a->rates.flops == b->rates.flops);
@@ -347,10 +408,11 @@ static void test_collectives(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_collectives), cmocka_unit_test(test_classes),
-      cmocka_unit_test(test_noted),       cmocka_unit_test(test_gap),
-      cmocka_unit_test(test_copies),      cmocka_unit_test(test_model),
-      cmocka_unit_test(test_expected),    cmocka_unit_test_setup(test_file, empty_folder),
+      cmocka_unit_test(test_collectives),     cmocka_unit_test(test_classes),
+      cmocka_unit_test(test_noted),           cmocka_unit_test(test_gap),
+      cmocka_unit_test(test_copies),          cmocka_unit_test(test_model),
+      cmocka_unit_test(test_fused_attention), cmocka_unit_test(test_update_flops),
+      cmocka_unit_test(test_expected),        cmocka_unit_test_setup(test_file, empty_folder),
   };
   return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

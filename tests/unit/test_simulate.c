@@ -120,6 +120,17 @@ static void test_drag(void **state) {
   check(s.seconds, 4.75);
 }
 
+// Copies of both directions take half of it.
+static void test_both_drag(void **state) {
+  (void)state;
+  Case c = {0};
+  const Costs costs = {.rates = {.bytes = 2}, .link = {.d2h = .5, .h2d = .5, .both_d2h = .5, .both_h2d = .5}};
+  const Given ops[] = {{D, 2, {-1, -1}}, {C, 4, {-1, -1}}, {H, 2, {-1, -1}}};
+  Simulation s = play(&c, ops, 3, &costs);
+  check(c.times[2].end, 2);
+  check(s.seconds, 5);
+}
+
 // While a collective runs the compute lane is slower by the group's drag.
 static void test_group_drag(void **state) {
   (void)state;
@@ -242,15 +253,11 @@ static void test_against_steps(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_hidden),
-      cmocka_unit_test(test_exposed),
-      cmocka_unit_test(test_both_directions),
-      cmocka_unit_test(test_one_queue),
-      cmocka_unit_test(test_nothing),
-      cmocka_unit_test(test_drag),
-      cmocka_unit_test(test_group_drag),
-      cmocka_unit_test(test_update_beside),
-      cmocka_unit_test(test_against_recursion),
+      cmocka_unit_test(test_hidden),          cmocka_unit_test(test_exposed),
+      cmocka_unit_test(test_both_directions), cmocka_unit_test(test_one_queue),
+      cmocka_unit_test(test_nothing),         cmocka_unit_test(test_drag),
+      cmocka_unit_test(test_group_drag),      cmocka_unit_test(test_both_drag),
+      cmocka_unit_test(test_update_beside),   cmocka_unit_test(test_against_recursion),
       cmocka_unit_test(test_against_steps),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
