@@ -124,7 +124,8 @@ template <class End> static void gemm_launch(const Gemm *g, const End *end, int 
   }
   work->shape.adds = adds_of(end, &work->shape);
   if (gemm_sm90_usable()) {
-    work->shape.blocks = cuda_sm_count() - g->leaves;
+    const int all = cuda_sm_count(); // of a slice of a GPU another lane gets half at most
+    work->shape.blocks = all - (2 * g->leaves < all ? g->leaves : all / 2);
     gemm_sm90(&l, kind, load_of(work), stream);
   } else {
     work->shape.bn[TEXT] = work->shape.bn[IMAGE] = GEMM_PORTABLE_BN;

@@ -193,8 +193,8 @@ static void *alloc_but_rank_1(size_t bytes) {
   return ranks_rank() == 1 ? NULL : malloc(bytes);
 }
 
-static int near(double got, double want) { // what sleeps comes late
-  return got > .7 * want && got < 1.3 * want;
+static int near(double got, double want) { // what sleeps comes late, on a busy machine very late
+  return got > .55 * want && got < 1.3 * want;
 }
 
 static void check_rates(void) {
