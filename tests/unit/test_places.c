@@ -171,7 +171,7 @@ static void test_scratch(void **state) {
   Backend b = paper_device();
   static Config c;
   open_config(&c, 0);
-  b.scratch[OP_ATTENTION_BWD] = much_scratch;
+  b.scratch[OP_ATTENTION_ROPE_BWD] = much_scratch;
   double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE);
   for (int i = 0; i < 4; i++) {
     Engine e;

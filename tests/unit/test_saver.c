@@ -115,6 +115,7 @@ static void save(const char *name, int kind, const char *copy, uint64_t seed, Qu
   config_open(c, kind, copy, "model.layers=2");
   assert_int_equal(mkdir(run, 0700), 0);
   queued_cpu_start(seed, FAULT_NONE);
+  queued_cpu_hold_back((Lane)(seed % (LANE_COUNT + 1)));
   engine_open(&e, c, &backend);
   Saver *s = saver_open(&e, run, &err);
   if (!s) fail_msg("%s", err.text);
