@@ -5,8 +5,8 @@ set -eu
 cd "$(dirname "$0")/../.."
 command -v nvcc >/dev/null || { echo "there is no nvcc"; exit 77; }
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-count=0
+trap 'wait; rm -rf "$work"' EXIT
+pids=()
 
 compiles() { # NAME, the kernel's body on standard input: x, y [n] floats, of which x is read only
   {
@@ -16,28 +16,37 @@ compiles() { # NAME, the kernel's body on standard input: x, y [n] floats, of wh
     cat
     printf '}\nvoid run(cudaStream_t s) { CUDA_LAUNCH(probe, 1, 32, 0, s, 32, &of_all, NULL); }\n'
   } >"$work/$1.cu"
-  count=$((count + 1))
   scripts/nvcc_strict.sh -std=c++17 -I. -O3 -gencode=arch=compute_90a,code=sm_90a -c -o "$work/$1.o" "$work/$1.cu" \
-    >"$work/said" 2>&1
+    >"$work/$1.said" 2>&1
 }
 passes() {
-  compiles "$1" || { echo "$1: refused" && cat "$work/said" && exit 1; }
+  compiles "$1" || { echo "$1: refused" && cat "$work/$1.said" && exit 1; }
   [ -s "$work/$1.o" ] || { echo "$1: no object" && exit 1; }
 }
 refused() {
   ! compiles "$1" || { echo "$1: not refused" && exit 1; }
-  grep -q '^error: a kernel touches memory before await_previous(), or lacks it: probe' "$work/said" ||
-    { echo "$1: says something else" && cat "$work/said" && exit 1; }
+  grep -q '^error: a kernel touches memory before await_previous(), or lacks it: probe' "$work/$1.said" ||
+    { echo "$1: says something else" && cat "$work/$1.said" && exit 1; }
   [ ! -e "$work/$1.o" ] || { echo "$1: left an object" && exit 1; }
 }
 
-passes first <<<'await_previous(); if (threadIdx.x < n) y[threadIdx.x] = x[threadIdx.x];'
-passes shared_before <<<'s[threadIdx.x] = n; __syncthreads(); await_previous(); y[threadIdx.x] = x[0] + s[n];'
-passes empty <<<''
-refused without <<<'y[threadIdx.x] = 1;'
-refused load_before <<<'float v = x[threadIdx.x]; await_previous(); y[threadIdx.x] = v;'
-refused moved_before <<<'if (n > 3) y[0] = 1; await_previous(); y[threadIdx.x] = __ldg(x);'
-refused atomic_before <<<'atomicAdd(y, 1.0f); await_previous();'
-refused global_before <<<'of_all = n; await_previous();'
-refused prefetch_before <<<'asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); await_previous(); *y = *x;'
-echo "$count kernels: those that wait too late are refused"
+passes first <<<'await_previous(); if (threadIdx.x < n) y[threadIdx.x] = x[threadIdx.x];' &
+pids+=($!)
+passes shared_before <<<'s[threadIdx.x] = n; __syncthreads(); await_previous(); y[threadIdx.x] = x[0] + s[n];' &
+pids+=($!)
+passes empty <<<'' &
+pids+=($!)
+refused without <<<'y[threadIdx.x] = 1;' &
+pids+=($!)
+refused load_before <<<'float v = x[threadIdx.x]; await_previous(); y[threadIdx.x] = v;' &
+pids+=($!)
+refused moved_before <<<'if (n > 3) y[0] = 1; await_previous(); y[threadIdx.x] = __ldg(x);' &
+pids+=($!)
+refused atomic_before <<<'atomicAdd(y, 1.0f); await_previous();' &
+pids+=($!)
+refused global_before <<<'of_all = n; await_previous();' &
+pids+=($!)
+refused prefetch_before <<<'asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); await_previous(); *y = *x;' &
+pids+=($!)
+for pid in "${pids[@]}"; do wait "$pid"; done # set -e: one that is judged wrongly ends the test
+echo "${#pids[@]} kernels: those that wait too late are refused"
