@@ -73,8 +73,8 @@ def processes(trainer):
 
 
 def all_ran(trainer):
-    """Waits for the end of a job: whether all went on to their own. Open MPI 4.1's mpirun may stay for good, alone, when a
-    process is killed while MPI starts: what counts is that no process of the job is left."""
+    """Waits for the end of a job: whether all went on to their own. Open MPI 4.1's mpirun may stay for good, alone, when
+    a process is killed while MPI starts: what counts is that no process of the job is left."""
     until = time.monotonic() + SECONDS
     while trainer.process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
