@@ -269,3 +269,13 @@ int folder_make(const char *path, Error *err) {
     *p = end;
   }
 }
+
+static int compare_rising(const void *pa, const void *pb) {
+  double a = *(const double *)pa, b = *(const double *)pb;
+  return (a > b) - (a < b);
+}
+
+double median_f64(double *x, int n) {
+  qsort(x, (size_t)n, sizeof *x, compare_rising);
+  return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
+}

@@ -66,6 +66,9 @@ int file_replace(const char *path, const void *data, size_t bytes, Error *err);
 // Creates a folder and its parents; 0, or -1 with *err set.
 int folder_make(const char *path, Error *err);
 
+// The median of x [n], n > 0, which is sorted rising; of an even number the mean of the two in the middle.
+double median_f64(double *x, int n);
+
 static inline int64_t min_i64(int64_t a, int64_t b) {
   return a < b ? a : b;
 }

@@ -234,6 +234,12 @@ void ranks_sum_f64(double *value, int n) {
   free(all);
 }
 
+int ranks_any(int mine) {
+  int64_t sum = mine != 0;
+  ranks_sum_i64(&sum, 1);
+  return sum > 0;
+}
+
 int ranks_worst(int rc, Error *err) {
   if (group.size == 1) return rc;
   typedef struct Result {

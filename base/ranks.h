@@ -38,6 +38,8 @@ void ranks_gather(const void *mine, size_t bytes, void *all);
 // Each value becomes its sum over the ranks, added in their order, so that it is the same everywhere.
 void ranks_sum_i64(int64_t *value, int n);
 void ranks_sum_f64(double *value, int n);
+// Whether it is so in any of them.
+int ranks_any(int mine);
 
 // What collectives of tensors are made of. out, in: [size][bytes]; in[r] becomes what rank r has in its out[own rank].
 void ranks_exchange(const void *out, void *in, size_t bytes);

@@ -35,17 +35,11 @@ StepScalars optimizer_scalars(const Config *c, const OptimizerState *s, int64_t 
                        .step = (double)step};
 }
 
-static int compare_rising(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
 double optimizer_norm_limit(const Config *c, const OptimizerState *s) {
-  double sorted[SPIKE_WINDOW];
+  double norms[SPIKE_WINDOW];
   if (c->train.spike == 0 || s->norms < SPIKE_LEAST) return 0;
-  memcpy(sorted, s->norm, (size_t)s->norms * sizeof *sorted);
-  qsort(sorted, (size_t)s->norms, sizeof *sorted, compare_rising);
-  return c->train.spike * (sorted[(s->norms - 1) / 2] + sorted[s->norms / 2]) / 2;
+  memcpy(norms, s->norm, (size_t)s->norms * sizeof *norms);
+  return c->train.spike * median_f64(norms, s->norms);
 }
 
 static void norm_add(OptimizerState *s, double norm) {

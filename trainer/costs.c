@@ -90,9 +90,7 @@ static Costs open_costs(const Config *c, const Backend *b, const char *run, int 
   int found = costs_load(&costs, &k.key, k.path);
   own_key_free(&k);
   costs.group.measured = found && c->processes > 1;
-  int64_t missing = !found;
-  ranks_sum_i64(&missing, 1);
-  if (missing) measure_machine(&costs, c, b, connected);
+  if (ranks_any(!found)) measure_machine(&costs, c, b, connected);
   return costs;
 }
 

@@ -19,9 +19,7 @@ static int tensor_fit(Tensor *t, int64_t bytes) {
   const Backend *b = t->backend;
   if (t->values) b->release(t->values);
   t->values = b->alloc((size_t)bytes);
-  int64_t have = t->values != NULL;
-  ranks_sum_i64(&have, 1);
-  if (have < ranks_size()) return 0;
+  if (ranks_any(!t->values)) return 0;
   b->clear(t->values, (size_t)bytes);
   if (b->queues) b->queues->record(LANE_COMPUTE, EVENT_TIMED);
   if (b->queues) b->queues->wait(LANE_COMM, EVENT_TIMED);
@@ -29,11 +27,6 @@ static int tensor_fit(Tensor *t, int64_t bytes) {
 }
 
 // ---- seconds ----
-
-static int double_compare(const void *pa, const void *pb) {
-  double a = *(const double *)pa, b = *(const double *)pb;
-  return (a > b) - (a < b);
-}
 
 // Seconds of a collective in a row of them: the first has no part in it, since it also waits for those who come late.
 static double row_seconds(const Backend *b, OpKind kind, const KernelCall *call) {
@@ -55,8 +48,7 @@ static double collective_seconds(const Tensor *t, OpKind kind, int64_t count) {
   double samples[SAMPLES];
   if (b->queues) call.stream = b->queues->stream(LANE_COMM);
   for (int i = 0; i < SAMPLES; i++) samples[i] = row_seconds(b, kind, &call);
-  qsort(samples, SAMPLES, sizeof *samples, double_compare);
-  double median = samples[SAMPLES / 2];
+  double median = median_f64(samples, SAMPLES);
   ranks_sum_f64(&median, 1);
   return median / ranks_size();
 }

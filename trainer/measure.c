@@ -9,28 +9,11 @@
 enum { SAMPLES = 5 };            // replays of each way, at most
 static const double enough = .2; // seconds in which they begin: long replays vary less, and one is enough
 
-// Processes that time ops together replay the same programs as often, since these have collectives.
-static int any(int mine) {
-  int64_t sum = mine != 0;
-  ranks_sum_i64(&sum, 1);
-  return sum > 0;
-}
-
 // Whether another sample is to follow the n so far, which began at this time: rank 0 says.
 static int goes_on(int n, double began) {
   int more = n < SAMPLES && (n == 0 || time_now() - began < enough);
   ranks_broadcast(&more, sizeof more);
   return more;
-}
-
-static int double_compare(const void *pa, const void *pb) {
-  double a = *(const double *)pa, b = *(const double *)pb;
-  return (a > b) - (a < b);
-}
-
-static double median(double *x, int n) {
-  qsort(x, (size_t)n, sizeof *x, double_compare);
-  return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
 }
 
 // Medians over replays, op by op, of the pack that was staged last. seconds: [n_ops].
@@ -43,7 +26,7 @@ static void time_ops(Program *p, double *seconds) {
     program_replay(p, times);
     for (size_t i = 0; i < ops; i++) samples[i][n] = times[i].end - times[i].begin;
   }
-  for (size_t i = 0; i < ops; i++) seconds[i] = median(samples[i], n);
+  for (size_t i = 0; i < ops; i++) seconds[i] = median_f64(samples[i], n);
   free(samples);
   free(times);
 }
@@ -59,7 +42,7 @@ static double time_replays(const Queues *q, Program *p) {
     q->finish(EVENT_TIMED + 1);
     samples[n] = q->seconds(EVENT_TIMED, EVENT_TIMED + 1);
   }
-  return median(samples, n);
+  return median_f64(samples, n);
 }
 
 static int uses_copies(const Program *p) {
@@ -100,7 +83,7 @@ static int fits(const Engine *e, const Program *p) {
 static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again, int alone) {
   PolicyTable policy = policy_table_new(e->config->model.layers, MEMORY_RECOMPUTE);
   ModelProgram m = transformer_record(&e->model, mode, e->slots, e->segments, &policy);
-  int measures = !any(!fits(e, m.program)) && any(again || !measure_has(&e->costs, m.program));
+  int measures = !ranks_any(!fits(e, m.program)) && ranks_any(again || !measure_has(&e->costs, m.program));
   if (measures) {
     m.program->one_queue = e->first.program->one_queue;
     m.program->use_graph = e->first.program->use_graph;
@@ -129,8 +112,8 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
   e->costs.extents = *extents;
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
     if (!own[i].of->program) continue;
-    if (any(e->chosen == MEMORY_AUTO)) n += measure_recomputed(e, own[i].mode, pack, again, alone);
-    if (!any(again || !measure_has(&e->costs, own[i].of->program))) continue;
+    if (ranks_any(e->chosen == MEMORY_AUTO)) n += measure_recomputed(e, own[i].mode, pack, again, alone);
+    if (!ranks_any(again || !measure_has(&e->costs, own[i].of->program))) continue;
     measure_program(e, own[i].of, pack, alone);
     n++;
   }

@@ -11,13 +11,6 @@
 
 static const double too_much = .02; // of the prediction; as much as a device's pace changes from run to run
 
-// The processes of a group do the same at the same step.
-static int any(int mine) {
-  int64_t sum = mine != 0;
-  ranks_sum_i64(&sum, 1);
-  return sum > 0;
-}
-
 // ---- for the next start, rank 0's ----
 
 static void keep_costs(const Watch *w, const Engine *e) {
@@ -36,7 +29,8 @@ static void keep_plan(const Watch *w, const Engine *e) {
 
 Watch watch_open(const Engine *e, const char *run, int64_t from, int profiled) {
   int is_on = e->model.backend->queues && e->config->memory.arena;
-  Watch w = {.run = run, .is_on = is_on, .due = is_on, .first = from + 1, .wanted = WATCHED_STEPS - any(profiled)};
+  Watch w = {
+      .run = run, .is_on = is_on, .due = is_on, .first = from + 1, .wanted = WATCHED_STEPS - ranks_any(profiled)};
   if (!is_on && e->costs.group.measured) keep_costs(&w, e); // no op will be timed
   return w;
 }
@@ -133,7 +127,8 @@ void watch_step(Watch *w, Engine *e, int64_t step, double seconds) {
   const WatchedStep *middle = &w->step[w->n / 2];
   log_comparison(w, e, middle);
   keep_costs(w, e);
-  int is_off = any(fabs(middle->measured / middle->predicted - 1) > too_much);
+  // The processes of a group do the same at the same step.
+  int is_off = ranks_any(fabs(middle->measured / middle->predicted - 1) > too_much);
   if (w->rounds > 1 || !(is_off || w->on_zeros)) return;
   if (is_off)
     log_info("that is more than %.0f%% off: ops are timed again", 100 * too_much);

@@ -180,11 +180,6 @@ TimedCall timed_call_new(const CudaCase *c, OpKind kind, const OpArgs *args, con
   return t;
 }
 
-static int compare_doubles(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
 double timed_call_seconds(const TimedCall *t) {
   const Queues *q = backend_cuda.queues;
   double sample[SAMPLES];
@@ -195,8 +190,7 @@ double timed_call_seconds(const TimedCall *t) {
     q->record(LANE_COMPUTE, 1);
     sample[s] = q->seconds(0, 1) / t->launches;
   }
-  qsort(sample, SAMPLES, sizeof *sample, compare_doubles);
-  return sample[SAMPLES / 2];
+  return median_f64(sample, SAMPLES);
 }
 
 void timed_call_free(TimedCall *t) {

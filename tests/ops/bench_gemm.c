@@ -101,11 +101,6 @@ static int print_products(const char *dump, Error *err) {
 
 // ---- rates ----
 
-static int compare_doubles(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
 // C [M, N] = A [M, K] B [N, K]^T in every thread at once, on matrices of its own.
 static void print_rate(int M, int N, int K) {
   enum { SAMPLES = 15 };
@@ -125,8 +120,8 @@ static void print_rate(int M, int N, int K) {
     }
     if (s >= 0) rate[s] = 2e-9 * M * N * K * repeats * threads / (time_now() - start);
   }
-  qsort(rate, SAMPLES, sizeof *rate, compare_doubles);
-  printf("%dx%dx%d median %.1f best %.1f\n", M, N, K, rate[SAMPLES / 2], rate[SAMPLES - 1]);
+  double median = median_f64(rate, SAMPLES); // sorts them
+  printf("%dx%dx%d median %.1f best %.1f\n", M, N, K, median, rate[SAMPLES - 1]);
   free(memory);
 }
 

@@ -194,7 +194,7 @@ static void *alloc_but_rank_1(size_t bytes) {
 }
 
 static int near(double got, double want) { // what sleeps comes late
-  return got > .7 * want && got < 1.4 * want;
+  return got > .7 * want && got < 1.3 * want;
 }
 
 static void check_rates(void) {
