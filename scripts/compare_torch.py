@@ -279,11 +279,14 @@ def arguments():
     parser.add_argument("--tokens", type=int, help="of a micro-batch (default: 16384 on a GPU, else the config's)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
     parser.add_argument("--seconds", type=positive, default=2, help="that a round times each way (default 2)")
-    parser.add_argument("--minutes", type=positive, default=15, help="when to end (default 15)")
+    parser.add_argument("--minutes", type=positive, default=15,
+                        help="after which no measurement begins (default 15)")  # fmt: skip
     parser.add_argument("--limit", type=positive, default=300,
                         help="seconds that one measurement may take, compiling included (default 300)")  # fmt: skip
     parser.add_argument("--ways", nargs="+", metavar="WAY", choices=[w.name for w in W.WAYS + W.EAGER],
                         help="of: " + "; ".join(w.name for w in W.WAYS))  # fmt: skip
+    parser.add_argument("--once", nargs="+", default=[], metavar="WAY", choices=[w.name for w in W.WAYS + W.EAGER],
+                        help="what is timed in the last round alone, after all others")  # fmt: skip
     parser.add_argument("--autotune", choices=["attention", "all"], help="what the compiler tries variants of, which "
                         "takes minutes (default: nothing)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
@@ -310,9 +313,9 @@ def flash_installed():
     return bool(importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"))
 
 
-def measure(found, worker, engine, ways, args):
-    """Fills found, in rounds. False where --minutes ended it."""
-    end = time.time() + 60 * args.minutes
+def measure(found, worker, engine, ways, args, end):
+    """Fills found, in rounds, until all is measured or the time `end` would be passed, by what a measurement took the
+    last time. False then."""
     rows = found["measured"] = {name: {} for name in ["engine", *(way.name for way in ways)]}
     found["rows"] = summary(ways, rows, found["about"])
 
@@ -334,19 +337,23 @@ def measure(found, worker, engine, ways, args):
                 print(f"{name}: checked in {a['seconds']:.1f} s, compiling included", flush=True)
         return checks[name]
 
-    checks = {}
+    checks, took = {}, {}
+    often, once = ([name for name in rows if (name in args.once) == asked] for asked in (False, True))
     for number in range(args.rounds):
-        for name in list(rows) if number % 2 == 0 else reversed(rows):
+        for name in [*(often if number % 2 == 0 else reversed(often)), *(once if number == args.rounds - 1 else [])]:
             if any("failed" in row for row in rows[name].values()):
                 continue
-            if time.time() >= end:
+            began = time.time()
+            if began + took.get(name, 0) >= end:
                 return False
             way = next((way for way in ways if way.name == name), None)
             if way is None:
                 add(name, number, engine.round())
             else:
                 a = checked(way)
+                began = time.time()  # the next time there is nothing to compile
                 add(name, number, a if "failed" in a else worker.ask("time", way, args.seconds))
+            took[name] = time.time() - began
     return True
 
 
@@ -370,7 +377,7 @@ def main():
     if args.markdown:
         return put(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends PyTorch's process, too
-    device = args.device or ("cuda" if has_gpu() else "cpu")
+    began, device = time.time(), args.device or ("cuda" if has_gpu() else "cpu")
     args.tokens = args.tokens or (16384 if device == "cuda" else None)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(args.out / "compiled"))
     engine, dump = Engine(args, device), args.out / "dump"
@@ -380,6 +387,7 @@ def main():
         fail("the pack's images are not all of one size", "PyTorch's model wants data.image_mode=square and captions")
     worker = Worker(args.limit, dump, device, args.autotune, args.out / "torch.log")
     opened = worker.ask("open")
+    print(f"dumped and opened in {time.time() - began:.1f} s", flush=True)
     if "failed" in opened:
         fail(f"PyTorch's model cannot be set up: {opened['failed']}", f"see {args.out / 'torch.log'}")
     ways = [w for w in (W.WAYS if device == "cuda" else W.EAGER) if not args.ways or w.name in args.ways]
@@ -388,7 +396,7 @@ def main():
     if "gb" in opened:
         found["about"]["gb"] = opened["gb"]
     try:
-        whole = measure(found, worker, engine, ways, args)
+        whole = measure(found, worker, engine, ways, args, began + 60 * args.minutes)
     finally:
         worker.end()
         shutil.rmtree(dump)

@@ -113,6 +113,10 @@ with tempfile.TemporaryDirectory() as top:
     assert good["rounds"] == engine["rounds"] == 2 and "no such luck" in (out / "torch.log").read_text(), said
     said = compare(tiny, out, *common, "--minutes", "1e-6")
     assert "--minutes" in said and json.loads((out / "torch.json").read_text())["rows"][0]["rounds"] == 0, said
+    said = compare(tiny, out, *common, "--rounds", "2", "--ways", "eager", "eager, masters", "--once", "eager")
+    order = [line.split(" {")[0] for line in said.splitlines() if line.startswith("round ")]
+    assert order == ["round 1: engine", "round 1: eager, masters", "round 2: eager, masters", "round 2: engine",
+                     "round 2: eager"], said  # fmt: skip
     out = Path(top) / "wrong"
     said = compare(tiny, out, *common, "--rounds", "1", code=1, program=("-c", WRONG))
     assert "NOT the same model" in said and "another model" in said, said
