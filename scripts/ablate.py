@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Where the speed comes from: each technique switched off alone, the ladder from nothing to everything, and the largest
-batch, measured by short runs of ./train.
+"""Where the speed comes from: each technique switched off alone, the ladder from nothing to everything, the largest
+batch, and what orders a step, measured by short runs of ./train.
 
     scripts/ablate.py OUT                    small, fine, base, medium and wide on a GPU: in 15 minutes a round of
                                              everything and further ones of what is quick; called again, more of them
                                              (an hour in all)
-    scripts/ablate.py OUT --device cpu       the demo on a CPU, about two minutes: memory and packing alone
-    scripts/ablate.py OUT --markdown [PAGE]  the tables of what OUT has, printed or put into pages; measures nothing
+    scripts/ablate.py OUT --device cpu       the demo on a CPU, in two minutes: memory and packing alone
+    scripts/ablate.py OUT --markdown [PAGE]  tables and charts of what OUT has, printed or put into pages; measures
+                                             nothing
 
 OUT/ablate.csv gets a row as soon as it is measured, and what is there is not measured again: one that was broken off,
 by --minutes or by hand, goes on. A run that fails gets no row, so that the next call tries it again. All rows of an
@@ -23,6 +24,7 @@ digit that is logged, of others within rounding. Needs nothing but Python 3; scr
 data of models that name none, needs numpy.
 """
 import argparse
+import json
 import math
 import re
 import statistics
@@ -95,7 +97,13 @@ BATCH = {
     "T, keep": ["--memory", "keep", "--set", "memory.budget_gb={keep}"],
     "2 T, planned": ["--set", "memory.budget_gb={keep}", "--tokens", "{double}"],
     "2 T, recompute": ["--memory", "recompute", "--set", "memory.budget_gb={keep}", "--tokens", "{double}"],
+    "most, recompute": ["--memory", "recompute", "--set", "memory.budget_gb={keep}", "--tokens", "{most_recomputed}"],
     "most, planned": ["--set", "memory.budget_gb={keep}", "--tokens", "{most}"],
+}
+STEP = {
+    "everything": [],
+    "launches apart": ["--set", "kernels.pdl=off"],
+    "update in the forward pass": ["--set", "kernels.update=overlapped"],
 }
 # Not timed: so few images a pack that both ways of packing choose the same documents.
 SAME = {
@@ -124,8 +132,12 @@ def parts_of(is_gpu, has_modality):
     ladder.append(Comparison("all of it", rungs[-1], rungs[0], "other"))
     batch = [Comparison("twice the batch, planned", "2 T, planned", "T, keep", "other"),
              Comparison("planned instead of recompute", "2 T, planned", "2 T, recompute", "bits"),
-             Comparison("the largest batch", "most, planned", "T, keep", "other")]  # fmt: skip
+             Comparison("the largest batch, recompute", "most, recompute", "T, keep", "other"),
+             Comparison("the largest batch, planned", "most, planned", "T, keep", "other")]  # fmt: skip
+    step = [Comparison("launches that overlap", "everything", "launches apart", "bits"),
+            Comparison("update in the forward pass", "update in the forward pass", "everything", "bits")]  # fmt: skip
     if not is_gpu:  # the CPU has one way of each op, no queues and no graphs
+        step = []
         switches = [c for c in switches if c.has_not in ("recompute", "padded", "everything")]
         memory = [c for c in memory if "stream" not in c.has_not]
         ladder = [c for c in ladder if "GEMM" not in c.technique]
@@ -133,7 +145,7 @@ def parts_of(is_gpu, has_modality):
     elif not has_modality:
         switches = [c for c in switches if c.has_not != "one tile kind"]
     parts = {"switches": (SWITCHES, switches), "memory": (MEMORY, memory), "ladder": (LADDER, ladder),
-             "batch": (BATCH, batch)}  # fmt: skip
+             "batch": (BATCH, batch), "step": (STEP, step)}  # fmt: skip
     used = lambda compared: {name for c in compared for name in (c.has, c.has_not)}
     return {part: ({n: f for n, f in flags.items() if n in used(compared)}, compared)
             for part, (flags, compared) in parts.items()}  # fmt: skip
@@ -214,9 +226,12 @@ class Model:
     def find_double(self):
         return str(2 * self.figure("slots"))
 
-    def find_most(self):
-        plan = self.plan("--tokens", "max", "--set", f"memory.budget_gb={self.figure('keep')}")
+    def find_most(self, *flags):
+        plan = self.plan("--tokens", "max", "--set", f"memory.budget_gb={self.figure('keep')}", *flags)
         return str(plan.slots) if plan.fits else None
+
+    def find_most_recomputed(self):
+        return self.find_most("--memory", "recompute")
 
     def patches(self):
         data = self.config["data"]
@@ -383,8 +398,8 @@ def losses_of(kind, a, b, same):
 
 
 def results(rows):
-    """{"runs": [..], "gains": [..]}: plain data, a run of each variant (medians over rounds), a gain of each technique
-    and model."""
+    """{"runs": [..], "gains": [..], "init": ..}: plain data, a run of each variant (medians over rounds), a gain of each
+    technique and model, the checkpoint that runs began with."""
     groups = {}
     for (device, model, part, variant, number), row in rows.of.items():
         groups.setdefault((device, model, part, variant), {})[int(number)] = row
@@ -415,17 +430,21 @@ def results(rows):
                               "has_not": c.has_not, "rounds": len(ratios), "gain": percent(statistics.median(ratios)),
                               "least": percent(min(ratios)), "largest": percent(max(ratios)),
                               "losses": words, "losses_agree": good})  # fmt: skip
-    return {"runs": runs, "gains": gains}
+    try:
+        init = json.loads(rows.path.with_suffix(".settings.json").read_text())["--init"]
+    except (OSError, ValueError, KeyError, TypeError):
+        init = None
+    return {"runs": runs, "gains": gains, "init": init}
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="of configs/, or paths (default: as above)")
-    parser.add_argument("--parts", nargs="+", choices=["switches", "ladder", "memory", "batch"],
-                        default=["switches", "ladder", "memory", "batch"])  # fmt: skip
+    parts = ["switches", "ladder", "memory", "batch", "step"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="of those parts, only these")
-    parser.add_argument("--minutes", type=positive, default=15, help="when to end (default 15)")
+    parser.add_argument("--minutes", type=positive, help="when to end (default 15 on a GPU, else 2)")
     parser.add_argument("--repeats", type=int, default=6, help="rounds (default 6: as many either way)")
     parser.add_argument("--seconds", type=positive, default=1, help=f"of a run, behind {WARM_UP} steps (default 1)")
     parser.add_argument("--limit", type=positive, default=120, help="seconds that a run may take in all (default 120)")
@@ -435,7 +454,7 @@ def arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
     parser.add_argument("--train", type=Path, default=ROOT / "train", help="the program (default ./train)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as ./train takes it")
-    parser.add_argument("--markdown", nargs="*", metavar="PAGE", help="the tables alone, printed or put into pages")
+    parser.add_argument("--markdown", nargs="*", metavar="PAGE", help="tables and charts alone, printed or put into pages")
     args = parser.parse_args()
     args.out, args.train = args.out.resolve(), args.train.resolve()
     args.data, args.init = (path and path.resolve() for path in (args.data, args.init))
@@ -461,6 +480,7 @@ def main():
         wrong = ablate_report.markdown(found, args.markdown or ["-"])
         return sys.exit(f"ablate: {wrong}") if wrong else None
     device = args.device or ("cuda" if has_gpu() else "cpu")
+    args.minutes = args.minutes or (15 if device == "cuda" else 2)
     given_tokens, args.tokens = args.tokens, args.tokens or (16384 if device == "cuda" else None)
     models = [Model(name, args) for name in args.models or (MODELS if device == "cuda" else ["demo"])]
     for model in models:

@@ -5,8 +5,10 @@ import math
 import re
 from pathlib import Path
 
-PARTS = {"switches": "Each technique switched off alone", "memory": "Memory",
-         "ladder": "From nothing to everything", "batch": "The largest batch"}  # fmt: skip
+PARTS = {"switches": "Each technique switched off alone", "memory": "Memory", "ladder": "From nothing to everything",
+         "batch": "The largest batch", "step": "What orders a step"}  # fmt: skip
+CHARTS = {"switches": "What each technique is worth", "memory": "What planned memory is worth",
+          "ladder": "From nothing to everything"}  # fmt: skip
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#333333"]  # told apart by colour-blind readers too
 INK, FAINT, GRID = "#222", "#666", "#e4e4e4"
 
@@ -103,15 +105,44 @@ def speed_table(runs, device):
     return [[row[0], *row[3:7], row[9]] for row in table]
 
 
-def markdown(found, pages):
-    """Prints the tables where a page is "-", or puts each into its place. None, or what went wrong."""
-    made = {f"ablate {device} {part}": "\n\n".join(map(markdown_table, made)) for device, part, made in tables(found)}
+def places(found):
+    """{what a page's place is called: (its chart's part or None, its device, its tables)}. Those of runs that began with
+    a trained model's weights have places of their own."""
+    of = " learned" if found["init"] else ""
+    made = {f"ablate {device} {part}{of}": (part, device, made) for device, part, made in tables(found)}
     for device in unique(r["device"] for r in found["runs"]):
-        made[f"ablate {device} speed"] = markdown_table(speed_table(found["runs"], device))
+        made[f"ablate {device} speed{of}"] = (None, device, [speed_table(found["runs"], device)])
+        made[f"ablate {device} chart{of}"] = ("switches", device, [])
+    return made
+
+
+def chart_beside(page, name, title, content):
+    """Writes a picture to the folder of figures that is beside the page, or below docs/ there; the link to it."""
+    for folder in ("figures", "docs/figures"):
+        if (page.parent / folder).is_dir():
+            (page.parent / folder / name).write_text(content, encoding="utf-8")
+            return [f"![{title}]({folder}/{name})"]
+    return []
+
+
+def markdown(found, pages):
+    """Prints the tables where a page is "-", or puts each into its place, a GPU's below its chart. None, or what went
+    wrong."""
+    made, drawn = places(found), charts(found)
     for page in pages:
+        blocks = {place: [markdown_table(table) for table in made] for place, (_, _, made) in made.items()}
         if page == "-":
-            print("\n\n".join(f"<!-- {place} -->\n\n{block}" for place, block in made.items()))
-        elif wrong := fill_places(page, made):
+            print("\n\n".join(f"<!-- {place} -->\n\n" + "\n\n".join(block) for place, block in blocks.items() if block))
+            continue
+        try:
+            text = Path(page).read_text()
+            for place, (part, device, _) in made.items():
+                if device == "cuda" and (part, device) in drawn and f"<!-- {place} -->" in text:
+                    name = f"{part}-{device}{'-learned' if found['init'] else ''}.svg"
+                    blocks[place] = chart_beside(Path(page), name, CHARTS[part], drawn[part, device]) + blocks[place]
+        except OSError as e:
+            return f"{e.filename}: {e.strerror}\n  fix: name pages that are there and can be written"
+        if wrong := fill_places(page, {place: "\n\n".join(block) for place, block in blocks.items() if block}):
             return wrong
 
 
@@ -197,20 +228,26 @@ def ladder_svg(runs):
         out += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="4.5" fill="{colour}"/>' for i, v in points]
         i, v = points[-1]
         out.append(f'<text x="{x(i) + 10:.1f}" y="{y(v) + 4:.1f}" fill="{colour}">{v:.2f} x</text>')
-    return svg(width, height, "From nothing to everything", "tokens/s, as times the first rung's", out)
+    return svg(width, height, CHARTS["ladder"], "tokens/s, as times the first rung's", out)
+
+
+def charts(found):
+    """{(part, device): SVG} of what there is."""
+    made = {}
+    for device in unique(r["device"] for r in found["runs"]):
+        of = lambda what, part: [x for x in found[what] if (x["device"], x["part"]) == (device, part)]
+        for part in ("switches", "memory"):
+            if gains := of("gains", part):
+                made[part, device] = gains_svg(gains, CHARTS[part])
+        if ladder := [r for r in of("runs", "ladder") if r["tokens_per_second"]]:
+            made["ladder", device] = ladder_svg(ladder)
+    return made
 
 
 def files(found, out):
-    """Writes ablate.json, ablate.txt and, for each device, the pictures of what there is; returns their paths."""
+    """Writes ablate.json, ablate.txt and the charts; returns their paths."""
     made = {"ablate.json": json.dumps(found, indent=1) + "\n", "ablate.txt": text(found)}
-    for device in unique(r["device"] for r in found["runs"]):
-        ladder = [r for r in found["runs"] if r["device"] == device and r["part"] == "ladder"]
-        ladder = [r for r in ladder if r["tokens_per_second"]]
-        for part, title in (("switches", "What each technique is worth"), ("memory", "What planned memory is worth")):
-            if gains := [g for g in found["gains"] if (g["device"], g["part"]) == (device, part)]:
-                made[f"{part}-{device}.svg"] = gains_svg(gains, title)
-        if ladder:
-            made[f"ladder-{device}.svg"] = ladder_svg(ladder)
+    made |= {f"{part}-{device}.svg": content for (part, device), content in charts(found).items()}
     for name, content in made.items():
         (out / name).write_text(content, encoding="utf-8")
     return [out / name for name in made]

@@ -24,7 +24,8 @@ sets = dict(x.split("=", 1) for x in a if "=" in x)
 if sets.get("kernels.moe_gemm") == "?":
     sys.exit('error: kernels.moe_gemm = "?": must be one of modality|grouped|loop')
 budget, policy = float(sets.get("memory.budget_gb", 1e6)), last("--memory", "auto")
-T = 1400 if last("--tokens", 0) == "max" else int(last("--tokens", 1000))
+T = last("--tokens", 1000)
+T = {"recompute": 2200, "auto": 2400}[policy] if T == "max" else int(T)
 need = {"keep": 10, "recompute": 4, "offload": 3, "auto": min(max(budget, 3), 10)}[policy] + 0.005 * (T - 1000)
 if "--plan" in a:
     print(f"parameters 1 M, slots {T}, modulation rows 9, micro-batches 1, policy x")
@@ -35,7 +36,8 @@ name = " ".join(a[len(a) - a[::-1].index("eval.samples=0"):]).replace("--steps 1
 (top / "calls").write_text("\\n".join([*calls, name]) + "\\n")
 if policy == "offload":
     sys.exit("error: no more memory")
-slow = {"unfused": 20, "loop": 50, "recompute": 25, "padded": 0, "grouped": 4, "off": 6, "single": 10}
+slow = {"unfused": 20, "loop": 50, "recompute": 25, "padded": 0, "grouped": 4, "off": 6, "single": 10,
+        "kernels.pdl=off": 8, "kernels.update=overlapped": -6}
 ms = (100 + sum(slow.get(word, 0) for word in a) + (8 if policy == "auto" and budget == 4 else 0)) * T / 1000
 ms *= 1.01 ** len(calls)
 run.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,8 @@ def stand_in(top):
     said = ablate(*common, "--models", config, "--parts", "memory", "--minutes", "1e-9")
     assert "goes on" in said and (top / "calls").read_text().count("\n") == 1, said
 
-    said = ablate(*common, "--models", config, "--parts", "memory", "ladder", "batch", "--repeats", "1")
+    said = ablate(*common, "--models", config, "--parts", "memory", "ladder", "batch", "step", "--repeats",
+                  "1")  # fmt: skip
     calls = (top / "calls").read_text().splitlines()[1:]
     tight, grouped = "--set memory.budget_gb=4.000", "--adaln unfused --packing padded"
     assert calls[:3] == ["--memory recompute", tight, f"{tight} --streams single"], calls
@@ -117,8 +120,11 @@ def stand_in(top):
     assert calls[at:at + 5] == [f"--memory recompute --moe-gemm loop {grouped}", f"{tight} --moe-gemm loop {grouped}",
                                 f"{tight} {grouped}", tight, ""], calls  # fmt: skip
     keep = "--set memory.budget_gb=10.000"
-    assert calls[-4:] == [f"--memory keep {keep}", f"{keep} --tokens 2000", f"--memory recompute {keep} --tokens 2000",
-                          f"{keep} --tokens 1400"], calls  # fmt: skip
+    assert calls[-8:] == [f"--memory keep {keep}", f"{keep} --tokens 2000", f"--memory recompute {keep} --tokens 2000",
+                          f"--memory recompute {keep} --tokens 2200", f"{keep} --tokens 2400",
+                          "", "--set kernels.pdl=off", "--set kernels.update=overlapped"], calls  # fmt: skip
+    gains = {g["technique"]: g["gain"] for g in json.loads((out / "ablate.json").read_text())["gains"]}
+    assert gains["launches that overlap"] > 6 and gains["update in the forward pass"] > 3, gains
     assert "error: no more memory" in (out / "ablate.txt").read_text(), said
     for name, circles in (("switches", 1 + 8), ("memory", 1 + 3), ("ladder", 1 + 5)):
         root = xml.parse(out / f"{name}-cuda.svg").getroot()
@@ -130,6 +136,13 @@ def stand_in(top):
     ablate(out, "--markdown", page)
     text = page.read_text()
     assert "| grouped GEMM | +" in text and "old" not in text and text.endswith("b\n" + places[1]), text
+    assert "![" not in text  # there is no folder for its chart
+    (top / "docs" / "figures").mkdir(parents=True)
+    page.write_text("<!-- ablate cuda chart -->\nold\n<!-- end -->\n")
+    ablate(out, "--markdown", page)
+    chart = "docs/figures/switches-cuda.svg"
+    assert f"({chart})" in page.read_text() and "old" not in page.read_text(), page.read_text()
+    assert (top / chart).read_text() == (out / "switches-cuda.svg").read_text()
     # What failed is not there as if it were measured; without anything measured that is an error.
     assert not any(row["variant"] == "offload" for row in rows_of(out)), said
     offload = [*common, "--models", config, "--parts", "memory", "--repeats", "1", "--variants", "offload"]
@@ -162,6 +175,10 @@ def stand_in(top):
     ablate(*alone, "--init", top, code=1)
     ablate(*alone)
     assert "--init: none then" in ablate(*alone, "--init", top, code=1)
+    learned = [top / "learned", *alone[1:]]
+    train.write_text(TRAIN)
+    ablate(*learned, "--init", top)
+    assert "<!-- ablate cuda memory learned -->" in ablate(top / "learned", "--markdown")
     (top / "alone" / "ablate.settings.json").write_text("{}")
     assert "ablate.settings.json is not whole" in ablate(*alone, code=1)
     train.write_text(TRAIN)
