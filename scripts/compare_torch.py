@@ -171,7 +171,7 @@ def lines_of(*functions):
 
 def cost_to_write(way):
     """Lines of what a way takes: model, step and update, and what it adds to them."""
-    parts = [M, W.Training.step, *([W.adamw, W.MastersUpdate] if way.masters else [W.Update])]
+    parts = [M, W.Training.losses, W.Training.gradients, W.Training.step, *([W.adamw, W.MastersUpdate] if way.masters else [W.Update])]
     parts += [W.Training.capture] * way.graph + [W.MEMORY[way.memory]]
     parts += [W.save_products, W.selective_contexts] * (way.memory == "selective")
     return lines_of(*parts)

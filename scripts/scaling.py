@@ -11,6 +11,8 @@ kill    kill -9 of a process, any of them at any moment after a checkpoint: how 
 weak    tokens a second and GPU of medium and base, T 16384, against the mean of the GPUs, each by itself in the same
         run; what was predicted, by the ops' times and by scripts/scaling_model.py from the step of one; and of a traced
         step (OUT/base-N.trace.json) how long GPUs talked, and how much of it with no op beside it
+torch   the same of PyTorch's DistributedDataParallel, where there is PyTorch (scripts/torch_scaling.py); only if it is
+        asked for, for it takes two or three minutes
 Exit code 1 when a run fails, or a loss, the bits or the end of a killed run is not as it should be.
 """
 import argparse
@@ -31,9 +33,10 @@ from pathlib import Path
 import run_metrics
 import scaling_model
 import trace_picture
-from timed_run import ROOT, bench_sets, end_quietly, gpu_memory, wait_for_memory
+from timed_run import ROOT, bench_sets, end_quietly, gpu_memory, gpus, wait_for_memory
 
-SECTIONS = ["curve", "kill", "weak"]
+SECTIONS = ["curve", "kill", "weak", "torch"]
+WEAK = ("medium", 64, 60), ("base", 256, 20)  # config, pictures' side in pixels, steps
 STEPS = 20  # of curves and of the run that is killed
 SAVED = 10  # its checkpoint
 WARM_UP = 5
@@ -251,7 +254,7 @@ def say_predicted(runs, config, n, run, seconds, one):
 
 def weak(runs, n):
     flags = ["--tokens", str(runs.args.tokens)]
-    for config, size, steps in ("medium", 64, 60), ("base", 256, 20):
+    for config, size, steps in WEAK:
         one, rate_of_one = alone(runs, config, size, n, steps, flags) or (None, None)
         run, trace = f"{config}-{n}", runs.args.out / f"{config}-{n}.trace.json"
         process = runs.start(config, size, run, n, *flags, "--trace", str(trace))
@@ -269,12 +272,16 @@ def weak(runs, n):
             runs.say("  a traced step", exposed(trace))
 
 
-def gpus():
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except OSError:
-        return 0
-    return len(re.findall(r"^GPU ", listed, re.M))
+def torch(runs, n):
+    for config, size, _ in WEAK:
+        command = [sys.executable, str(ROOT / "scripts/torch_scaling.py"), str(ROOT / "configs" / f"{config}.json")]
+        command += [str(runs.args.out / f"torch-{config}"), "--data", str(runs.args.data / str(size))]
+        command += ["--device", runs.args.device, "--ranks", str(n), "--tokens", str(runs.args.tokens)]
+        code = subprocess.run([*command, "--train", str(runs.args.train)]).returncode
+        if code == 77:  # which it says itself
+            return
+        if code:
+            runs.say(f"{config}, PyTorch", f"exit code {code}", False)
 
 
 def main():
@@ -282,7 +289,7 @@ def main():
     parser.add_argument("data", type=Path, help="with the folders 64 and 256")
     parser.add_argument("out", type=Path, help="folder for runs and logs")
     parser.add_argument("--ranks", type=int, default=gpus(), help="processes (default: GPUs)")
-    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument("--sections", nargs="+", default=SECTIONS[:-1], choices=SECTIONS)
     parser.add_argument("--device", default="cuda", help="as ./train takes it")
     parser.add_argument("--tokens", type=int, default=16384, help="slots of a micro-batch of `weak` (default 16384)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30), help="of the moment of the kill; printed")
@@ -294,7 +301,7 @@ def main():
         sys.exit("error: no GPU is visible\n  hint: --ranks 2 --set parallel.collectives=host tries two processes on one")
     if not args.train.is_file():
         sys.exit(f"error: there is no {args.train}\n  hint: make builds it")
-    for path in (args.data / size / "bench.tar" for size in ("64", "256")[: 1 + ("weak" in args.sections)]):
+    for path in (args.data / size / "bench.tar" for size in ("64", "256")[: 1 + bool({"weak", "torch"} & {*args.sections})]):
         if not path.is_file():
             sys.exit(f"error: there is no {path}\n  hint: scripts/make_bench_data.py {path.parent} --size {path.parent.name}")
     if args.out.exists() and any(args.out.iterdir()):
@@ -303,7 +310,7 @@ def main():
     runs = Runs(args)
     print(f"{args.ranks} processes, seed {args.seed}", flush=True)
     for section in args.sections:
-        {"curve": curve, "kill": kill, "weak": weak}[section](runs, args.ranks)
+        {"curve": curve, "kill": kill, "weak": weak, "torch": torch}[section](runs, args.ranks)
     print(f"{time.time() - runs.began:.0f} s; {len(runs.failed)} wrong")
     sys.exit(bool(runs.failed))
 

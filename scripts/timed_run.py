@@ -97,6 +97,15 @@ def has_gpu():
     return Path("/dev/nvidiactl").exists()
 
 
+def gpus():
+    """How many there are, as nvidia-smi says it."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return 0
+    return len(re.findall(r"^GPU ", listed, re.M))
+
+
 def gpu_memory():
     """What is used of all GPUs that a run may see, as nvidia-smi says it; None without it."""
     if not (has_gpu() and shutil.which("nvidia-smi")):

@@ -239,14 +239,19 @@ class Training:
         self.loss = torch.zeros((), device=peer.device)
         self.run = self.step
 
-    def step(self):
+    def losses(self):
+        return self.peer.losses(self.params, self.peer.noise(), self.way.memory, self.way.flash)
+
+    def gradients(self):
         for t in self.leaves:
             t.grad = None
-        losses = self.peer.losses(self.params, self.peer.noise(), self.way.memory, self.way.flash)
-        loss = M.total_loss(losses, self.peer.s)
+        loss = M.total_loss(self.losses(), self.peer.s)
         loss.backward()
-        self.update()
         self.loss.copy_(loss.detach())
+
+    def step(self):
+        self.gradients()
+        self.update()
 
     def capture(self, stream):
         for t in self.leaves:

@@ -85,13 +85,14 @@ case $part in
       check parity_model limited tests/ops/parity.sh model "$build"
       check peer limited "$python" tests/gpu/test_peer.py
       check compare_torch limited "$python" tests/scripts/test_compare_torch.py "$build/train"
+      check torch_scaling limited "$python" tests/scripts/test_torch_scaling.py "$build/train"
       check keys limited "$python" tests/scripts/test_keys.py "$build"
       check uses limited "$python" tests/scripts/uses.py "$build"
     elif [ "${TESSERA_REQUIRE_TORCH:-}" ]; then
       failed=$((failed + 1))
       echo "parity: FAILED: python3-torch is required here and absent"
     else
-      skipped=$((skipped + 7))
+      skipped=$((skipped + 8))
       echo "parity: SKIPPED: $python has no torch (python3-torch)"
     fi
     check resume limited tests/scripts/resume.sh "$build"
