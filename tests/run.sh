@@ -112,6 +112,7 @@ case $part in
     check memory_curve limited "$python" tests/scripts/test_memory_curve.py
     check memory_claims limited "$python" tests/scripts/test_memory_claims.py
     check ablate limited "$python" tests/scripts/test_ablate.py "$build/train"
+    check equal_tokens limited "$python" tests/scripts/test_equal_tokens.py "$build/train"
     check learning limited tests/scripts/learning.sh 300 "$build"
     ;;
 esac
