@@ -24,6 +24,7 @@ SCRIPTS = {  # others are tests/scripts/NAME.sh build
     "uses": [PYTHON, "tests/scripts/uses.py", "build"],
     "ranks_faults": [PYTHON, "tests/scripts/ranks_faults.py", "--build", "build"],
     "ablate": [PYTHON, "tests/scripts/test_ablate.py", "build/train"],
+    "equal_tokens": [PYTHON, "tests/scripts/test_equal_tokens.py", "build/train"],
     "memory_claims": [PYTHON, "tests/scripts/test_memory_claims.py"],
     "compare_torch": [PYTHON, "tests/scripts/test_compare_torch.py", "build/train"],
     "house": [PYTHON, "tests/scripts/house.py"],
