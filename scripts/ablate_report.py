@@ -9,6 +9,8 @@ PARTS = {"switches": "Each technique switched off alone", "memory": "Memory", "l
          "batch": "The largest batch", "step": "What orders a step"}  # fmt: skip
 CHARTS = {"switches": "What each technique is worth", "memory": "What planned memory is worth",
           "ladder": "From nothing to everything"}  # fmt: skip
+CLAIMS = {"AdaLN in one kernel": "+10%", "grouped GEMM": "+20%", "planned in recompute's memory": "+33%",
+          "planned, half way to keep": "+33%", "twice the batch, planned": "batch x 2"}  # fmt: skip
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#333333"]  # told apart by colour-blind readers too
 INK, FAINT, GRID = "#222", "#666", "#e4e4e4"
 
@@ -59,6 +61,23 @@ def tables(found):
             of = lambda what: [x for x in found[what] if (x["device"], x["part"]) == (device, part)]
             if of("runs"):
                 yield device, part, [t for t in (gains_table(of("gains")), runs_table(of("runs"))) if len(t) > 1]
+
+
+def claims_table(found, device):
+    """What each technique was to bring, and what it brings each model; empty where nothing of it is measured."""
+    of = {(g["technique"], g["model"]): g for g in found["gains"] if g["device"] == device}
+    models = unique(model for technique, model in of if technique in CLAIMS)
+    table = [["tokens/s", "claim", *models]]
+    for technique, claim in CLAIMS.items():
+        cells = [f"{of[technique, m]['gain']:+.1f}%" if (technique, m) in of else "-" for m in models]
+        table += [[technique, claim, *cells]] * (set(cells) != {"-"})
+    slots = {(r["variant"], r["model"]): r["tokens"] / r["fill"] for r in found["runs"]
+             if (r["device"], r["part"]) == (device, "batch") and r["tokens"]}  # fmt: skip
+    for variant, word in (("most, planned", "planned"), ("most, recompute", "recomputed")):
+        times = {m: slots[variant, m] / slots["T, keep", m] for m in models if {(variant, m), ("T, keep", m)} <= slots.keys()}
+        cells = [f"x {times[m]:.1f}" if m in times else "-" for m in models]
+        table += [[f"largest batch in keep's memory, {word}", "batch x 2", *cells]] * bool(times)
+    return table
 
 
 def text(found):
@@ -113,6 +132,8 @@ def places(found):
     for device in unique(r["device"] for r in found["runs"]):
         made[f"ablate {device} speed{of}"] = (None, device, [speed_table(found["runs"], device)])
         made[f"ablate {device} chart{of}"] = ("switches", device, [])
+        claims = claims_table(found, device)
+        made[f"ablate {device} claims{of}"] = (None, device, [claims] if len(claims) > 1 else [])
     return made
 
 
