@@ -3,6 +3,7 @@
 of ./train measure as points.
 
     scripts/memory_curve.py CONFIG OUT [--data FOLDER] [--budgets GB ...] [--set KEY=VALUE ...]
+    scripts/memory_curve.py CONFIG OUT --markdown PAGE..    puts table and picture of what OUT has into pages
 
 Writes OUT/curve.csv, a row as soon as it is known: what is there already is not measured again, so a curve that was
 broken off goes on; all rows of an OUT are of the same settings, which OUT/curve.settings.json keeps. OUT/curve.svg is
@@ -25,6 +26,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ablate_report import chart_beside, fill_places, markdown_table
 from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, end_quietly, last_line, mean_step, positive,
                        run_steps, settings_differ, table_append, table_read)  # fmt: skip
 
@@ -297,6 +299,37 @@ def print_errors(rows):
             print(f"auto in {budget:.3f} GB: {auto:.0f} tokens/s, " + ", ".join(ratios))
 
 
+def table_of(rows):
+    """The points, from the largest budget to the smallest, auto's before those that leave nothing to choose."""
+    points = [row for policy in POLICIES for row in rows.list("point", policy) if row["measured_ms"]]
+    points.sort(key=lambda row: (-number(row, "budget_gb"), POLICIES.index(row["policy"])))
+    classic = next((number(row, "tokens_per_second") for row in points if row["policy"] == "recompute"), math.nan)
+    table = [["policy", "budget, GB", "ms a step", "predicted", "tokens/s", "x recompute"]]
+    for row in points:
+        predicted = f"{number(row, 'predicted_ms'):.1f}" if row["predicted_ms"] else "-"
+        rate = number(row, "tokens_per_second")
+        times = "-" if math.isnan(classic) else f"{rate / classic:.2f}"
+        table.append([row["policy"], f"{number(row, 'budget_gb'):.1f}", f"{number(row, 'measured_ms'):.1f}", predicted,
+                      f"{rate:,.0f}", times])  # fmt: skip
+    return table
+
+
+def put(args):
+    """Into the places <!-- memory CONFIG --> of pages."""
+    path, name = args.out / "curve.csv", args.config.stem
+    if not path.is_file():
+        fail(f"there is no {path}", "measure first: scripts/memory_curve.py CONFIG OUT")
+    rows = Rows(path)
+    chart = draw(rows, name)
+    for page in args.markdown:
+        try:
+            block = chart_beside(page, f"memory-{name}.svg", f"Tokens a second of {name} by memory", chart) if chart else []
+        except OSError as e:
+            fail(f"{e.filename}: {e.strerror}", "the picture goes to the folder of figures beside the page")
+        if wrong := fill_places(page, {f"memory {name}": "\n\n".join([markdown_table(table_of(rows)), *block])}):
+            sys.exit(f"memory_curve: {wrong}")
+
+
 def add_arguments(parser):
     """Those that this script shares with memory_claims.py."""
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of scripts/make_bench_data.py")
@@ -325,8 +358,11 @@ def main():
     parser.add_argument("--least", type=positive, metavar="GB", help="where the curve begins (default: in what just runs)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--plan-only", action="store_true", help="lines alone: nothing is run")
+    parser.add_argument("--markdown", type=Path, nargs="+", metavar="PAGE", help="where to put what OUT has")
     add_arguments(parser)
     args = parser.parse_args()
+    if args.markdown:
+        return put(args)
     check_arguments(parser, args)
     curve = Curve(args, args.config.resolve(), args.out)
     needed = curve.needed()

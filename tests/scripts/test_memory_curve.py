@@ -98,6 +98,17 @@ def main():
         root = xml.parse(out / "curve.svg").getroot()
         assert len(list(root.iter(f"{SVG}circle"))) == 6 + 2 + 4  # the legend's too
         assert sum(e.get("fill") == "none" for e in root.iter(f"{SVG}path")) == 4
+        page = top / "page.md"
+        (top / "figures").mkdir()
+        page.write_text("<!-- memory some -->\nold\n<!-- end -->\n")
+        _, calls = curve("--markdown", page)
+        text = page.read_text()
+        assert not calls and "old" not in text and "(figures/memory-some.svg)" in text, text
+        table = [line for line in text.splitlines() if line.startswith("|")][2:]
+        assert table[:2] == ["| auto | 10.0 | 1030.2 | 1020.0 | 1,941 | 1.59 |",
+                             "| keep | 10.0 | 1030.2 | 1020.0 | 1,941 | 1.59 |"], table  # fmt: skip
+        assert len(table) == 6 + 2 and "| recompute | 4.0 | 1636.2 | 1620.0 | 1,222 | 1.00 |" in table, table
+        assert (top / "figures" / "memory-some.svg").read_text() == (out / "curve.svg").read_text()
         # A curve that was broken off: only what is missing is measured.
         text = (out / "curve.csv").read_text().splitlines(keepends=True)
         (out / "curve.csv").write_text("".join(line for line in text if not line.startswith("point,keep")))
@@ -124,6 +135,7 @@ def main():
         for what, *arguments in (("file", top / "file"), ("curve.csv", top / "cut"),
                                  ("curve.csv", top / "empty"), ("--budgets", out, "--budgets", "nan"),
                                  ("--limit", out, "--limit", "-1"), ("--steps", out, "--steps", "0"),
+                                 ("measure first", top / "none", "--markdown", page), ("no place", out, "--markdown", train),
                                  ("nowhere", out, "--data", top / "nowhere"), ("nothing", out, "--train", top / "nothing")):
             command = [sys.executable, CURVE, config, arguments[0], "--train", train, *arguments[1:]]
             done = subprocess.run(command, capture_output=True, text=True)
