@@ -115,7 +115,7 @@ $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu | probes
 	scripts/nvcc_strict.sh $(NVCC_FLAGS) -c -o $@ $<
 $(BUILD)/f64/%.o: CFLAGS_ALL += $(REAL64)
 $(BUILD)/kernels/cpu/%.o $(BUILD)/f64/kernels/cpu/%.o: OPT := $(KERNEL_OPT)
-$(BUILD)/model/params.o $(BUILD)/kernels/master.o: OPT := $(WEIGHTS_OPT)
+$(addprefix $(BUILD)/,base/normals.o model/params.o kernels/master.o): OPT := $(WEIGHTS_OPT)
 # The one file that knows MPI, whose library it loads by name.
 ifdef HAVE_MPI
 $(BUILD)/base/ranks.o $(BUILD)/f64/base/ranks.o: CFLAGS_ALL += -DTESSERA_MPI='"$(HAVE_MPI)"' $(MPI_FLAGS)

@@ -1,6 +1,7 @@
 #include "model/params.h"
 
 #include "base/base.h"
+#include "base/normals.h"
 #include "base/philox.h"
 
 #include <math.h>
@@ -204,11 +205,14 @@ static void fill_gap(Pieces *s, int64_t end) {
 // off; returns how many.
 static int64_t draw_run(uint64_t seed, int index, uint32_t block, int64_t blocks, int truncated, float *out) {
   int64_t n = 0;
-  for (int64_t b = 0; b < blocks; b++) {
-    float normal[4];
-    philox_normal4(seed, (uint64_t)index, STREAM_INIT, block + (uint32_t)b, normal);
-    for (int k = 0; k < 4; k++)
-      if (!truncated || !(fabsf(normal[k]) > 2)) out[n++] = normal[k];
+  for (int64_t b = 0; b < blocks; b += NORMALS_BLOCKS) {
+    float normal[4 * NORMALS_BLOCKS];
+    int drawn = 4 * (int)min_i64(blocks - b, NORMALS_BLOCKS);
+    normals_draw(seed, (uint64_t)index, STREAM_INIT, block + (uint32_t)b, normal);
+    for (int k = 0; k < drawn; k++) {
+      out[n] = normal[k]; // of one that is cut off the next one takes the place: a branch would be foretold badly
+      n += !truncated || !(fabsf(normal[k]) > 2);
+    }
   }
   return n;
 }
