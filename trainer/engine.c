@@ -173,16 +173,51 @@ static int pinned_last(const Engine *e, Space space) {
          (!space_has(space, SPACE_LAID_OUT) || e->config->memory.arena);
 }
 
+// Of a space whose first part is on the host.
+static void host_part_clear(const Engine *e, Space space) {
+  OpArgs args = {.span = {.count = e->bases.host_bytes[space]}};
+  backend_of_host()->fn[OP_ZERO](&(KernelCall){.out.ZERO.dst = e->bases.host[space], .args = &args});
+}
+
+static void host_part_allocate(Engine *e, Space space) {
+  e->bases.host[space] = e->model.backend->host_alloc((size_t)e->bases.host_bytes[space]);
+  if (e->bases.host[space] && space_has(space, SPACE_CLEARED)) host_part_clear(e, space);
+}
+
+// Whether it is there, if there is to be one; -1 with *err.
+static int host_part_check(const Engine *e, Space space, Error *err) {
+  if (!e->bases.host_bytes[space] || e->bases.host[space]) return 0;
+  return error_set(err, "close what else uses this machine's memory, or raise memory.budget_gb",
+                   "out of pinned host memory: %s needs %.3f GB", space_info[space].label,
+                   (double)e->bases.host_bytes[space] / 1e9);
+}
+
+// Moments begin as zeros, which nothing reads before the first update.
+static int part_pinned_last(const Engine *e, Space space) {
+  return e->bases.host_bytes[space] && space_has(space, SPACE_CLEARED);
+}
+
 static void *pin_host_slabs(void *engine) {
   Engine *e = engine;
-  for (int s = 0; s < SPACE_COUNT; s++)
+  for (int s = 0; s < SPACE_COUNT; s++) {
     if (pinned_last(e, (Space)s)) e->bases.of[s] = engine_space_allocate(e, (Space)s);
+    if (part_pinned_last(e, (Space)s)) host_part_allocate(e, (Space)s);
+  }
   return NULL;
 }
 
-static void await_host_slab(Engine *e) {
+static void await_host_slabs(Engine *e) {
   if (e->is_pinning) pthread_join(e->pinning, NULL);
   e->is_pinning = 0;
+}
+
+int engine_await_host(Engine *e, Error *err) {
+  await_host_slabs(e);
+  for (int s = 0; s < SPACE_COUNT; s++) {
+    if (pinned_last(e, (Space)s) && !e->bases.of[s]) return engine_refuse_space(e, (Space)s, err);
+    if (host_part_check(e, (Space)s, err) != 0) return -1;
+  }
+  return 0;
 }
 
 int engine_allocate_begin(Engine *e, Error *err) {
@@ -200,12 +235,12 @@ int engine_allocate_begin(Engine *e, Error *err) {
     if (!e->bases.of[s]) return engine_refuse_space(e, (Space)s, err);
   }
   for (int s = 0; s < SPACE_COUNT; s++) {
-    if (!e->bases.host_bytes[s]) continue;
-    e->bases.host[s] = b->host_alloc((size_t)e->bases.host_bytes[s]);
-    if (!e->bases.host[s])
-      return error_set(err, "close what else uses this machine's memory, or raise memory.budget_gb",
-                       "out of pinned host memory: %s needs %.3f GB", space_info[s].label,
-                       (double)e->bases.host_bytes[s] / 1e9);
+    if (part_pinned_last(e, (Space)s)) {
+      later = 1;
+      continue;
+    }
+    if (e->bases.host_bytes[s]) host_part_allocate(e, (Space)s);
+    if (host_part_check(e, (Space)s, err) != 0) return -1;
   }
   for (int s = 0; s < SPACE_COUNT; s++)
     if (space_has((Space)s, SPACE_CLEARED)) engine_slab_clear(e, (Space)s);
@@ -236,9 +271,7 @@ void engine_bind(Engine *e) {
 }
 
 int engine_allocate_end(Engine *e, Error *err) {
-  await_host_slab(e);
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (pinned_last(e, (Space)s) && !e->bases.of[s]) return engine_refuse_space(e, (Space)s, err);
+  if (engine_await_host(e, err) != 0) return -1;
   engine_bind(e);
   engine_begin_step(e);
   return 0;
@@ -264,7 +297,7 @@ void engine_use_ema(Engine *e, int ema) {
 }
 
 void engine_free(Engine *e) {
-  await_host_slab(e);
+  await_host_slabs(e);
   engine_free_train_programs(e);
   engine_free_state_programs(e);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
@@ -408,7 +441,6 @@ void engine_await(const Engine *e) {
 void engine_slab_clear(Engine *e, Space space) {
   if (e->bases.of[space]) e->model.backend->clear(e->bases.of[space], (size_t)e->bytes[space]);
   if (!e->bases.host[space]) return;
-  OpArgs args = {.span = {.count = e->bases.host_bytes[space]}};
   engine_await(e);
-  backend_of_host()->fn[OP_ZERO](&(KernelCall){.out.ZERO.dst = e->bases.host[space], .args = &args});
+  host_part_clear(e, space);
 }

@@ -60,7 +60,7 @@ typedef struct Engine {
   int next_pack;     // with queues: which EVENT_PACK_READY the next pack records
   int next_results;  // with queues: which EVENT_RESULTS the next update records; the other one began its step
   double clock;      // without: when its step began
-  pthread_t pinning; // a thread that allocates the host slab
+  pthread_t pinning; // a thread that allocates host slabs
   int is_pinning;
   struct { // on a backend with queues: host memory that copies pass through
     StepScalars *scalars;
@@ -93,9 +93,10 @@ char *engine_memory_text(const Engine *e);
 // Allocates the slabs (Adam's moments as zeros, all else with any content) and binds the programs.
 // -1 with *err naming what did not fit.
 int engine_allocate(Engine *e, Error *err);
-// The same in two parts: pinning a large host slab takes seconds, in which weights can be written (trainer/slab.h)
-// but nothing replayed.
+// The same in two parts: pinning large host slabs takes seconds, in which weights and the EMA can be written
+// (trainer/slab.h), moments after engine_await_host, but nothing replayed.
 int engine_allocate_begin(Engine *e, Error *err);
+int engine_await_host(Engine *e, Error *err);
 int engine_allocate_end(Engine *e, Error *err);
 void engine_free(Engine *e);
 

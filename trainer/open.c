@@ -185,6 +185,7 @@ static void name_step_change(const Config *c, const Checkpoint *checkpoint) {
 static int load_weights(Trainer *t, Checkpoint **checkpoint, int64_t below, Error *err) {
   const Options *o = t->options;
   double began = time_now();
+  if (t->engine.bases.host_bytes[SPACE_ADAM_M] && engine_await_host(&t->engine, err) != 0) return -1;
   if (trainer_restore(t, checkpoint, below, o->init || uses_checkpoint(o), err) != 0) return -1;
   if (uses_checkpoint(o))
     t->state.step = (*checkpoint)->step;
