@@ -45,9 +45,13 @@ static double time_replays(const Queues *q, Program *p) {
   return median_f64(samples, n);
 }
 
+static int is_copy(const Op *op) {
+  return op->lane == LANE_D2H || op->lane == LANE_H2D;
+}
+
 static int uses_copies(const Program *p) {
   for (int i = 0; p && i < p->n_ops; i++)
-    if (p->ops[i].lane == LANE_D2H || p->ops[i].lane == LANE_H2D) return 1;
+    if (is_copy(&p->ops[i])) return 1;
   return 0;
 }
 
@@ -79,6 +83,13 @@ static int fits(const Engine *e, const Program *p) {
          p->scratch_bytes <= e->bytes[SPACE_SCRATCH];
 }
 
+// Has the copies carry next to nothing. All that passes through them here are gradients, which the step to come makes
+// again, and a large model's would take as long as its ops, each time.
+static void copies_empty(Program *p) {
+  for (int i = 0; i < p->n_ops; i++)
+    if (is_copy(&p->ops[i])) p->ops[i].args.span.count = min_i64(p->ops[i].args.span.count, 256);
+}
+
 // Measures the program of a mode with everything recomputed, where it fits; returns how many were.
 static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again, int alone) {
   PolicyTable policy = policy_table_new(e->config->model.layers, MEMORY_RECOMPUTE);
@@ -87,6 +98,7 @@ static int measure_recomputed(Engine *e, Mode mode, const void *pack, int again,
   if (measures) {
     m.program->one_queue = e->first.program->one_queue;
     m.program->use_graph = e->first.program->use_graph;
+    copies_empty(m.program);
     program_bind(m.program, &e->bases);
     measure_program(e, &m, pack, alone);
   }
