@@ -46,8 +46,9 @@ static void name_ways_out(const Engine *e, int64_t need, int64_t activations, ch
   else if (tokens == 0)
     n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state alone needs %.3f GB",
                   (double)(need - activations) / 1e9);
-  if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] > 4 * engine_host_budget(e))
-    n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb may help");
+  int64_t host = engine_host_budget(e); // 0 where the state takes all that this machine has
+  if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] >= 4 * host)
+    n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb than %.3f may help", (double)host / 1e9);
   int leaves = engine_may_leave(e) && c->memory.state == STATE_AUTO && c->memory.policy != MEMORY_AUTO;
   if (leaves)
     n += snprintf(text + n, size - (size_t)n, "; --memory auto, or memory.state=%s, moves state to the host",
