@@ -2,8 +2,9 @@
 // halves of one tile.
 //
 // A block is three warpgroups. The first fills stages of shared memory (64 of the inner dimension of both operands) as
-// they become free (gemm_load.h); the other two each multiply 64 of the tile's 128 rows. Both walk the same tiles, so
-// the first stages of the next tile arrive while the last tile is stored. Where the inner dimension is the rows
+// they become free (gemm_load.h); the other two each multiply 64 of the tile's 128 rows. The first walks the tiles, and
+// the first stage of one says which it is: the next tile has been found, and its first stages arrive, while the last
+// tile is stored. Where the inner dimension is the rows
 // (GEMM_TN), what lies behind a group's last row is zeroed in shared memory before it is multiplied.
 #ifndef TESSERA_GEMM_COOPERATIVE_H
 #define TESSERA_GEMM_COOPERATIVE_H
@@ -25,7 +26,7 @@ template <int BN_> struct Cooperative {
     GemmTiles tiles;
     uint64_t full[STAGES];                                                 // the stage has been filled
     uint64_t empty[STAGES];                                                // the stage has been read
-    int number[STAGES];                                                    // of the tile that begins in the stage
+    GemmTile tile[STAGES];                                                 // that begins in the stage
     int drawn[2];                                                          // among those that produce
     __align__(16) unsigned char staged[2 * GEMM_GROUP / 32][STAGED_BYTES]; // by consumer warp
   } Control;
@@ -108,18 +109,15 @@ static __device__ __forceinline__ void multiply(const GemmLaunch<End> &launch, c
   }
 }
 
-template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
+template <int KIND, int LOAD, class Tile, class End>
 static __device__ void consume(const GemmLaunch<End> &launch, typename Tile::Control *control, unsigned char *memory) {
-  const GemmShape &shape = launch.work.shape;
   Ring<Tile::STAGES> ring;
-  const int total = gemm_tiles_total(&shape, &control->tiles);
-  for (int round = 0;; round++) {
-    if (DRAWN) barrier_wait(shared_address(&control->full[ring.stage]), ring.parity);
-    const int number = DRAWN ? control->number[ring.stage] : gemm_tile_number(round, blockIdx.x, gridDim.x);
-    if (number >= total) break;
-    const GemmTile t = gemm_tile_at(KIND, &shape, &control->tiles, number, GEMM_BK);
-    if (DRAWN) __syncwarp(); // all have read the number, before one says for them that the stage has been read
-    if (DRAWN && t.inner >= t.inner_end) { // no products: its stage held the number alone
+  for (;;) {
+    barrier_wait(shared_address(&control->full[ring.stage]), ring.parity);
+    const GemmTile t = control->tile[ring.stage];
+    if (t.group < 0) break;
+    __syncwarp();                 // all have read the tile, before one says for them that the stage has been read
+    if (t.inner >= t.inner_end) { // no products: its stage held the tile alone
       if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&control->empty[ring.stage]));
       ring.step();
     }
@@ -154,7 +152,7 @@ __device__ inline void Cooperative<BN_>::run(const GemmLaunch<End> &l, const Gem
     registers_take<GATHER ? 224 : 232>();
     if (KIND != GEMM_TN) // while the first stages are on their way
       gemm_fill(l.work.g, blockIdx.x * 2 * GEMM_GROUP + threadIdx.x - GEMM_GROUP, gridDim.x * 2 * GEMM_GROUP);
-    consume<KIND, LOAD, DRAWN, Tile>(l, control, memory);
+    consume<KIND, LOAD, Tile>(l, control, memory);
   }
 }
 #endif

@@ -146,9 +146,9 @@ static __device__ inline void gemm_draw_end(void) {
   gemm_drawn.done = 0;
 }
 
-// Fills the stages of all tiles. In place one thread runs this, gathering the whole warpgroup. Where tiles are drawn,
-// the first stage of one carries its number to the consumers; behind the last tile comes a stage that carries only a
-// number beyond all.
+// Fills the stages of all tiles. In place one thread runs this, gathering the whole warpgroup. A tile's first stage
+// hands it over to the consumers, who would find it while nothing is multiplied; behind the last tile comes a stage
+// with a tile of no group.
 template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &maps, typename Tile::Control *control,
                                uint32_t stages) {
@@ -163,12 +163,12 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
     const int number =
         DRAWN ? gemm_draw<GATHER>(drawn, control->drawn, round & 1) : gemm_tile_number(round, blockIdx.x, gridDim.x);
     const bool is_last = number >= total;
-    if (!DRAWN && is_last) break;
     GemmTile t = {};
+    t.group = -1;
     if (!is_last) t = gemm_tile_at(KIND, &l.shape, &control->tiles, number, GEMM_BK);
-    if (DRAWN && (is_last || t.inner >= t.inner_end)) { // no products
+    if (t.inner >= t.inner_end) { // no products
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
-      if (threadIdx.x == 0) control->number[ring.stage] = number;
+      if (threadIdx.x == 0) control->tile[ring.stage] = t;
       if (threadIdx.x == 0) barrier_arrive(shared_address(&control->full[ring.stage]));
       if (GATHER) barrier_arrive(shared_address(&control->full[ring.stage]));
       if (is_last) break;
@@ -190,7 +190,7 @@ static __device__ void produce(const GemmLaunch<End> &launch, const GemmMaps &ma
         if (gather_b) next_b = index_load(l, s.b_index, inner + 2 * GEMM_BK, t.inner_end);
       }
       barrier_wait(shared_address(&control->empty[ring.stage]), ring.parity ^ 1);
-      if (DRAWN && threadIdx.x == 0 && inner == t.inner) control->number[ring.stage] = number;
+      if (threadIdx.x == 0 && inner == t.inner) control->tile[ring.stage] = t;
       if (threadIdx.x == 0) copy_boxes<KIND, Tile>(maps, t, inner, stage, full, !gather_a, !gather_b);
       if (!GATHER) continue;
       if (KIND != GEMM_TN && gather_a) {
