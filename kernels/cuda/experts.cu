@@ -19,6 +19,7 @@ static Gemm experts_gemm(OpKind kind, const Dims *d, const OpArgs *args, Tiles t
   // The others take what one of these two has made by the same route.
   g.settled = kind != OP_EXPERT_UP_FWD && kind != OP_EXPERT_DOWN_BWD;
   g.b_transposed = kind == OP_EXPERT_DOWN_BWD || kind == OP_EXPERT_UP_DGRAD;
+  g.reads = kind == OP_EXPERT_DOWN_BWD;
   g.index_divisor = dims_kmax(d);
   for (int m = 0; m < MODALITIES; m++) {
     GemmSide *s = &g.side[m];

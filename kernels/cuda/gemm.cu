@@ -116,6 +116,9 @@ static int adds_of(const GemmStoreWeights *end, const GemmShape *s) {
 }
 
 template <class End> static void gemm_launch(const Gemm *g, const End *end, int kind, cudaStream_t stream) {
+  if (!g->reads != !GemmEpilogue<End>::READS)
+    panic("grouped product: it is planned for an epilogue that %s beside the product, unlike its own",
+          g->reads ? "reads a tensor" : "reads nothing");
   GemmLaunch<End> l = {work_make(g, kind, End::SPLITS), {end[TEXT], end[IMAGE]}};
   GemmWork *work = &l.work;
   if (gemm_groups(&work->shape) == 0) {

@@ -51,6 +51,7 @@ typedef struct Gemm {
   int b_transposed;          // gemm_rows: B_g is [K, N]
   int index_divisor;         // of a_index and b_index; 0 means 1
   int leaves;                // multiprocessors that are left to another lane's op (KernelCall)
+  int reads;                 // the epilogue reads a tensor with rows like C's
   int same_tiles;            // both sides get tiles of one kind, not each those that are best for it
   int16_t tiles[MODALITIES]; // columns of a side's tiles; 0: those that are best
   void *scratch;             // gemm_rows_scratch / gemm_weights_scratch bytes, aligned to 16; NULL: tiles with a long

@@ -12,6 +12,7 @@ static int64_t shared_at(const Dims *d, int scale, int m) {
 static Gemm shared_gemm(OpKind kind, const Dims *d, const BatchDims *dims, void *pre, void *a) {
   Gemm g = {};
   g.settled = 1;
+  g.reads = kind == OP_SHARED_DOWN_BWD;
   g.dims = dims;
   g.fill_rows = d->T;
   g.fill[0] = {GEMM_FILLER_ROWS, 2 * d->S[IMAGE], (bf16 *)pre + shared_at(d, 2, IMAGE), NULL};
