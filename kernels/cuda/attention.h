@@ -74,6 +74,13 @@ static __device__ inline Span batch_tile(const Batch &b, int i) {
   int2 tile = ((const int2 *)b.tile)[i];
   return {tile.x, tile.y};
 }
+// The same tiles for kernels whose units are keys: of a document the first one first. The first keys are seen by all
+// queries behind them, so their units are the longest, and what begins last should be short.
+static __device__ inline Span batch_key_tile(const Batch &b, int i) {
+  const Span tile = batch_tile(b, i);
+  const int start = b.doc_start[tile.first], last = start + (tile.end - 1 - start) / BATCH_TILE * BATCH_TILE;
+  return {start + last - tile.first, tile.end};
+}
 
 // The rows of a kv head are those of the heads that share it, position by position: row i is of position i / heads, and
 // of head i % heads of theirs.

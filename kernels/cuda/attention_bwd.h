@@ -170,7 +170,7 @@ static_assert(2 * sizeof(DkvShared<128>) <= CUDA_HOPPER_SHARED, "two blocks shar
 
 static __device__ inline DkvBlock dkv_block(const Batch &b, const AttentionShape &s, int unit) {
   const int parts = BATCH_TILE / DKV_KEYS, heads = heads_shared(s);
-  Span span = batch_tile(b, unit / s.G / parts);
+  Span span = batch_key_tile(b, unit / s.G / parts);
   DkvBlock block = {unit % s.G, span.first + unit / s.G % parts * DKV_KEYS, 0, 0, 0, 0, 0};
   block.count = min((int)DKV_KEYS, span.end - block.first);
   if (block.count <= 0) return block;
