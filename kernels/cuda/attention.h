@@ -15,14 +15,26 @@
 #define TESSERA_ATTENTION_H
 
 #include <limits.h>
+#include <math.h>
 
 #include "kernels/cuda/mma.h"
 
 // Sizes of one call.
 typedef struct AttentionShape {
   int T, H, G;
-  float scale; // 1 / sqrt(D)
+  float scale;       // 1 / sqrt(D)
+  int heads;         // H / G
+  uint32_t by_heads; // numbers below 2^31 are divided by them with a product and a shift
+  int heads_shift;
 } AttentionShape;
+
+static inline AttentionShape attention_shape(const Dims *d) {
+  const uint32_t heads = (uint32_t)(d->H / d->G);
+  int shift = 31;
+  while (1u << (shift - 31) < heads) shift++;
+  return {d->T, d->H, d->G, 1 / sqrtf((float)d->D), (int)heads, (uint32_t)(((1ull << shift) + heads - 1) / heads),
+          shift};
+}
 
 #define LOG2E 1.4426950408889634f
 
@@ -88,12 +100,9 @@ typedef struct KvRow {
   int position, head;
 } KvRow;
 
-static __device__ inline int heads_shared(const AttentionShape &s) {
-  return s.H / s.G;
-}
 static __device__ inline KvRow kv_row(const AttentionShape &s, int kv_head, int row) {
-  int heads = heads_shared(s);
-  return {row / heads, kv_head * heads + row % heads};
+  const int position = (int)((uint64_t)(uint32_t)row * s.by_heads >> s.heads_shift);
+  return {position, kv_head * s.heads + row - position * s.heads};
 }
 
 // A kernel's unit of work: `count` rows of a kv head from `first` on, none if count <= 0, all of one document, against
@@ -103,7 +112,7 @@ typedef struct RowBlock {
 } RowBlock;
 
 template <int rows> static __device__ inline RowBlock row_block(const Batch &b, const AttentionShape &s, int unit) {
-  const int heads = heads_shared(s), parts = heads * (BATCH_TILE / rows);
+  const int heads = s.heads, parts = heads * (BATCH_TILE / rows);
   Span span = batch_tile(b, unit / s.G / parts);
   RowBlock block = {unit % s.G, span.first * heads + unit / s.G % parts * rows, 0, 0, 0};
   block.count = min(rows, min(span.first + BATCH_TILE, span.end) * heads - block.first);

@@ -25,7 +25,7 @@ const float *attention_backward(const KernelCall *call, bf16 *dq, bf16 *dk, bf16
                     .dq = dq,
                     .dk = dk,
                     .dv = dv,
-                    .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
+                    .shape = attention_shape(d),
                     .b = *call->batch};
   if (d->D == 128 && attention_bwd_sm90_usable()) {
     const float *left = attention_bwd_pass(&c, d, call->scratch, !sums, call_stream(call));

@@ -169,7 +169,7 @@ static_assert(DKV_KEYS == 16 * WARPS, "a warp has 16 keys");
 static_assert(2 * sizeof(DkvShared<128>) <= CUDA_HOPPER_SHARED, "two blocks share a multiprocessor");
 
 static __device__ inline DkvBlock dkv_block(const Batch &b, const AttentionShape &s, int unit) {
-  const int parts = BATCH_TILE / DKV_KEYS, heads = heads_shared(s);
+  const int parts = BATCH_TILE / DKV_KEYS, heads = s.heads;
   Span span = batch_key_tile(b, unit / s.G / parts);
   DkvBlock block = {unit % s.G, span.first + unit / s.G % parts * DKV_KEYS, 0, 0, 0, 0, 0};
   block.count = min((int)DKV_KEYS, span.end - block.first);

@@ -101,7 +101,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
   for (int unit = blockIdx.x; unit < tile_units<DKV_KEYS>(c.b, c.shape.G); unit += gridDim.x) {
     if (!dkv_begin<D>(s, c, unit)) continue;
     const DkvBlock &block = s->block;
-    const int heads = heads_shared(c.shape), own = threadIdx.x / 32 * 16; // the warp's keys
+    const int heads = c.shape.heads, own = threadIdx.x / 32 * 16; // the warp's keys
     float dk[D / 8][4], dv[D / 8][4];
     fragments_zero(dk);
     fragments_zero(dv);

@@ -14,7 +14,7 @@ extern "C" void cuda_ATTENTION_FWD(const KernelCall *call) {
                    .v = (const bf16 *)call->in.ATTENTION_FWD.v,
                    .o = (bf16 *)call->out.ATTENTION_FWD.o,
                    .lse = (float *)call->out.ATTENTION_FWD.lse,
-                   .shape = {d->T, d->H, d->G, 1 / sqrtf((float)d->D)},
+                   .shape = attention_shape(d),
                    .b = *call->batch};
   if (d->D == 32 || !attention_fwd_sm90_usable())
     attention_fwd_portable(&c, d->D, call_stream(call));

@@ -133,7 +133,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS, 2) attention_
     if (!block_begin<D>(s, c, unit)) continue;
     const RowBlock &block = s->block;
     const int set = ROWS / WARPS;
-    const int heads = heads_shared(c.shape), row = threadIdx.x / 32 * set, first = block.first + row;
+    const int heads = c.shape.heads, row = threadIdx.x / 32 * set, first = block.first + row;
     Rows<D> rows[2];
     rows_begin(&rows[0]);
     rows_begin(&rows[1]);

@@ -101,7 +101,7 @@ static __device__ inline void take_last_values(float (&o)[D / 8][4], uint32_t (&
 }
 
 static __device__ inline void take_unit(FlashShared *s, const ForwardCall &c, const RowBlock &block) {
-  const int heads = heads_shared(c.shape), group = threadIdx.x / GROUP;
+  const int heads = c.shape.heads, group = threadIdx.x / GROUP;
   const float scale2 = c.shape.scale * LOG2E;
   Set set = {block, 0, 0};
   set.rows.first += group * ROWS;
