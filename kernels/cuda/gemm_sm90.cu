@@ -66,10 +66,10 @@ static void launch_kernel(const GemmLaunch<End> *l, cudaStream_t stream) {
 }
 
 template <int KIND, int LOAD, class Tile, class End> static void launch(const GemmLaunch<End> *l, cudaStream_t stream) {
-  if (gemm_always_drawn<KIND, LOAD, End> || cuda_is_joined())
+  if (gemm_always_drawn<KIND, LOAD> || cuda_is_joined())
     launch_kernel<KIND, LOAD, true, Tile>(l, stream);
   else
-    launch_kernel<KIND, LOAD, gemm_always_drawn<KIND, LOAD, End>, Tile>(l, stream);
+    launch_kernel<KIND, LOAD, gemm_always_drawn<KIND, LOAD>, Tile>(l, stream);
 }
 
 // The plan's tile kind: of two, the wider one's kernel makes both.
