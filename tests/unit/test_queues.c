@@ -11,6 +11,7 @@
 #include "tests/ops/model_case.h"
 #include "tests/unit/queued_cpu.h"
 #include "model/update.h"
+#include "trainer/engine_internal.h"
 #include "trainer/measure.h"
 #include "trainer/predict.h"
 #include "trainer/slab.h"
@@ -47,6 +48,7 @@ typedef struct Outcome {
   float *nll;            // [T] of an evaluation with the EMA, between the last two steps
   size_t elements, metrics_bytes, nll_bytes;
   QueuedCounts first, last; // once every program has run, and before the evaluation
+  int opens;                // a graph with the EMA's update, captured when that is due for the first time
 } Outcome;
 
 static void world_open(World *w, uint64_t seed, int variant) {
@@ -223,6 +225,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
     StepScalars scalars = optimizer_scalars(c, &state, step);
     engine_update(&e, &scalars, optimizer_ema_due(c, step), NULL);
     if (step == 1) o.first = queued_cpu_counts();
+    o.opens = e.opening[1].program && e.opening[1].program->use_graph;
     if (!backend->queues) collect(&e, &o, &state, step + 1);
   }
   collect(&e, &o, &state, STEPS);
@@ -291,9 +294,7 @@ static void test_same_bits(void **state) {
       if (!outcomes_equal(&got, &want)) fail_msg("variant %d, order %d: other bits", v, i);
       // Nothing is allocated or captured once every program has run, and the host waits for no copy.
       assert_int_equal(got.last.allocations, got.first.allocations);
-      int opens =
-          c->kernels.update == UPDATE_OVERLAPPED && c->kernels.graph; // with the EMA's update for the first time
-      assert_int_equal(got.last.captures, got.first.captures + opens);
+      assert_int_equal(got.last.captures, got.first.captures + got.opens);
       assert_int_equal(got.last.uploads, got.first.uploads);
       assert_int_equal(got.last.downloads, got.first.downloads);
       assert_true(c->kernels.graph ? got.last.launches > got.first.launches : got.last.launches == 0);
@@ -374,6 +375,34 @@ static void test_state_on_host(void **state) {
     outcome_free(&want);
     world_close(&w);
   }
+}
+
+// Programs are launched op by op where copies hold up long ops, and captured where these are short or wait for nothing.
+static void test_captured(void **state) {
+  (void)state;
+  World w;
+  Engine e;
+  Error err;
+  int seen[2][2] = {{0}};
+  world_open(&w, 55, 3);
+  w.c.config.memory.policy = MEMORY_OFFLOAD;
+  w.c.config.kernels.graph = 1;
+  queued_cpu_start(1, FAULT_NONE);
+  assert_int_equal(engine_record(&e, &w.c.config, &backend_queued_cpu, 1, &err), 0);
+  assert_int_equal(engine_allocate(&e, &err), 0);
+  for (double rate = 1e15; rate > 1e3; rate /= 4) {
+    e.costs.link = (LinkRates){rate, rate, rate, rate, 0};
+    engine_bind(&e);
+    const Program *p = e.first.program;
+    Simulation s = predict_program(&e.costs, p);
+    int held = s.stalled > .01 * s.seconds, lengthy = s.seconds > 50e-6 * p->n_ops;
+    assert_int_equal(p->use_graph, !(held && lengthy));
+    assert_true(e.forward[0].m.program->use_graph); // without copies
+    seen[held][lengthy]++;
+  }
+  assert_true(seen[0][0] > 0 && seen[1][0] > 0 && seen[1][1] > 0);
+  engine_free(&e);
+  world_close(&w);
 }
 
 // Each further state takes less of the device. With a policy of its own "auto" leaves all there; where both are chosen,
@@ -618,9 +647,9 @@ static void test_host_slab(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_measured),
-                                     cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_state_auto),
-                                     cmocka_unit_test(test_faults_show),   cmocka_unit_test(test_slab_writer),
-                                     cmocka_unit_test(test_group),         cmocka_unit_test(test_host_slab)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_measured), cmocka_unit_test(test_state_on_host),
+      cmocka_unit_test(test_state_auto),  cmocka_unit_test(test_captured), cmocka_unit_test(test_faults_show),
+      cmocka_unit_test(test_slab_writer), cmocka_unit_test(test_group),    cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
