@@ -69,11 +69,31 @@ int engine_counts(const Engine *e, Space space) {
   return !engine_on_host(e, space);
 }
 
+static int64_t units_of(const Engine *e, int64_t bytes) {
+  int64_t unit = e->backend.alloc_unit;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+// What all spaces but `beside` take of the device, and the tables by which it finds the state on the host.
+static int64_t device_bytes(const Engine *e, Space beside) {
+  int64_t sum = 0, shared = 0, entry = e->backend.host_bytes_mapped;
+  for (int s = 0; s < SPACE_COUNT; s++) {
+    if (s == (int)beside || !engine_counts(e, (Space)s)) continue;
+    if (e->bytes[s] < e->backend.alloc_unit / 2)
+      shared += e->bytes[s];
+    else
+      sum += units_of(e, e->bytes[s]);
+  }
+  return sum + units_of(e, shared) + (entry ? units_of(e, engine_state_on_host(e) / entry) : 0);
+}
+
 int64_t engine_device_bytes(const Engine *e) {
-  int64_t sum = 0;
-  for (int s = 0; s < SPACE_COUNT; s++)
-    if (engine_counts(e, (Space)s)) sum += e->bytes[s];
-  return sum;
+  return device_bytes(e, SPACE_COUNT);
+}
+
+int64_t engine_arena_room(const Engine *e) {
+  int64_t room = max_i64(0, e->budget - device_bytes(e, SPACE_ARENA));
+  return room - room % e->backend.alloc_unit;
 }
 
 int engine_record(Engine *e, const Config *c, const Backend *backend, int train, Error *err) {

@@ -144,7 +144,7 @@ void engine_flush(Engine *e);
 // nothing is trained or saved meanwhile. All processes call it.
 void engine_use_ema(Engine *e, int ema);
 
-// Bytes of the device that all slabs take.
+// Bytes of the device that all slabs take, as it gives them out.
 int64_t engine_device_bytes(const Engine *e);
 
 // What of a space is on the device, as allocated.

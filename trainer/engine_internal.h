@@ -9,6 +9,8 @@ void engine_measure(Engine *e, const Program *p);
 // Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
 // and device memory are one.
 int engine_counts(const Engine *e, Space space);
+// The largest arena with which engine_device_bytes is within the budget.
+int64_t engine_arena_room(const Engine *e);
 // Bytes of the optimizer's state in the host's memory, beside a device.
 int64_t engine_state_on_host(const Engine *e);
 // Bytes of pinned host memory that activations may take.

@@ -142,6 +142,10 @@ void engine_print_plan(const Engine *e, FILE *f) {
     print_row(f, "packs decoded ahead",
               loader_packs(c->train.micro_batches, c->data.threads, engine_packs_sent(e) + 1) * e->bytes[SPACE_STAGING],
               OF_HOST);
+  int64_t rest = engine_device_bytes(e);
+  for (int s = 0; s < SPACE_COUNT; s++)
+    if (engine_counts(e, (Space)s)) rest -= e->bytes[s];
+  if (rest) print_row(f, "rounding and page tables", rest, "");
   print_row(f, "total", engine_device_bytes(e), "");
   SaveCopy copy = config_save_copy(c);
   if (engine_slab_bytes(e, SPACE_ADAM_M) && copy != COPY_NEVER)

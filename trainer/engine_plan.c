@@ -134,8 +134,7 @@ static int plan_obeys(const PolicyTable *t, const MenuRules *rules) {
 }
 
 Room engine_room(const Engine *e) {
-  return (Room){.arena = max_i64(0, e->budget - engine_device_bytes(e) + e->bytes[SPACE_ARENA]),
-                .host = engine_host_budget(e)};
+  return (Room){.arena = engine_arena_room(e), .host = engine_host_budget(e)};
 }
 
 // The place that costs least of those with room for the training programs as they are, or -1.

@@ -54,6 +54,7 @@ const Backend backend_cpu = {
     .assumed_link = {.d2h = 5e9, .h2d = 5e9, .both_d2h = 5e9, .both_h2d = 5e9},
     .assumed_group = {.reduce = 1e9, .gather = 1e9, .latency = 50e-6},
     .memory = cpu_memory,
+    .alloc_unit = 1,
     .alloc = cpu_alloc,
     .release = free,
     .host_alloc = cpu_alloc,

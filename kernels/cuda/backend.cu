@@ -494,6 +494,8 @@ static Backend backend_make(void) {
   b.assumed_group = {252e9, 269e9, 25e-6, COLLECTIVE_BLOCKS / 132.0, 0};
   b.cache_bytes = cuda_cache_bytes;
   b.memory = cuda_memory;
+  b.alloc_unit = 2 << 20;
+  b.host_bytes_mapped = 4096 / 8; // a page by each entry, even where the host has them in huge ones
   b.alloc = cuda_alloc;
   b.release = cuda_release;
   b.host_alloc = pinned_alloc;

@@ -297,6 +297,7 @@ const Backend backend_queued_cpu = {
     .assumed = {.bytes = 1e10, .flops = 1e11},
     .assumed_link = {.d2h = 1e9, .h2d = 1e9, .both_d2h = 8e8, .both_h2d = 8e8},
     .memory = device_memory,
+    .alloc_unit = 1,
     .alloc = device_alloc,
     .release = device_release,
     .host_alloc = device_alloc,

@@ -377,6 +377,47 @@ static void test_state_on_host(void **state) {
   }
 }
 
+// A device that gives memory out in units and has tables of the host's pages: any plan is within the budget with these,
+// and what is left of that is less than a unit where the arena was to fill it.
+static void test_units(void **state) {
+  (void)state;
+  World w;
+  Engine e;
+  Error err;
+  Backend coarse = backend_queued_cpu;
+  int64_t most, exact, found = 0;
+  coarse.alloc_unit = 4096;
+  coarse.host_bytes_mapped = 64;
+  world_open(&w, 54, 3);
+  Config *c = &w.c.config;
+  c->memory.policy = MEMORY_AUTO;
+  c->memory.host_gb = 1;
+  queued_cpu_start(1, FAULT_NONE);
+  assert_int_equal(engine_record(&e, c, &backend_queued_cpu, 1, &err), 0);
+  exact = engine_device_bytes(&e);
+  engine_free(&e);
+  assert_int_equal(engine_record(&e, c, &coarse, 1, &err), 0);
+  most = engine_device_bytes(&e);
+  assert_true(most > exact && most < exact + SPACE_COUNT * coarse.alloc_unit);
+  engine_free(&e);
+  for (int64_t budget = most; budget > most / 2; budget -= most / 23) {
+    c->memory.budget_gb = (double)budget / 1e9;
+    assert_int_equal(engine_record(&e, c, &coarse, 1, &err), 0);
+    int64_t took = engine_device_bytes(&e), room = engine_room(&e).arena, arena = e.bytes[SPACE_ARENA];
+    assert_true(took <= e.budget && took % coarse.alloc_unit == 0 && room % coarse.alloc_unit == 0);
+    assert_true(arena <= room);
+    e.backend.host_bytes_mapped = 0;
+    assert_int_equal(e.model.state > STATE_DEVICE, engine_device_bytes(&e) < took);
+    found += e.model.state > STATE_DEVICE;
+    e.backend.host_bytes_mapped = coarse.host_bytes_mapped;
+    e.bytes[SPACE_ARENA] = room;
+    assert_true(engine_device_bytes(&e) <= e.budget && engine_device_bytes(&e) + coarse.alloc_unit > e.budget);
+    engine_free(&e);
+  }
+  assert_true(found > 3);
+  world_close(&w);
+}
+
 // Programs are launched op by op where copies hold up long ops, and captured where these are short or wait for nothing.
 static void test_captured(void **state) {
   (void)state;
@@ -647,9 +688,10 @@ static void test_host_slab(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_measured), cmocka_unit_test(test_state_on_host),
-      cmocka_unit_test(test_state_auto),  cmocka_unit_test(test_captured), cmocka_unit_test(test_faults_show),
-      cmocka_unit_test(test_slab_writer), cmocka_unit_test(test_group),    cmocka_unit_test(test_host_slab)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_measured),
+                                     cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_state_auto),
+                                     cmocka_unit_test(test_units),         cmocka_unit_test(test_captured),
+                                     cmocka_unit_test(test_faults_show),   cmocka_unit_test(test_slab_writer),
+                                     cmocka_unit_test(test_group),         cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
