@@ -32,6 +32,8 @@ void engine_free_train_programs(Engine *e);
 int64_t engine_least_bytes(Engine *e, int train);
 // What is left to the training programs beside all else.
 Room engine_room(const Engine *e);
+// Whether a program is to be a captured graph where kernels.graph has them.
+int engine_captures(const Engine *e, const Program *p);
 
 // engine_state.c: where the optimizer's state lies.
 typedef struct Place {
