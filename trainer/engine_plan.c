@@ -251,7 +251,7 @@ static int host_waits(const Program *p) {
 }
 
 // Whether copies hold its ops up for a hundredth of its time, and these are so long that launching each is hidden
-// behind them. Captured, such a program took 5% longer (base in 16.5 GB: ops of 270 us on an H200); one of ops of 36 us
+// behind them. Captured, such a program took 5% longer (base in 16.5 GB: ops of 270 us on an H200); one of ops of 14 us
 // (small in 2.08 GB) did not. What processes do together they give to their devices alike, whatever each predicts.
 static int faster_op_by_op(const Engine *e, const Program *p) {
   const double long_op = 50e-6; // seconds, some ten times what a launch takes of the host
