@@ -209,8 +209,9 @@ def summary(ways, rows, about):
             if "sheet" in first:
                 row["mfu"] = row["tokens_per_second"] * first["flops_a_token"] / first["sheet"]
             if "gb" in about:
-                gb, state = (max(r["memory_gb"] for r in good.values()), state_bytes(way, about["parameters"]) / 1e9)
-                row |= {"memory_gb": gb, "reserved_gb": max(r["reserved_gb"] for r in good.values()),
+                # The least of the rounds: what ways before have left behind is not its own.
+                gb, state = (min(r["memory_gb"] for r in good.values()), state_bytes(way, about["parameters"]) / 1e9)
+                row |= {"memory_gb": gb, "reserved_gb": min(r["reserved_gb"] for r in good.values()),
                         "largest_T": int(tokens * (about["gb"] - state) / (gb - state))}  # fmt: skip
         out.append(row)
     return out

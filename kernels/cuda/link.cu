@@ -11,6 +11,9 @@ enum { LARGE = 64 << 20, SMALL = 1 << 20 }; // bytes of a copy: of the size of a
 // Large copies each have their own part of the host's memory, a gigabyte in all: from one to the next their rate
 // differs by up to 4%, and so does that of the same copies a little later.
 enum { COPIES = 8, SMALL_COPIES = 64, DIRECTIONS = 2 };
+// Rates are medians of so many times, a third of a second in all: what else the host does takes a fifth of both
+// directions' rate for moments (39 to 52 GB/s from one run to the next, when it was measured once).
+enum { ROUNDS = 5 };
 
 // Copies in one direction: where from, where to, on which stream; an event before each and one after the last.
 typedef struct Direction {
@@ -40,8 +43,26 @@ static double copies_end(const Direction *d, int copies) {
 }
 
 static double alone(Direction *d) {
-  copies_start(d, COPIES, LARGE);
-  return LARGE / copies_end(d, COPIES);
+  double rate[ROUNDS];
+  for (double &r : rate) {
+    copies_start(d, COPIES, LARGE);
+    r = LARGE / copies_end(d, COPIES);
+  }
+  return median_f64(rate, ROUNDS);
+}
+
+// The second one is given more, so that the first has company to its end; what it has left then is left out.
+static void together(Direction *first, Direction *second, double *first_rate, double *second_rate) {
+  double rate[DIRECTIONS][ROUNDS];
+  for (int i = 0; i < ROUNDS; i++) {
+    copies_start(first, 2 * COPIES, LARGE);
+    copies_start(second, 4 * COPIES, LARGE);
+    rate[0][i] = LARGE / copies_end(first, 2 * COPIES);
+    rate[1][i] = LARGE / copies_end(second, 2 * COPIES);
+    CUDA_CHECK(cudaStreamSynchronize(second->stream));
+  }
+  *first_rate = median_f64(rate[0], ROUNDS);
+  *second_rate = median_f64(rate[1], ROUNDS);
 }
 
 // What a copy takes besides its bytes, among others on the same stream.
@@ -69,12 +90,7 @@ LinkRates link_measure(cudaStream_t d2h, cudaStream_t h2d) {
     }
   r.d2h = alone(&down);
   r.h2d = alone(&up);
-  // The second one is given more, so that the first has company to its end; what it has left then is left out.
-  copies_start(&down, 2 * COPIES, LARGE);
-  copies_start(&up, 4 * COPIES, LARGE);
-  r.both_d2h = LARGE / copies_end(&down, 2 * COPIES);
-  r.both_h2d = LARGE / copies_end(&up, 2 * COPIES);
-  CUDA_CHECK(cudaStreamSynchronize(h2d));
+  together(&down, &up, &r.both_d2h, &r.both_h2d);
   r.latency = std::max(latency(&down, r.d2h), latency(&up, r.h2d));
   for (Direction *d : {&down, &up})
     for (cudaEvent_t e : d->event) CUDA_CHECK(cudaEventDestroy(e));
