@@ -232,7 +232,8 @@ print(", ".join(f"{way} {rate / 1e9:.1f} GB/s" for way, rate in link.items() if 
 for way in ("d2h", "h2d"):
     assert 1e9 < link["both_" + way] <= 1.05 * link[way] < 1e12, f"{way}: no link is like that"
 for path in sys.argv[2:]:
-    said = re.search(r"a step: predicted ([\d.]+) ms, measured ([\d.]+) ms.*", open(path).read())
+    # The last comparison: where the first one is off, ops are timed again.
+    said = [*re.finditer(r"a step: predicted ([\d.]+) ms, measured ([\d.]+) ms.*", open(path).read())][-1]
     print(said[0])
     worst = max(worst, abs(float(said[2]) / float(said[1]) - 1))
 sys.exit(not worst <= AT_MOST)
