@@ -18,22 +18,19 @@
 #include <math.h>
 
 #include "kernels/cuda/mma.h"
+#include "kernels/divide.h"
 
 // Sizes of one call.
 typedef struct AttentionShape {
   int T, H, G;
-  float scale;       // 1 / sqrt(D)
-  int heads;         // H / G
-  uint32_t by_heads; // numbers below 2^31 are divided by them with a product and a shift
-  int heads_shift;
+  float scale; // 1 / sqrt(D)
+  int heads;   // H / G
+  Divisor by_heads;
 } AttentionShape;
 
 static inline AttentionShape attention_shape(const Dims *d) {
-  const uint32_t heads = (uint32_t)(d->H / d->G);
-  int shift = 31;
-  while (1u << (shift - 31) < heads) shift++;
-  return {d->T, d->H, d->G, 1 / sqrtf((float)d->D), (int)heads, (uint32_t)(((1ull << shift) + heads - 1) / heads),
-          shift};
+  const int heads = d->H / d->G;
+  return {d->T, d->H, d->G, 1 / sqrtf((float)d->D), heads, divisor_of((uint32_t)heads)};
 }
 
 #define LOG2E 1.4426950408889634f
@@ -101,7 +98,7 @@ typedef struct KvRow {
 } KvRow;
 
 static __device__ inline KvRow kv_row(const AttentionShape &s, int kv_head, int row) {
-  const int position = (int)((uint64_t)(uint32_t)row * s.by_heads >> s.heads_shift);
+  const int position = divide(row, s.by_heads);
   return {position, kv_head * s.heads + row - position * s.heads};
 }
 

@@ -82,11 +82,7 @@ static GemmWork work_make(const Gemm *g, int kind, bool splits) {
     l.shape.parts[m] = g->scratch && splits ? p.parts[m] : 1;
   }
   l.partial = (float *)g->scratch;
-  // With 2^shift >= divisor, 2^(31 + shift) / divisor rounded up fits in 32 bits and is exact for indices below 2^31.
-  uint64_t divisor = g->index_divisor > 0 ? g->index_divisor : 1;
-  while (1ull << l.divide_shift < divisor) l.divide_shift++;
-  l.divide_shift += 31;
-  l.divide_factor = (uint32_t)(((1ull << l.divide_shift) + divisor - 1) / divisor);
+  l.index_divisor = divisor_of(g->index_divisor > 0 ? (uint32_t)g->index_divisor : 1);
   return l;
 }
 

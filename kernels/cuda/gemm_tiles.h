@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm_walk.h"
+#include "kernels/divide.h"
 
 // Load policies: rows of the operands in place, or those of one of them gathered by its index.
 enum { GEMM_IN_PLACE, GEMM_GATHER_A, GEMM_GATHER_B };
@@ -26,9 +27,8 @@ enum { GEMM_IN_PLACE, GEMM_GATHER_A, GEMM_GATHER_B };
 typedef struct GemmWork {
   Gemm g;
   GemmShape shape;
-  float *partial;         // by group, where it has more than one part: [parts, rows, N] (gemm_weights: [parts, M, N])
-  uint32_t divide_factor; // i / index_divisor = i * divide_factor >> divide_shift, for all i >= 0
-  int divide_shift;
+  float *partial; // by group, where it has more than one part: [parts, rows, N] (gemm_weights: [parts, M, N])
+  Divisor index_divisor;
 } GemmWork;
 
 template <class End> struct GemmLaunch {
@@ -91,8 +91,4 @@ static __device__ inline void gemm_fill(const Gemm &g, int thread, int threads) 
   }
 }
 
-// index / index_divisor.
-static __device__ inline int gemm_divide(const GemmWork &l, int index) {
-  return (int)((uint64_t)(uint32_t)index * l.divide_factor >> l.divide_shift);
-}
 #endif
