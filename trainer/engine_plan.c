@@ -250,14 +250,13 @@ static int host_waits(const Program *p) {
   return 0;
 }
 
-// Whether copies hold its ops up for a hundredth of its time, and these are so long that launching each is hidden
-// behind them. Captured, such a program took 5% longer (base in 16.5 GB: ops of 270 us on an H200); one of ops of 14 us
-// (small in 2.08 GB) did not. What processes do together they give to their devices alike, whatever each predicts.
+// Whether copies hold its ops up for more than a hundredth of its time, and these are so long that launching each is
+// hidden behind them. Captured, such a program took 5% longer (base in 16.5 GB: ops of 270 us on an H200); one of ops
+// of 14 us (small in 2.08 GB) did not. Of several processes each would go by its own predictions, and they launch what
+// they do together in one way: all capture.
 static int faster_op_by_op(const Engine *e, const Program *p) {
   const double long_op = 50e-6; // seconds, some ten times what a launch takes of the host
-  int copies = 0;
-  for (int i = 0; i < p->n_ops; i++) copies |= p->ops[i].lane == LANE_D2H || p->ops[i].lane == LANE_H2D;
-  if (!copies || e->config->processes > 1) return 0;
+  if (!program_has_copies(p) || e->config->processes > 1) return 0;
   Simulation s = predict_program(&e->costs, p);
   return s.stalled > .01 * s.seconds && s.seconds > long_op * p->n_ops;
 }

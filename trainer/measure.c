@@ -45,16 +45,6 @@ static double time_replays(const Queues *q, Program *p) {
   return median_f64(samples, n);
 }
 
-static int is_copy(const Op *op) {
-  return op->lane == LANE_D2H || op->lane == LANE_H2D;
-}
-
-static int uses_copies(const Program *p) {
-  for (int i = 0; p && i < p->n_ops; i++)
-    if (is_copy(&p->ops[i])) return 1;
-  return 0;
-}
-
 // Measures a bound program; `alone`: with all lanes in the ops' queue.
 static void measure_program(Engine *e, const ModelProgram *m, const void *pack, int alone) {
   Program *p = m->program;
@@ -87,7 +77,7 @@ static int fits(const Engine *e, const Program *p) {
 // again, and a large model's would take as long as its ops, each time.
 static void copies_empty(Program *p) {
   for (int i = 0; i < p->n_ops; i++)
-    if (is_copy(&p->ops[i])) p->ops[i].args.span.count = min_i64(p->ops[i].args.span.count, 256);
+    if (op_is_copy(&p->ops[i])) p->ops[i].args.span.count = min_i64(p->ops[i].args.span.count, 256);
 }
 
 // Measures the program of a mode with everything recomputed, where it fits; returns how many were.
@@ -119,7 +109,8 @@ int measure_train(Engine *e, const void *pack, const Extents *extents, int again
   if (!e->model.backend->queues || e->bases.separate) return 0;
   // Beside copies ops are slower, by which share the simulation says, and how long the whole takes depends on what
   // waits for what. Beside collectives they are timed as they run: what they lose there is no one share.
-  for (size_t i = 0; i < sizeof own / sizeof *own; i++) alone |= uses_copies(own[i].of->program);
+  for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+    alone |= own[i].of->program && program_has_copies(own[i].of->program);
   e->costs.group.drag = alone ? e->model.backend->assumed_group.drag : 0;
   e->costs.extents = *extents;
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) {

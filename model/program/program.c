@@ -48,6 +48,12 @@ void program_unbind(Program *p) {
   s->owned = NULL;
 }
 
+int program_has_copies(const Program *p) {
+  for (int i = 0; i < p->n_ops; i++)
+    if (op_is_copy(&p->ops[i])) return 1;
+  return 0;
+}
+
 void program_free(Program *p) {
   if (!p) return;
   ProgramState *s = p->state;

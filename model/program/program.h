@@ -76,6 +76,11 @@ typedef struct Op {
   KernelCall call; // bound operands
 } Op;
 
+// Between the host and the device.
+static inline int op_is_copy(const Op *op) {
+  return op->lane == LANE_D2H || op->lane == LANE_H2D;
+}
+
 typedef struct Program Program;
 typedef struct ProgramState ProgramState; // program_internal.h
 
@@ -105,6 +110,9 @@ struct Program {
 // A new empty program. policy: [dims->L][SAVED_COUNT], borrowed until program_free; NULL: keep everything.
 Program *program_new(const char *name, const Dims *dims, const Backend *backend, const PolicyTable *policy);
 void program_free(Program *p);
+
+// Whether one of its ops is a copy.
+int program_has_copies(const Program *p);
 
 // A tensor of the arena, `count` >= 0 elements. The name is for messages and the memory table.
 TensorId program_tensor(Program *p, Dtype dtype, int64_t count, const char *fmt, ...)

@@ -209,7 +209,7 @@ static double collective_seconds(const Costs *c, const Program *p, const Op *op)
 
 double op_seconds(const Costs *c, const Program *p, const Op *op) {
   if (op->lane == LANE_COMM) return collective_seconds(c, p, op);
-  if (op->lane == LANE_D2H || op->lane == LANE_H2D) return copy_seconds(c, op->lane, (double)op->args.span.count, 0);
+  if (op_is_copy(op)) return copy_seconds(c, op->lane, (double)op->args.span.count, 0);
   uint64_t of = op_class(p, op);
   int at = class_at(c, of);
   if (class_found(c, at, of)) return c->classes[at].seconds;
