@@ -1,6 +1,7 @@
 // libm takes logarithm, sine and cosine one by one. Here they are in loops without calls or branches, which compilers
-// turn into vectors. Constants and order of operations are those of Arm's optimized routines (MIT license), which are
-// glibc's logf, sinf and cosf too: the weights that a run begins with have the bits that they had with libm.
+// turn into vectors. Constants and order of operations are those of Arm's optimized routines (copyright 2017-2018 Arm
+// Limited, MIT license), which are glibc's logf, sinf and cosf too: the weights that a run begins with have the bits
+// that they had with libm.
 #include "base/normals.h"
 
 #include "base/philox.h"

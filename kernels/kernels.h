@@ -285,8 +285,8 @@ struct Backend {
   int64_t (*cache_bytes)(void); // of the open device, its last level (L2); NULL: not known
   int64_t (*memory)(void);      // bytes that a run may plan with
   int64_t (*in_use)(void);      // of the open device, taken since it was opened; NULL: not known
-  int64_t alloc_unit;           // device memory is taken in multiples of it, by what is below half of it together
-  int64_t host_bytes_mapped;    // of host_alloc, by each byte of the device's page tables; 0: there are none
+  int64_t alloc_unit;           // device memory is taken in multiples of it; what is below half of it shares them
+  int64_t host_bytes_mapped;    // of host_alloc, for which the device's page tables take a byte; 0: it has none
   void *(*alloc)(size_t bytes); // device memory of any content, aligned to 256; NULL when there is not enough
   void (*release)(void *p);
   void *(*host_alloc)(size_t bytes); // memory of the host that copy lanes reach at full speed, likewise

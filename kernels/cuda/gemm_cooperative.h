@@ -4,8 +4,8 @@
 // A block is three warpgroups. The first fills stages of shared memory (64 of the inner dimension of both operands) as
 // they become free (gemm_load.h); the other two each multiply 64 of the tile's 128 rows. The first walks the tiles, and
 // the first stage of one says which it is: the next tile has been found, and its first stages arrive, while the last
-// tile is stored. Where the inner dimension is the rows
-// (GEMM_TN), what lies behind a group's last row is zeroed in shared memory before it is multiplied.
+// tile is stored. Where the inner dimension is the rows (GEMM_TN), what lies behind a group's last row is zeroed in
+// shared memory before it is multiplied.
 #ifndef TESSERA_GEMM_COOPERATIVE_H
 #define TESSERA_GEMM_COOPERATIVE_H
 

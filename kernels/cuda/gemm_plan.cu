@@ -16,8 +16,7 @@ static const double two_kinds_cost = 1.06;
 typedef struct TileKind {
   int bn;                   // columns
   double inner_us, tile_us; // microseconds of a tile: for each of its inner dimension, to begin and end
-  double reading_us; // to begin and end where its epilogue reads rows, too: fitted to small's, fine's and base's SwiGLU
-                     //   backward on an H200
+  double reading_us;        // tile_us where the epilogue reads rows: fitted to three models' SwiGLU backward on an H200
 } TileKind;
 static const TileKind tile_kinds[] = {{128, narrow_tiles_cost * 2 * GEMM_BM * 128 / planned_tile_rate, 1, 6.3},
                                       {256, 2.0 * GEMM_BM * 256 / planned_tile_rate, 2, 12.5}};
