@@ -61,7 +61,7 @@ KERNEL_OPT := $(subst -O3,-O1,$(KERNEL_OPT))
 endif
 # Billions of initial weights are drawn and split for a large model: by vectors. No product is fused with a sum, so that
 # they have the same bits on every CPU.
-WEIGHTS_OPT := $(subst -O2,-O3 -march=native -ffp-contract=off -fno-math-errno,$(OPT))
+WEIGHTS_OPT := $(subst -O2,-O3 -march=native -fno-math-errno,$(OPT)) -ffp-contract=off
 INSTRUMENT := $(if $(COVERAGE),--coverage -fprofile-update=atomic)
 ifeq ($(SANITIZE),thread)
 INSTRUMENT += -fsanitize=thread -fno-omit-frame-pointer
