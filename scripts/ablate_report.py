@@ -70,7 +70,7 @@ def claims_table(found, device):
     table = [["tokens/s", "claim", *models]]
     for technique, claim in CLAIMS.items():
         cells = [f"{of[technique, m]['gain']:+.1f}%" if (technique, m) in of else "-" for m in models]
-        table += [[technique, claim, *cells]] * (set(cells) != {"-"})
+        table += [[technique, claim, *cells]] * any(cell != "-" for cell in cells)
     slots = {(r["variant"], r["model"]): r["tokens"] / r["fill"] for r in found["runs"]
              if (r["device"], r["part"]) == (device, "batch") and r["tokens"]}  # fmt: skip
     for variant, word in (("most, planned", "planned"), ("most, recompute", "recomputed")):
@@ -149,15 +149,15 @@ def chart_beside(page, name, title, content):
 def markdown(found, pages):
     """Prints the tables where a page is "-", or puts each into its place, a GPU's below its chart. None, or what went
     wrong."""
-    made, drawn = places(found), charts(found)
+    of_place, drawn = places(found), charts(found)
     for page in pages:
-        blocks = {place: [markdown_table(table) for table in made] for place, (_, _, made) in made.items()}
+        blocks = {place: [markdown_table(table) for table in made] for place, (_, _, made) in of_place.items()}
         if page == "-":
             print("\n\n".join(f"<!-- {place} -->\n\n" + "\n\n".join(block) for place, block in blocks.items() if block))
             continue
         try:
             text = Path(page).read_text()
-            for place, (part, device, _) in made.items():
+            for place, (part, device, _) in of_place.items():
                 if device == "cuda" and (part, device) in drawn and f"<!-- {place} -->" in text:
                     name = f"{part}-{device}{'-learned' if found['init'] else ''}.svg"
                     blocks[place] = chart_beside(Path(page), name, CHARTS[part], drawn[part, device]) + blocks[place]
