@@ -34,8 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablate_report
-from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, end_quietly, has_gpu, last_line,
-                       mean_step, positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, check_paths, config_data, config_read, device_memory, end_quietly, has_gpu,
+                       last_line, mean_step, positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -460,14 +460,9 @@ def arguments():
     args.data, args.init = (path and path.resolve() for path in (args.data, args.init))
     if args.repeats < 1:
         parser.error("--repeats: at least 1")
-    if args.markdown is None and not args.train.is_file():
-        fail(f"there is no {args.train}", "make builds it")
-    if args.data and not (args.data / "bench.tar").is_file():
-        fail(f"there is no {args.data / 'bench.tar'}", "scripts/make_bench_data.py makes it")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+    needed = [] if args.markdown is not None else [(args.train, "make builds it")]
+    needed += [(args.data / "bench.tar", "scripts/make_bench_data.py makes it")] if args.data else []
+    check_paths(fail, args.out, needed)
     return args
 
 

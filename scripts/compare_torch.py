@@ -25,7 +25,6 @@ import argparse
 import importlib.util
 import inspect
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -37,8 +36,8 @@ import time
 from pathlib import Path
 
 from ablate_report import fill_places, markdown_table
-from timed_run import (QUIET, ROOT, Plan, config_data, config_read, device_memory, end_quietly, has_gpu, last_line,
-                       mean_step, positive, run_steps)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, check_paths, config_data, config_read, device_memory, end_quietly, has_gpu,
+                       last_line, mean_step, positive, run_steps)  # fmt: skip
 
 try:
     import torch
@@ -171,7 +170,8 @@ def lines_of(*functions):
 
 def cost_to_write(way):
     """Lines of what a way takes: model, step and update, and what it adds to them."""
-    parts = [M, W.Training.losses, W.Training.gradients, W.Training.step, *([W.adamw, W.MastersUpdate] if way.masters else [W.Update])]
+    parts = [M, W.Training.losses, W.Training.gradients, W.Training.step]
+    parts += [W.adamw, W.MastersUpdate] if way.masters else [W.Update]
     parts += [W.Training.capture] * way.graph + [W.MEMORY[way.memory]]
     parts += [W.save_products, W.selective_contexts] * (way.memory == "selective")
     return lines_of(*parts)
@@ -300,13 +300,8 @@ def arguments():
     args.data = args.data and args.data.resolve()
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
-    for path, fix in ((args.config, "name a config, such as configs/small.json"), (args.train, "make builds it")):
-        if not path.is_file() and not args.markdown:
-            fail(f"there is no {path}", fix)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+    needed = [(args.config, "name a config, such as configs/small.json"), (args.train, "make builds it")]
+    check_paths(fail, args.out, [] if args.markdown else needed)
     return args
 
 

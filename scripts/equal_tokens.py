@@ -22,8 +22,8 @@ from pathlib import Path
 
 import run_metrics
 from ablate_report import fill_places, markdown_table
-from timed_run import (ROOT, Plan, config_data, config_read, end_quietly, last_line, settings_differ, table_append,
-                       table_read)  # fmt: skip
+from timed_run import (ROOT, Plan, check_paths, config_data, config_read, end_quietly, last_line, settings_differ,
+                       table_append, table_read)  # fmt: skip
 
 COLUMNS = ["config", "variant", "seed", "slots", "steps", "lr", "tokens", "tokens_per_second", "seconds", "flow",
            "retrieval", "caption_bits_per_byte", "of"]  # fmt: skip
@@ -65,7 +65,7 @@ def command(args, *more):
 
 def train(args, variant, seed, config, keep_gb):
     """A row of a whole run."""
-    slots, steps = int(config["data.micro_batch_tokens"]), args.steps or int(config["train.steps"])
+    slots, steps = int(config["data.micro_batch_tokens"]), int(config["train.steps"])
     run = args.out / "runs" / f"{args.config.stem}-{VARIANTS.index(variant)}-{seed}"
     lr = config["train.lr"] * variant.faster
     flags = ["--run-dir", str(run), "--tokens", str(slots * variant.longer), "--steps", str(steps // variant.longer),
@@ -121,13 +121,8 @@ def arguments():
     args.config, args.out, args.train = args.config.resolve(), args.out.resolve(), args.train.resolve()
     if args.steps is not None and args.steps < 2:
         parser.error("--steps: at least 2")
-    for path, fix in ((args.config, "name a config, such as configs/icons.json"), (args.train, "make builds it")):
-        if not path.is_file() and not args.markdown:
-            fail(f"there is no {path}", fix)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+    needed = [(args.config, "name a config, such as configs/icons.json"), (args.train, "make builds it")]
+    check_paths(fail, args.out, [] if args.markdown else needed)
     return args
 
 
@@ -138,7 +133,8 @@ def main():
     if rows is None:
         fail(f"{path} is not a whole table of this script", "move it away, or name another OUT")
     if not args.markdown:
-        differ = settings_differ(path, {"config": str(args.config), "--steps": args.steps, "--set": args.set})
+        differ = settings_differ(path, {"config": str(args.config), "--steps": args.steps, "--set": args.set,
+                                      "--device": args.device})  # fmt: skip
         if differ:
             fail(f"{path} was measured with other settings: {differ}", "name another OUT, or give the same settings")
         sets, bad = config_data(config_read(args.config), None, args.out)
@@ -146,6 +142,9 @@ def main():
             fail(bad, "see the script that makes the config's data")
         args.set += sets
         config, plan = resolved(args), Plan(command(args, "--memory", "keep", "--set", "memory.budget_gb=1000000"))
+        config["train.steps"] = args.steps or config["train.steps"]
+        if config["train.steps"] % 2:
+            fail(f"{config['train.steps']:.0f} steps cannot be halved", "--steps N, an even number")
         if not plan.fits:
             fail(f"--plan failed: {plan.text}", "see what ./train CONFIG --plan says")
         done = {(row["variant"], row["seed"]) for row in rows}

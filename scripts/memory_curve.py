@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ablate_report import chart_beside, fill_places, markdown_table
-from timed_run import (QUIET, ROOT, Plan, bench_sets, device_memory, end_quietly, last_line, mean_step, positive,
-                       run_steps, settings_differ, table_append, table_read)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, bench_sets, check_paths, device_memory, end_quietly, last_line, mean_step,
+                       positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -88,10 +88,7 @@ class Curve:
 
     def __init__(self, args, config, out):
         self.args, self.config, self.out = args, config, out
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            fail(f"{out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+        check_paths(fail, out)
         self.rows = Rows(out / "curve.csv")
         settings = {"CONFIG": str(config), "--set": args.set, "--data": args.data and str(args.data),
                     "--device": args.device}  # fmt: skip

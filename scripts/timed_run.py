@@ -210,6 +210,18 @@ def end_quietly(main):
         sys.exit(130)
 
 
+def check_paths(fail, out, files=()):
+    """Ends a script by fail(text, fix) where one of `files`, (path, fix)s, is not there, or there can be no folder
+    `out`."""
+    for path, fix in files:
+        if not path.is_file():
+            fail(f"there is no {path}", fix)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"{out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+
+
 def positive(text):
     """For argparse."""
     value = float(text)

@@ -31,7 +31,8 @@ import time
 import traceback
 from pathlib import Path
 
-from timed_run import QUIET, ROOT, config_data, config_read, end_quietly, gpus, has_gpu, last_line, positive
+from timed_run import (QUIET, ROOT, check_paths, config_data, config_read, end_quietly, gpus, has_gpu, last_line,
+                       positive)  # fmt: skip
 
 try:
     import torch
@@ -251,14 +252,9 @@ def arguments():
         parser.error(f"--steps: 1 to {MOST_STEPS}")
     args.ranks = gpus() if args.ranks is None else args.ranks
     if args.ranks < 1:
-        parser.error("--ranks: at least 1")
-    for path, fix in ((args.config, "name a config, such as configs/small.json"), (args.train, "make builds it")):
-        if not path.is_file():
-            fail(f"there is no {path}", fix)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"{args.out}: {e.strerror}", "OUT is a folder, which need not be there yet")
+        parser.error("--ranks: at least 1, of which each has a GPU; --ranks 2 --device cpu does without")
+    needed = [(args.config, "name a config, such as configs/small.json"), (args.train, "make builds it")]
+    check_paths(fail, args.out, needed)
     return args
 
 

@@ -13,7 +13,7 @@ DEMO = ROOT / "configs" / "demo.json"
 
 
 def equal(*arguments, code=0):
-    command = [sys.executable, EQUAL, *arguments, "--train", Path(sys.argv[1]).resolve(), "--device", "cpu"]
+    command = [sys.executable, EQUAL, "--train", Path(sys.argv[1]).resolve(), "--device", "cpu", *arguments]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done)
     return done.stdout + done.stderr
@@ -45,7 +45,9 @@ with tempfile.TemporaryDirectory() as folder:
     wrong = Path(folder) / "wrong"
     for what, code, *arguments in (("--steps: 4 then, 6 now", 1, DEMO, out, "--steps", "6", *given[4:]),
                                    ("measure first", 1, DEMO, Path(folder) / "new", "--markdown", page),
+                                   ("--device: cpu then, cuda now", 1, *given, "--device", "cuda"),
                                    ("--steps: at least 2", 2, DEMO, out, "--steps", "1"),
+                                   ("5 steps cannot be halved", 1, DEMO, wrong, "--steps", "5"),
                                    ("there is no", 1, out / "none.json", out),
                                    ("train.lr", 1, DEMO, wrong, "--set", "train.lr=no"),
                                    ("OUT is a folder", 1, DEMO, page)):  # fmt: skip

@@ -64,6 +64,8 @@ def main():
             assert why in code and " of one" not in said, (code, said)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             assert run(top / "good", "--steps", 81)[0] == 2 and "--steps" in said.getvalue()
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert run(top / "good", "--ranks", 0)[0] == 2 and "--ranks 2 --device cpu" in said.getvalue()
         assert "there is no" in run(top / "good", "--train", top / "none")[0]
 
         (top / "no/torch").mkdir(parents=True)
