@@ -16,8 +16,8 @@ typedef struct Divisor {
   int shift;
 } Divisor;
 
-// by: 1 to 2^31 - 1. With 2^s >= by, 2^(31 + s) / by rounded up fits in 32 bits. What the rounding adds to a quotient is
-// below 2^31 / 2^(31 + s) <= 1 / by: too little to reach the next whole number.
+// by: 1 to 2^31 - 1. With 2^s >= by, 2^(31 + s) / by rounded up fits in 32 bits. What the rounding adds to a quotient
+// is below 2^31 / 2^(31 + s) <= 1 / by: too little to reach the next whole number.
 DIVIDE_FN Divisor divisor_of(uint32_t by) {
   Divisor d = {0, 31};
   while (1ull << (d.shift - 31) < by) d.shift++;
@@ -25,7 +25,8 @@ DIVIDE_FN Divisor divisor_of(uint32_t by) {
   return d;
 }
 
-DIVIDE_FN int divide(int i, Divisor d) {
-  return (int)((uint64_t)(uint32_t)i * d.factor >> d.shift);
+// d by its address: given by value, gathering kernels were scheduled otherwise than with the two numbers spelled out.
+DIVIDE_FN int divide(int i, const Divisor *d) {
+  return (int)((uint64_t)(uint32_t)i * d->factor >> d->shift);
 }
 #endif

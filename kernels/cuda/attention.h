@@ -98,7 +98,7 @@ typedef struct KvRow {
 } KvRow;
 
 static __device__ inline KvRow kv_row(const AttentionShape &s, int kv_head, int row) {
-  const int position = divide(row, s.by_heads);
+  const int position = divide(row, &s.by_heads);
   return {position, kv_head * s.heads + row - position * s.heads};
 }
 

@@ -54,7 +54,7 @@ static __device__ inline void gather_rows(const GemmWork &l, const GemmSide &s, 
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     int row = t.m + copy_row() + 16 * i;
-    source[i] = row < t.m_end ? s.a + (int64_t)divide(s.a_index[row], l.index_divisor) * s.K : NULL;
+    source[i] = row < t.m_end ? s.a + (int64_t)divide(s.a_index[row], &l.index_divisor) * s.K : NULL;
   }
 }
 
@@ -75,7 +75,7 @@ static __device__ inline void copy_inner(const GemmWork &l, const bf16 *base, in
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     int own = __shfl_sync(0xffffffffu, entry, (second ? 16 : 0) + i * 4 + (lane >> 3));
-    const bf16 *source = base + (int64_t)divide(own, l.index_divisor) * width + column; // not read where it is no row
+    const bf16 *source = base + (int64_t)divide(own, &l.index_divisor) * width + column; // not read where it is no row
 #pragma unroll
     for (int box = 0; box < BOXES; box++)
       copy16_async(to + box * GEMM_BOX_BYTES + i * 16 * 128, source + 64 * box, own >= 0 && column + 64 * box < width);

@@ -39,7 +39,7 @@ static __device__ inline void operand_load(const GemmWork &l, const Operand &o, 
     int chunk = INNER ? threadIdx.x & 3 : threadIdx.x & 15;
     int matrix_row = INNER ? o.first + row : inner + row, column = (INNER ? inner : o.first) + chunk * 8;
     bool in = INNER ? matrix_row < o.end && column < inner_end : matrix_row < inner_end && column < o.end;
-    int64_t source = !in ? 0 : o.index ? divide(o.index[matrix_row], l.index_divisor) : matrix_row;
+    int64_t source = !in ? 0 : o.index ? divide(o.index[matrix_row], &l.index_divisor) : matrix_row;
     copy16_async(shared + tile_offset<INNER>(row, chunk), o.base + (in ? source * o.width + column : 0), in);
   }
 }

@@ -14,9 +14,9 @@ static void check(uint32_t by) {
   // Around each of the first and the last multiples, where a quotient that is off shows first.
   for (int64_t k = 0; k <= most; k = k < 999 || k >= most - 999 ? k + 1 : most - 999)
     for (int64_t i = k * by - 1; i <= k * by + 1; i++)
-      if (i >= 0 && i <= INT32_MAX && divide((int)i, d) != i / by)
-        fail_msg("%lld / %u: %d", (long long)i, by, divide((int)i, d));
-  assert_int_equal(divide(INT32_MAX, d), INT32_MAX / by);
+      if (i >= 0 && i <= INT32_MAX && divide((int)i, &d) != i / by)
+        fail_msg("%lld / %u: %d", (long long)i, by, divide((int)i, &d));
+  assert_int_equal(divide(INT32_MAX, &d), INT32_MAX / by);
 }
 
 static void test_quotients(void **state) {
