@@ -191,6 +191,11 @@ static void test_ways_out(void **state) {
   record(&w, MEMORY_AUTO, 1000, NULL);
   assert_int_equal(engine_check_budget(&w.e, &err), -1);
   assert_non_null(strstr(err.hint, "no --tokens is"));
+  assert_null(strstr(err.hint, "memory.host_gb"));
+  // As where the state takes all of the machine: nothing is left for activations, so none is there.
+  w.c.config.memory.host_gb = w.e.host_left = w.e.bytes[SPACE_HOST] = 0;
+  assert_int_equal(engine_check_budget(&w.e, &err), -1);
+  assert_non_null(strstr(err.hint, "more of memory.host_gb than 0.000 may help"));
   engine_free(&w.e);
   model_case_free(&w.c);
 }

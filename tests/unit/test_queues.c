@@ -399,6 +399,8 @@ static void test_units(void **state) {
   assert_int_equal(engine_record(&e, c, &coarse, 1, &err), 0);
   most = engine_device_bytes(&e);
   assert_true(most > exact && most < exact + SPACE_COUNT * coarse.alloc_unit);
+  e.backend.alloc_unit = (int64_t)1 << 50; // which all of them share
+  assert_int_equal(engine_device_bytes(&e), e.backend.alloc_unit);
   engine_free(&e);
   for (int64_t budget = most; budget > most / 2; budget -= most / 23) {
     c->memory.budget_gb = (double)budget / 1e9;
@@ -438,6 +440,9 @@ static void test_captured(void **state) {
     Simulation s = predict_program(&e.costs, p);
     int held = s.stalled > .01 * s.seconds, lengthy = s.seconds > 50e-6 * p->n_ops;
     assert_int_equal(p->use_graph, !(held && lengthy));
+    w.c.config.processes = 2; // which do it in one way
+    assert_true(engine_captures(&e, p));
+    w.c.config.processes = 1;
     assert_true(e.forward[0].m.program->use_graph); // without copies
     seen[held][lengthy]++;
   }
