@@ -198,6 +198,19 @@ def stand_in(top):
         assert done.returncode in (1, 2) and what in done.stderr and "Traceback" not in done.stderr, (what, done.stderr)
 
 
+def claims():
+    """A batch has as many slots as its tokens fill."""
+    sys.path.insert(0, str(ABLATE.parent))
+    import ablate_report
+
+    run = lambda variant, tokens, fill: {"device": "cuda", "part": "batch", "variant": variant, "model": "m", "tokens": tokens,
+                                         "fill": fill}  # fmt: skip
+    found = {"gains": [{"device": "cuda", "technique": "grouped GEMM", "model": "m", "gain": 20}],
+             "runs": [run("T, keep", 500, 0.5), run("most, planned", 1800, 0.9)]}  # fmt: skip
+    assert ablate_report.claims_table(found, "cuda")[1:] == [
+        ["grouped GEMM", "+20%", "+20.0%"], ["largest batch in keep's memory, planned", "batch x 2", "x 2.0"]]  # fmt: skip
+
+
 def demo(top, train):
     """The three ways of memory train to the same bits, and padding to the same losses of the same documents."""
     said = ablate(top, "--device", "cpu", "--train", train, "--seconds", "0.01", "--repeats", "1",
@@ -213,5 +226,6 @@ def demo(top, train):
 with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "stand-in").mkdir()
     stand_in(Path(folder) / "stand-in")
+    claims()
     demo(Path(folder) / "demo", Path(sys.argv[1]).resolve())
 print("ablations: measured in turns, compared, continued, drawn, refused")

@@ -2,11 +2,13 @@
 """scripts/compare_torch.py BUILD/train on the CPU: the model is the engine's for two configs, updates are AdamW's, all
 ways are timed, those that fail, hang or die say so while others go on, and a model with another formula is refused.
 Exit code 77 without PyTorch."""
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARE = ROOT / "scripts" / "compare_torch.py"
@@ -84,6 +86,29 @@ def updates():
         assert want.norm() > 0 and error < 1e-2, (make, error)  # of steps of 1e-5 on weights of 1
 
 
+def memory_and_end(top):
+    """Memory is that of the round with the least; none begins that would end too late, by what it took before."""
+    import compare_torch as C
+
+    row = lambda ms, gb: {"ms": ms, "memory_gb": gb, "reserved_gb": gb + 1}
+    way, about = C.W.EAGER[0], {"tokens": 1000, "gb": 10, "parameters": 0}
+    of = C.summary([way], {"engine": {}, way.name: {0: row(1, 3), 1: row(2, 2)}}, about)[1]
+    assert (of["ms"], of["memory_gb"], of["reserved_gb"], of["largest_T"]) == (1.5, 2, 3, 5000), of
+
+    class Engine:
+        now = 0
+
+        def round(self):
+            self.now += 2
+            return {"tokens_per_second": 1}
+
+    engine, args = Engine(), argparse.Namespace(rounds=9, once=[], out=top)
+    clock = argparse.Namespace(time=lambda: engine.now)
+    with mock.patch.object(C, "time", clock), mock.patch.object(C, "write"):
+        found = {"about": about, "agreement": {}}
+        assert not C.measure(found, None, engine, [], args, 5) and len(found["measured"]["engine"]) == 2, found
+
+
 with tempfile.TemporaryDirectory() as top:
     common = ["--device", "cpu", "--seconds", "0.01", "--set", "run.threads=1"]
     for config, rounds in (("configs/demo.json", 2), ("tests/gpu/gpu_tiny.json", 1)):
@@ -130,5 +155,6 @@ with tempfile.TemporaryDirectory() as top:
                              ("--dump failed", ROOT / "configs/demo.json", out, *common, "--set", "train.lr=-1")):  # fmt: skip
         said = compare(*arguments, code=2 if what == "--rounds" else 1)
         assert what in said, (what, said)
+    memory_and_end(top)
 updates()
 print("PyTorch: the same losses and gradients, timed, refused")

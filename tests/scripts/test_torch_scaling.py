@@ -53,7 +53,12 @@ def main():
         off, apart = map(float, re.search(r"gradients +(\S+) from the mean of all, a GPU's own (\S+)", said).groups())
         assert code == 0 and off < 1e-6 and apart > 0.01, said  # of other noise
         assert re.search(r"2 GPUs +\S+ ms a step \(\S+, \S+\), \d+ tokens/s a GPU = \d\.\d+ of one", said), said
+        alone, together, ratio = (float(x) for x in re.findall(r"(\S+) ms a step|= (\S+) of one", said) for x in x if x)
+        assert abs(alone / together / ratio - 1) < 0.01, said
         assert not (top / "good/dump").exists()
+        layers = lambda say, training, args: say("gradients", (0, len(training.params["layers"])))
+        with mock.patch.object(S, "measure", layers):
+            assert "own 2.0e+00" in run(top / "good")[1]  # of the whole model, not of the dump's
         with mock.patch.object(S, "DistributedDataParallel", lambda module, **more: module):
             code, said = run(top / "wrong")
         assert code == 1 and "WRONG" in said, said
