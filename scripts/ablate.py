@@ -34,8 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablate_report
-from timed_run import (QUIET, ROOT, Plan, check_paths, config_data, config_read, device_memory, end_quietly, has_gpu,
-                       last_line, mean_step, positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, check_paths, check_settings, config_data, config_read, device_memory,
+                       end_quietly, has_gpu, last_line, mean_step, positive, run_steps, table_append, table_read)  # fmt: skip
 
 MODELS = ["small", "fine", "base", "medium", "wide"]
 COLUMNS = ["device", "model", "part", "variant", "round", "tokens", "tokens_per_second", "step_ms", "mfu", "memory_gb",
@@ -492,9 +492,7 @@ def main():
     rows = Rows(table)
     settings = {"--set": args.set, "--tokens": given_tokens, "--data": args.data and str(args.data),
                 "--init": args.init and str(args.init)}  # fmt: skip
-    differ = settings_differ(table, settings)
-    if differ:
-        fail(f"{table} was measured with other settings: {differ}", "name another OUT, or give the same settings")
+    check_settings(fail, table, settings)
     whole = measure_all(rows, models, parts, args, device)
     if rows.failed and not rows.good:
         fail(f"nothing could be measured; the last run said: {rows.failed[-1]}", f"{args.out}/log has all that it said")

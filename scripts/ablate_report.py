@@ -85,10 +85,14 @@ def text(found):
     for device, part, made in tables(found):
         out.append(f"{PARTS[part]} ({device})\n")
         for table in made:
-            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-            out += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
-            out.append("")
+            out += [*aligned(table), ""]
     return "\n".join(out) + "\n"
+
+
+def aligned(table):
+    """Its lines, as text."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
 
 
 def markdown_table(table):

@@ -30,24 +30,20 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from ablate_report import fill_places, markdown_table
-from timed_run import (QUIET, ROOT, Plan, check_paths, config_data, config_read, device_memory, end_quietly, has_gpu,
-                       last_line, mean_step, positive, run_steps)  # fmt: skip
+from ablate_report import aligned, fill_places, markdown_table
+from timed_run import (QUIET, ROOT, Plan, check_paths, config_data, config_read, device_memory, dump_step, end_quietly,
+                       end_without_torch, has_gpu, last_line, mean_step, positive, run_steps)  # fmt: skip
 
 try:
     import torch
     import torch_ways as W
-    from torch_ways import M, R
+    from torch_ways import M
 except ImportError as error:
-    if {"-h", "--help"} & {*sys.argv}:
-        print(__doc__)
-    print(f"skipped: {error} (of {sys.executable})\n  fix: call it with a Python that has PyTorch")
-    sys.exit(77)
+    end_without_torch(__doc__, error)
 
 WARM_UP, LEAST_STEPS = 6, 8  # steps of the engine: before those that count, and of those
 
@@ -123,11 +119,6 @@ class Engine:
         for assignment in [*self.sets, "train.micro_batches=1"]:
             command += ["--set", assignment]
         return [*command, *(["--tokens", str(self.args.tokens)] if self.args.tokens else []), *more]
-
-    def dump(self, folder):
-        done = subprocess.run(self.command("--dump", str(folder)), cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            fail(f"./train --dump failed: {done.stderr.strip()}", "see what ./train CONFIG says")
 
     def round(self):
         seconds = lambda lines: sum(s["seconds"] for s in lines[WARM_UP:])
@@ -252,10 +243,7 @@ def notes_of(found):
 
 def write(found, out):
     """The text, which goes into torch.txt; the table in Markdown; everything."""
-    made = table(found)
-    widths = [max(len(row[i]) for row in made) for i in range(len(made[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in made]
-    text = "\n".join([*lines, *notes_of(found)]) + "\n"
+    text = "\n".join([*aligned(table(found)), *notes_of(found)]) + "\n"
     (out / "torch.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "torch.txt").write_text(text)
     (out / "torch.md").write_text(markdown(found) + "\n")
@@ -377,10 +365,8 @@ def main():
     args.tokens = args.tokens or (16384 if device == "cuda" else None)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(args.out / "compiled"))
     engine, dump = Engine(args, device), args.out / "dump"
-    engine.dump(dump)
-    micro = R.safetensors_read(dump / "micro_0.safetensors")
-    if len(set(micro["seg_len"][1:].tolist())) != 1:
-        fail("the pack's images are not all of one size", "PyTorch's model wants data.image_mode=square and captions")
+    dump_step(fail, engine.command(), dump)
+    micro = W.read_pack(fail, dump)
     worker = Worker(args.limit, dump, device, args.autotune, args.out / "torch.log")
     opened = worker.ask("open")
     print(f"dumped and opened in {time.time() - began:.1f} s", flush=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import run_metrics
-from ablate_report import fill_places, markdown_table
-from timed_run import (ROOT, Plan, check_paths, config_data, config_read, end_quietly, last_line, settings_differ,
+from ablate_report import aligned, fill_places, markdown_table
+from timed_run import (ROOT, Plan, check_paths, check_settings, config_data, config_read, end_quietly, last_line,
                        table_append, table_read)  # fmt: skip
 
 COLUMNS = ["config", "variant", "seed", "slots", "steps", "lr", "tokens", "tokens_per_second", "seconds", "flow",
@@ -133,10 +133,8 @@ def main():
     if rows is None:
         fail(f"{path} is not a whole table of this script", "move it away, or name another OUT")
     if not args.markdown:
-        differ = settings_differ(path, {"config": str(args.config), "--steps": args.steps, "--set": args.set,
-                                      "--device": args.device})  # fmt: skip
-        if differ:
-            fail(f"{path} was measured with other settings: {differ}", "name another OUT, or give the same settings")
+        check_settings(fail, path, {"config": str(args.config), "--steps": args.steps, "--set": args.set,
+                                    "--device": args.device})  # fmt: skip
         sets, bad = config_data(config_read(args.config), None, args.out)
         if bad:
             fail(bad, "see the script that makes the config's data")
@@ -164,8 +162,7 @@ def main():
             if wrong := fill_places(page, made):
                 sys.exit(f"equal_tokens: {wrong}")
         return
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
+    text = "\n".join(aligned(table))
     (args.out / "equal.txt").write_text(f"{text}\n{note_of(rows)}\n")
     print(f"\n{text}\n{note_of(rows)}")
 

@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ablate_report import chart_beside, fill_places, markdown_table
-from timed_run import (QUIET, ROOT, Plan, bench_sets, check_paths, device_memory, end_quietly, last_line, mean_step,
-                       positive, run_steps, settings_differ, table_append, table_read)  # fmt: skip
+from timed_run import (QUIET, ROOT, Plan, bench_sets, check_paths, check_settings, device_memory, end_quietly, last_line,
+                       mean_step, positive, run_steps, table_append, table_read)  # fmt: skip
 
 POLICIES = ["auto", "recompute", "offload", "keep"]
 COLOURS = {"auto": "#d55e00", "recompute": "#0072b2", "offload": "#009e73", "keep": "#333333"}
@@ -92,10 +92,7 @@ class Curve:
         self.rows = Rows(out / "curve.csv")
         settings = {"CONFIG": str(config), "--set": args.set, "--data": args.data and str(args.data),
                     "--device": args.device}  # fmt: skip
-        differ = settings_differ(self.rows.path, settings)
-        if differ:
-            fail(f"{self.rows.path} was measured with other settings: {differ}",
-                 "name another OUT, or give the same settings")
+        check_settings(fail, self.rows.path, settings)
         self.sets = [*args.set, *(bench_sets(args.data) if args.data else []), *QUIET]
 
     def command(self, policy, budget, *more):

@@ -186,20 +186,23 @@ def table_append(path, columns, row):
         out.writerow(row)
 
 
-def settings_differ(table, settings):
+def check_settings(fail, table, settings):
     """Holds {name: value} of all that a measurement depends on, and its row does not say, against those that the rows
-    of the CSV `table` were measured with: a JSON file beside it, written while there is none. None, or what differs."""
+    of the CSV `table` were measured with: a JSON file beside it, written while there is none. Ends a script by
+    fail(text, fix) where they differ."""
     path = table.with_suffix(".settings.json")
     if not (table.exists() and path.exists()):
         path.write_text(json.dumps(settings, indent=1) + "\n")
-        return None
+        return
+    said = lambda value: "none" if value in (None, []) else " ".join(value) if isinstance(value, list) else value
     try:
         before = json.loads(path.read_text())
         changed = [name for name in settings if before[name] != settings[name]]
+        differ = "; ".join(f"{n}: {said(before[n])} then, {said(settings[n])} now" for n in changed)
     except (ValueError, KeyError, TypeError):
-        return f"{path} is not whole"
-    said = lambda value: "none" if value in (None, []) else " ".join(value) if isinstance(value, list) else value
-    return "; ".join(f"{n}: {said(before[n])} then, {said(settings[n])} now" for n in changed) or None
+        differ = f"{path} is not whole"
+    if differ:
+        fail(f"{table} was measured with other settings: {differ}", "name another OUT, or give the same settings")
 
 
 def end_quietly(main):
@@ -208,6 +211,21 @@ def end_quietly(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def dump_step(fail, command, folder):
+    """Has a command of ./train write a step to `folder`."""
+    done = subprocess.run([*command, "--dump", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"./train --dump failed: {done.stderr.strip()}", "see what ./train CONFIG says")
+
+
+def end_without_torch(doc, error):
+    """Ends a script that could not import PyTorch; its help is shown all the same."""
+    if {"-h", "--help"} & {*sys.argv}:
+        print(doc)
+    print(f"skipped: {error} (of {sys.executable})\n  fix: call it with a Python that has PyTorch")
+    sys.exit(77)
 
 
 def check_paths(fail, out, files=()):

@@ -25,14 +25,13 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from timed_run import (QUIET, ROOT, check_paths, config_data, config_read, end_quietly, gpus, has_gpu, last_line,
-                       positive)  # fmt: skip
+from timed_run import (QUIET, ROOT, check_paths, config_data, config_read, dump_step, end_quietly, end_without_torch,
+                       gpus, has_gpu, positive)  # fmt: skip
 
 try:
     import torch
@@ -41,10 +40,7 @@ try:
     from torch.nn.parallel import DistributedDataParallel
     from torch_ways import R
 except ImportError as error:
-    if {"-h", "--help"} & {*sys.argv}:
-        print(__doc__)
-    print(f"skipped: {error} (of {sys.executable})\n  fix: call it with a Python that has PyTorch")
-    sys.exit(77)
+    end_without_torch(__doc__, error)
 
 ENOUGH = {"cuda": 0.05, "cpu": 1e-5}  # of gradients from their mean: of bf16, of fp32
 WARM_UP = 11  # steps of DDP before a capture: it times its own first ten by events, which no capture may see,
@@ -108,30 +104,35 @@ def timed(training, steps):
     return statistics.median((W.steps_timed_gpu if training.peer.gpu else W.steps_timed_cpu)(training.run, steps))
 
 
+def time_ways(say, training, what, args):
+    training.run = training.step
+    for _ in range(WARM_UP if training.peer.gpu else 0):
+        training.step()
+    say(f"op by op, {what}", timed(training, args.steps))
+    if training.peer.gpu:
+        training.capture(torch.cuda.current_stream())
+        say(f"graph, {what}", timed(training, args.steps))
+        del training.graph, training.run  # and the memory that the graph holds
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def gradients_alone(training):
+    """(the mean of all processes' gradients, how far this one's are from it)"""
+    grads = training.gradients_of_dump()
+    mean = [t.clone() for t in grads]
+    for t in mean:
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
+    return mean, distance(grads, mean)
+
+
 def measure(say, training, args):
-    for what, distributed in ("alone", False), ("together", True):
-        if distributed:
-            training.distribute(args.bucket_mb)
-        training.run = training.step
-        grads = training.gradients_of_dump()
-        if distributed:
-            say("gradients", (distance(grads, mean), apart))
-        else:
-            mean = [t.clone() for t in grads]
-            for t in mean:
-                dist.all_reduce(t)
-                t /= dist.get_world_size()
-            apart = distance(grads, mean)
-        del grads
-        for _ in range(WARM_UP if training.peer.gpu else 0):
-            training.step()
-        say(f"op by op, {what}", timed(training, args.steps))
-        if training.peer.gpu:
-            training.capture(torch.cuda.current_stream())
-            say(f"graph, {what}", timed(training, args.steps))
-            del training.graph, training.run  # and the memory that the graph holds
-            gc.collect()
-            torch.cuda.empty_cache()
+    mean, apart = gradients_alone(training)
+    time_ways(say, training, "alone", args)
+    training.distribute(args.bucket_mb)
+    say("gradients", (distance(training.gradients_of_dump(), mean), apart))
+    time_ways(say, training, "together", args)
 
 
 def serve(pipe, rank, args, layers):
@@ -178,13 +179,8 @@ def dump(args):
     for assignment in [*QUIET, *sets, "train.micro_batches=1", "model.layers=1"]:
         command += ["--set", assignment]
     command += ["--tokens", str(args.tokens)] if args.tokens else []
-    done = subprocess.run([*command, "--dump", str(args.out / "dump")], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        fail(f"./train --dump failed: {last_line(done.stderr)}", "see what ./train CONFIG says")
-    micro = R.safetensors_read(args.out / "dump/micro_0.safetensors")
-    if len(set(micro["seg_len"][1:].tolist())) != 1:
-        fail("the pack's images are not all of one size", "PyTorch's model wants data.image_mode=square and captions")
-    return len(micro["row"]), layers
+    dump_step(fail, command, args.out / "dump")
+    return len(W.read_pack(fail, args.out / "dump")["row"]), layers
 
 
 def answers(pipes, until):

@@ -311,6 +311,14 @@ def time_cpu(peer, way, host, seconds):
 # ---- the same losses and gradients ----------------------------------------------------------------------------------
 
 
+def read_pack(fail, dump):
+    """The pack of a dump; ends a script by fail(text, fix) where the model has no way with it."""
+    micro = R.safetensors_read(dump / "micro_0.safetensors")
+    if len(set(micro["seg_len"][1:].tolist())) != 1:
+        fail("the pack's images are not all of one size", "PyTorch's model wants data.image_mode=square and captions")
+    return micro
+
+
 def load_params(path, s):
     """Tensors of a dump, as the model has them."""
     tensors = R.safetensors_read(path)
