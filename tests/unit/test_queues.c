@@ -584,8 +584,8 @@ static Outcome check_group(World *w, uint64_t seed, int stride) {
     assert_int_equal(want.status[s].skip, 0);
     assert_true(((Metrics *)want.metrics[s])->targets[0] == 2 * ((Metrics *)alone.metrics[s])->targets[0]);
   }
-  // Of the first step, whose weights are equal. A share's squares are those of one half, which count for both. Four times
-  // an exact sum lies otherwise in its words, so it is rounded otherwise.
+  // Of the first step, whose weights are equal. A share's squares are those of one half, which count for both. Four
+  // times an exact sum lies otherwise in its words, so it is rounded otherwise.
   double norm = want.status[0].norm, twice_alone = 2 * alone.status[0].norm;
   if (!c->parallel.zero) assert_true(fabs(norm - twice_alone) <= 1e-14 * twice_alone);
   for (int i = 0; i < 12; i += stride) {
