@@ -78,6 +78,12 @@ int64_t gradients_begin(const Model *m, const ParamBucket *b) {
   return staying(m, m->params.bucket + m->params.buckets) + b->layer % slots(m) * slot_count(m);
 }
 
+int gradients_share_arena(const Model *m) {
+  const Config *c = m->config;
+  return c->memory.share_gradients && c->memory.arena && c->train.micro_batches == 1 &&
+         c->kernels.update == UPDATE_SEQUENTIAL && m->state != STATE_GRADIENTS;
+}
+
 static TensorId gradients_at(Program *p, const Model *m, Space space, int64_t begin, int64_t count) {
   int64_t bytes = (int64_t)m->backend->dtype_bytes[DT_REAL];
   return program_external(p, space, begin * bytes, DT_REAL, count, "gradients of a bucket");

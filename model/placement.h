@@ -33,6 +33,9 @@ Space gradients_space(const Model *m);
 int64_t gradients_count(const Model *m);
 // The element of it that a bucket's gradients begin at while they are formed.
 int64_t gradients_begin(const Model *m, const ParamBucket *b);
+// Whether the gradients of a step's only micro-step may lie where its activations have lain (Program.shares_gradients):
+// where no update of the step before reads them beside its forward pass, and they do not leave.
+int gradients_share_arena(const Model *m);
 // A bucket's gradients in gradients_space, or in another space as in the slabs.
 TensorId bucket_gradients(Program *p, const Model *m, const ParamBucket *b, Space space);
 // This process's share of them there, and of the step's.

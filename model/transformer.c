@@ -139,6 +139,7 @@ ModelProgram transformer_record(const Model *model, Mode mode, int slots, int se
   r->grads = apart ? SPACE_MICRO_GRADS : SPACE_GRADS;
   Program *p = r->p = program_new(names[mode], &r->d, model->backend, r->train ? policy : NULL);
 
+  p->shares_gradients = mode == MODE_TRAIN_ONLY && gradients_share_arena(model);
   // With the average an element has 36 bytes of traffic instead of 28.
   p->update_share = c->kernels.update_share * (model->opening == OPEN_UPDATE_EMA ? 36 : 28) / 28;
   int64_t pack_bytes = (int64_t)batch_bind(&(Batch){0}, dims_batch_shape(&r->d), NULL);

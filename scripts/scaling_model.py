@@ -78,7 +78,8 @@ class Model:
     def plan(self, processes, zero=1, memory="keep"):
         """{row: bytes} and all of what --plan says."""
         command = [self.train, ROOT / f"configs/{self.name}.json", "--plan", "--device", "cuda", "--tokens", TOKENS,
-                   "--memory", memory, "--set", "memory.budget_gb=1000", "--set", f"parallel.zero={zero}"]
+                   "--memory", memory, "--set", "memory.budget_gb=1000", "--set", f"parallel.zero={zero}",
+                   "--set", "memory.share_gradients=false"]  # which memory() counts by themselves
         for key, value in self.sets:
             command += ["--set", f"{key}={value}"]
         launch = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", processes] if processes > 1 else []

@@ -40,6 +40,7 @@ typedef struct Engine {
   MemoryPolicy chosen;       // the policy; of "auto" keep where everything is kept
   const PolicyTable *given;  // a plan of before that "auto" goes by where it fits, or NULL; borrowed
   EnginePlan plan;           // how "auto" came to its plan, where something had to be chosen
+  int trains;                // it was recorded for training
   int slots, segments;       // capacities of a training pack
   ModelProgram first, later; // micro-steps; later: those of several that no other is for
   ModelProgram last;         // the last of several, where gradients leave in it

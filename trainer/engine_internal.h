@@ -6,8 +6,11 @@
 
 // Adds what a program needs of the spaces that all share.
 void engine_measure(Engine *e, const Program *p);
-// Whether a space counts against the budget. All programs share one arena and one host slab, which counts where host
-// and device memory are one.
+// Bytes at the arena's beginning where the gradients are (memory.share_gradients); 0: they have a slab of their own.
+// The one program that shares them knows when they are not needed; all others have what lies behind for their arena.
+int64_t engine_shared_gradients(const Engine *e);
+// Whether a space is memory of its own that counts against the budget. All programs share one arena and one host slab,
+// which counts where host and device memory are one.
 int engine_counts(const Engine *e, Space space);
 // The largest arena with which engine_device_bytes is within the budget.
 int64_t engine_arena_room(const Engine *e);

@@ -33,19 +33,20 @@ char *engine_memory_text(const Engine *e) {
 }
 
 // The smallest changes with which what needs too much would fit. `activations`: those bytes of it that fewer slots
-// save.
+// save, down to the gradients that lie where they have lain.
 static void name_ways_out(const Engine *e, int64_t need, int64_t activations, char *text, size_t size) {
   enum { STEP = 64 };
   const Config *c = e->config;
   const int least = 4 + c->data.max_caption + config_max_image_tokens(c); // what the config takes
   double left = (double)(e->budget - (need - activations)), share = .97 * left / (double)activations;
-  int tokens = share > 0 ? (int)(share * e->slots) / STEP * STEP : 0;
+  const double gradients = (double)engine_shared_gradients(e);
+  int tokens = share > 0 && left > gradients ? (int)(share * e->slots) / STEP * STEP : 0;
   int n = snprintf(text, size, "memory.budget_gb=%.3f is enough", ceil((double)need / 1e6) / 1e3);
   if (tokens >= least)
     n += snprintf(text + n, size - (size_t)n, ", or about --tokens %d (--tokens max finds the most)", tokens);
   else if (tokens == 0)
-    n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state alone needs %.3f GB",
-                  (double)(need - activations) / 1e9);
+    n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state%s alone needs %.3f GB",
+                  gradients > 0 ? " and gradients" : "", ((double)(need - activations) + gradients) / 1e9);
   int64_t host = engine_host_budget(e); // 0 where the state takes all that this machine has
   if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] >= 4 * host)
     n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb than %.3f may help", (double)host / 1e9);
@@ -74,10 +75,11 @@ int engine_check_budget(const Engine *e, Error *err) {
   machine_memory("", &limit);
   int given = e->config->memory.budget_gb > 0, device = !given && e->model.backend->queues;
   return error_set(err, ways,
-                   "%.3f GB are needed (%.3f GB of state, %.3f GB of activations under memory.policy %s; %s), %.3f GB "
-                   "more than the %.3f GB of memory.budget_gb%s%s",
+                   "%.3f GB are needed (%.3f GB of state, %.3f GB of activations%s under memory.policy %s; %s), %.3f "
+                   "GB more than the %.3f GB of memory.budget_gb%s%s",
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
-                   memory_policy_name[e->chosen], largest, (double)(need - budget) / 1e9, (double)budget / 1e9,
+                   engine_shared_gradients(e) ? " and gradients" : "", memory_policy_name[e->chosen], largest,
+                   (double)(need - budget) / 1e9, (double)budget / 1e9,
                    given    ? ""
                    : device ? " auto, what the device has free"
                             : " auto, four fifths of ",
@@ -121,6 +123,7 @@ static int64_t copy_bytes(const Engine *e) {
 }
 
 #define OF_HOST " of the host, not in the total"
+#define OF_ARENA " of the arena, not in the total again"
 
 // A row of the memory table; `note` is text behind it.
 static void print_row(FILE *f, const char *label, int64_t bytes, const char *note) {
@@ -135,7 +138,8 @@ void engine_print_plan(const Engine *e, FILE *f) {
   if (c->processes > 1) fprintf(f, "; each of %d processes", c->processes);
   fputc('\n', f);
   for (int s = 0; s < SPACE_COUNT; s++) {
-    if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], engine_counts(e, (Space)s) ? "" : OF_HOST);
+    const char *note = engine_counts(e, (Space)s) ? "" : engine_on_host(e, (Space)s) ? OF_HOST : OF_ARENA;
+    if (e->bytes[s]) print_row(f, space_info[s].label, e->bytes[s], note);
     if (e->bases.host_bytes[s]) print_row(f, space_info[s].label, e->bases.host_bytes[s], OF_HOST);
   }
   if (e->first.program)

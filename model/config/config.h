@@ -162,7 +162,8 @@ typedef struct Config {
     double host_gb;    // 10^9 bytes of pinned host memory, 0 = "auto": half of what the machine has left
     int per_tensors;   // how many of per_tensor[]
     TensorPolicy per_tensor[CONFIG_PER_TENSOR];
-    bool arena; // false: an allocation per tensor, so that sanitizers see every bound
+    bool share_gradients; // with the arena, in steps of one micro-batch
+    bool arena;           // false: an allocation per tensor, so that sanitizers see every bound
   } memory;
   struct {
     int adaln, moe_gemm;           // ways of computing ops, by their number among the key's words (config_ways)

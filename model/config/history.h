@@ -12,12 +12,13 @@
 //   4   flow.t_std is 1 where nothing is said (0.8 before), eval.t_end auto (1), which is the quantile .99 (.999)
 //   5   memory.state, memory.host_gb
 //   6   parallel.zero
+//   7   memory.share_gradients
 #ifndef TESSERA_CONFIG_HISTORY_H
 #define TESSERA_CONFIG_HISTORY_H
 
 #include "model/config/keys.h"
 
-enum { CONFIG_VERSION = 6 };
+enum { CONFIG_VERSION = 7 };
 
 // A key or a value that versions before `since` had.
 typedef struct FormerKey {

@@ -154,6 +154,8 @@ const Key config_keys[] = {
      "host memory that activations may be offloaded to, 10^9 bytes; auto: half of what is left"},
     {"memory.per_tensor", KEY_POLICIES, AT(memory.per_tensor), "{}", 0, 0, "keep|recompute|offload", NULL,
      "exceptions, {\"qkv\": \"offload\", ...}; an unknown name is answered with the list"},
+    {"memory.share_gradients", KEY_BOOL, AT(memory.share_gradients), "true", 0, 0, NULL, NULL,
+     "in a step of one micro-batch gradients lie where activations have lain: up to 4 bytes a parameter less"},
     {"memory.arena", KEY_BOOL, AT(memory.arena), "true", 0, 0, NULL, NULL,
      "false: an allocation per tensor, for sanitizers"},
 

@@ -12,7 +12,8 @@ typedef struct Access {
   TensorId tensor; // NO_TENSOR: the live pack
 } Access;
 enum { OP_MAX_ACCESS = OP_MAX_IN + OP_MAX_OUT + 1 };
-// Everything an op reads and writes, the live pack included; returns how many.
+// Everything an op reads and writes, the live pack included; returns how many. Gradients that share the arena are in
+// it.
 int op_access(const Program *p, const Op *op, Access access[OP_MAX_ACCESS]);
 
 // Two accesses that must not be reordered: they overlap and one of them writes.

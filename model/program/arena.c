@@ -39,14 +39,20 @@ typedef struct Placed {
   int first, last;
 } Placed;
 
+static int offset_compare(const void *pa, const void *pb) {
+  const Placed *a = pa, *b = pb;
+  return a->offset < b->offset ? -1 : a->offset > b->offset;
+}
+
 // Places candidates in the given order, each at the lowest offset where it meets none of those placed before whose
-// lifetime meets its own. `placed` [n]: room for those, sorted by offset. Returns the peak, or `most` as soon as it is
-// not below that.
-static int64_t candidates_place(Candidate *c, int n, Placed *placed, int64_t most) {
-  int64_t peak = 0;
+// lifetime meets its own. `placed`: sorted by offset, `fixed` of them before, with room for n more. Returns the peak,
+// or `most` as soon as it is not below that.
+static int64_t candidates_place(Candidate *c, int n, Placed *placed, int fixed, int64_t most) {
+  int64_t peak = fixed ? placed[fixed - 1].end : 0;
   for (int i = 0; i < n; i++) {
     int64_t at = 0;
-    for (int k = 0; k < i; k++) {
+    int there = fixed + i;
+    for (int k = 0; k < there; k++) {
       const Placed *o = &placed[k];
       if (o->offset >= at + c[i].bytes) break; // the gap before o is large enough, and all later ones lie higher
       if (o->first <= c[i].last && c[i].first <= o->last) at = max_i64(at, o->end);
@@ -54,9 +60,9 @@ static int64_t candidates_place(Candidate *c, int n, Placed *placed, int64_t mos
     c[i].offset = at;
     peak = max_i64(peak, at + c[i].bytes);
     if (peak >= most) return most;
-    int k = i;
+    int k = there;
     while (k > 0 && placed[k - 1].offset > at) k--;
-    memmove(&placed[k + 1], &placed[k], (size_t)(i - k) * sizeof *placed);
+    memmove(&placed[k + 1], &placed[k], (size_t)(there - k) * sizeof *placed);
     placed[k] = (Placed){at, at + c[i].bytes, c[i].first, c[i].last};
   }
   return peak;
@@ -95,25 +101,35 @@ static int64_t live_bound(const Candidate *c, int n, int *fullest) {
 
 int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *fullest) {
   static int (*const orders[])(const void *, const void *) = {size_compare, start_compare};
-  Candidate *c = xmalloc((size_t)n * sizeof *c);
-  Placed *placed = xmalloc((size_t)n * sizeof *placed);
+  Candidate *c = xmalloc((size_t)n * sizeof *c); // the fixed ones last
+  Placed *where = xmalloc((size_t)n * sizeof *where), *placed = xmalloc((size_t)n * sizeof *placed);
+  int movable = 0, fixed = 0;
   for (int i = 0; i < n; i++) {
-    int64_t bytes = (items[i].bytes + align - 1) / align * align;
-    c[i] = (Candidate){.bytes = bytes, .first = items[i].first, .last = items[i].last, .rank = i};
+    const ArenaItem *x = &items[i];
+    int64_t bytes = (x->bytes + align - 1) / align * align;
+    c[x->is_fixed ? n - 1 - fixed : movable] =
+        (Candidate){.bytes = bytes, .first = x->first, .last = x->last, .rank = i};
+    if (x->is_fixed)
+      where[fixed++] = (Placed){x->offset, x->offset + bytes, x->first, x->last};
+    else
+      movable++;
   }
+  if (fixed) qsort(where, (size_t)fixed, sizeof *where, offset_compare);
   int at;
   int64_t bound = live_bound(c, n, &at);
   if (live) *live = bound;
   if (fullest) *fullest = at;
   int64_t best = INT64_MAX;
   for (size_t o = 0; o < sizeof orders / sizeof *orders && best > bound; o++) {
-    if (n) qsort(c, (size_t)n, sizeof *c, orders[o]);
-    int64_t peak = candidates_place(c, n, placed, best);
+    if (movable) qsort(c, (size_t)movable, sizeof *c, orders[o]);
+    if (fixed) memcpy(placed, where, (size_t)fixed * sizeof *placed);
+    int64_t peak = candidates_place(c, movable, placed, fixed, best);
     if (peak >= best) continue;
     best = peak;
-    for (int i = 0; i < n; i++) items[c[i].rank].offset = c[i].offset;
+    for (int i = 0; i < movable; i++) items[c[i].rank].offset = c[i].offset;
   }
   free(placed);
+  free(where);
   free(c);
   return best;
 }

@@ -6,7 +6,8 @@
 typedef struct ArenaItem {
   int first, last; // inclusive op positions
   int64_t bytes;   // > 0
-  int64_t offset;  // result, multiple of `align`
+  int64_t offset;  // result, multiple of `align`; of a fixed item given
+  int is_fixed;    // lies where it does; fixed items must not overlap
 } ArenaItem;
 
 // Gives every item an offset so that no two items whose lifetimes meet overlap. Tries greedy by size and first fit by

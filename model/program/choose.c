@@ -22,12 +22,38 @@ static const double worth = .003; // of a step's seconds: what looking into anot
 
 // ---- what a plan comes to ----
 
+// Bytes alive when most activations are: near the turn from the forward to the backward pass. Where gradients share the
+// arena it may be fuller later, whatever the plan.
+static int64_t live_at_turn(const Program *p) {
+  const ProgramState *s = p->state;
+  if (!s->n_gradients) return p->live_bytes;
+  int64_t *change = xcalloc((size_t)p->n_ops + 2, sizeof *change), live = 0, most = 0;
+  int turn = 0;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (x->space != SPACE_ARENA || x->first < 0) continue;
+    change[x->first] += x->bytes;
+    change[x->last + 1] -= x->bytes;
+  }
+  for (int i = 0; i < p->n_ops; i++) {
+    live += change[i];
+    if (live <= most) continue;
+    most = live;
+    turn = i;
+  }
+  for (int g = 0; g < s->n_gradients; g++)
+    if (s->gradients[g].first <= turn) most += s->gradients[g].end - s->gradients[g].begin;
+  free(change);
+  return most;
+}
+
 PlanOutcome outcome_of(const ChooseTask *task, const PolicyTable *policy) {
   Program *p = task->record(task->model, policy);
   double *seconds = xmalloc((size_t)p->n_ops * sizeof *seconds);
   for (int i = 0; i < p->n_ops; i++)
     seconds[i] = p->state->seconds ? p->state->seconds[i] : op_seconds(task->costs, p, &p->ops[i]);
   PlanOutcome o = {.time = simulate(p, seconds, task->costs, NULL), .arena = p->arena_bytes, .host = p->host_bytes};
+  o.turn = live_at_turn(p) + p->arena_bytes - p->live_bytes; // with what its placing wastes
   free(seconds);
   program_free(p);
   return o;
@@ -131,7 +157,7 @@ static int search_copied(Search *s, double copied, double *other) {
       l.resident += .02 * (double)best_outcome(s)->arena + 1; // how much is missing
     mix_lay(s, x);
     improved |= try_plan(s);
-    double found = (double)s->plan[s->tried - 1].outcome.arena - plan_resident(s, s->item);
+    double found = (double)s->plan[s->tried - 1].outcome.turn - plan_resident(s, s->item);
     if (fabs(found - *other) < 1e-3 * (double)s->room.arena) break;
     *other = found;
   }
@@ -213,8 +239,8 @@ static int improve(Search *s, int pairs) {
 
 // ---- a bound ----
 
-// Bytes that lie in the arena at op i whatever the plan: what is no saved tensor, and what the op itself uses of layers
-// from `layer` on.
+// Bytes that lie in the arena at op i whatever the plan: what is no saved tensor, gradients that share it, and what the
+// op itself uses of layers from `layer` on.
 static double bytes_anyway(const Program *kept, int i, int layer) {
   const Op *op = &kept->ops[i];
   double sum = 0;
@@ -225,6 +251,10 @@ static double bytes_anyway(const Program *kept, int i, int layer) {
     for (int k = 0; k < OP_MAX_IN; k++) used |= op->in[k] == t && x->layer >= layer;
     for (int k = 0; k < OP_MAX_OUT; k++) used |= op->out[k] == t && x->layer >= layer;
     if (used) sum += (double)x->bytes;
+  }
+  for (int g = 0; g < kept->state->n_gradients; g++) {
+    const GradientRange *range = &kept->state->gradients[g];
+    if (range->first <= i) sum += (double)(range->end - range->begin);
   }
   return sum;
 }
@@ -307,7 +337,7 @@ static void search_room(Search *s, Start *at) {
   for (int i = 0; i < s->tried; i++)
     if (is_better(&s->room, &s->plan[i].outcome, best_outcome(s))) s->best = i;
   if (s->best == 0 && !excess(&s->room, best_outcome(s))) return;
-  if (is_first) at->other = (double)best_outcome(s)->arena - plan_resident(s, s->item);
+  if (is_first) at->other = (double)best_outcome(s)->turn - plan_resident(s, s->item);
   for (int share = 0; is_first && share <= (s->carried > 0 ? SHARES : 0); share++)
     if (search_copied(s, share * step, &at->other)) at->copied = share * step;
   if (!is_first) search_copied(s, at->copied, &at->other);

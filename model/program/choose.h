@@ -31,9 +31,8 @@ typedef struct ChooseTask {
 // What a plan comes to.
 typedef struct PlanOutcome {
   Simulation time;
-  int64_t arena, host;                 // bytes
-  int64_t kept, recomputed, offloaded; // bytes of saved tensors
-  double rebuilding;                   // seconds of ops that run again
+  int64_t arena, host; // bytes
+  int64_t turn;        // bytes of the arena that must be there when most activations are
 } PlanOutcome;
 
 typedef struct Chosen {

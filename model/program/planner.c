@@ -20,17 +20,26 @@ static int share_compare(const void *pa, const void *pb) {
   return a->bytes != b->bytes ? (a->bytes < b->bytes) - (a->bytes > b->bytes) : strcmp(a->name, b->name);
 }
 
+// Counts bytes among those of the same name.
+static void share_add(PeakShare *share, int *n, const char *name, int64_t bytes) {
+  int k = 0;
+  while (k < *n && strcmp(share[k].name, name) != 0) k++;
+  if (k == *n) share[(*n)++] = (PeakShare){.name = name};
+  share[k].count++;
+  share[k].bytes += (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+}
+
 Peak planner_peak(const Program *p) {
-  PeakShare *share = xcalloc((size_t)p->n_tensors + 1, sizeof *share);
+  PeakShare *share = xcalloc((size_t)(p->n_tensors + p->state->n_gradients) + 1, sizeof *share);
   int n = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
     if (x->space != SPACE_ARENA || x->first < 0 || x->first > p->fullest || x->last < p->fullest) continue;
-    int k = 0;
-    while (k < n && strcmp(share[k].name, x->name) != 0) k++;
-    if (k == n) share[n++] = (PeakShare){.name = x->name};
-    share[k].count++;
-    share[k].bytes += (max_i64(x->bytes, 1) + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+    share_add(share, &n, x->name, max_i64(x->bytes, 1));
+  }
+  for (int i = 0; i < p->state->n_gradients; i++) {
+    const GradientRange *g = &p->state->gradients[i];
+    if (g->first <= p->fullest) share_add(share, &n, "gradients", g->end - g->begin);
   }
   qsort(share, (size_t)n, sizeof *share, share_compare);
   Peak peak = {.n_shares = n < PEAK_SHARES ? n : PEAK_SHARES};

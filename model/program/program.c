@@ -60,6 +60,7 @@ void program_free(Program *p) {
   program_unbind(p);
   free(s->address);
   free(s->awaited);
+  free(s->gradients);
   free(s->seconds);
   free(s->marks);
   free(s->recipes);

@@ -101,6 +101,8 @@ struct Program {
   int update_share;                // multiprocessors of the update lane's ops beside the compute lane's (KernelCall)
   int use_graph;                   // replays launch a graph, captured at the first replay after program_bind
   int takes_pack;                  // its first op copies the staged pack to its place
+  int shares_gradients;            // SPACE_GRADS is the arena's beginning, of which a layer's part may hold activations
+                                   // until the first op of the layer's gradients; to be set before program_finish
   ProgramState *state;             // recorder's own: memo of rebuilt tensors, layer marks, capacities
   Batch batch;                     // live pack, bound
 };

@@ -15,6 +15,13 @@ typedef struct Revival {
   int busy;       // being rebuilt right now: a recipe that needs its own result is a bug
 } Revival;
 
+// Gradients of a layer, or of what lies outside of layers, in a shared arena: bytes [begin, end) of it, from op `first`
+// to the end.
+typedef struct GradientRange {
+  int64_t begin, end;
+  int first, layer;
+} GradientRange;
+
 // An op that rebuilds tensors in place of their producer.
 typedef struct Recipe {
   OpKind kind;
@@ -29,6 +36,8 @@ struct ProgramState {
   int n_external, cap_external;
   Recipe *recipes;
   int n_recipes, cap_recipes;
+  GradientRange *gradients; // [n_gradients] where the program shares them, by address
+  int n_gradients;
   double *seconds; // [n_ops] of each op by the policy table's costs, or NULL
   int *marks;      // op positions where program_layer changed the layer, ascending; marks[0] = 0
   int n_marks, cap_marks;

@@ -23,6 +23,11 @@ static int is_laid_out(const Tensor *x) {
   return x->first >= 0 && space_has(x->space, SPACE_LAID_OUT);
 }
 
+// Whether it lies in what is laid out: gradients may, beside the program's own.
+static int is_inside(const Program *p, const Tensor *x) {
+  return is_laid_out(x) || (p->shares_gradients && x->first >= 0 && x->space == SPACE_GRADS);
+}
+
 static void *tensor_allocate(const Program *p, const Tensor *x) {
   void *at = NULL;
   size_t bytes = (size_t)max_i64(x->bytes, 1);
@@ -40,6 +45,8 @@ static void tensors_bind(Program *p, const Bases *bases) {
   if (bases->separate) s->owned = xcalloc((size_t)p->n_tensors, sizeof *s->owned);
   s->arena = bases->separate ? NULL : bases->of[SPACE_ARENA];
   s->host = bases->separate ? NULL : bases->of[SPACE_HOST];
+  if (p->shares_gradients && (!s->arena || bases->of[SPACE_GRADS] != s->arena))
+    panic("program %s: gradients are to be the arena's beginning, and are bound elsewhere", p->name);
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
     s->address[t] = NULL;
@@ -109,12 +116,12 @@ void *program_address(const Program *p, TensorId t) {
   return s->address[t];
 }
 
-// Calls `visit` for every operand of the op that lies in the arena or the host slab.
+// Calls `visit` for every operand of the op that lies in the arena or the host slab, gradients there included.
 static void operands_visit(Program *p, const Op *op, void (*visit)(Program *, TensorId, void *), void *arg) {
   for (int i = 0; i < OP_MAX_IN; i++)
-    if (op->in[i] != NO_TENSOR && is_laid_out(&p->tensors[op->in[i]])) visit(p, op->in[i], arg);
+    if (op->in[i] != NO_TENSOR && is_inside(p, &p->tensors[op->in[i]])) visit(p, op->in[i], arg);
   for (int i = 0; i < OP_MAX_OUT; i++)
-    if (op->out[i] != NO_TENSOR && is_laid_out(&p->tensors[op->out[i]])) visit(p, op->out[i], arg);
+    if (op->out[i] != NO_TENSOR && is_inside(p, &p->tensors[op->out[i]])) visit(p, op->out[i], arg);
 }
 
 // ---- AddressSanitizer: an op may touch its operands only ----
@@ -264,7 +271,8 @@ static void user_add(Program *p, TensorId t, void *users) {
 }
 
 static void user_remove(Program *p, TensorId t, void *users) {
-  if (--((int *)users)[t] == 0 && !p->tensors[t].is_output) tensor_overwrite(p, t);
+  const Tensor *x = &p->tensors[t];
+  if (--((int *)users)[t] == 0 && !x->is_output && is_laid_out(x)) tensor_overwrite(p, t);
 }
 
 // The next op of the lane at or after position i, or n_ops.

@@ -193,13 +193,71 @@ void schedule_lifetimes(Program *p) {
   }
 }
 
+// ---- gradients in the arena ----
+
+static int gradient_compare(const void *pa, const void *pb) {
+  const GradientRange *a = pa, *b = pb;
+  return a->begin != b->begin ? (a->begin > b->begin) - (a->begin < b->begin) : (a->end > b->end) - (a->end < b->end);
+}
+
+// The op before which nothing needs a gradient's bytes: its first, unless that reads what a program before has left.
+static int gradient_begins(const Program *p, TensorId t) {
+  int first = p->tensors[t].first;
+  const Op *op = &p->ops[first];
+  for (int i = 0; i < OP_MAX_IN; i++)
+    if (op->in[i] == t) return 0;
+  for (int i = 0; i < OP_MAX_OUT; i++)
+    if (op->out[i] == t && op->acc >> i & 1) return 0;
+  return first;
+}
+
+// Whether b, which does not begin before a, overlaps it or is the next of the same layer, up to padding between
+// parameters: then they are one range, all of which begins with the earlier.
+static int is_joined(const GradientRange *a, const GradientRange *b) {
+  return b->begin < a->end || (b->layer == a->layer && b->begin <= a->end + ARENA_ALIGN);
+}
+
+static void gradients_range(Program *p) {
+  ProgramState *s = p->state;
+  if (!p->shares_gradients) return;
+  GradientRange *all = xrealloc(s->gradients, (size_t)(p->n_tensors + 1) * sizeof *all);
+  int n = 0;
+  s->gradients = all;
+  s->n_gradients = 0;
+  for (TensorId t = 0; t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    if (x->space != SPACE_GRADS || x->first < 0 || x->bytes == 0) continue;
+    int64_t begin = x->offset / ARENA_ALIGN * ARENA_ALIGN, end = x->offset + x->bytes;
+    all[n++] =
+        (GradientRange){begin, (end + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, gradient_begins(p, t), x->layer};
+  }
+  qsort(all, (size_t)n, sizeof *all, gradient_compare);
+  for (int i = 0; i < n; i++) {
+    GradientRange *last = &all[s->n_gradients - 1];
+    if (!s->n_gradients || !is_joined(last, &all[i])) {
+      all[s->n_gradients++] = all[i];
+      continue;
+    }
+    last->end = max_i64(last->end, all[i].end);
+    last->first = (int)min_i64(last->first, all[i].first);
+  }
+}
+
+// ---- places ----
+
 static int64_t space_place(Program *p, Space space, int64_t *live, int *fullest) {
-  ArenaItem *items = xmalloc((size_t)p->n_tensors * sizeof *items);
+  const ProgramState *s = p->state;
+  ArenaItem *items = xmalloc((size_t)(p->n_tensors + s->n_gradients) * sizeof *items);
   int n = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
     if (x->space != space || x->first < 0) continue;
     items[n++] = (ArenaItem){.first = x->first, .last = x->last, .bytes = max_i64(x->bytes, 1)};
+  }
+  for (int i = 0; space == SPACE_ARENA && i < s->n_gradients; i++) {
+    const GradientRange *g = &s->gradients[i];
+    items[n++] =
+        (ArenaItem){.first = g->first, .last = p->n_ops, .bytes = g->end - g->begin, .offset = g->begin, .is_fixed = 1};
   }
   int64_t peak = arena_place(items, n, ARENA_ALIGN, live, fullest);
   n = 0;
@@ -212,6 +270,7 @@ static int64_t space_place(Program *p, Space space, int64_t *live, int *fullest)
 }
 
 void schedule_place(Program *p) {
+  gradients_range(p);
   p->arena_bytes = space_place(p, SPACE_ARENA, &p->live_bytes, &p->fullest);
   p->host_bytes = space_place(p, SPACE_HOST, NULL, NULL);
 }

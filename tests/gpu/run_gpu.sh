@@ -38,10 +38,11 @@ demo() { # NAME FLAG...
 # ---- the same bits ----
 
 # However the step is run: twice; op by op; with copies in the kernels' own queue; whatever is kept, computed again or
-# offloaded; each tensor in memory of its own; whatever of the optimizer's state lies on the host.
+# offloaded; each tensor in memory of its own; whatever of the optimizer's state lies on the host; wherever the gradients
+# of a step's only micro-batch lie.
 same_bits() {
-  local steps=20 file name
-  local -A ways=([again]="" [graph_off]="--graph off" [single]="--streams single" [recompute]="--memory recompute"
+  # shellcheck disable=SC2034 # named to same_ways
+  local -A two=([again]="" [graph_off]="--graph off" [single]="--streams single" [recompute]="--memory recompute"
     [offload]="--memory offload" [offload_single]="--memory offload --streams single"
     [no_arena]="--memory offload --set memory.arena=false" [ema]="--set memory.state=ema"
     [moments]="--set memory.state=moments" [gradients]="--set memory.state=gradients"
@@ -49,14 +50,23 @@ same_bits() {
     [gradients_single]="--graph off --streams single --set memory.state=gradients"
     [pdl_off]="--set kernels.pdl=false" [pdl_graph_off]="--set kernels.pdl=false --graph off"
     [pdl_gradients]="--set kernels.pdl=false --memory offload --set memory.state=gradients")
-  local flags=(--device cuda --stop-at "$steps" --memory keep --set train.micro_batches=2 --set eval.every=0
+  # shellcheck disable=SC2034
+  local -A one=([apart]="--set memory.share_gradients=false" [shared_graph_off]="--graph off"
+    [shared_offload]="--memory offload" [shared_moments]="--memory recompute --set memory.state=moments"
+    [gradients_of_one]="--set memory.state=gradients" [no_arena_of_one]="--set memory.arena=false")
+  same_ways 2 two && same_ways 1 one
+}
+same_ways() { # MICRO_BATCHES TABLE: its rows' flags against none
+  local steps=20 file name first=first_of_$1
+  local -n ways=$2
+  local flags=(--device cuda --stop-at "$steps" --memory keep --set train.micro_batches="$1" --set eval.every=0
     --set eval.documents=0)
-  demo first "${flags[@]}" || return
+  demo "$first" "${flags[@]}" || return
   for name in "${!ways[@]}"; do
     # shellcheck disable=SC2086 # a list of flags
     demo "$name" "${flags[@]}" ${ways[$name]} || return
     for file in model ema optimizer-0x1; do
-      cmp "$work/first/ckpt-$steps/$file.safetensors" "$work/$name/ckpt-$steps/$file.safetensors" || return
+      cmp "$work/$first/ckpt-$steps/$file.safetensors" "$work/$name/ckpt-$steps/$file.safetensors" || return
     done
   done
   echo "$steps steps, $((${#ways[@]} + 1)) ways (${!ways[*]}): the same weights, EMA and moments"

@@ -623,6 +623,19 @@ def _():
     assert planned(MEMORY, "qkv")[2] == 0
 
 
+@key("memory.share_gradients")
+def _():  # in a step of one micro-batch: less memory, if not by all that gradients take, and the same steps
+    rows = lambda s: {name: int(n) for name, n in re.findall(r"^  (\S.*?) +(\d+) bytes", plan({**MEMORY, **s}), re.M)}
+    shared, apart = rows({}), rows({"memory.share_gradients": False})
+    assert 0 < apart["gradients"] == shared["gradients"] and shared["total"] < apart["total"] - 0.4 * apart["gradients"]
+    assert "of the arena, not in the total again" in plan(MEMORY)
+    many = {"train.micro_batches": 2}
+    assert rows(many)["total"] == rows({**many, "memory.share_gradients": False})["total"]
+    same = [run({"memory.share_gradients": v, "train.steps": 3, "train.ema_every": 1, "eval.every": 1}).rows
+            for v in (True, False)]
+    assert [row["loss"] for row in same[0]] == [row["loss"] for row in same[1]]
+
+
 @key("memory.arena")
 def _():  # without an arena no tensor's memory is another's as well
     sets = {**MEMORY, "model.dim": 64, "data.micro_batch_tokens": 8192}

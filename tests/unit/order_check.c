@@ -60,22 +60,35 @@ static int verify_order(const Program *p, const OpAccess *access, Error *err) {
   return rc;
 }
 
+// Gradients that share the arena are written as tensors that overlap, and read as others.
+static int is_gradient(const Program *p, const Access *a) {
+  return a->tensor != NO_TENSOR && p->tensors[a->tensor].space == SPACE_GRADS;
+}
+
+static int is_own(const Program *p, const Access *write, const Access *read) {
+  return write->tensor == read->tensor || (is_gradient(p, write) && is_gradient(p, read));
+}
+
 // In recorded order (every other legal order gives the same values once verify_order holds): the bytes that op j reads
-// as tensor t have been written by t alone since t was first written. `to` is p->n_ops for outputs read afterwards.
+// as tensor t have been written by t alone since t was first written, or since the program before it where t is a
+// gradient that is read first. `j` is p->n_ops for what is read afterwards.
 static int verify_own(const Program *p, const OpAccess *access, int j, const Access *read, Error *err) {
   if (read->space != SPACE_ARENA && read->space != SPACE_HOST) return 0;
   const char *reader = j < p->n_ops ? op_info[p->ops[j].kind].name : "the end of the program";
   int first = 0, found = 0;
   for (; first < j && !found; first += !found)
     for (int k = 0; k < access[first].n; k++)
-      found |= access[first].of[k].write && access[first].of[k].tensor == read->tensor;
-  if (!found)
+      found |= access[first].of[k].write && is_own(p, &access[first].of[k], read) &&
+               access_conflicts(&access[first].of[k], read);
+  if (!found && is_gradient(p, read))
+    first = 0;
+  else if (!found)
     return error_set(err, NULL, "program %s: op %d %s reads tensor %s, which nothing has written", p->name, j, reader,
                      access_name(p, read));
   for (int i = first; i < min_i64(j + 1, p->n_ops); i++)
     for (int k = 0; k < access[i].n; k++) {
       const Access *w = &access[i].of[k];
-      if (!w->write || w->tensor == read->tensor || !access_conflicts(w, read)) continue;
+      if (!w->write || is_own(p, w, read) || !access_conflicts(w, read)) continue;
       return error_set(err, NULL, "program %s: op %d %s reads tensor %s, whose bytes op %d %s has overwritten as %s",
                        p->name, j, reader, access_name(p, read), i, op_info[p->ops[i].kind].name, access_name(p, w));
     }
@@ -108,8 +121,9 @@ int order_check(const Program *p, Error *err) {
   }
   for (TensorId t = 0; t < p->n_tensors && !rc; t++) {
     const Tensor *x = &p->tensors[t];
-    Access end = {x->space, x->offset, x->offset + x->bytes, 1, 0, t};
-    if (x->is_output) rc = verify_own(p, access, p->n_ops, &end, err);
+    int is_shared = p->shares_gradients && x->space == SPACE_GRADS && x->first >= 0;
+    Access end = {is_shared ? SPACE_ARENA : x->space, x->offset, x->offset + x->bytes, 1, 0, t};
+    if (x->is_output || is_shared) rc = verify_own(p, access, p->n_ops, &end, err);
   }
   free(access);
   return rc;

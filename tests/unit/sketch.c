@@ -247,6 +247,10 @@ static TensorId sketch_backward(Sketch *k, int l, TensorId dx) {
 }
 
 Sketch sketch_new(uint64_t seed, const PolicyTable *policy) {
+  return sketch_sharing(seed, policy, seed % 2 == 1);
+}
+
+Sketch sketch_sharing(uint64_t seed, const PolicyTable *policy, int shares) {
   Sketch k = {.rng = {seed}, .shapes = xcalloc(MAX_SHAPES, sizeof(Shape))};
   k.layers = 1 + rng_below(&k.rng, MAX_LAYERS);
   k.accumulate = rng_chance(&k.rng, 50);
@@ -281,6 +285,7 @@ Sketch sketch_new(uint64_t seed, const PolicyTable *policy) {
   sketch_op(&k, OP_MOD_BWD, in, out, 0, -1);
   program_output(p, dx);
   program_output(p, x);
+  p->shares_gradients = shares;
   program_finish(p);
   return k;
 }
@@ -314,29 +319,42 @@ Costs random_costs(uint64_t seed) {
 Memory memory_new(const Program *p, int separate) {
   Memory m = {.pack = (int64_t)batch_bind(&(Batch){0}, dims_batch_shape(&p->dims), NULL)};
   m.bases.separate = separate;
-  int64_t bytes[SPACE_COUNT] = {
-      [SPACE_WEIGHTS] = SLAB, [SPACE_GRADS] = SLAB, [SPACE_STAGING] = m.pack, [SPACE_BATCH] = m.pack};
+  int64_t bytes[SPACE_COUNT] = {[SPACE_WEIGHTS] = SLAB,
+                                [SPACE_GRADS] = p->shares_gradients ? 0 : SLAB,
+                                [SPACE_STAGING] = m.pack,
+                                [SPACE_BATCH] = m.pack};
   if (!separate) bytes[SPACE_ARENA] = p->arena_bytes, bytes[SPACE_HOST] = p->host_bytes;
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!bytes[s]) continue;
     int rc = posix_memalign(&m.bases.of[s], 256, (size_t)bytes[s]);
     assert_int_equal(rc, 0);
   }
+  if (p->shares_gradients) m.bases.of[SPACE_GRADS] = m.bases.of[SPACE_ARENA];
   return m;
 }
 
 void memory_free(Memory *m) {
+  if (m->bases.of[SPACE_GRADS] == m->bases.of[SPACE_ARENA]) m->bases.of[SPACE_GRADS] = NULL;
   for (int s = 0; s < SPACE_COUNT; s++) free(m->bases.of[s]);
+}
+
+static int is_gradient(const Program *p, TensorId t) {
+  return p->tensors[t].space == SPACE_GRADS && p->tensors[t].first >= 0;
+}
+
+static char *gradient_at(const Program *p, const Memory *m, TensorId t) {
+  return (char *)m->bases.of[SPACE_GRADS] + p->tensors[t].offset;
 }
 
 // The same weights, pack and starting gradients for everyone; leftovers in the arena.
 static void memory_fill(const Program *p, Memory *m) {
   Rng r = {99};
   for (int i = 0; i < SLAB; i++) ((uint8_t *)m->bases.of[SPACE_WEIGHTS])[i] = (uint8_t)rng_next(&r);
-  memset(m->bases.of[SPACE_GRADS], 1, SLAB);
   memset(m->bases.of[SPACE_STAGING], 3, (size_t)m->pack);
   memset(m->bases.of[SPACE_BATCH], 9, (size_t)m->pack);
   if (m->bases.of[SPACE_ARENA]) memset(m->bases.of[SPACE_ARENA], 0xA5, (size_t)p->arena_bytes);
+  for (TensorId t = 0; t < p->n_tensors; t++)
+    if (is_gradient(p, t)) memset(gradient_at(p, m, t), 1, (size_t)p->tensors[t].bytes);
 }
 
 uint64_t program_result(Program *p, Memory *m, uint64_t order) {
@@ -345,7 +363,9 @@ uint64_t program_result(Program *p, Memory *m, uint64_t order) {
     program_replay_random(p, order);
   else
     program_replay(p, NULL);
-  uint64_t h = hash_bytes(1, m->bases.of[SPACE_GRADS], SLAB);
+  uint64_t h = 1;
+  for (TensorId t = 0; t < p->n_tensors; t++)
+    if (is_gradient(p, t)) h = hash_bytes(h, gradient_at(p, m, t), p->tensors[t].bytes);
   for (TensorId t = 0; t < p->n_tensors; t++)
     if (p->tensors[t].is_output) h = hash_bytes(h, program_address(p, t), p->tensors[t].bytes);
   return h;

@@ -17,7 +17,8 @@
 #include "tests/unit/paper_device.h"
 #include "tests/unit/sketch.h"
 
-static const char *const bytes_only[] = {"data.tokenizer=bytes"};
+// Activations alone, which have the whole arena.
+static const char *const alone[] = {"data.tokenizer=bytes", "memory.share_gradients=false"};
 
 static double cpu_seconds(void) {
   struct timespec t;
@@ -91,7 +92,7 @@ static void test_menu_is_exact(void **state) {
 static void test_keep_wins_ties(void **state) {
   (void)state;
   Paper p;
-  paper_open(&p, "configs/base.json", bytes_only, 1);
+  paper_open(&p, "configs/base.json", alone, 2);
   PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP);
   Chosen c = choose_within(&p, (double)keep.arena);
   assert_true(c.fits && c.tried == 1);
@@ -108,7 +109,7 @@ static void test_keep_wins_ties(void **state) {
 static void test_base_near_the_hand(void **state) {
   (void)state;
   Paper p;
-  paper_open(&p, "configs/base.json", bytes_only, 1);
+  paper_open(&p, "configs/base.json", alone, 2);
   PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP), recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
   static const double less[] = {4.5e9, 5.6e9}, more[] = {2.6e-3, 3.6e-3};
   for (int i = 0; i < 2; i++) {
@@ -140,7 +141,7 @@ static void test_other_sizes(void **state) {
   static const char *const files[] = {"configs/wide.json", "configs/fine.json", "configs/medium.json"};
   for (int f = 0; f < 3; f++) {
     Paper p;
-    paper_open(&p, files[f], bytes_only, 1);
+    paper_open(&p, files[f], alone, 2);
     PlanOutcome keep = paper_outcome(&p, MEMORY_KEEP), recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
     Chosen least = choose_within(&p, (double)recompute.arena);
     Chosen half = choose_within(&p, .5 * (double)(keep.arena + recompute.arena));
@@ -157,11 +158,46 @@ static void test_other_sizes(void **state) {
   }
 }
 
+// The memory in which gradients come to lie is room for activations until then: of a long micro-batch a plan that has
+// as much less for all else is hardly slower, and one in which no other fits is found.
+static void test_shared_gradients(void **state) {
+  (void)state;
+  const char *sets[] = {"data.tokenizer=bytes", "data.micro_batch_tokens=65536", "memory.share_gradients=false"};
+  Paper apart, shared;
+  paper_open(&apart, "configs/base.json", sets, 3);
+  paper_open(&shared, "configs/base.json", sets, 2);
+  double gradients = 4. * (double)shared.model.params.total;
+  PlanOutcome keep = paper_outcome(&apart, MEMORY_KEEP), beside = paper_outcome(&shared, MEMORY_KEEP);
+  print_message("keep: %.2f GB and %.2f of gradients, or %.2f\n", (double)keep.arena / 1e9, gradients / 1e9,
+                (double)beside.arena / 1e9);
+  assert_true((double)beside.arena < 1.03 * (double)keep.arena && gradients > .1 * (double)keep.arena);
+  for (int i = 1; i < 4; i++) {
+    const double room = .25 * i * (double)keep.arena + gradients; // of activations and gradients
+    Chosen a = choose_within(&apart, room - gradients), s = choose_within(&shared, room);
+    assert_true(a.fits && s.fits && s.bound <= s.outcome.time.seconds && s.outcome.time.seconds < 1.03 * s.bound);
+    assert_true(s.outcome.time.seconds <= a.outcome.time.seconds);
+    if (i < 3) assert_true(s.outcome.time.seconds < .99 * a.outcome.time.seconds);
+    policy_table_free(&a.policy);
+    policy_table_free(&s.policy);
+  }
+  // Of a short one they are all there is to be had: no plan needs much more, and recomputing saves nothing.
+  Paper brief;
+  paper_open(&brief, "configs/base.json", alone, 1);
+  PlanOutcome recompute = paper_outcome(&brief, MEMORY_RECOMPUTE);
+  assert_true((double)recompute.arena < 1.1 * gradients && (double)recompute.turn < .5 * (double)recompute.arena);
+  Chosen c = choose_within(&brief, (double)recompute.arena);
+  assert_true(c.fits && c.outcome.time.seconds < .9 * recompute.time.seconds);
+  policy_table_free(&c.policy);
+  paper_close(&brief);
+  paper_close(&shared);
+  paper_close(&apart);
+}
+
 // Without copies, and with no more of the host than it is given.
 static void test_limits_hold(void **state) {
   (void)state;
   Paper p;
-  paper_open(&p, "configs/base.json", bytes_only, 1);
+  paper_open(&p, "configs/base.json", alone, 2);
   PlanOutcome recompute = paper_outcome(&p, MEMORY_RECOMPUTE);
   p.task.rules.offload = 0;
   Chosen none = choose_within(&p, (double)recompute.arena);
@@ -197,7 +233,7 @@ static void test_limits_hold(void **state) {
 static void test_cost_table(void **state) {
   (void)state;
   Paper p;
-  paper_open(&p, "configs/base.json", bytes_only, 1);
+  paper_open(&p, "configs/base.json", alone, 2);
   PolicyTable keep = policy_table_new(p.task.layers, MEMORY_KEEP);
   Program *kept = p.task.record(p.task.model, &keep);
   Chosen c = choose_within(&p, 6e9);
@@ -234,7 +270,7 @@ static void test_cost_table(void **state) {
 static void test_small_stay(void **state) {
   (void)state;
   Paper p;
-  paper_open(&p, "configs/base.json", bytes_only, 1);
+  paper_open(&p, "configs/base.json", alone, 2);
   PolicyTable t = policy_table_new(p.task.layers, MEMORY_OFFLOAD);
   for (int small = 0; small < 2; small++) {
     t.least_copy = small ? (int64_t)70 << 20 : 1; // of x, attention, b1 and b2 each is less
@@ -263,8 +299,8 @@ static void test_small_stay(void **state) {
 static void test_takes_little_time(void **state) {
   (void)state;
   Paper p;
-  const char *sets[] = {"data.tokenizer=bytes", "model.layers=64"};
-  paper_open(&p, "configs/base.json", sets, 2);
+  const char *sets[] = {"data.tokenizer=bytes", "model.layers=64", "memory.share_gradients=false"};
+  paper_open(&p, "configs/base.json", sets, 3);
   double before = cpu_seconds();
   Chosen c = choose_within(&p, 30e9), again;
   double took = cpu_seconds() - before;
@@ -338,9 +374,9 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_menu_is_exact),      cmocka_unit_test(test_keep_wins_ties),
       cmocka_unit_test(test_base_near_the_hand), cmocka_unit_test(test_other_sizes),
-      cmocka_unit_test(test_limits_hold),        cmocka_unit_test(test_cost_table),
-      cmocka_unit_test(test_takes_little_time),  cmocka_unit_test(test_against_all_plans),
-      cmocka_unit_test(test_small_stay),
+      cmocka_unit_test(test_shared_gradients),   cmocka_unit_test(test_limits_hold),
+      cmocka_unit_test(test_cost_table),         cmocka_unit_test(test_takes_little_time),
+      cmocka_unit_test(test_against_all_plans),  cmocka_unit_test(test_small_stay),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -216,6 +216,7 @@ static const char *const other_values[] = {
     "memory.state=moments",
     "memory.host_gb=100",
     "memory.per_tensor={\"qkv\":\"keep\",\"x\":\"offload\"}",
+    "memory.share_gradients=false",
     "memory.arena=false",
     "kernels.packing=padded",
     "kernels.adaln=unfused",
@@ -381,16 +382,16 @@ static void versions(void **state) {
       {"{\"train\": {\"steps\": 3}, \"tessera\": 1}", NULL, 1},
       {"{\"tessera\": 2}", NULL, 2},
       {"{\"tessera\": 6}", NULL, 6},
-      {"{\"tessera\": 0}", "config.json:1: tessera must be an integer from 1 to 6", 0},
-      {"{\"tessera\": 1.5}", "tessera must be an integer from 1 to 6", 0},
-      {"{\"tessera\": \"2\"}", "tessera must be an integer from 1 to 6", 0},
-      {"{\"tessera\": null}", "tessera must be an integer from 1 to 6", 0},
+      {"{\"tessera\": 0}", "config.json:1: tessera must be an integer from 1 to 7", 0},
+      {"{\"tessera\": 1.5}", "tessera must be an integer from 1 to 7", 0},
+      {"{\"tessera\": \"2\"}", "tessera must be an integer from 1 to 7", 0},
+      {"{\"tessera\": null}", "tessera must be an integer from 1 to 7", 0},
       // Said before the keys that only the newer version knows.
-      {"{\"train\": {\"stepz\": 3},\n\"tessera\": 7}",
-       "config.json:2: tessera = 7: this config is of a newer version than this program, which knows 1 to 6", 0},
+      {"{\"train\": {\"stepz\": 3},\n\"tessera\": 8}",
+       "config.json:2: tessera = 8: this config is of a newer version than this program, which knows 1 to 7", 0},
       {"{\"model\": {\"tessera\": 2}}", "unknown key model.tessera", 0},
   };
-  assert_int_equal(CONFIG_VERSION, 6); // the cases above name it
+  assert_int_equal(CONFIG_VERSION, 7); // the cases above name it
   Config c;
   Error err;
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -413,7 +414,7 @@ static void older_config_lacks_keys(void **state) {
   char *text = config_to_json(&c);
   if (load_text(&c, text, &err)) fail_msg("%s", err.text);
   assert_null(config_new_keys(&c)); // of this version
-  static const char *const gone[] = {"\"tessera\": 6,", "\"max_bad\": 100,", ",\n    \"on_error\": \"stop\""};
+  static const char *const gone[] = {"\"tessera\": 7,", "\"max_bad\": 100,", ",\n    \"on_error\": \"stop\""};
   for (int i = 0; i < 3; i++) { // blanked out, as if they had never been
     char *at = strstr(text, gone[i]);
     assert_non_null(at);

@@ -160,6 +160,62 @@ static void test_hidden_by_the_rest(void **state) {
   engine_free(&e);
 }
 
+// Gradients that lie where activations have lain leave room for as much of the state, which then need not be on the
+// host; and what passes through the update there lies beside them.
+static void test_shared_gradients(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  int less_away = 0;
+  open_config(&c, 0);
+  for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
+    double gb[2];
+    for (int shares = 0; shares < 2; shares++) {
+      c.memory.share_gradients = shares;
+      gb[shares] = needs(&b, &c, MEMORY_KEEP, s);
+    }
+    Engine e;
+    record(&e, &b, &c, MEMORY_KEEP, s, 1e3, NULL);
+    const int64_t gradients = engine_shared_gradients(&e);
+    assert_int_equal(gradients > 0, s < STATE_GRADIENTS); // which leave in the backward pass
+    assert_true(gradients == 0 || (gradients == e.bytes[SPACE_GRADS] && !engine_counts(&e, SPACE_GRADS)));
+    assert_true(gb[1] <= gb[0] - .6e-9 * (double)gradients && gb[1] >= gb[0] - 1e-9 * (double)gradients);
+    const Program *beside[] = {e.update, e.update_ema, e.ema_in, e.forward[e.n_forward - 1].m.program};
+    for (size_t i = 0; i < sizeof beside / sizeof *beside; i++)
+      assert_true(gradients + beside[i]->arena_bytes <= e.bytes[SPACE_ARENA]);
+    engine_free(&e);
+  }
+  // Nor where an update beside the next forward pass reads them, where others add to them, or without an arena.
+  for (int i = 0; i < 3; i++) {
+    Engine e;
+    open_config(&c, 0);
+    c.kernels.update = i == 0 ? UPDATE_OVERLAPPED : UPDATE_SEQUENTIAL;
+    c.train.micro_batches = i == 1 ? 2 : 1;
+    c.memory.arena = i != 2;
+    record(&e, &b, &c, MEMORY_KEEP, STATE_DEVICE, 1e3, NULL);
+    assert_true(engine_shared_gradients(&e) == 0 && engine_counts(&e, SPACE_GRADS));
+    assert_false(e.first.program->shares_gradients);
+    engine_free(&e);
+  }
+  open_config(&c, 0);
+  double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS);
+  for (int i = 1; i < 5; i++) {
+    double away[2], seconds[2];
+    for (int shares = 0; shares < 2; shares++) {
+      Engine e;
+      c.memory.share_gradients = shares;
+      record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, least + .2 * i * (most - least), NULL);
+      assert_true(engine_device_bytes(&e) <= e.budget);
+      away[shares] = (double)engine_state_on_host(&e);
+      seconds[shares] = seconds_of(&e);
+      engine_free(&e);
+    }
+    assert_true(away[1] <= away[0] && seconds[1] < 1.002 * seconds[0]);
+    less_away += away[1] < away[0] && seconds[1] < .95 * seconds[0];
+  }
+  assert_true(less_away > 1);
+}
+
 static size_t much_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
   (void)kind, (void)dims, (void)args;
   return 3 << 28;
@@ -255,8 +311,13 @@ static void test_takes_little_time(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_best_of_places),    cmocka_unit_test(test_rooms), cmocka_unit_test(test_hidden_by_the_rest),
-      cmocka_unit_test(test_scratch),           cmocka_unit_test(test_given), cmocka_unit_test(test_no_room_anywhere),
+      cmocka_unit_test(test_best_of_places),
+      cmocka_unit_test(test_rooms),
+      cmocka_unit_test(test_hidden_by_the_rest),
+      cmocka_unit_test(test_shared_gradients),
+      cmocka_unit_test(test_scratch),
+      cmocka_unit_test(test_given),
+      cmocka_unit_test(test_no_room_anywhere),
       cmocka_unit_test(test_takes_little_time),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -38,8 +38,30 @@ static void tensor_uses(const Program *p, TensorId t, int *first, int *last) {
   }
 }
 
+static int is_disjoint(const Tensor *x, const Tensor *y) {
+  return x->offset + x->bytes <= y->offset || y->offset + y->bytes <= x->offset;
+}
+
+// A gradient's bytes are its own from its first op on, from the beginning where that adds to them. The end of all.
+static int64_t check_shared_gradients(const Program *p, const Tensor *x, int first) {
+  for (int k = 0; k < OP_MAX_OUT; k++)
+    if (p->ops[first].acc >> k & 1 && &p->tensors[p->ops[first].out[k]] == x) first = 0;
+  for (TensorId u = 0; u < p->n_tensors; u++) {
+    const Tensor *y = &p->tensors[u];
+    if (y->space == SPACE_ARENA && y->first >= 0 && y->last >= first) assert_true(is_disjoint(x, y));
+  }
+  return x->offset + x->bytes;
+}
+
 static void check_layout(const Program *p) {
   int64_t top[SPACE_COUNT] = {0};
+  for (TensorId t = 0; p->shares_gradients && t < p->n_tensors; t++) {
+    const Tensor *x = &p->tensors[t];
+    int first, last;
+    tensor_uses(p, t, &first, &last);
+    if (x->space == SPACE_GRADS && first >= 0)
+      top[SPACE_ARENA] = max_i64(top[SPACE_ARENA], (check_shared_gradients(p, x, first) + 255) / 256 * 256);
+  }
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
     if (x->space != SPACE_ARENA && x->space != SPACE_HOST) continue;
@@ -53,7 +75,7 @@ static void check_layout(const Program *p) {
     for (TensorId u = 0; u < t; u++) {
       const Tensor *y = &p->tensors[u];
       if (y->space != x->space || y->first < 0 || y->first > x->last || x->first > y->last) continue;
-      assert_true(x->offset + x->bytes <= y->offset || y->offset + y->bytes <= x->offset);
+      assert_true(is_disjoint(x, y));
     }
   }
   assert_int_equal(top[SPACE_ARENA], p->arena_bytes);
@@ -148,7 +170,7 @@ static void test_separate_allocations_give_the_same_bits(void **state) {
   (void)state;
   for (uint64_t seed = 200; seed < 230; seed++) {
     PolicyTable policy = random_policy(seed);
-    Sketch k = sketch_new(seed, &policy);
+    Sketch k = sketch_sharing(seed, &policy, 0);
     uint64_t expected = sketch_result(&k, 0, 0);
     assert_true(sketch_result(&k, 1, 0) == expected);
     assert_true(sketch_result(&k, 1, seed) == expected);
@@ -156,6 +178,43 @@ static void test_separate_allocations_give_the_same_bits(void **state) {
     sketch_free(&k);
     policy_table_free(&policy);
   }
+}
+
+// Whether an activation lies where gradients come to lie.
+static int uses_gradients_room(const Program *p) {
+  for (TensorId g = 0; g < p->n_tensors; g++)
+    for (TensorId t = 0; p->tensors[g].space == SPACE_GRADS && t < p->n_tensors; t++)
+      if (p->tensors[t].space == SPACE_ARENA && p->tensors[t].first >= 0 &&
+          !is_disjoint(&p->tensors[t], &p->tensors[g]))
+        return 1;
+  return 0;
+}
+
+// Where gradients share the arena there are the same bits and never more memory than with a slab of their own; what
+// adds to gradients of before finds them.
+static void test_shared_gradients(void **state) {
+  (void)state;
+  int used = 0, added = 0;
+  for (uint64_t seed = 400; seed < 460; seed++) {
+    PolicyTable policy = random_policy(seed);
+    Sketch apart = sketch_sharing(seed, &policy, 0), shared = sketch_sharing(seed, &policy, 1);
+    Program *p = shared.p;
+    Memory m = memory_new(p, 0);
+    program_bind(p, &m.bases);
+    uint64_t expected = sketch_result(&apart, 0, 0);
+    for (uint64_t order = 0; order < 6; order++) assert_true(program_result(p, &m, order) == expected);
+    assert_true(p->arena_bytes <= apart.p->arena_bytes + (shared.grads + 255) / 256 * 256);
+    used += uses_gradients_room(p);
+    added += shared.accumulate;
+    if (shared.accumulate) assert_false(uses_gradients_room(p));
+    memory_free(&m);
+    sketch_free(&apart);
+    sketch_free(&shared);
+    policy_table_free(&policy);
+  }
+  print_message("activations lay where gradients were to come in %d of 60 programs, %d of which add to them\n", used,
+                added);
+  assert_true(used > 15 && added > 15);
 }
 
 static void test_missing_wait_is_caught(void **state) {
@@ -602,6 +661,7 @@ int main(void) {
     cmocka_unit_test(test_policies_give_the_same_bits),
     cmocka_unit_test(test_clocks_give_the_same_bits),
     cmocka_unit_test(test_separate_allocations_give_the_same_bits),
+    cmocka_unit_test(test_shared_gradients),
     cmocka_unit_test(test_missing_wait_is_caught),
     cmocka_unit_test(test_early_free_is_caught),
     cmocka_unit_test(test_reloads_move_one_layer_earlier),

@@ -101,14 +101,16 @@ static void measure(World *w, Engine *e) {
   const Extents extents = {.text = 3, .image = 4, .segments = 1, .targets = 2, .pairs = 20};
   int is_chosen = e->chosen == MEMORY_AUTO, one_queue = e->first.program->one_queue;
   PolicyTable policy = policy_table_new(w->c.config.model.layers, MEMORY_RECOMPUTE);
-  ModelProgram m = transformer_record(&e->model, MODE_TRAIN_MIDDLE, e->slots, e->segments, &policy);
+  const Program *later = e->later.program; // there are several micro-steps
+  ModelProgram m =
+      transformer_record(&e->model, later ? MODE_TRAIN_MIDDLE : MODE_TRAIN_ONLY, e->slots, e->segments, &policy);
   int timed = measure_train(e, w->pack[1], &extents, 0);
   if (!e->model.backend->queues) {
     assert_int_equal(timed, 0);
   } else {
-    assert_true(timed >= 2 && e->costs.extents.pairs == extents.pairs);
+    assert_true(timed >= 1 + (later != NULL) && e->costs.extents.pairs == extents.pairs);
     assert_int_equal(e->first.program->one_queue, one_queue); // copies are in their lanes again
-    assert_true(measure_has(&e->costs, e->first.program) && measure_has(&e->costs, e->later.program));
+    assert_true(measure_has(&e->costs, e->first.program) && (!later || measure_has(&e->costs, later)));
     assert_true(is_chosen == (w->c.config.memory.policy == MEMORY_AUTO));
     assert_true(!is_chosen || measure_has(&e->costs, m.program));
     assert_false(measure_has(&e->costs, e->update));
@@ -116,7 +118,7 @@ static void measure(World *w, Engine *e) {
     int64_t captures = queued_cpu_counts().captures;
     assert_int_equal(measure_train(e, w->pack[1], &extents, 0), 0); // all is known
     assert_int_equal(queued_cpu_counts().captures, captures);
-    assert_true(measure_train(e, w->pack[1], &extents, 1) >= 2);
+    assert_true(measure_train(e, w->pack[1], &extents, 1) >= 1 + (later != NULL));
   }
   program_free(m.program);
   policy_table_free(&policy);
@@ -211,7 +213,7 @@ static Outcome run(World *w, const Backend *backend, int profiled) {
       engine_begin_step(&e);
       o.elapsed -= device_time();
     }
-    for (int m = 0; m < MICRO; m++) {
+    for (int m = 0; m < c->train.micro_batches; m++) {
       const ModelProgram *p = engine_micro_step(&e, m);
       OpTime *times = step == profiled ? xcalloc((size_t)p->program->n_ops, sizeof *times) : NULL;
       memcpy(given[n % 2], w->pack[step * MICRO + m], w->pack_bytes);
@@ -317,6 +319,42 @@ static double needs(World *w, MemoryPolicy policy) {
   double bytes = (double)engine_device_bytes(&e);
   engine_free(&e);
   return bytes / 1e9;
+}
+
+// Where the gradients of a step's only micro-batch lie changes no bit, nor what an evaluation with the EMA finds, for
+// which the weights are laid aside among them; and it takes less memory.
+static void test_shared_gradients(void **state) {
+  (void)state;
+  int chosen = 0;
+  for (int v = 0; v < VARIANTS; v++) {
+    World w;
+    world_open(&w, 70 + (uint64_t)v, v);
+    Config *c = &w.c.config;
+    c->train.micro_batches = 1;
+    c->memory.policy = MEMORY_KEEP;
+    Outcome want = run(&w, &backend_cpu, -1);
+    double apart = needs(&w, MEMORY_KEEP), least = needs(&w, MEMORY_RECOMPUTE);
+    c->memory.share_gradients = true;
+    double most = needs(&w, MEMORY_KEEP), smallest = needs(&w, MEMORY_RECOMPUTE);
+    assert_true(most < apart && smallest < least);
+    for (int i = -1; i < 12; i++) { // -1: on the CPU's own backend
+      int chooses = i % 4 == 3 && smallest < most;
+      chosen += chooses;
+      c->memory.policy = chooses ? MEMORY_AUTO : memory_policies[(i + 3) % 3];
+      c->memory.budget_gb = chooses ? .5 * (most + smallest) : 0;
+      c->memory.state = i < 6 || chooses ? STATE_DEVICE : (MemoryState)(STATE_EMA + i % 2);
+      c->kernels.graph = i / 3 % 2;
+      c->kernels.streams = i < 9 ? STREAMS_MULTI : STREAMS_SINGLE;
+      w.measured = i % 4 > 1;
+      if (i >= 0) queued_cpu_start((uint64_t)(800 + 20 * v + i), FAULT_NONE);
+      Outcome got = run(&w, i < 0 ? &backend_cpu : &backend_queued_cpu, i == 4 ? 2 : -1);
+      if (!outcomes_equal(&got, &want)) fail_msg("variant %d, order %d: other bits", v, i);
+      outcome_free(&got);
+    }
+    outcome_free(&want);
+    world_close(&w);
+  }
+  assert_true(chosen > 0);
 }
 
 // Ops that are timed before the first step leave nothing behind. In the smallest budget of four layers their gradients
@@ -616,6 +654,8 @@ static void test_group(void **state) {
       World w;
       world_open(&w, 60 + (uint64_t)v, v);
       w.c.config.parallel.zero = zero;
+      if (v == 1) w.c.config.train.micro_batches = 1; // whose gradients share the arena
+      w.c.config.memory.share_gradients = true;
       of[zero] = check_group(&w, (uint64_t)(700 + 20 * v), v ? 5 : 1);
       world_close(&w);
     }
@@ -696,10 +736,10 @@ static void test_host_slab(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_measured),
-                                     cmocka_unit_test(test_state_on_host), cmocka_unit_test(test_state_auto),
-                                     cmocka_unit_test(test_units),         cmocka_unit_test(test_captured),
-                                     cmocka_unit_test(test_faults_show),   cmocka_unit_test(test_slab_writer),
-                                     cmocka_unit_test(test_group),         cmocka_unit_test(test_host_slab)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_measured),    cmocka_unit_test(test_state_on_host),
+      cmocka_unit_test(test_state_auto),  cmocka_unit_test(test_units),       cmocka_unit_test(test_captured),
+      cmocka_unit_test(test_faults_show), cmocka_unit_test(test_slab_writer), cmocka_unit_test(test_shared_gradients),
+      cmocka_unit_test(test_group),       cmocka_unit_test(test_host_slab)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
