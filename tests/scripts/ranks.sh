@@ -125,7 +125,7 @@ planned() { # LABEL PROCESSES FLAG...: bytes of a slab in one of them
   local label=$1 n=$2
   shift 2
   "${launch[@]}" -np "$n" "$train" "${flags[@]}" --plan "$@" 2>"$dir/log" |
-    awk -v label="  $label " 'index($0, label) == 1 { print substr($0, 27) + 0 }'
+    awk -v label="  $label " 'index($0, label) == 1 && / bytes / { print substr($0, 27) + 0 }'
 }
 # Rates of collectives are measured once, by all, and kept beside the run for later starts and plans of as many processes.
 grep -q '^collectives of 2 processes: .* (measured in' "$dir/log" && fail "rates of a run that went on: measured again"
