@@ -40,7 +40,7 @@ int64_t engine_host_budget(const Engine *e) {
 }
 
 void engine_measure(Engine *e, const Program *p) {
-  int64_t before = p->shares_gradients ? 0 : engine_shared_gradients(e);
+  int64_t before = p->shares_gradients ? 0 : engine_gradients_in_arena(e);
   e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], before + p->arena_bytes);
   e->bytes[SPACE_HOST] = max_i64(e->bytes[SPACE_HOST], p->host_bytes);
   e->bytes[SPACE_SCRATCH] = max_i64(e->bytes[SPACE_SCRATCH], p->scratch_bytes);
@@ -63,12 +63,12 @@ int engine_on_host(const Engine *e, Space space) {
   return e->model.backend->queues && space_has(space, SPACE_ON_HOST);
 }
 
-int64_t engine_shared_gradients(const Engine *e) {
+int64_t engine_gradients_in_arena(const Engine *e) {
   return e->trains && gradients_share_arena(&e->model) ? e->bytes[SPACE_GRADS] : 0;
 }
 
 int engine_counts(const Engine *e, Space space) {
-  return !engine_on_host(e, space) && !(space == SPACE_GRADS && engine_shared_gradients(e));
+  return !engine_on_host(e, space) && !(space == SPACE_GRADS && engine_gradients_in_arena(e));
 }
 
 static int64_t units_of(const Engine *e, int64_t bytes) {
@@ -151,7 +151,7 @@ static void bind(Engine *e, Program *p) {
   p->use_graph = e->config->kernels.graph && engine_captures(e, p);
   Bases bases = e->bases;
   if (!p->shares_gradients && bases.of[SPACE_ARENA])
-    bases.of[SPACE_ARENA] = (char *)bases.of[SPACE_ARENA] + engine_shared_gradients(e);
+    bases.of[SPACE_ARENA] = (char *)bases.of[SPACE_ARENA] + engine_gradients_in_arena(e);
   program_bind(p, &bases);
 }
 
@@ -251,7 +251,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
   name_idle_queues(e);
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (!e->bytes[s] || (space_has((Space)s, SPACE_LAID_OUT) && !e->config->memory.arena)) continue;
-    if (s == SPACE_GRADS && engine_shared_gradients(e)) continue;
+    if (s == SPACE_GRADS && engine_gradients_in_arena(e)) continue;
     if (pinned_last(e, (Space)s)) {
       later = 1;
       continue;
@@ -281,7 +281,7 @@ int engine_allocate_begin(Engine *e, Error *err) {
 void engine_bind(Engine *e) {
   const Queues *q = e->model.backend->queues;
   e->bases.separate = !e->config->memory.arena;
-  if (engine_shared_gradients(e)) e->bases.of[SPACE_GRADS] = e->bases.of[SPACE_ARENA];
+  if (engine_gradients_in_arena(e)) e->bases.of[SPACE_GRADS] = e->bases.of[SPACE_ARENA];
   if (q && q->overlap) q->overlap(e->config->kernels.pdl);
   bind(e, e->first.program);
   bind(e, e->later.program);
@@ -327,7 +327,7 @@ void engine_free(Engine *e) {
   engine_free_train_programs(e);
   engine_free_state_programs(e);
   for (int i = 0; i < e->n_forward; i++) program_free(e->forward[i].m.program);
-  if (engine_shared_gradients(e)) e->bases.of[SPACE_GRADS] = NULL;
+  if (engine_gradients_in_arena(e)) e->bases.of[SPACE_GRADS] = NULL;
   for (int s = 0; s < SPACE_COUNT; s++) {
     if (e->bases.of[s]) engine_space_release(e, (Space)s);
     if (e->bases.host[s]) e->model.backend->host_release(e->bases.host[s]);

@@ -6,9 +6,9 @@
 
 // Adds what a program needs of the spaces that all share.
 void engine_measure(Engine *e, const Program *p);
-// Bytes at the arena's beginning where the gradients are (memory.share_gradients); 0: they have a slab of their own.
-// The one program that shares them knows when they are not needed; all others have what lies behind for their arena.
-int64_t engine_shared_gradients(const Engine *e);
+// Bytes at the arena's beginning where the gradients are (memory.share_gradients), behind which all programs but the
+// step's have their arena; 0: they have a slab of their own.
+int64_t engine_gradients_in_arena(const Engine *e);
 // Whether a space is memory of its own that counts against the budget. All programs share one arena and one host slab,
 // which counts where host and device memory are one.
 int engine_counts(const Engine *e, Space space);

@@ -33,20 +33,21 @@ char *engine_memory_text(const Engine *e) {
 }
 
 // The smallest changes with which what needs too much would fit. `activations`: those bytes of it that fewer slots
-// save, down to the gradients that lie where they have lain.
+// save, as long as gradients that share them still have room.
 static void name_ways_out(const Engine *e, int64_t need, int64_t activations, char *text, size_t size) {
   enum { STEP = 64 };
   const Config *c = e->config;
   const int least = 4 + c->data.max_caption + config_max_image_tokens(c); // what the config takes
   double left = (double)(e->budget - (need - activations)), share = .97 * left / (double)activations;
-  const double gradients = (double)engine_shared_gradients(e);
+  const double gradients = (double)engine_gradients_in_arena(e);
   int tokens = share > 0 && left > gradients ? (int)(share * e->slots) / STEP * STEP : 0;
   int n = snprintf(text, size, "memory.budget_gb=%.3f is enough", ceil((double)need / 1e6) / 1e3);
   if (tokens >= least)
     n += snprintf(text + n, size - (size_t)n, ", or about --tokens %d (--tokens max finds the most)", tokens);
   else if (tokens == 0)
-    n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state%s alone needs %.3f GB",
-                  gradients > 0 ? " and gradients" : "", ((double)(need - activations) + gradients) / 1e9);
+    n += snprintf(text + n, size - (size_t)n, "; no --tokens is, for state %s %.3f GB",
+                  gradients > 0 ? "and gradients alone need" : "alone needs",
+                  ((double)(need - activations) + gradients) / 1e9);
   int64_t host = engine_host_budget(e); // 0 where the state takes all that this machine has
   if (engine_on_host(e, SPACE_HOST) && e->chosen == MEMORY_AUTO && 5 * e->bytes[SPACE_HOST] >= 4 * host)
     n += snprintf(text + n, size - (size_t)n, "; more of memory.host_gb than %.3f may help", (double)host / 1e9);
@@ -78,7 +79,7 @@ int engine_check_budget(const Engine *e, Error *err) {
                    "%.3f GB are needed (%.3f GB of state, %.3f GB of activations%s under memory.policy %s; %s), %.3f "
                    "GB more than the %.3f GB of memory.budget_gb%s%s",
                    (double)need / 1e9, (double)(need - activations) / 1e9, (double)activations / 1e9,
-                   engine_shared_gradients(e) ? " and gradients" : "", memory_policy_name[e->chosen], largest,
+                   engine_gradients_in_arena(e) ? " and gradients" : "", memory_policy_name[e->chosen], largest,
                    (double)(need - budget) / 1e9, (double)budget / 1e9,
                    given    ? ""
                    : device ? " auto, what the device has free"

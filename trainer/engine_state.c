@@ -96,7 +96,7 @@ void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUN
   e->model.state = place.state;
   e->model.kept = place.kept;
   set_state_bytes(e, train);
-  e->bytes[SPACE_ARENA] += engine_shared_gradients(e);
+  e->bytes[SPACE_ARENA] += engine_gradients_in_arena(e);
   if (has_ema) {
     e->ema_in = ema_record(&e->model, 1);
     e->ema_out = ema_record(&e->model, 0);
@@ -171,7 +171,7 @@ static void list_place(Engine *e, PlaceList *list, Place place, int64_t arena, d
   room.seconds = seconds;
   int64_t left = list->memory - engine_state_on_host(e);
   if (place.state > STATE_DEVICE && place.state < STATE_GRADIENTS && engine_chooses_state(e)) {
-    if (room.arena < engine_shared_gradients(e) + arena || left < 0) return;
+    if (room.arena < engine_gradients_in_arena(e) + arena || left < 0) return;
     room.host = min_i64(room.host, left);
   }
   list->place = xrealloc(list->place, (size_t)(list->n + 1) * sizeof *list->place);

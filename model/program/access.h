@@ -12,8 +12,8 @@ typedef struct Access {
   TensorId tensor; // NO_TENSOR: the live pack
 } Access;
 enum { OP_MAX_ACCESS = OP_MAX_IN + OP_MAX_OUT + 1 };
-// Everything an op reads and writes, the live pack included; returns how many. Gradients that share the arena are in
-// it.
+// Everything an op reads and writes, the live pack included; returns how many. Of gradients that share the arena the
+// space is the arena.
 int op_access(const Program *p, const Op *op, Access access[OP_MAX_ACCESS]);
 
 // Two accesses that must not be reordered: they overlap and one of them writes.

@@ -45,14 +45,14 @@ static int offset_compare(const void *pa, const void *pb) {
 }
 
 // Places candidates in the given order, each at the lowest offset where it meets none of those placed before whose
-// lifetime meets its own. `placed`: sorted by offset, `fixed` of them before, with room for n more. Returns the peak,
-// or `most` as soon as it is not below that.
+// lifetime meets its own. `placed`: the `fixed` items at first, with room for n more, always sorted by offset. Returns
+// the peak, or `most` as soon as it is not below that.
 static int64_t candidates_place(Candidate *c, int n, Placed *placed, int fixed, int64_t most) {
   int64_t peak = fixed ? placed[fixed - 1].end : 0;
   for (int i = 0; i < n; i++) {
     int64_t at = 0;
-    int there = fixed + i;
-    for (int k = 0; k < there; k++) {
+    int n_placed = fixed + i;
+    for (int k = 0; k < n_placed; k++) {
       const Placed *o = &placed[k];
       if (o->offset >= at + c[i].bytes) break; // the gap before o is large enough, and all later ones lie higher
       if (o->first <= c[i].last && c[i].first <= o->last) at = max_i64(at, o->end);
@@ -60,9 +60,9 @@ static int64_t candidates_place(Candidate *c, int n, Placed *placed, int fixed, 
     c[i].offset = at;
     peak = max_i64(peak, at + c[i].bytes);
     if (peak >= most) return most;
-    int k = there;
+    int k = n_placed;
     while (k > 0 && placed[k - 1].offset > at) k--;
-    memmove(&placed[k + 1], &placed[k], (size_t)(there - k) * sizeof *placed);
+    memmove(&placed[k + 1], &placed[k], (size_t)(n_placed - k) * sizeof *placed);
     placed[k] = (Placed){at, at + c[i].bytes, c[i].first, c[i].last};
   }
   return peak;
@@ -101,8 +101,8 @@ static int64_t live_bound(const Candidate *c, int n, int *fullest) {
 
 int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *fullest) {
   static int (*const orders[])(const void *, const void *) = {size_compare, start_compare};
-  Candidate *c = xmalloc((size_t)n * sizeof *c); // the fixed ones last
-  Placed *where = xmalloc((size_t)n * sizeof *where), *placed = xmalloc((size_t)n * sizeof *placed);
+  Candidate *c = xmalloc((size_t)n * sizeof *c); // the fixed ones last, which only live_bound looks at
+  Placed *given = xmalloc((size_t)n * sizeof *given), *placed = xmalloc((size_t)n * sizeof *placed);
   int movable = 0, fixed = 0;
   for (int i = 0; i < n; i++) {
     const ArenaItem *x = &items[i];
@@ -110,11 +110,11 @@ int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *
     c[x->is_fixed ? n - 1 - fixed : movable] =
         (Candidate){.bytes = bytes, .first = x->first, .last = x->last, .rank = i};
     if (x->is_fixed)
-      where[fixed++] = (Placed){x->offset, x->offset + bytes, x->first, x->last};
+      given[fixed++] = (Placed){x->offset, x->offset + bytes, x->first, x->last};
     else
       movable++;
   }
-  if (fixed) qsort(where, (size_t)fixed, sizeof *where, offset_compare);
+  if (fixed) qsort(given, (size_t)fixed, sizeof *given, offset_compare);
   int at;
   int64_t bound = live_bound(c, n, &at);
   if (live) *live = bound;
@@ -122,14 +122,14 @@ int64_t arena_place(ArenaItem *items, int n, int64_t align, int64_t *live, int *
   int64_t best = INT64_MAX;
   for (size_t o = 0; o < sizeof orders / sizeof *orders && best > bound; o++) {
     if (movable) qsort(c, (size_t)movable, sizeof *c, orders[o]);
-    if (fixed) memcpy(placed, where, (size_t)fixed * sizeof *placed);
+    if (fixed) memcpy(placed, given, (size_t)fixed * sizeof *placed);
     int64_t peak = candidates_place(c, movable, placed, fixed, best);
     if (peak >= best) continue;
     best = peak;
     for (int i = 0; i < movable; i++) items[c[i].rank].offset = c[i].offset;
   }
   free(placed);
-  free(where);
+  free(given);
   free(c);
   return best;
 }

@@ -22,8 +22,8 @@ static const double worth = .003; // of a step's seconds: what looking into anot
 
 // ---- what a plan comes to ----
 
-// Bytes alive when most activations are: near the turn from the forward to the backward pass. Where gradients share the
-// arena it may be fuller later, whatever the plan.
+// Bytes alive when most activations are: at the turn from the forward to the backward pass. Where gradients share the
+// arena it may be fuller towards the end, by bytes that no plan changes.
 static int64_t live_at_turn(const Program *p) {
   const ProgramState *s = p->state;
   if (!s->n_gradients) return p->live_bytes;

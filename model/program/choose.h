@@ -32,7 +32,7 @@ typedef struct ChooseTask {
 typedef struct PlanOutcome {
   Simulation time;
   int64_t arena, host; // bytes
-  int64_t turn;        // bytes of the arena that must be there when most activations are
+  int64_t turn;        // bytes of the arena in use when most activations are alive
 } PlanOutcome;
 
 typedef struct Chosen {

@@ -23,7 +23,7 @@ static int is_laid_out(const Tensor *x) {
   return x->first >= 0 && space_has(x->space, SPACE_LAID_OUT);
 }
 
-// Whether it lies in what is laid out: gradients may, beside the program's own.
+// Whether it lies in the arena or the host slab: what is laid out, and gradients that share the arena.
 static int is_inside(const Program *p, const Tensor *x) {
   return is_laid_out(x) || (p->shares_gradients && x->first >= 0 && x->space == SPACE_GRADS);
 }
@@ -116,7 +116,7 @@ void *program_address(const Program *p, TensorId t) {
   return s->address[t];
 }
 
-// Calls `visit` for every operand of the op that lies in the arena or the host slab, gradients there included.
+// Calls `visit` for every operand of the op that lies in the arena or the host slab.
 static void operands_visit(Program *p, const Op *op, void (*visit)(Program *, TensorId, void *), void *arg) {
   for (int i = 0; i < OP_MAX_IN; i++)
     if (op->in[i] != NO_TENSOR && is_inside(p, &p->tensors[op->in[i]])) visit(p, op->in[i], arg);

@@ -200,24 +200,37 @@ static int gradient_compare(const void *pa, const void *pb) {
   return a->begin != b->begin ? (a->begin > b->begin) - (a->begin < b->begin) : (a->end > b->end) - (a->end < b->end);
 }
 
-// The op before which nothing needs a gradient's bytes: its first, unless that reads what a program before has left.
-static int gradient_begins(const Program *p, TensorId t) {
-  int first = p->tensors[t].first;
-  const Op *op = &p->ops[first];
+// Whether a tensor's first op reads it.
+static int is_read_first(const Program *p, TensorId t) {
+  const Op *op = &p->ops[p->tensors[t].first];
   for (int i = 0; i < OP_MAX_IN; i++)
-    if (op->in[i] == t) return 0;
+    if (op->in[i] == t) return 1;
   for (int i = 0; i < OP_MAX_OUT; i++)
-    if (op->out[i] == t && op->acc >> i & 1) return 0;
-  return first;
+    if (op->out[i] == t && op->acc >> i & 1) return 1;
+  return 0;
 }
 
-// Whether b, which does not begin before a, overlaps it or is the next of the same layer, up to padding between
-// parameters: then they are one range, all of which begins with the earlier.
+// The op before which nothing needs a gradient's bytes: its first, unless that reads what a program before has left.
+// The gradients of a bucket are read as a whole where processes sum them, after ops have written them one by one.
+static int gradient_begins(const Program *p, TensorId t) {
+  const Tensor *x = &p->tensors[t];
+  int left = is_read_first(p, t);
+  for (TensorId u = 0; left && u < p->n_tensors; u++) {
+    const Tensor *y = &p->tensors[u];
+    int overlaps = y->space == SPACE_GRADS && y->offset < x->offset + x->bytes && x->offset < y->offset + y->bytes;
+    if (overlaps && y->first >= 0 && y->first < x->first) left = 0;
+  }
+  return left ? 0 : x->first;
+}
+
+// Whether b, which does not lie below a, overlaps it or, but for padding between parameters, is the next of the same
+// layer: then they are one range, needed from the earlier of their first ops on.
 static int is_joined(const GradientRange *a, const GradientRange *b) {
   return b->begin < a->end || (b->layer == a->layer && b->begin <= a->end + ARENA_ALIGN);
 }
 
-static void gradients_range(Program *p) {
+// Finds the ranges of the gradients that share the arena.
+static void gradient_ranges(Program *p) {
   ProgramState *s = p->state;
   if (!p->shares_gradients) return;
   GradientRange *all = xrealloc(s->gradients, (size_t)(p->n_tensors + 1) * sizeof *all);
@@ -270,7 +283,7 @@ static int64_t space_place(Program *p, Space space, int64_t *live, int *fullest)
 }
 
 void schedule_place(Program *p) {
-  gradients_range(p);
+  gradient_ranges(p);
   p->arena_bytes = space_place(p, SPACE_ARENA, &p->live_bytes, &p->fullest);
   p->host_bytes = space_place(p, SPACE_HOST, NULL, NULL);
 }

@@ -45,7 +45,7 @@ typedef struct Sketch {
 } Sketch;
 
 // The program of a seed under a policy table of MAX_LAYERS layers (NULL: keep everything). Everything but the policy's
-// effects is the seed's. Of an odd one gradients share the arena.
+// effects is the seed's. Where it is odd, gradients share the arena.
 Sketch sketch_new(uint64_t seed, const PolicyTable *policy);
 // The same where it is said whether they do.
 Sketch sketch_sharing(uint64_t seed, const PolicyTable *policy, int shares);

@@ -77,7 +77,7 @@ static uint64_t gradients(World *w) {
 static void check_plans(int shares_gradients) {
   World w;
   Error err;
-  world_open(&w, 50, !shares_gradients); // where those are shared, of a model with larger activations
+  world_open(&w, 50, !shares_gradients); // where gradients share the arena, a model with larger activations
   w.c.config.memory.share_gradients = shares_gradients;
   int64_t keep = bytes_under(&w, MEMORY_KEEP), recompute = bytes_under(&w, MEMORY_RECOMPUTE);
   int64_t between = (keep + recompute) / 2;

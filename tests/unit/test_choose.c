@@ -158,8 +158,8 @@ static void test_other_sizes(void **state) {
   }
 }
 
-// The memory in which gradients come to lie is room for activations until then: of a long micro-batch a plan that has
-// as much less for all else is hardly slower, and one in which no other fits is found.
+// The memory in which gradients come to lie is room for activations until then: in as much memory as with gradients
+// apart a long micro-batch takes no longer, and less long where most must be recomputed or offloaded.
 static void test_shared_gradients(void **state) {
   (void)state;
   const char *sets[] = {"data.tokenizer=bytes", "data.micro_batch_tokens=65536", "memory.share_gradients=false"};
@@ -180,7 +180,7 @@ static void test_shared_gradients(void **state) {
     policy_table_free(&a.policy);
     policy_table_free(&s.policy);
   }
-  // Of a short one they are all there is to be had: no plan needs much more, and recomputing saves nothing.
+  // Of a short one they are most of the arena even where all is recomputed: in as much memory a plan keeps nearly all.
   Paper brief;
   paper_open(&brief, "configs/base.json", alone, 1);
   PlanOutcome recompute = paper_outcome(&brief, MEMORY_RECOMPUTE);

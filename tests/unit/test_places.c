@@ -167,6 +167,7 @@ static void test_shared_gradients(void **state) {
   const Backend b = paper_device();
   static Config c;
   int less_away = 0;
+  int64_t parameters = 0;
   open_config(&c, 0);
   for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
     double gb[2];
@@ -176,7 +177,7 @@ static void test_shared_gradients(void **state) {
     }
     Engine e;
     record(&e, &b, &c, MEMORY_KEEP, s, 1e3, NULL);
-    const int64_t gradients = engine_shared_gradients(&e);
+    const int64_t gradients = engine_gradients_in_arena(&e);
     assert_int_equal(gradients > 0, s < STATE_GRADIENTS); // which leave in the backward pass
     assert_true(gradients == 0 || (gradients == e.bytes[SPACE_GRADS] && !engine_counts(&e, SPACE_GRADS)));
     assert_true(gb[1] <= gb[0] - .6e-9 * (double)gradients && gb[1] >= gb[0] - 1e-9 * (double)gradients);
@@ -193,9 +194,22 @@ static void test_shared_gradients(void **state) {
     c.train.micro_batches = i == 1 ? 2 : 1;
     c.memory.arena = i != 2;
     record(&e, &b, &c, MEMORY_KEEP, STATE_DEVICE, 1e3, NULL);
-    assert_true(engine_shared_gradients(&e) == 0 && engine_counts(&e, SPACE_GRADS));
+    assert_true(engine_gradients_in_arena(&e) == 0 && engine_counts(&e, SPACE_GRADS));
     assert_false(e.first.program->shares_gradients);
+    parameters = e.model.params.total;
     engine_free(&e);
+  }
+  open_config(&c, 0);
+  // Processes sum the gradients of a bucket where its ops have written them.
+  for (int zero = 0; zero < 3; zero++) {
+    double gb[2];
+    c.processes = 2;
+    c.parallel.zero = zero;
+    for (int shares = 0; shares < 2; shares++) {
+      c.memory.share_gradients = shares;
+      gb[shares] = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE);
+    }
+    assert_true(gb[1] <= gb[0] - .6e-9 * 4 * (double)parameters / (zero < 2 ? 1 : 2));
   }
   open_config(&c, 0);
   double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS);

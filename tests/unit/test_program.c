@@ -42,7 +42,7 @@ static int is_disjoint(const Tensor *x, const Tensor *y) {
   return x->offset + x->bytes <= y->offset || y->offset + y->bytes <= x->offset;
 }
 
-// A gradient's bytes are its own from its first op on, from the beginning where that adds to them. The end of all.
+// A gradient's bytes are its own from its first op on, from the beginning where that adds to them. Returns their end.
 static int64_t check_shared_gradients(const Program *p, const Tensor *x, int first) {
   for (int k = 0; k < OP_MAX_OUT; k++)
     if (p->ops[first].acc >> k & 1 && &p->tensors[p->ops[first].out[k]] == x) first = 0;
