@@ -89,17 +89,21 @@ static int write_pack(const Engine *e, const ModelProgram *m, const Batch *b, co
   return bad;
 }
 
+// Of the parameters' elements: between them there may be anything.
 static double gradient_norm(const Engine *e) {
-  const Backend *b = e->model.backend;
-  int64_t n = e->model.params.total;
-  char *g = xmalloc((size_t)n * b->dtype_bytes[DT_REAL]);
+  const ParamTable *p = &e->model.params;
+  size_t element = e->model.backend->dtype_bytes[DT_REAL];
+  char *host = xmalloc((size_t)p->total * element);
   double sum = 0;
-  engine_slab_read(e, SPACE_GRADS, g);
-  for (int64_t i = 0; i < n; i++) {
-    double v = b->dtype_bytes[DT_REAL] == sizeof(double) ? ((double *)(void *)g)[i] : (double)((float *)(void *)g)[i];
-    sum += v * v;
+  engine_slab_read(e, SPACE_GRADS, host);
+  for (int i = 0; i < p->n; i++) {
+    const void *at = host + (size_t)p->of[i].offset * element;
+    for (int64_t k = 0; k < p->of[i].count; k++) {
+      double v = element == sizeof(double) ? ((const double *)at)[k] : (double)((const float *)at)[k];
+      sum += v * v;
+    }
   }
-  free(g);
+  free(host);
   return sqrt(sum);
 }
 

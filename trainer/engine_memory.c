@@ -33,14 +33,15 @@ char *engine_memory_text(const Engine *e) {
 }
 
 // The smallest changes with which what needs too much would fit. `activations`: those bytes of it that fewer slots
-// save, as long as gradients that share them still have room.
+// save, down to the gradients that lie where they have lain. What is needed is the most of many sums, each of which
+// falls on a line of its own as slots get fewer: it lies nowhere above the line from here to there.
 static void name_ways_out(const Engine *e, int64_t need, int64_t activations, char *text, size_t size) {
   enum { STEP = 64 };
   const Config *c = e->config;
   const int least = 4 + c->data.max_caption + config_max_image_tokens(c); // what the config takes
-  double left = (double)(e->budget - (need - activations)), share = .97 * left / (double)activations;
   const double gradients = (double)engine_gradients_in_arena(e);
-  int tokens = share > 0 && left > gradients ? (int)(share * e->slots) / STEP * STEP : 0;
+  double left = (double)(e->budget - (need - activations)) - gradients, above = (double)activations - gradients;
+  int tokens = left > 0 ? (int)(.97 * left / above * e->slots) / STEP * STEP : 0;
   int n = snprintf(text, size, "memory.budget_gb=%.3f is enough", ceil((double)need / 1e6) / 1e3);
   if (tokens >= least)
     n += snprintf(text + n, size - (size_t)n, ", or about --tokens %d (--tokens max finds the most)", tokens);

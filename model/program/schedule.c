@@ -195,32 +195,30 @@ void schedule_lifetimes(Program *p) {
 
 // ---- gradients in the arena ----
 
+// Of those at one address the one that is there first, which says the layer.
 static int gradient_compare(const void *pa, const void *pb) {
   const GradientRange *a = pa, *b = pb;
-  return a->begin != b->begin ? (a->begin > b->begin) - (a->begin < b->begin) : (a->end > b->end) - (a->end < b->end);
+  return a->begin != b->begin ? (a->begin > b->begin) - (a->begin < b->begin) : a->first - b->first;
 }
 
-// Whether a tensor's first op reads it.
-static int is_read_first(const Program *p, TensorId t) {
+static int reads_first(const Program *p, TensorId t) {
   const Op *op = &p->ops[p->tensors[t].first];
-  for (int i = 0; i < OP_MAX_IN; i++)
-    if (op->in[i] == t) return 1;
-  for (int i = 0; i < OP_MAX_OUT; i++)
-    if (op->out[i] == t && op->acc >> i & 1) return 1;
-  return 0;
+  int reads = 0;
+  for (int i = 0; i < OP_MAX_IN; i++) reads |= op->in[i] == t;
+  for (int i = 0; i < OP_MAX_OUT; i++) reads |= op->out[i] == t && op->acc >> i & 1;
+  return reads;
 }
 
 // The op before which nothing needs a gradient's bytes: its first, unless that reads what a program before has left.
-// The gradients of a bucket are read as a whole where processes sum them, after ops have written them one by one.
-static int gradient_begins(const Program *p, TensorId t) {
+// Processes sum gradients of many parameters as one: what that reads this program has written, less what lies between.
+static int gradient_begins(const Program *p, const TensorId *gradient, int n, TensorId t) {
   const Tensor *x = &p->tensors[t];
-  int left = is_read_first(p, t);
-  for (TensorId u = 0; left && u < p->n_tensors; u++) {
-    const Tensor *y = &p->tensors[u];
-    int overlaps = y->space == SPACE_GRADS && y->offset < x->offset + x->bytes && x->offset < y->offset + y->bytes;
-    if (overlaps && y->first >= 0 && y->first < x->first) left = 0;
+  int finds = !reads_first(p, t);
+  for (int i = 0; i < n && !finds; i++) {
+    const Tensor *y = &p->tensors[gradient[i]];
+    finds = y->first < x->first && y->offset < x->offset + x->bytes && x->offset < y->offset + y->bytes;
   }
-  return left ? 0 : x->first;
+  return finds ? x->first : 0;
 }
 
 // Whether b, which does not lie below a, overlaps it or, but for padding between parameters, is the next of the same
@@ -234,16 +232,21 @@ static void gradient_ranges(Program *p) {
   ProgramState *s = p->state;
   if (!p->shares_gradients) return;
   GradientRange *all = xrealloc(s->gradients, (size_t)(p->n_tensors + 1) * sizeof *all);
+  TensorId *gradient = xmalloc((size_t)(p->n_tensors + 1) * sizeof *gradient);
   int n = 0;
   s->gradients = all;
   s->n_gradients = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
     const Tensor *x = &p->tensors[t];
-    if (x->space != SPACE_GRADS || x->first < 0 || x->bytes == 0) continue;
-    int64_t begin = x->offset / ARENA_ALIGN * ARENA_ALIGN, end = x->offset + x->bytes;
-    all[n++] =
-        (GradientRange){begin, (end + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN, gradient_begins(p, t), x->layer};
+    if (x->space == SPACE_GRADS && x->first >= 0 && x->bytes > 0) gradient[n++] = t;
   }
+  for (int i = 0; i < n; i++) {
+    const Tensor *x = &p->tensors[gradient[i]];
+    int64_t begin = x->offset / ARENA_ALIGN * ARENA_ALIGN, end = x->offset + x->bytes;
+    all[i] = (GradientRange){begin, (end + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN,
+                             gradient_begins(p, gradient, n, gradient[i]), x->layer};
+  }
+  free(gradient);
   qsort(all, (size_t)n, sizeof *all, gradient_compare);
   for (int i = 0; i < n; i++) {
     GradientRange *last = &all[s->n_gradients - 1];

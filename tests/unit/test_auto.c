@@ -25,6 +25,13 @@ typedef struct World {
   Engine e;
 } World;
 
+static int64_t allocated; // bytes of the device
+
+static void *counted_alloc(size_t bytes) {
+  allocated += (int64_t)bytes;
+  return backend_queued_cpu.alloc(bytes);
+}
+
 static void world_open(World *w, uint64_t seed, int variant) {
   memset(w, 0, sizeof *w);
   model_case_init(&w->c, seed, variant);
@@ -32,6 +39,7 @@ static void world_open(World *w, uint64_t seed, int variant) {
   w->c.config.memory.host_gb = 1;
   w->c.config.memory.state = STATE_DEVICE; // what it makes room for is tests/unit/test_places.c's
   w->backend = backend_queued_cpu;
+  w->backend.alloc = counted_alloc;
   // A GPU's, a thousandth of it, and a launch that is short beside.
   w->backend.assumed = (DeviceRates){4e7, 4e9, 0};
   w->backend.assumed_link = (LinkRates){5e7, 5e7, 5e7, 5e7, 0};
@@ -55,9 +63,12 @@ static int64_t bytes_under(World *w, MemoryPolicy policy) {
   return bytes;
 }
 
+// Allocates what is said to be needed, to the byte.
 static void allocate(World *w) {
   Error err;
+  allocated = 0;
   if (engine_allocate(&w->e, &err) != 0) fail_msg("%s", err.text);
+  assert_int_equal(allocated, engine_device_bytes(&w->e));
   int64_t n = w->e.model.params.total;
   SlabWriter *writer = slab_writer_open(&w->e, n, &err);
   slab_writer_put(writer, SPACE_WEIGHTS, 0, n, w->c.bases.of[SPACE_WEIGHTS]);

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -14,6 +15,7 @@
 #include "model/config/load.h"
 #include "model/program/expected.h"
 #include "model/program/policy.h"
+#include "tests/unit/order_check.h"
 #include "tests/unit/paper_device.h"
 #include "trainer/engine_internal.h"
 #include "trainer/predict.h"
@@ -160,6 +162,17 @@ static void test_hidden_by_the_rest(void **state) {
   engine_free(&e);
 }
 
+// Every program but the step's own has its arena behind them.
+static void check_behind_gradients(const Engine *e) {
+  const Program *beside[] = {e->update, e->update_ema, e->ema_in, e->ema_out};
+  for (size_t i = 0; i < sizeof beside / sizeof *beside; i++)
+    assert_true(engine_gradients_in_arena(e) + beside[i]->arena_bytes <= e->bytes[SPACE_ARENA]);
+  for (int i = 0; i < e->n_forward; i++) {
+    const Program *p = e->forward[i].m.program; // weights may be laid aside there meanwhile
+    assert_true(!p->shares_gradients && engine_gradients_in_arena(e) + p->arena_bytes <= e->bytes[SPACE_ARENA]);
+  }
+}
+
 // Gradients that lie where activations have lain leave room for as much of the state, which then need not be on the
 // host; and what passes through the update there lies beside them.
 static void test_shared_gradients(void **state) {
@@ -167,7 +180,6 @@ static void test_shared_gradients(void **state) {
   const Backend b = paper_device();
   static Config c;
   int less_away = 0;
-  int64_t parameters = 0;
   open_config(&c, 0);
   for (MemoryState s = STATE_DEVICE; s <= STATE_GRADIENTS; s++) {
     double gb[2];
@@ -181,35 +193,16 @@ static void test_shared_gradients(void **state) {
     assert_int_equal(gradients > 0, s < STATE_GRADIENTS); // which leave in the backward pass
     assert_true(gradients == 0 || (gradients == e.bytes[SPACE_GRADS] && !engine_counts(&e, SPACE_GRADS)));
     assert_true(gb[1] <= gb[0] - .6e-9 * (double)gradients && gb[1] >= gb[0] - 1e-9 * (double)gradients);
-    const Program *beside[] = {e.update, e.update_ema, e.ema_in, e.forward[e.n_forward - 1].m.program};
-    for (size_t i = 0; i < sizeof beside / sizeof *beside; i++)
-      assert_true(gradients + beside[i]->arena_bytes <= e.bytes[SPACE_ARENA]);
+    check_behind_gradients(&e);
     engine_free(&e);
   }
-  // Nor where an update beside the next forward pass reads them, where others add to them, or without an arena.
-  for (int i = 0; i < 3; i++) {
+  // Be there ever so few activations.
+  for (int tokens = 512; tokens <= 4096; tokens *= 2) {
     Engine e;
-    open_config(&c, 0);
-    c.kernels.update = i == 0 ? UPDATE_OVERLAPPED : UPDATE_SEQUENTIAL;
-    c.train.micro_batches = i == 1 ? 2 : 1;
-    c.memory.arena = i != 2;
-    record(&e, &b, &c, MEMORY_KEEP, STATE_DEVICE, 1e3, NULL);
-    assert_true(engine_gradients_in_arena(&e) == 0 && engine_counts(&e, SPACE_GRADS));
-    assert_false(e.first.program->shares_gradients);
-    parameters = e.model.params.total;
+    c.data.micro_batch_tokens = tokens;
+    record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_DEVICE, 1e3, NULL);
+    check_behind_gradients(&e);
     engine_free(&e);
-  }
-  open_config(&c, 0);
-  // Processes sum the gradients of a bucket where its ops have written them.
-  for (int zero = 0; zero < 3; zero++) {
-    double gb[2];
-    c.processes = 2;
-    c.parallel.zero = zero;
-    for (int shares = 0; shares < 2; shares++) {
-      c.memory.share_gradients = shares;
-      gb[shares] = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE);
-    }
-    assert_true(gb[1] <= gb[0] - .6e-9 * 4 * (double)parameters / (zero < 2 ? 1 : 2));
   }
   open_config(&c, 0);
   double most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE), least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS);
@@ -228,6 +221,92 @@ static void test_shared_gradients(void **state) {
     less_away += away[1] < away[0] && seconds[1] < .95 * seconds[0];
   }
   assert_true(less_away > 1);
+}
+
+// As much is saved where processes sum them, bucket by bucket, or share them out.
+static void test_sharing_processes(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  open_config(&c, 0);
+  for (c.parallel.zero = 0; c.parallel.zero < 3; c.parallel.zero++) {
+    double gb[2];
+    c.processes = 2;
+    for (int shares = 0; shares < 2; shares++) {
+      c.memory.share_gradients = shares;
+      gb[shares] = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE);
+    }
+    Engine e;
+    record(&e, &b, &c, MEMORY_KEEP, STATE_DEVICE, 1e3, NULL);
+    assert_true(gb[1] <= gb[0] - .6e-9 * (double)engine_gradients_in_arena(&e));
+    engine_free(&e);
+  }
+  // Sums are of what lies between parameters and behind them too, where nothing else may then.
+  static const char *const odd[] = {"data.tokenizer=bytes", "model.dim=24", "model.head_dim=10", "model.cond_dim=12"};
+  Error err;
+  for (int zero = 0; zero < 3; zero++) {
+    Engine e;
+    assert_int_equal(config_load(&c, "configs/demo.json", odd, 4, &err), 0);
+    c.processes = 5;
+    c.parallel.zero = zero;
+    record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_DEVICE, 1e3, NULL);
+    assert_true(e.first.program->shares_gradients);
+    if (order_check(e.first.program, &err) != 0) fail_msg("zero %d: %s", zero, err.text);
+    engine_free(&e);
+  }
+}
+
+// Gradients have a slab of their own where an update beside the next forward pass reads them, where those of several
+// micro-batches add up, and without an arena.
+static void test_not_shared(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  for (int i = 0; i < 3; i++) {
+    Engine e;
+    open_config(&c, 0);
+    c.kernels.update = i == 0 ? UPDATE_OVERLAPPED : UPDATE_SEQUENTIAL;
+    c.train.micro_batches = i == 1 ? 2 : 1;
+    c.memory.arena = i != 2;
+    record(&e, &b, &c, MEMORY_KEEP, STATE_DEVICE, 1e3, NULL);
+    assert_true(engine_gradients_in_arena(&e) == 0 && engine_counts(&e, SPACE_GRADS));
+    assert_false(e.first.program->shares_gradients);
+    engine_free(&e);
+  }
+}
+
+// With as many tokens as are named where memory is short it is enough, be what fills the arena gradients or not.
+static void test_ways_out(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  for (int i = 0; i < 8; i++) {
+    static Config c;
+    Engine e;
+    Error err;
+    int tokens = 0;
+    open_config(&c, 0);
+    c.memory.share_gradients = i % 2;
+    record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_DEVICE, 1e3, NULL);
+    double need = (double)engine_device_bytes(&e),
+           save = (double)(e.bytes[SPACE_ARENA] - engine_gradients_in_arena(&e));
+    engine_free(&e);
+    const double budget = 1e-9 * (need - (.1 + .2 * (i / 2)) * save);
+    record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_DEVICE, budget, NULL);
+    assert_int_equal(engine_check_budget(&e, &err), -1);
+    engine_free(&e);
+    assert_true((strstr(err.text, " GB of activations and gradients under ") != NULL) == i % 2);
+    const char *at = strstr(err.hint, "about --tokens ");
+    assert_true(at && sscanf(at, "about --tokens %d", &tokens) == 1 && tokens < c.data.micro_batch_tokens);
+    c.data.micro_batch_tokens = tokens;
+    record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_DEVICE, budget, NULL);
+    if (engine_check_budget(&e, &err) != 0) fail_msg("%d tokens: %s", tokens, err.text);
+    engine_free(&e);
+    record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_DEVICE, 1e-9 * (need - 1.2 * save), NULL);
+    assert_int_equal(engine_check_budget(&e, &err), -1);
+    assert_non_null(strstr(err.hint, i % 2 ? "no --tokens is, for state and gradients alone need "
+                                           : "no --tokens is, for state alone needs "));
+    engine_free(&e);
+  }
 }
 
 static size_t much_scratch(OpKind kind, const Dims *dims, const OpArgs *args) {
@@ -329,6 +408,9 @@ int main(void) {
       cmocka_unit_test(test_rooms),
       cmocka_unit_test(test_hidden_by_the_rest),
       cmocka_unit_test(test_shared_gradients),
+      cmocka_unit_test(test_sharing_processes),
+      cmocka_unit_test(test_not_shared),
+      cmocka_unit_test(test_ways_out),
       cmocka_unit_test(test_scratch),
       cmocka_unit_test(test_given),
       cmocka_unit_test(test_no_room_anywhere),
