@@ -39,9 +39,12 @@ int64_t engine_host_budget(const Engine *e) {
   return given > 0 ? (int64_t)(given * 1e9) : max_i64(0, e->host_left / ranks_on_host() - engine_state_on_host(e)) / 2;
 }
 
+int64_t engine_arena_need(const Engine *e, const Program *p) {
+  return p->arena_bytes + (p->shares_gradients ? 0 : engine_gradients_in_arena(e));
+}
+
 void engine_measure(Engine *e, const Program *p) {
-  int64_t before = p->shares_gradients ? 0 : engine_gradients_in_arena(e);
-  e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], before + p->arena_bytes);
+  e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], engine_arena_need(e, p));
   e->bytes[SPACE_HOST] = max_i64(e->bytes[SPACE_HOST], p->host_bytes);
   e->bytes[SPACE_SCRATCH] = max_i64(e->bytes[SPACE_SCRATCH], p->scratch_bytes);
 }

@@ -9,6 +9,8 @@ void engine_measure(Engine *e, const Program *p);
 // Bytes at the arena's beginning where the gradients are (memory.share_gradients), behind which all programs but the
 // step's have their arena; 0: they have a slab of their own.
 int64_t engine_gradients_in_arena(const Engine *e);
+// Bytes of the arena with which a program can run.
+int64_t engine_arena_need(const Engine *e, const Program *p);
 // Whether a space is memory of its own that counts against the budget. All programs share one arena and one host slab,
 // which counts where host and device memory are one.
 int engine_counts(const Engine *e, Space space);

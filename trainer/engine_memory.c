@@ -18,7 +18,7 @@ static void name_largest(const Engine *e, char *text, size_t size) {
   const Program *all[ENGINE_FORWARD_PROGRAMS + 3] = {e->first.program, e->later.program, e->last.program};
   for (int i = 0; i < e->n_forward; i++) all[3 + i] = e->forward[i].m.program;
   for (int i = 0; i < e->n_forward + 3; i++)
-    if (all[i] && (!fullest || all[i]->arena_bytes > fullest->arena_bytes)) fullest = all[i];
+    if (all[i] && (!fullest || engine_arena_need(e, all[i]) > engine_arena_need(e, fullest))) fullest = all[i];
   Peak peak = planner_peak(fullest);
   snprintf(text, size, "the largest: %d x %s, %.3f GB", peak.share[0].count, peak.share[0].name,
            (double)peak.share[0].bytes / 1e9);

@@ -144,7 +144,7 @@ static void cut_updates(Engine *e, int64_t part) {
   for (int ema = 0; ema < 2; ema++) {
     program_free(*updates[ema]);
     *updates[ema] = update_record(&e->model, ema);
-    e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], (*updates[ema])->arena_bytes);
+    e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], engine_arena_need(e, *updates[ema]));
   }
 }
 
