@@ -82,6 +82,7 @@ MEMORY = {
     "recompute": ["--memory", "recompute"],
     "planned, tight": ["--set", "memory.budget_gb={tight}"],
     "tight, one stream": ["--set", "memory.budget_gb={tight}", "--streams", "single"],
+    "tight, gradients apart": ["--set", "memory.budget_gb={tight}", "--set", "memory.share_gradients=false"],
     "planned, half way": ["--set", "memory.budget_gb={half}"],
     "offload": ["--memory", "offload"],
 }
@@ -125,7 +126,8 @@ def parts_of(is_gpu, has_modality):
     memory = [Comparison("planned in recompute's memory", "planned, tight", "recompute", "bits"),
               Comparison("planned, half way to keep", "planned, half way", "recompute", "bits"),
               Comparison("offload of everything", "offload", "recompute", "bits"),
-              Comparison("streams for transfers", "planned, tight", "tight, one stream", "bits")]  # fmt: skip
+              Comparison("streams for transfers", "planned, tight", "tight, one stream", "bits"),
+              Comparison("gradients in the arena", "planned, tight", "tight, gradients apart", "bits")]  # fmt: skip
     rungs = list(LADDER)
     ladder = [Comparison(b, b, a, "other" if "varlen" in b else "bits" if "memory" in b else "rounding")
               for a, b in zip(rungs, rungs[1:])]  # fmt: skip
@@ -136,10 +138,10 @@ def parts_of(is_gpu, has_modality):
              Comparison("the largest batch, planned", "most, planned", "T, keep", "other")]  # fmt: skip
     step = [Comparison("launches that overlap", "everything", "launches apart", "bits"),
             Comparison("update in the forward pass", "update in the forward pass", "everything", "bits")]  # fmt: skip
-    if not is_gpu:  # the CPU has one way of each op, no queues and no graphs
+    if not is_gpu:  # the CPU has one way of each op, no queues, no graphs and no other memory for what does not fit
         step = []
         switches = [c for c in switches if c.has_not in ("recompute", "padded", "everything")]
-        memory = [c for c in memory if "stream" not in c.has_not]
+        memory = [c for c in memory if not c.has_not.startswith("tight, ")]
         ladder = [c for c in ladder if "GEMM" not in c.technique]
         ladder[1].has_not = "+ planned memory"
     elif not has_modality:
