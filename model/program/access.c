@@ -3,8 +3,7 @@
 static void access_add(const Program *p, Access *access, int *n, TensorId t, int read, int write) {
   if (t == NO_TENSOR) return;
   const Tensor *x = &p->tensors[t];
-  Space space = x->space == SPACE_GRADS && p->shares_gradients ? SPACE_ARENA : x->space;
-  access[(*n)++] = (Access){space, x->offset, x->offset + x->bytes, read, write, t};
+  access[(*n)++] = (Access){tensor_space(p, x), x->offset, x->offset + x->bytes, read, write, t};
 }
 
 int op_access(const Program *p, const Op *op, Access access[OP_MAX_ACCESS]) {

@@ -22,11 +22,20 @@ static const double worth = .003; // of a step's seconds: what looking into anot
 
 // ---- what a plan comes to ----
 
+// Bytes of the gradients that share the arena and are there at op i.
+static int64_t gradients_alive(const Program *p, int i) {
+  int64_t sum = 0;
+  for (int k = 0; k < p->state->n_gradients; k++) {
+    const GradientRange *g = &p->state->gradients[k];
+    if (g->first <= i) sum += g->end - g->begin;
+  }
+  return sum;
+}
+
 // Bytes alive when most activations are: at the turn from the forward to the backward pass. Where gradients share the
 // arena it may be fuller towards the end, by bytes that no plan changes.
 static int64_t live_at_turn(const Program *p) {
-  const ProgramState *s = p->state;
-  if (!s->n_gradients) return p->live_bytes;
+  if (!p->state->n_gradients) return p->live_bytes;
   int64_t *change = xcalloc((size_t)p->n_ops + 2, sizeof *change), live = 0, most = 0;
   int turn = 0;
   for (TensorId t = 0; t < p->n_tensors; t++) {
@@ -41,10 +50,8 @@ static int64_t live_at_turn(const Program *p) {
     most = live;
     turn = i;
   }
-  for (int g = 0; g < s->n_gradients; g++)
-    if (s->gradients[g].first <= turn) most += s->gradients[g].end - s->gradients[g].begin;
   free(change);
-  return most;
+  return most + gradients_alive(p, turn);
 }
 
 PlanOutcome outcome_of(const ChooseTask *task, const PolicyTable *policy) {
@@ -252,11 +259,7 @@ static double bytes_anyway(const Program *kept, int i, int layer) {
     for (int k = 0; k < OP_MAX_OUT; k++) used |= op->out[k] == t && x->layer >= layer;
     if (used) sum += (double)x->bytes;
   }
-  for (int g = 0; g < kept->state->n_gradients; g++) {
-    const GradientRange *range = &kept->state->gradients[g];
-    if (range->first <= i) sum += (double)(range->end - range->begin);
-  }
-  return sum;
+  return sum + (double)gradients_alive(kept, i);
 }
 
 // The op that leaves least of the device to what lies beside it.

@@ -107,6 +107,11 @@ struct Program {
   Batch batch;                     // live pack, bound
 };
 
+// The space whose bytes a tensor's are: shared gradients are the arena's.
+static inline Space tensor_space(const Program *p, const Tensor *x) {
+  return x->space == SPACE_GRADS && p->shares_gradients ? SPACE_ARENA : x->space;
+}
+
 // ---- record ----
 
 // A new empty program. policy: [dims->L][SAVED_COUNT], borrowed until program_free; NULL: keep everything.

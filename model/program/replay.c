@@ -25,7 +25,7 @@ static int is_laid_out(const Tensor *x) {
 
 // Whether it lies in the arena or the host slab: what is laid out, and gradients that share the arena.
 static int is_inside(const Program *p, const Tensor *x) {
-  return is_laid_out(x) || (p->shares_gradients && x->first >= 0 && x->space == SPACE_GRADS);
+  return x->first >= 0 && space_has(tensor_space(p, x), SPACE_LAID_OUT);
 }
 
 static void *tensor_allocate(const Program *p, const Tensor *x) {

@@ -38,8 +38,8 @@ demo() { # NAME FLAG...
 # ---- the same bits ----
 
 # However the step is run: twice; op by op; with copies in the kernels' own queue; whatever is kept, computed again or
-# offloaded; each tensor in memory of its own; whatever of the optimizer's state lies on the host; wherever the gradients
-# of a step's only micro-batch lie.
+# offloaded; each tensor in memory of its own; whatever of the optimizer's state lies on the host; wherever gradients of
+# a step's only micro-batch lie.
 same_bits() {
   # shellcheck disable=SC2034 # named to same_ways
   local -A two=([again]="" [graph_off]="--graph off" [single]="--streams single" [recompute]="--memory recompute"

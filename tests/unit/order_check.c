@@ -122,7 +122,7 @@ int order_check(const Program *p, Error *err) {
   for (TensorId t = 0; t < p->n_tensors && !rc; t++) {
     const Tensor *x = &p->tensors[t];
     int is_shared = p->shares_gradients && x->space == SPACE_GRADS && x->first >= 0;
-    Access end = {is_shared ? SPACE_ARENA : x->space, x->offset, x->offset + x->bytes, 1, 0, t};
+    Access end = {tensor_space(p, x), x->offset, x->offset + x->bytes, 1, 0, t};
     if (x->is_output || is_shared) rc = verify_own(p, access, p->n_ops, &end, err);
   }
   free(access);
