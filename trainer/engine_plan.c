@@ -173,15 +173,24 @@ static int take_given(Engine *e, const ChooseTask *task, const Place *place, con
   return e->plan.was_given;
 }
 
-// Chooses among these places. 1: a plan fits.
-static int choose_among(Engine *e, const Place *place, const Room *room, int n, const int64_t forward[SPACE_COUNT]) {
+// Chooses among these places, of which the list keeps those that were not in vain. 1: a plan fits.
+static int choose_among(Engine *e, Place *place, Room *room, int n, const int64_t forward[SPACE_COUNT]) {
+  enum { IN_VAIN = 4 }; // choices
   const ChooseTask task = engine_choose_task(e);
   double began = time_now();
   if (take_given(e, &task, place, room, n, forward)) return 1;
-  Chosen c = choose(&task, room, n);
-  int fits = go_by(e, place[c.room], c.policy, forward);
-  e->plan = (EnginePlan){.bound = c.bound, .tried = c.tried, .took = time_now() - began};
-  return fits;
+  for (int vain = 0, tried = 0;; vain++) {
+    Chosen c = choose(&task, room, n);
+    int fits = go_by(e, place[c.room], c.policy, forward);
+    tried += c.tried;
+    e->plan = (EnginePlan){.bound = c.bound, .tried = tried, .took = time_now() - began};
+    if (fits || !c.fits || n == 1 || vain == IN_VAIN - 1) return fits;
+    // The passes fit, but where a place ends within a bucket, what the update has in the arena may need more of it than
+    // the place was listed with.
+    n--;
+    memmove(&place[c.room], &place[c.room + 1], (size_t)(n - c.room) * sizeof *place);
+    memmove(&room[c.room], &room[c.room + 1], (size_t)(n - c.room) * sizeof *room);
+  }
 }
 
 // "auto" keeps everything where that fits. Else it takes the plan that was given, where that still does, or chooses.
