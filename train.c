@@ -56,7 +56,7 @@ static int tokens_fit(const Options *o, const char *file, const Backend *b, int6
 
 // --tokens max: doubles the configured T while it fits, or halves it until it does; then bisects down to TOKEN_STEP.
 static int find_tokens(const Options *o, const char *file, Config *c, Error *err) {
-  enum { TOKEN_STEP = 64 };
+  enum { TOKEN_STEP = 64, FREE_SHARE = 256 };
   int64_t low = c->data.micro_batch_tokens,
           high = low; // low: the most that is known to fit, or what the config refuses as too few
   Config tried;
@@ -93,6 +93,8 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
     snprintf(err->hint, sizeof err->hint, "raise memory.budget_gb; smaller images and captions need fewer slots");
     return error_prefix(err, "--tokens max: nothing fits; with %lld slots", (long long)high);
   }
+  // What is free changes by some MB until the run has its memory.
+  if (!(c->memory.budget_gb > 0)) low = max_i64(TOKEN_STEP, (low - low / FREE_SHARE) / TOKEN_STEP * TOKEN_STEP);
   log_info("--tokens max: %lld token slots a micro-batch", (long long)low);
   return tokens_fit(o, file, b, low, c, err) == 1 ? 0 : -1;
 }

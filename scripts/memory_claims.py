@@ -108,6 +108,8 @@ class Claims:
 
     def longest(self, curve, policy):
         plan = Plan(curve.command(policy, math.inf, "--tokens", "max"))
+        if not plan.fits and "nothing fits" not in plan.text:
+            fail(f"--plan failed: {plan.text}", "see what ./train CONFIG --plan says")
         return plan.micro_slots if plan.fits else None
 
     def smaller(self):
