@@ -19,9 +19,9 @@ its median step behind the first, with its share of an EMA's update; padding is 
 a part on a model once; each next round goes the other way round. After a first round of all parts and models, the next
 one is of the part and model that have had the least time so far. A gain is the median over the rounds of the ratio
 within a round, so that a machine that gets slower or faster takes all variants with it; beside it stand the least and
-the largest of these ratios. Whatever a variant does to the speed, its losses must stay: those of memory, graphs and streams to the last
-digit that is logged, of others within rounding. Needs nothing but Python 3; scripts/make_bench_data.py, which makes the
-data of models that name none, needs numpy.
+the largest of these ratios. Whatever a variant does to the speed, its losses must stay: those of memory, graphs and
+streams to the last digit that is logged, of others within rounding. Needs nothing but Python 3;
+scripts/make_bench_data.py, which makes the data of models that name none, needs numpy.
 """
 import argparse
 import json

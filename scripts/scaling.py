@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""What several GPUs of one host give: one table, in less than eight minutes.
+"""What several GPUs of one host give: one table, in less than four minutes.
 
     scripts/make_bench_data.py DATA/64 --size 64; scripts/make_bench_data.py DATA/256 --size 256
     scripts/scaling.py DATA OUT [--ranks N]      N: as many as there are GPUs; needs mpirun
@@ -12,7 +12,7 @@ weak    tokens a second and GPU of medium and base, T 16384, against the mean of
         run; what was predicted, by the ops' times and by scripts/scaling_model.py from the step of one; and of a traced
         step (OUT/base-N.trace.json) how long GPUs talked, and how much of it with no op beside it
 torch   the same of PyTorch's DistributedDataParallel, where there is PyTorch (scripts/torch_scaling.py); only if it is
-        asked for, for it takes two or three minutes
+        asked for, for it takes two minutes
 Exit code 1 when a run fails, or a loss, the bits or the end of a killed run is not as it should be.
 """
 import argparse
