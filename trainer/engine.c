@@ -43,6 +43,11 @@ int64_t engine_arena_need(const Engine *e, const Program *p) {
   return p->arena_bytes + (p->shares_gradients ? 0 : engine_gradients_in_arena(e));
 }
 
+Program *engine_in_queues(const Engine *e, Program *p) {
+  p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
+  return p;
+}
+
 void engine_measure(Engine *e, const Program *p) {
   e->bytes[SPACE_ARENA] = max_i64(e->bytes[SPACE_ARENA], engine_arena_need(e, p));
   e->bytes[SPACE_HOST] = max_i64(e->bytes[SPACE_HOST], p->host_bytes);
@@ -150,7 +155,7 @@ void engine_space_release(const Engine *e, Space space) {
 
 static void bind(Engine *e, Program *p) {
   if (!p) return;
-  p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
+  engine_in_queues(e, p);
   p->use_graph = e->config->kernels.graph && engine_captures(e, p);
   Bases bases = e->bases;
   if (!p->shares_gradients && bases.of[SPACE_ARENA])

@@ -4,6 +4,8 @@
 
 #include "trainer/engine.h"
 
+// Has a program run, and be predicted, in as many queues as kernels.streams names; returns it.
+Program *engine_in_queues(const Engine *e, Program *p);
 // Adds what a program needs of the spaces that all share.
 void engine_measure(Engine *e, const Program *p);
 // Bytes at the arena's beginning where the gradients are (memory.share_gradients), behind which all programs but the

@@ -67,6 +67,9 @@ static void record_train(Engine *e, MemoryPolicy policy, PolicyTable table) {
     model.opening = ema ? OPEN_UPDATE_EMA : OPEN_UPDATE;
     e->opening[ema] = transformer_record(&model, first_mode(e), e->slots, e->segments, &e->policy);
   }
+  Program *all[] = {e->first.program, e->later.program, e->last.program, e->opening[0].program, e->opening[1].program};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    if (all[i]) engine_in_queues(e, all[i]);
 }
 
 // Records the training programs and measures them on top of `others`, the bytes of all other programs. 1: they fit.
@@ -84,9 +87,7 @@ static int try_policy(Engine *e, MemoryPolicy policy, PolicyTable table, const i
 
 static Program *record_plan(const void *engine, const PolicyTable *table) {
   const Engine *e = engine;
-  Program *p = transformer_record(&e->model, first_mode(e), e->slots, e->segments, table).program;
-  p->one_queue = e->config->kernels.streams == STREAMS_SINGLE;
-  return p;
+  return engine_in_queues(e, transformer_record(&e->model, first_mode(e), e->slots, e->segments, table).program);
 }
 
 ChooseTask engine_choose_task(const Engine *e) {

@@ -103,16 +103,16 @@ void engine_place_state(Engine *e, Place place, const int64_t forward[SPACE_COUN
   }
   if (train) record_updates(e, has_ema);
   if (train && c->train.verify_every) e->hash = hash_record(&e->model);
-  const Program *all[] = {e->ema_in,
-                          e->ema_out,
-                          e->update,
-                          e->update_ema,
-                          e->hash,
-                          e->flush[DUE_WEIGHTS],
-                          e->flush[DUE_UPDATE],
-                          e->flush[DUE_UPDATE_EMA]};
+  Program *all[] = {e->ema_in,
+                    e->ema_out,
+                    e->update,
+                    e->update_ema,
+                    e->hash,
+                    e->flush[DUE_WEIGHTS],
+                    e->flush[DUE_UPDATE],
+                    e->flush[DUE_UPDATE_EMA]};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-    if (all[i]) engine_measure(e, all[i]);
+    if (all[i]) engine_measure(e, engine_in_queues(e, all[i]));
 }
 
 // The most that can stay, whole buckets, without it being too much with the smallest need of activations.
@@ -138,19 +138,23 @@ static int64_t most_kept(Engine *e, int train) {
 typedef struct Away {
   double seconds, ops, link;
   int64_t arena;
+  int one_queue;
 } Away;
 
 static Away away_of(const Engine *e, int ema) {
-  Program *p = update_record(&e->model, ema);
+  Program *p = engine_in_queues(e, update_record(&e->model, ema));
   Simulation s = predict_program(&e->costs, p);
-  Away a = {s.seconds, s.busy[LANE_COMPUTE], fmax(s.busy[LANE_H2D], s.busy[LANE_D2H]), p->arena_bytes};
+  Away a = {s.seconds, s.busy[LANE_COMPUTE], fmax(s.busy[LANE_H2D], s.busy[LANE_D2H]), p->arena_bytes, p->one_queue};
+  for (int i = 0; p->one_queue && i < p->n_ops; i++) // all of it was taken for its ops
+    if (p->ops[i].lane != LANE_COMPUTE) a.ops -= op_seconds(&e->costs, p, &p->ops[i]);
   program_free(p);
   return a;
 }
 
 // Seconds of it where only this share of what travels does: less of the link, whose first and last copies the other
-// parts hide about half, or what the ops take beside it.
+// parts hide about half, or what the ops take beside it. In one queue nothing hides anything.
 static double partly(const Away *a, double share) {
+  if (a->one_queue) return a->ops + share * (a->seconds - a->ops);
   return fmax(a->ops, a->seconds - (1 - share) * (a->seconds + a->link) / 2);
 }
 

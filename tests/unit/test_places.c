@@ -129,28 +129,30 @@ static void test_rooms(void **state) {
   (void)state;
   const Backend b = paper_device();
   static Config c;
-  for (int m = 0; m < MODELS; m++) {
+  for (int i = 0; i < 2 * MODELS; i++) {
+    const int m = i / 2;
     Engine e;
     Place *place;
     Room *room;
     int64_t forward[SPACE_COUNT];
     open_config(&c, m);
     c.train.ema_every = 3;
+    c.kernels.streams = i % 2 ? STREAMS_SINGLE : STREAMS_MULTI;
     record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, 1e3, NULL);
     memcpy(forward, e.bytes, sizeof forward);
     forward[SPACE_ARENA] = 0;
     int n = engine_places(&e, &place, &room);
     assert_int_equal(n, 1 + 2 * STATE_SHARES);
     assert_int_equal(e.model.state, STATE_DEVICE);
-    for (int i = 0; i < n; i++) {
-      engine_place_state(&e, place[i], forward, 1);
+    for (int p = 0; p < n; p++) {
+      engine_place_state(&e, place[p], forward, 1);
       Room real = engine_room(&e);
-      assert_int_equal(room[i].arena, real.arena);
+      assert_int_equal(room[p].arena, real.arena);
       double seconds = predict_update(&e);
-      if (!(fabs(room[i].seconds / seconds - 1) < .1))
-        fail_msg("%s, state %d, %lld kept: %g s, %g", models[m].file, place[i].state, (long long)place[i].kept,
-                 room[i].seconds, seconds);
-      if (i) assert_true(room[i].arena >= room[i - 1].arena && room[i].seconds >= room[i - 1].seconds * (1 - 1e-9));
+      if (!(fabs(room[p].seconds / seconds - 1) < .1))
+        fail_msg("%s, state %d, %lld kept: %g s, %g", models[m].file, place[p].state, (long long)place[p].kept,
+                 room[p].seconds, seconds);
+      if (p) assert_true(room[p].arena >= room[p - 1].arena && room[p].seconds >= room[p - 1].seconds * (1 - 1e-9));
     }
     free(place);
     free(room);
@@ -182,6 +184,39 @@ static void test_hidden_by_the_rest(void **state) {
   Simulation x = predict_program(&e.costs, e.update);
   assert_true(x.busy[LANE_H2D] > .95 * x.seconds && x.busy[LANE_D2H] > .95 * x.seconds);
   engine_free(&e);
+}
+
+// In one queue nothing hides a copy: what is planned with, and said before a run, is what a run takes then.
+static void test_one_queue(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  Engine e;
+  open_config(&c, 0);
+  for (int overlapped = 0; overlapped < 2; overlapped++) {
+    c.kernels.streams = STREAMS_SINGLE;
+    c.kernels.update = overlapped ? UPDATE_OVERLAPPED : UPDATE_SEQUENTIAL;
+    record(&e, &b, &c, MEMORY_OFFLOAD, overlapped ? STATE_DEVICE : STATE_MOMENTS, 1e3, NULL);
+    const Program *played[] = {e.first.program, e.opening[1].program, e.update, e.update_ema};
+    for (size_t i = 0; i < sizeof played / sizeof *played; i++) {
+      if (!played[i]) continue;
+      Simulation s = predict_program(&e.costs, played[i]);
+      double sum = 0;
+      for (int k = 0; k < played[i]->n_ops; k++) sum += op_seconds(&e.costs, played[i], &played[i]->ops[k]);
+      assert_true(fabs(s.seconds - sum) <= 1e-6 * sum);
+    }
+    engine_free(&e);
+  }
+  c.kernels.update = UPDATE_SEQUENTIAL;
+  double least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS), most = needs(&b, &c, MEMORY_KEEP, STATE_DEVICE),
+         before = INFINITY;
+  for (int i = 1; i <= 8; i++) {
+    record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, least + (most - least) * i / 8, NULL);
+    double seconds = seconds_of(&e);
+    if (!(seconds <= 1.01 * before)) fail_msg("in %g GB: %g s, %g with less", c.memory.budget_gb, seconds, before);
+    before = seconds;
+    engine_free(&e);
+  }
 }
 
 // Every program but the step's own has its arena behind them.
@@ -399,6 +434,10 @@ static void test_no_room_anywhere(void **state) {
   free(place);
   free(room);
   engine_free(&e);
+  // Nor is it one where the device has room for what stays with the moments on the host.
+  record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS) + 1, NULL);
+  assert_int_equal(e.model.state, STATE_GRADIENTS);
+  engine_free(&e);
 }
 
 static double cpu_seconds(void) {
@@ -430,6 +469,7 @@ int main(void) {
       cmocka_unit_test(test_places_in_vain),
       cmocka_unit_test(test_rooms),
       cmocka_unit_test(test_hidden_by_the_rest),
+      cmocka_unit_test(test_one_queue),
       cmocka_unit_test(test_shared_gradients),
       cmocka_unit_test(test_sharing_processes),
       cmocka_unit_test(test_not_shared),
