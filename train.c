@@ -93,10 +93,13 @@ static int find_tokens(const Options *o, const char *file, Config *c, Error *err
     snprintf(err->hint, sizeof err->hint, "raise memory.budget_gb; smaller images and captions need fewer slots");
     return error_prefix(err, "--tokens max: nothing fits; with %lld slots", (long long)high);
   }
-  // What is free changes by some MB until the run has its memory.
-  if (!(c->memory.budget_gb > 0)) low = max_i64(TOKEN_STEP, (low - low / FREE_SHARE) / TOKEN_STEP * TOKEN_STEP);
-  log_info("--tokens max: %lld token slots a micro-batch", (long long)low);
-  return tokens_fit(o, file, b, low, c, err) == 1 ? 0 : -1;
+  // What is free changes by some MB until the run has its memory; but the config may refuse fewer than were found.
+  int64_t less = c->memory.budget_gb > 0 ? low : (low - low / FREE_SHARE) / TOKEN_STEP * TOKEN_STEP;
+  fits = less > 0 && tokens_fit(o, file, b, less, c, err) == 1;
+  if (!fits && less < low) fits = tokens_fit(o, file, b, less = low, c, err) == 1;
+  if (!fits) return -1;
+  log_info("--tokens max: %lld token slots a micro-batch", (long long)less);
+  return 0;
 }
 
 // Sets what libraries read from the environment when they are loaded, and starts the program again.
