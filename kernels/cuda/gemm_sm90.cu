@@ -2,6 +2,7 @@
 // (gemm_epilogue.h), and its launch. A new main loop is a struct like Cooperative, its row in tile_kinds (gemm_plan.cu)
 // and its line in launch_planned.
 #include "kernels/cuda/gemm_cooperative.h"
+#include "kernels/cuda/tensor_map.h"
 
 template <int KIND, int LOAD, bool DRAWN, class Tile, class End>
 static __global__ void __launch_bounds__(Tile::THREADS, 1)
@@ -13,47 +14,23 @@ static __global__ void __launch_bounds__(Tile::THREADS, 1)
 
 // ---- the host side ----
 
-typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's encoder, found at run time so that the program also starts where there is no driver; NULL if it has
-// none.
-static EncodeTiled encoder(void) {
-  void *f = NULL;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) != cudaSuccess)
-    return NULL;
-  return found == cudaDriverEntryPointSuccess ? (EncodeTiled)f : NULL;
-}
-
-// A bf16 tensor [z, y, x] read in boxes [1, box_y, 64]; z = 0: [y, x].
-static void map_encode(EncodeTiled encode, CUtensorMap *map, const bf16 *base, int x, int y, int z, int box_y) {
-  const cuuint64_t dims[3] = {(cuuint64_t)x, (cuuint64_t)y, (cuuint64_t)z};
-  const cuuint64_t strides[2] = {(cuuint64_t)x * 2, (cuuint64_t)x * 2 * y};
-  const cuuint32_t box[3] = {64, (cuuint32_t)box_y, 1}, step[3] = {1, 1, 1};
-  CUresult status = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, z ? 3 : 2, (void *)base, dims, strides, box, step,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    panic("grouped product: no tensor map of bf16 [%d, %d, %d] at %p in boxes [%d, 64] (CUresult %d)", z ? z : 1, y, x,
-          (const void *)base, box_y, (int)status);
+static void map_encode(CUtensorMap *map, const bf16 *base, int x, int y, int z, int box_y) {
+  tensor_map_encode(map, "grouped product", base, x, y, z, box_y, 1);
 }
 
 template <class End> static GemmMaps maps_encode(const GemmLaunch<End> *launch, int kind) {
   const GemmWork *l = &launch->work;
-  static const EncodeTiled encode = encoder();
   GemmMaps maps = {};
   for (int m = 0; m < MODALITIES; m++) {
     const GemmSide *s = &l->g.side[m];
     if (s->groups == 0 || s->rows == 0) continue;
     int wide = kind == GEMM_TN ? s->M : s->K;
-    if (!s->a_index) map_encode(encode, &maps.a[m], s->a, wide, s->rows, 0, kind == GEMM_TN ? GEMM_BK : (int)GEMM_BM);
+    if (!s->a_index) map_encode(&maps.a[m], s->a, wide, s->rows, 0, kind == GEMM_TN ? GEMM_BK : (int)GEMM_BM);
     if constexpr (GemmEpilogue<End>::READS)
-      map_encode(encode, &maps.read[m], launch->end[m].pre, GEMM_READS * s->N, s->rows, 0, GEMM_BM);
-    if (kind == GEMM_NT) map_encode(encode, &maps.b[m], s->b, s->K, s->N, s->groups, GEMM_LEAST_BN);
-    if (kind == GEMM_NN) map_encode(encode, &maps.b[m], s->b, s->N, s->K, s->groups, GEMM_BK);
-    if (kind == GEMM_TN && !s->b_index) map_encode(encode, &maps.b[m], s->b, s->N, s->rows, 0, GEMM_BK);
+      map_encode(&maps.read[m], launch->end[m].pre, GEMM_READS * s->N, s->rows, 0, GEMM_BM);
+    if (kind == GEMM_NT) map_encode(&maps.b[m], s->b, s->K, s->N, s->groups, GEMM_LEAST_BN);
+    if (kind == GEMM_NN) map_encode(&maps.b[m], s->b, s->N, s->K, s->groups, GEMM_BK);
+    if (kind == GEMM_TN && !s->b_index) map_encode(&maps.b[m], s->b, s->N, s->rows, 0, GEMM_BK);
   }
   return maps;
 }
@@ -84,7 +61,7 @@ template <int KIND, int LOAD, class End> static void launch_planned(const GemmLa
 bool gemm_sm90_usable(void) {
   static const bool usable =
       built_for_sm90((const void *)gemm_sm90_kernel<GEMM_NT, GEMM_IN_PLACE, false, Cooperative<256>, GemmStore>) &&
-      encoder();
+      tensor_map_usable();
   return usable;
 }
 
