@@ -1,5 +1,8 @@
 // The backward attention on Hopper: a pass over tiles of keys (attention_pass.h).
 //
+// Rows are those of a document and kv head: row r is of the document's position r / heads, and of head r % heads of
+// those that share the kv head. So only a document's last tile of rows is less than full.
+//
 // A block is three warpgroups and takes units until none is left. Of the first, two warps copy, each half of every
 // tile, and a thread of each of the others adds what comes out for dq to memory. The other two hold 64 keys each:
 // scores transposed, so that p and ds are A fragments for dv and dk where they stand; ds goes through shared memory,
@@ -7,32 +10,40 @@
 #include "kernels/cuda/attention_copy.h"
 #include "kernels/cuda/attention_pass.h"
 #include "kernels/cuda/attention_wgmma.h"
+#include "kernels/cuda/tensor_map.h"
 
 enum {
   D = 128,
   GROUP = 128, // threads of a warpgroup
   PASS_THREADS = 3 * GROUP,
-  PASS_QUERIES = 64, // of a tile
+  PASS_ROWS = 64, // of a tile
   PASS_UNITS = 4,
   PASS_STAGES = 2,
   PASS_ADDERS = 2, // threads that add to dq in turns, each from a tile of its own
   CONSUMER_WARPS = 2 * GROUP / 32
 };
 
-// What a block takes; tiles of queries follow each other from `first` on, in each of H / G heads.
+// For the copy engine: boxes of 32 rows of q and dO, of 64 keys and values.
+typedef struct PassMaps {
+  CUtensorMap q, dout, k, v;
+  bool rows; // heads that share a kv head fill 32 rows: q's and dout's are there
+  bool keys; // k's and v's
+} PassMaps;
+
+// What a block takes: a tile of keys against the tiles of rows that see some of them.
 typedef struct Unit {
-  int key, end; // keys [key, min(key + PASS_KEYS, end)) of a document that ends there; key < 0: there are no more
-  int kv_head, first, behind;      // tiles of queries that see some of the keys lie in [first, behind)
-  int steps;                       // tiles of queries, of all heads
-  int late_start[2], early_end[2]; // queries in [late_start, early_end) see all of a half's keys
+  int key, start, end; // keys [key, min(key + PASS_KEYS, end)) of a document [start, end); key < 0: there are no more
+  int kv_head, rows;   // of the document
+  int first, behind;   // tiles of rows lie in [first, behind), the last one is taken first
+  int late_start[2], early_end[2]; // rows in [late_start, early_end) see all of a half's keys
 } Unit;
 
 struct PassShared {
   bf16 k[PASS_KEYS * D], v[PASS_KEYS * D];
-  bf16 q[PASS_STAGES][PASS_QUERIES * D], dout[PASS_STAGES][PASS_QUERIES * D];
-  bf16 ds[2][PASS_KEYS * PASS_QUERIES]; // a tile of keys with the queries as columns
-  float dq[PASS_ADDERS][PASS_QUERIES * D];
-  float lse2[PASS_STAGES][PASS_QUERIES], delta[PASS_STAGES][PASS_QUERIES];
+  bf16 q[PASS_STAGES][PASS_ROWS * D], dout[PASS_STAGES][PASS_ROWS * D];
+  bf16 ds[2][PASS_KEYS * PASS_ROWS]; // a tile of keys with the queries as columns
+  float dq[PASS_ADDERS][PASS_ROWS * D];
+  float lse2[PASS_STAGES][PASS_ROWS], delta[PASS_STAGES][PASS_ROWS];
   int32_t q_start[PASS_KEYS], q_end[PASS_KEYS]; // zeros past the last key: an empty interval
   Unit unit[PASS_UNITS];
   uint64_t unit_full[PASS_UNITS], k_full, v_full, keys_empty;
@@ -49,14 +60,16 @@ static_assert(offsetof(PassShared, ds) % 1024 == 0, "tiles begin on a block of t
 // Takes the next unit, a tile of the list for a kv head; a warp.
 static __device__ inline void take_unit(const PassCall &p, Unit *u) {
   const Batch &b = p.c.b;
-  int lane = threadIdx.x & 31, number = 0, G = p.c.shape.G;
+  const int G = p.c.shape.G, heads = p.c.shape.heads;
+  int lane = threadIdx.x & 31, number = 0;
   if (lane == 0) number = atomicAdd(p.s.taken, 1);
   number = __shfl_sync(0xffffffffu, number, 0);
   Span span = {-1, 0};
-  if (number < tile_units<PASS_KEYS>(b, G)) span = batch_tile(b, number / G);
+  if (number < tile_units<PASS_KEYS>(b, G)) span = batch_key_tile(b, number / G);
   if (lane == 0) u->key = span.first;
   __syncwarp();
   if (span.first < 0) return;
+  const int start = b.doc_start[span.first];
   int last = 0; // query that sees one of the keys, and one more
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -69,27 +82,38 @@ static __device__ inline void take_unit(const PassCall &p, Unit *u) {
       late_start = max(late_start, start), early_end = min(early_end, end), last = max(last, end);
     }
     late_start = __reduce_max_sync(0xffffffffu, late_start), early_end = __reduce_min_sync(0xffffffffu, early_end);
-    if (lane == 0) u->late_start[half] = late_start, u->early_end[half] = early_end;
+    if (lane == 0) {
+      u->late_start[half] = (late_start - start) * heads;
+      u->early_end[half] = (early_end - start) * heads;
+    }
   }
   last = __reduce_max_sync(0xffffffffu, last);
   if (lane == 0) {
-    int start = b.doc_start[span.first];
-    int first = start + (b.q_start[span.first] - start) / PASS_QUERIES * PASS_QUERIES;
-    int tiles = ceil_div(last - first, PASS_QUERIES);
+    u->start = start;
     u->end = span.end;
     u->kv_head = number % G;
-    u->first = first;
-    u->behind = first + tiles * PASS_QUERIES;
-    u->steps = p.c.shape.H / G * tiles;
+    u->rows = (span.end - start) * heads;
+    u->first = (b.q_start[span.first] - start) * heads / PASS_ROWS * PASS_ROWS;
+    u->behind = ceil_div((last - start) * heads, PASS_ROWS) * PASS_ROWS;
   }
   __syncwarp();
 }
 
-// What there is to do, queries and dO, keys and values: two warps, each half of every tile.
-static __device__ inline void copy_tiles(PassShared *s, const PassCall &p) {
+// A warp's half of a tile of keys or values, of which `keys` are there; map: NULL where there is none.
+static __device__ inline void copy_keys(const bf16 *tile, const CUtensorMap *map, uint32_t full, const bf16 *from,
+                                        int key, int keys, int kv_head, int G, int half) {
+  if (map && keys >= (half + 1) * PASS_KEYS / 2)
+    box_part<D, PASS_KEYS, 2>(tile, map, full, kv_head, key + half * PASS_KEYS / 2);
+  else
+    copy_half<D, PASS_KEYS>(tile, from + ((int64_t)key * G + kv_head) * D, G * D, keys, half);
+}
+
+// What there is to do, queries and dO, keys and values: two warps, each half of every tile. The copy engine copies what
+// is whole; the end of a document, and dO where text meets an image, come row by row, and zeros behind the end.
+static __device__ inline void copy_tiles(PassShared *s, const PassCall &p, const PassMaps &maps) {
   const BackwardCall &c = p.c;
   const int H = c.shape.H, G = c.shape.G;
-  uint32_t step = 0; // tiles of queries so far
+  uint32_t step = 0; // tiles of rows so far
   for (uint32_t units = 0;; units++) {
     const Unit *u = &s->unit[units % PASS_UNITS];
     const uint32_t full = shared_address(&s->unit_full[units % PASS_UNITS]);
@@ -99,30 +123,41 @@ static __device__ inline void copy_tiles(PassShared *s, const PassCall &p) {
     } else
       barrier_wait(full, units / PASS_UNITS & 1);
     if (u->key < 0) return;
-    int query = u->first, head = u->kv_head * (H / G);
-    for (int i = 0; i < u->steps; i++, step++) {
-      const int half = (int)recompute(threadIdx.x / 32), at = step & 1, valid = u->end - query;
-      int row = c.b.row[min(query + half * 32 + (int)recompute(threadIdx.x & 31), u->end - 1)];
+    const int half = (int)recompute(threadIdx.x / 32);
+    const int64_t line = pass_line(c.shape, u->kv_head, u->start);
+    for (int row = u->behind - PASS_ROWS; row >= u->first; row -= PASS_ROWS, step++) {
+      const int at = step & 1, valid = u->rows - row, head = u->kv_head * c.shape.heads;
+      const uint32_t q_full = shared_address(&s->q_full[at]), dout_full = shared_address(&s->dout_full[at]);
+      KvRow own = kv_row(c.shape, u->kv_head, min(row + half * 32 + (int)recompute(threadIdx.x & 31), u->rows - 1));
+      own.position += u->start;
+      const int dout_row = c.b.row[own.position], first = __shfl_sync(0xffffffffu, dout_row, 0);
+      const int position = __shfl_sync(0xffffffffu, own.position, 0);
+      const bool whole = maps.rows && valid >= (half + 1) * 32;
+      const bool in_order = __all_sync(0xffffffffu, dout_row - first == own.position - position);
       barrier_wait(shared_address(&s->dout_empty[at]), ~(step >> 1) & 1);
-      gather_half<D>(s->dout[at], c.dout + head * D, row, H * D, valid, half);
-      if (half == 0) copy_line<PASS_QUERIES>(s->delta[at], p.s.delta + ((int64_t)head * c.shape.T + query), valid);
-      barrier_arrive_after_copies(shared_address(&s->dout_full[at]));
+      if (whole && in_order)
+        box_part<D, PASS_ROWS, 2>(s->dout[at], &maps.dout, dout_full, head, first);
+      else
+        gather_half<D>(s->dout[at], c.dout, dout_row * H + own.head, D, valid, half);
+      if (half == 0) copy_line<PASS_ROWS>(s->delta[at], p.s.delta + line + row, valid);
+      barrier_arrive_after_copies(dout_full);
       barrier_wait(shared_address(&s->q_empty[at]), ~(step >> 1) & 1);
-      copy_half<D, PASS_QUERIES>(s->q[at], c.q + ((int64_t)query * H + head) * D, H * D, valid, half);
-      if (half == 1) copy_line<PASS_QUERIES>(s->lse2[at], p.s.lse2 + ((int64_t)head * c.shape.T + query), valid);
-      barrier_arrive_after_copies(shared_address(&s->q_full[at]));
-      query += PASS_QUERIES;
-      if (query >= u->behind) query = u->first, head++;
-      if (i > 0) continue;
-      // Behind the first queries, whose place is free before.
+      if (whole)
+        box_part<D, PASS_ROWS, 2>(s->q[at], &maps.q, q_full, head, position);
+      else
+        gather_half<D>(s->q[at], c.q, own.position * H + own.head, D, valid, half);
+      if (half == 1) copy_line<PASS_ROWS>(s->lse2[at], p.s.lse2 + line + row, valid);
+      barrier_arrive_after_copies(q_full);
+      if (row < u->behind - PASS_ROWS) continue;
+      // Keys and values behind the first rows, whose place is free before.
       const int key = u->key, keys = u->end - key;
-      const int64_t from = ((int64_t)key * G + u->kv_head) * D;
+      const uint32_t k_full = shared_address(&s->k_full), v_full = shared_address(&s->v_full);
       barrier_wait(shared_address(&s->keys_empty), ~units & 1);
-      copy_half<D, PASS_KEYS>(s->k, c.k + from, G * D, keys, half);
+      copy_keys(s->k, maps.keys ? &maps.k : NULL, k_full, c.k, key, keys, u->kv_head, G, half);
       copy_line<PASS_KEYS>(half ? s->q_end : s->q_start, (half ? c.b.q_end : c.b.q_start) + key, keys);
-      barrier_arrive_after_copies(shared_address(&s->k_full));
-      copy_half<D, PASS_KEYS>(s->v, c.v + from, G * D, keys, half);
-      barrier_arrive_after_copies(shared_address(&s->v_full));
+      barrier_arrive_after_copies(k_full);
+      copy_keys(s->v, maps.keys ? &maps.v : NULL, v_full, c.v, key, keys, u->kv_head, G, half);
+      barrier_arrive_after_copies(v_full);
     }
   }
 }
@@ -143,48 +178,46 @@ static __device__ inline void pass_turn(uint32_t *at, uint32_t add) {
 
 // Those that come to lie in dq[own].
 static __device__ inline void add_gradients(PassShared *s, const PassCall &p, uint32_t own) {
-  const int heads = p.c.shape.H / p.c.shape.G;
   Place<PASS_UNITS> slot;
   uint32_t step = 0;
   for (;; slot.step()) {
     barrier_wait(shared_address(&s->unit_full[slot.at]), slot.parity);
     const Unit &u = s->unit[slot.at];
     if (u.key < 0) return;
-    for (int head = u.kv_head * heads; head < (u.kv_head + 1) * heads; head++) {
-      int64_t line = (int64_t)head * p.c.shape.T + u.first;
-      for (int query = u.first; query < u.behind; query += PASS_QUERIES, line += PASS_QUERIES, step++) {
-        if (step % PASS_ADDERS != own) continue;
-        int rows = min((int)PASS_QUERIES, u.end - query);
-        uint32_t seen = await_turn(p.s.turn + line, (p.c.b.kv_end[query + rows - 1] - 1 - u.key) / PASS_KEYS);
-        fence_async_proxy_everywhere(); // what other units have added, before what this one adds
-        barrier_wait(shared_address(&s->dq_full[own]), step / PASS_ADDERS & 1);
-        if (seen & TURN_WRITTEN)
-          bulk_add(p.s.dq + line * D, shared_address(s->dq[own]), (uint32_t)(rows * D * sizeof(float)));
-        else
-          bulk_store(p.s.dq + line * D, shared_address(s->dq[own]), (uint32_t)(rows * D * sizeof(float)));
-        bulk_commit();
-        bulk_wait_read();
-        barrier_arrive(shared_address(&s->dq_empty[own]));
-        bulk_wait();
-        pass_turn(p.s.turn + line, seen & TURN_WRITTEN ? 1 : 1 + TURN_WRITTEN);
+    const int64_t line = pass_line(p.c.shape, u.kv_head, u.start);
+    uint32_t *const turns = p.s.turn + line, turn = (u.key - u.start) / PASS_KEYS;
+    if (own == 0)
+      for (int row = (u.rows - 1) / PASS_ROWS * PASS_ROWS; row >= u.behind; row -= PASS_ROWS) { // rows that see no key
+        await_turn(turns + row, turn);
+        pass_turn(turns + row, 1);
       }
-      for (int query = u.behind; own == 0 && query < u.end;
-           query += PASS_QUERIES, line += PASS_QUERIES) { // sees no key
-        int last = min(query + PASS_QUERIES, u.end) - 1;
-        await_turn(p.s.turn + line, (p.c.b.kv_end[last] - 1 - u.key) / PASS_KEYS);
-        pass_turn(p.s.turn + line, 1);
-      }
+    for (int row = u.behind - PASS_ROWS; row >= u.first; row -= PASS_ROWS, step++) {
+      if (step % PASS_ADDERS != own) continue;
+      uint32_t bytes = (uint32_t)(min((int)PASS_ROWS, u.rows - row) * D * sizeof(float));
+      uint32_t seen = await_turn(turns + row, turn);
+      fence_async_proxy_everywhere(); // what other units have added, before what this one adds
+      barrier_wait(shared_address(&s->dq_full[own]), step / PASS_ADDERS & 1);
+      if (seen & TURN_WRITTEN)
+        bulk_add(p.s.dq + (line + row) * D, shared_address(s->dq[own]), bytes);
+      else
+        bulk_store(p.s.dq + (line + row) * D, shared_address(s->dq[own]), bytes);
+      bulk_commit();
+      bulk_wait_read();
+      barrier_arrive(shared_address(&s->dq_empty[own]));
+      bulk_wait();
+      pass_turn(turns + row, seen & TURN_WRITTEN ? 1 : 1 + TURN_WRITTEN);
     }
   }
 }
 
 // ---- the warpgroups that multiply ----
 
-// score^T [16, 8 n] -> p^T = exp2(score^T scale2 - lse2), 0 where a query does not see a key. q_start, q_end: of the
-// warp's keys.
+// score^T [16, 8 n] -> p^T = exp2(score^T scale2 - lse2), 0 where a row, of those from `row` on, does not see a key.
+// q_start, q_end: of the warp's keys, in a document that begins at `start`.
 template <int n>
 static __device__ inline void key_probability(float (&p)[n][4], const float *lse2, float scale2, bool partly,
-                                              const int32_t *q_start, const int32_t *q_end, int query) {
+                                              const int32_t *q_start, const int32_t *q_end, const int &start, int heads,
+                                              int row) {
   int t = threadIdx.x & 3;
 #pragma unroll
   for (int j = 0; j < n; j++) {
@@ -199,7 +232,8 @@ static __device__ inline void key_probability(float (&p)[n][4], const float *lse
   int g = (threadIdx.x & 31) >> 2;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    int from = q_start[g + 8 * h] - query - 2 * t, to = q_end[g + 8 * h] - query - 2 * t;
+    int from = (q_start[g + 8 * h] - start) * heads - row - 2 * t;
+    int to = (q_end[g + 8 * h] - start) * heads - row - 2 * t;
 #pragma unroll
     for (int j = 0; j < n; j++)
 #pragma unroll
@@ -218,7 +252,7 @@ template <int n> static __device__ inline void store_pairs(bf16 *tile, const uin
                  ds[j + 1][1]);
 }
 
-// Stores a warpgroup's half of the columns of dq [PASS_QUERIES, D] to a tile in the order of dq_place.
+// Stores a warpgroup's half of the columns of dq [PASS_ROWS, D] to a tile in the order of dq_place.
 static __device__ inline void store_dq(float *tile, const float (&dq)[8][4], int group) {
   int thread = (int)recompute(threadIdx.x), lane = thread & 31;
   int row = thread % GROUP / 32 * 16 + (lane >> 2);
@@ -251,7 +285,7 @@ static __device__ inline void write_rows(bf16 *to, const float (&x)[D / 8][4], f
 static __device__ inline void multiply(PassShared *s, const PassCall &p) {
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0) - 1; // which of the two
   const bool speaks = (threadIdx.x & 31) == 0;
-  uint32_t step = 0; // tiles of queries so far
+  uint32_t step = 0; // tiles of rows so far
   for (uint32_t units = 0;; units++) {
     const Unit *u = &s->unit[units % PASS_UNITS];
     barrier_wait(shared_address(&s->unit_full[units % PASS_UNITS]), units / PASS_UNITS & 1);
@@ -261,10 +295,10 @@ static __device__ inline void multiply(PassShared *s, const PassCall &p) {
     float dk[D / 8][4], dv[D / 8][4];
     fragments_zero(dk);
     fragments_zero(dv);
-    int query = u->first, left = u->steps;
-    do {
-      float score[PASS_QUERIES / 8][4], dp[PASS_QUERIES / 8][4], dq[8][4];
-      uint32_t pairs[PASS_QUERIES / 8][2], ds[PASS_QUERIES / 8][2];
+    const int last = u->first;
+    for (int first = u->behind - PASS_ROWS; first >= last; first -= PASS_ROWS, step++) {
+      float score[PASS_ROWS / 8][4], dp[PASS_ROWS / 8][4], dq[8][4];
+      uint32_t pairs[PASS_ROWS / 8][2], ds[PASS_ROWS / 8][2];
       const int row = own * 64 + (threadIdx.x % GROUP) / 32 * 16; // the warp's first key
       const bf16 *keys = s->k + own * 64 * 64, *values = s->v + own * 64 * 64;
       barrier_wait(shared_address(&s->q_full[step & 1]), step >> 1 & 1);
@@ -276,8 +310,8 @@ static __device__ inline void multiply(PassShared *s, const PassCall &p) {
       wgmma_wait<1>();
       wgmma_keep(score);
       key_probability(score, s->lse2[step & 1], p.c.shape.scale * LOG2E,
-                      u->late_start[own] > query || u->early_end[own] < query + PASS_QUERIES, s->q_start + row,
-                      s->q_end + row, query);
+                      u->late_start[own] > first || u->early_end[own] < first + PASS_ROWS, s->q_start + row,
+                      s->q_end + row, u->start, p.c.shape.heads, first);
       pack_rows(pairs, score);
       start_sum<D>(dv, pairs, s->dout[step & 1]);
       wgmma_wait<1>(); // dp is there; dv is under way
@@ -298,14 +332,11 @@ static __device__ inline void multiply(PassShared *s, const PassCall &p) {
       fence_async_proxy();
       __syncwarp();
       if (speaks) barrier_arrive(shared_address(&s->dq_full[step % PASS_ADDERS]));
-      query += PASS_QUERIES;
-      if (query >= u->behind) query = u->first; // of the next head
       wgmma_wait<0>();
       wgmma_keep(dk);
       wgmma_keep(dv);
       if (speaks) barrier_arrive(shared_address(&s->q_empty[step & 1]));
-      step++;
-    } while (--left > 0);
+    }
     if (speaks) barrier_arrive(shared_address(&s->keys_empty));
     int key = u->key + (threadIdx.x - GROUP) / 32 * 16 + ((threadIdx.x & 31) >> 2);
     write_rows(p.c.dk, dk, p.c.shape.scale, key, u->end, p.c.shape.G, u->kv_head);
@@ -314,7 +345,8 @@ static __device__ inline void multiply(PassShared *s, const PassCall &p) {
 }
 #endif
 
-static __global__ void __launch_bounds__(PASS_THREADS, 1) attention_backward_pass(PassCall p) {
+static __global__ void __launch_bounds__(PASS_THREADS, 1)
+    attention_backward_pass(PassCall p, const __grid_constant__ PassMaps maps) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   PassShared *s = (PassShared *)shared;
@@ -333,12 +365,13 @@ static __global__ void __launch_bounds__(PASS_THREADS, 1) attention_backward_pas
       barrier_init(shared_address(&s->dq_full[i]), CONSUMER_WARPS);
       barrier_init(shared_address(&s->dq_empty[i]), 1);
     }
+    barrier_init_fence();
   }
   await_previous();
   __syncthreads();
   if (threadIdx.x < GROUP) {
     registers_give<56>();
-    if (threadIdx.x < 64) copy_tiles(s, p);
+    if (threadIdx.x < 64) copy_tiles(s, p, maps);
     const int adder = threadIdx.x / 32 - 2;
     if (adder >= 0 && threadIdx.x % 32 == 0) add_gradients(s, p, adder);
   } else {
@@ -355,12 +388,28 @@ size_t attention_bwd_pass_scratch(const Dims *d) {
   return pass_bind(&s, d, NULL);
 }
 
+static PassMaps maps_encode(const BackwardCall *c) {
+  const int T = c->shape.T, H = c->shape.H, G = c->shape.G, heads = c->shape.heads;
+  PassMaps maps = {};
+  maps.keys = tensor_map_usable();
+  maps.rows = maps.keys && 32 % heads == 0;
+  if (maps.rows) {
+    tensor_map_encode(&maps.q, "attention", c->q, D, H, T, heads, 32 / heads);
+    tensor_map_encode(&maps.dout, "attention", c->dout, D, H, T, heads, 32 / heads);
+  }
+  if (maps.keys) {
+    tensor_map_encode(&maps.k, "attention", c->k, D, G, T, 1, PASS_KEYS / 2);
+    tensor_map_encode(&maps.v, "attention", c->v, D, G, T, 1, PASS_KEYS / 2);
+  }
+  return maps;
+}
+
 const float *attention_bwd_pass(const BackwardCall *c, const Dims *d, void *scratch, bool finish, cudaStream_t stream) {
   PassCall p = {.c = *c, .s = {}};
   pass_bind(&p.s, d, scratch);
   attention_pass_prepare(&p, stream);
   CUDA_ALLOW_SHARED(attention_backward_pass, sizeof(PassShared));
-  CUDA_LAUNCH(attention_backward_pass, cuda_sm_count(), PASS_THREADS, sizeof(PassShared), stream, p);
+  CUDA_LAUNCH(attention_backward_pass, cuda_sm_count(), PASS_THREADS, sizeof(PassShared), stream, p, maps_encode(c));
   if (finish) attention_pass_finish(&p, stream);
   return p.s.dq;
 }

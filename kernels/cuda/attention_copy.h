@@ -2,6 +2,8 @@
 #ifndef TESSERA_ATTENTION_COPY_H
 #define TESSERA_ATTENTION_COPY_H
 
+#include <cuda.h>
+
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/ptx.h"
 
@@ -71,6 +73,18 @@ static __device__ inline void gather_half(const bf16 *tile, const bf16 *from, in
     copy16_async(lane.to[i % Lane::turns] + i / Lane::turns * 1024, at + (int64_t)own * (stride * 2),
                  i * Lane::step < valid);
   }
+}
+
+// Each of a block's first `warps` warps lets the copy engine copy its part of a tile: boxes of rows / warps rows and 64
+// columns of a map, from (y, z) on. All its threads have yet to arrive at the barrier.
+template <int D, int rows, int warps>
+static __device__ inline void box_part(const bf16 *tile, const CUtensorMap *map, uint32_t barrier, int y, int z) {
+  if ((threadIdx.x & 31) != 0) return;
+  const int part = rows / warps;
+  barrier_expect(barrier, part * D * (int)sizeof(bf16));
+#pragma unroll
+  for (int block = 0; block < D / 64; block++)
+    tma_load_3d(shared_address(tile) + (block * rows + threadIdx.x / 32 * part) * 128, map, barrier, 64 * block, y, z);
 }
 
 // A warp starts copying entries [0, valid) of an array; zeros after them.

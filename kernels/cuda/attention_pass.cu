@@ -20,6 +20,12 @@ size_t pass_bind(PassScratch *s, const Dims *d, void *base) {
   return used;
 }
 
+// The row of a head and position.
+static __device__ inline int64_t line_of(const AttentionShape &s, int head, int position) {
+  int kv_head = divide(head, &s.by_heads);
+  return pass_line(s, kv_head, position) + head - kv_head * s.heads;
+}
+
 // As many threads as a row of one head has chunks find its delta.
 static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(PassCall p) {
   await_previous();
@@ -27,7 +33,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(Pass
   const int H = c.shape.H, T = c.shape.T, chunks = D / 8;
   int64_t thread = (int64_t)blockIdx.x * PREPARE_THREADS + threadIdx.x, item = thread / chunks;
   if (thread < (int64_t)H * T) {
-    p.s.lse2[thread] = c.lse[thread] * LOG2E;
+    p.s.lse2[line_of(c.shape, (int)(thread / T), (int)(thread % T))] = c.lse[thread] * LOG2E;
     p.s.turn[thread] = 0;
   }
   if (thread == 0) *p.s.taken = 0;
@@ -43,7 +49,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(Pass
   }
 #pragma unroll
   for (int d = chunks / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-  if (thread % chunks == 0 && position < T) p.s.delta[(int64_t)head * T + position] = sum;
+  if (thread % chunks == 0 && position < T) p.s.delta[line_of(c.shape, head, position)] = sum;
 }
 
 // A thread has 8 columns.
@@ -56,8 +62,10 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_finish(PassC
   bool filler = position >= batch_used(c.b);
   float4 x = make_float4(0, 0, 0, 0), y = x;
   if (!filler) {
-    const float4 *row = (const float4 *)(p.s.dq + ((int64_t)head * T + position) * D);
-    int at = chunk / 4 * 8 + chunk % 4, local = position - c.b.doc_start[position];
+    int64_t line = line_of(c.shape, head, position);
+    const float4 *row = (const float4 *)(p.s.dq + line * D);
+    int at = chunk / 4 * 8 + chunk % 4;
+    int local = (int)(line - pass_line(c.shape, divide(head, &c.shape.by_heads), c.b.doc_start[position]));
     x = row[dq_place(at, local)];
     y = row[dq_place(at + 4, local)];
   }

@@ -2,9 +2,11 @@
 // kernel that prepares it and one that finishes dq (attention_pass.cu).
 //
 // A unit is a tile of 128 keys of one document and one kv head, against every tile of queries that sees some of them,
-// in every head that shares the kv head. dk and dv of a unit stay in registers. What it adds to dq goes to memory in
-// fp32, where units of one document take turns, so that every sum has a fixed order: those of later keys first, which
-// fewer queries see under a causal mask, and which are taken first; so no block waits for one that has not begun.
+// all heads that share the kv head as rows of one matrix. dk and dv of a unit stay in registers. What it adds to dq
+// goes to memory in fp32, where units of one document take turns, so that every sum has a fixed order: those of earlier
+// keys first, which are taken first, so that no block waits for one that has not begun. Each takes the last queries
+// first, which see the keys of all units: so the units of a document go through its queries side by side, and find
+// these and dq's sums in L2.
 #ifndef TESSERA_ATTENTION_PASS_H
 #define TESSERA_ATTENTION_PASS_H
 
@@ -14,9 +16,9 @@ enum { PASS_KEYS = BATCH_TILE };
 
 // Memory between the kernels of a call.
 typedef struct PassScratch {
-  float *dq;           // [H, T, D] unscaled; elements of a row as dq_place says
-  float *lse2, *delta; // [H, T] lse log2(e); rowsum(dO * O)
-  uint32_t *turn;      // [H, T] of the query tile that begins there: units that have had their turn, and TURN_WRITTEN
+  float *dq;           // [H T, D] by pass_line, unscaled; elements of a row as dq_place says
+  float *lse2, *delta; // [H T] by pass_line: lse log2(e); rowsum(dO * O)
+  uint32_t *turn;      // [H T] of the tile of rows that begins there: units that have had their turn, and TURN_WRITTEN
   int *taken;          // units that blocks have taken
 } PassScratch;
 #define TURN_WRITTEN (1u << 31) // one of them has written dq: the next adds to it
@@ -34,9 +36,15 @@ void attention_pass_prepare(const PassCall *p, cudaStream_t stream);
 // dq in bf16, and zeros in the filler rows of all gradients.
 void attention_pass_finish(const PassCall *p, cudaStream_t stream);
 
+// Where the rows of a kv head begin that are of the positions from `position` on; those of a document follow each
+// other.
+static __device__ inline int64_t pass_line(const AttentionShape &s, int kv_head, int position) {
+  return ((int64_t)kv_head * s.T + position) * s.heads;
+}
+
 // A row of dq in fp32: place i (of 4 floats) holds what lane t = i % 4 of a row's four lanes has of two neighbouring
-// fragments, columns 16 m + 2 t + {0, 1, 8, 9}, m = i / 4. In odd rows of a document neighbouring groups of 4 places
-// change, so that two rows lie in different banks of shared memory.
+// fragments, columns 16 m + 2 t + {0, 1, 8, 9}, m = i / 4. In odd rows of a document and kv head neighbouring groups
+// of 4 places change, so that two rows lie in different banks of shared memory.
 static __device__ inline int dq_place(int i, int row) {
   return i ^ (row & 1) << 2;
 }

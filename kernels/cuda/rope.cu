@@ -174,23 +174,22 @@ static __global__ void __launch_bounds__(FORWARD_THREADS, 4)
 
 typedef struct RopeGradients {
   const bf16 *dq, *dk, *dv; // [T, H D], [T, G D] twice, sequence order
-  const float *dq_sums;     // instead of dq: [H, T, D] as attention_pass.h leaves it, to be multiplied by dq_scale
+  const float *dq_sums;     // instead of dq: [H T, D] as attention_pass.h leaves it, to be multiplied by shape.scale
   const int32_t *doc_start; // [T] sequence order, with dq_sums
-  float dq_scale;
-  const bf16 *qkv;     // [T, (H+2G) D]
-  const bf16 *wq, *wk; // [2, D]
-  bf16 *dqkv;          // [T, (H+2G) D]
-  float *dwq, *dwk;    // [2, D]
-  float *partial;      // [blocks + 1][2][D]: block b's sums for dwq and dwk over text rows in slot b, image rows b + 1
+  AttentionShape shape;     // with dq_sums
+  const bf16 *qkv;          // [T, (H+2G) D]
+  const bf16 *wq, *wk;      // [2, D]
+  bf16 *dqkv;               // [T, (H+2G) D]
+  float *dwq, *dwk;         // [2, D]
+  float *partial; // [blocks + 1][2][D]: block b's sums for dwq and dwk over text rows in slot b, image rows b + 1
 } RopeGradients;
 
 // What a lane reads of a row, for `unroll` heads at a time. SUMS: dq comes as sums.
 template <int D, bool SUMS> struct RowReader {
   static constexpr int unroll = 2, step = HeadLane<D>::heads;
   const bf16 *x, *dq, *dk, *dv;
-  const float *sums; // of head 0
-  int64_t head_sums; // from head to head
-  int second;        // from the first four of the lane's sums to the others
+  const float *sums;   // of all rows
+  int position, local; // in the pack and in its document
   struct Raw {
     uint4 x[unroll], dy[unroll], dy_second[SUMS ? unroll : 1];
   };
@@ -199,23 +198,24 @@ template <int D, bool SUMS> struct RowReader {
     x = a.qkv + (int64_t)r * (p.H + 2 * p.G) * D + 8 * lane.part;
     dk = a.dk + (int64_t)s * p.G * D + 8 * lane.part, dv = a.dv + (int64_t)s * p.G * D + 8 * lane.part;
     if constexpr (SUMS) {
-      const int local = s - a.doc_start[s], place = dq_place(lane.part / 4 * 8 + lane.part % 4, local);
-      sums = a.dq_sums + (int64_t)s * D + 4 * place;
-      second = 4 * (dq_place(lane.part / 4 * 8 + lane.part % 4 + 4, local) - place);
-      head_sums = (int64_t)p.T * D;
+      sums = a.dq_sums;
+      position = s, local = s - a.doc_start[s];
     } else
       dq = a.dq + (int64_t)s * p.H * D + 8 * lane.part;
   }
 
-  __device__ void load(Raw &raw, const Heads &n, HeadLane<D> lane, int base) const {
+  __device__ void load(Raw &raw, const RopeGradients &a, const Heads &n, HeadLane<D> lane, int base) const {
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
       const int head = base + u * step + lane.head;
       raw.x[u] = load_or_zero(x + head * D, head < n.qk); // v needs none: its gradient passes as it is
       if constexpr (SUMS) {
-        const bf16 *own = (const bf16 *)(sums + head * head_sums), *other = head_at<D>(n, head, own, dk, dv);
-        raw.dy[u] = load_or_zero(head < n.q ? own : other, head < n.all);
-        raw.dy_second[u] = load_or_zero((const bf16 *)(sums + head * head_sums + second), head < n.q);
+        const int kv_head = divide(head, &a.shape.by_heads), own = head - kv_head * a.shape.heads;
+        const float *row = sums + (pass_line(a.shape, kv_head, position) + own) * D;
+        const int place = lane.part / 4 * 8 + lane.part % 4, in_document = local * a.shape.heads + own;
+        const bf16 *first = (const bf16 *)(row + 4 * dq_place(place, in_document));
+        raw.dy[u] = load_or_zero(head < n.q ? first : head_at<D>(n, head, first, dk, dv), head < n.all);
+        raw.dy_second[u] = load_or_zero((const bf16 *)(row + 4 * dq_place(place + 4, in_document)), head < n.q);
       } else
         raw.dy[u] = load_or_zero(head_at<D>(n, head, dq, dk, dv), head < n.all);
     }
@@ -249,15 +249,15 @@ static __device__ inline void row_backward(const Rope &p, const RopeGradients &a
   const Reader from(p, a, lane, r, s);
   bf16 *dx = a.dqkv + (int64_t)r * n.all * D + 8 * lane.part;
   typename Reader::Raw raw;
-  from.load(raw, n, lane, 0);
+  from.load(raw, a, n, lane, 0);
   const Turn t = turn_at<D>(p, s, lane.part); // while the first heads are on their way
   for (int base = 0; base < n.all; base += unroll * step) {
     typename Reader::Raw next;
-    from.load(next, n, lane, base + unroll * step);
+    from.load(next, a, n, lane, base + unroll * step);
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
       const int head = base + u * step + lane.head;
-      uint4 y = Reader::gradient(raw, u, base + u * step < n.q, head < n.q, a.dq_scale);
+      uint4 y = Reader::gradient(raw, u, base + u * step < n.q, head < n.q, a.shape.scale);
       if (base + u * step < n.qk) {                    // some of the warp's heads are not v
         float x8[8], g[8], w[8], squares = 0, dot = 0; // g: the gradient before the rotation
         unpack8(raw.x[u], x8);
@@ -442,7 +442,7 @@ extern "C" void cuda_ATTENTION_ROPE_BWD(const KernelCall *c) {
   RopeGradients a = {};
   a.dq_sums = attention_backward(c, dq, dk, dv, true);
   a.doc_start = c->batch->doc_start;
-  a.dq_scale = 1 / sqrtf((float)d->D);
+  a.shape = attention_shape(d);
   a.dq = dq, a.dk = dk, a.dv = dv;
   a.qkv = (const bf16 *)in.qkv, a.wq = (const bf16 *)in.wq, a.wk = (const bf16 *)in.wk;
   a.dqkv = (bf16 *)out.dqkv, a.dwq = (float *)out.dwq, a.dwk = (float *)out.dwk;

@@ -20,7 +20,7 @@ const CudaShape cuda_shapes[] = {
      {.T = 259, .segments = 40, .C = 200, .H = 5, .G = 5, .D = 64, .P = 48, .V = 520, .Z = 72, .L = 1,
       .E = BOTH(3, 1), .K = BOTH(1, 1), .F = BOTH(40, 24), .S = BOTH(24, 0)}},
     {"text only", PACK_TEXT, ROUTE_ANY,
-     {.T = 201, .segments = 4, .C = 128, .H = 2, .G = 1, .D = 128, .P = 48, .V = 512, .Z = 64, .L = 1,
+     {.T = 201, .segments = 4, .C = 128, .H = 3, .G = 1, .D = 128, .P = 48, .V = 512, .Z = 64, .L = 1,
       .E = BOTH(5, 4), .K = BOTH(3, 2), .F = BOTH(64, 48), .S = BOTH(0, 32)}},
     {"images only", PACK_IMAGE, ROUTE_ANY,
      {.T = 327, .segments = 64, .C = 512, .H = 8, .G = 8, .D = 64, .P = 768, .V = 1000, .Z = 64, .L = 1,
