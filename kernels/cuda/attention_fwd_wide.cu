@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention_copy.h"
 #include "kernels/cuda/attention_fwd.h"
 #include "kernels/cuda/attention_wgmma.h"
+#include "kernels/cuda/tensor_map.h"
 
 enum {
   D = 128,
@@ -25,6 +26,12 @@ typedef struct FlashCall {
   ForwardCall c;
   int *taken; // units that blocks have taken
 } FlashCall;
+
+// For the copy engine: what a warp copies of a set of queries, and of a tile of keys or values.
+typedef struct FlashMaps {
+  CUtensorMap q, k, v;
+  bool there;
+} FlashMaps;
 
 // What a block takes.
 typedef struct Unit {
@@ -88,8 +95,20 @@ static __device__ inline void take_unit(const FlashCall &p, Unit *u) {
   __syncwarp();
 }
 
+// A warp's part of a tile: rows [0, valid) of the head-th of `heads` heads, from position `first` on. The copy engine
+// copies what is whole; the end of a document comes by the warp, and zeros behind it.
+template <int rows>
+static __device__ inline void copy_part(const bf16 *tile, const CUtensorMap *map, bool boxes, uint32_t full,
+                                        const bf16 *from, int first, int head, int heads, int valid) {
+  const int part = rows / COPY_WARPS, before = (int)recompute(threadIdx.x / 32) * part;
+  if (boxes && valid >= before + part)
+    box_part<D, rows, COPY_WARPS>(tile, map, full, head, first + before);
+  else
+    copy_rows<D, rows, COPY_WARPS>(tile, from + ((int64_t)first * heads + head) * D, heads * D, valid);
+}
+
 // What there is to do: queries, keys and values; four warps.
-static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p) {
+static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p, const FlashMaps &maps) {
   const ForwardCall &c = p.c;
   const int H = c.shape.H, G = c.shape.G;
   Place<FLASH_UNITS> slot;
@@ -106,8 +125,8 @@ static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p) {
 #pragma unroll 1
     for (int set = 0; set < FLASH_SETS; set++) {
       int first = u.first[set], count = u.count[set];
-      copy_rows<D, FLASH_ROWS, COPY_WARPS>(s->q[place.at][set], c.q + ((int64_t)first * H + u.head[set]) * D, H * D,
-                                           count);
+      copy_part<FLASH_ROWS>(s->q[place.at][set], &maps.q, maps.there, shared_address(&s->q_full[place.at]), c.q, first,
+                            u.head[set], H, count);
       line_load<FLASH_ROWS>(s->kv_end[place.at][set], c.b.kv_end + first, count);
       line_load<FLASH_ROWS>(s->row[place.at][set], c.b.row + first, count);
     }
@@ -118,8 +137,8 @@ static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p) {
         for (int i = key + lane; i < min(key + FLASH_KEYS, end); i += 32) early_end = min(early_end, c.b.q_end[i]);
       }
       barrier_wait(shared_address(&s->k_empty[stage.at]), stage.parity ^ 1);
-      int64_t at = ((int64_t)key * G + u.kv_head) * D;
-      copy_rows<D, FLASH_KEYS, COPY_WARPS>(s->k[stage.at], c.k + at, G * D, end - key);
+      copy_part<FLASH_KEYS>(s->k[stage.at], &maps.k, maps.there, shared_address(&s->k_full[stage.at]), c.k, key,
+                            u.kv_head, G, end - key);
       line_load<FLASH_KEYS>(s->q_end[stage.at], c.b.q_end + key, end - key);
       barrier_arrive_after_copies(shared_address(&s->k_full[stage.at]));
       if (threadIdx.x < 32) {
@@ -130,7 +149,8 @@ static __device__ inline void copy_tiles(FlashShared *s, const FlashCall &p) {
         }
       }
       barrier_wait(shared_address(&s->v_empty[stage.at]), stage.parity ^ 1);
-      copy_rows<D, FLASH_KEYS, COPY_WARPS>(s->v[stage.at], c.v + at, G * D, end - key);
+      copy_part<FLASH_KEYS>(s->v[stage.at], &maps.v, maps.there, shared_address(&s->v_full[stage.at]), c.v, key,
+                            u.kv_head, G, end - key);
       barrier_arrive_after_copies(shared_address(&s->v_full[stage.at]));
     }
   }
@@ -229,7 +249,8 @@ static __device__ inline void multiply(FlashShared *s, const FlashCall &p) {
 }
 #endif
 
-static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wide(FlashCall p) {
+static __global__ void __launch_bounds__(FLASH_THREADS, 1)
+    attention_forward_wide(FlashCall p, const __grid_constant__ FlashMaps maps) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   FlashShared *s = (FlashShared *)shared;
@@ -243,12 +264,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wid
       barrier_init(shared_address(&s->v_full[i]), GROUP);
       barrier_init(shared_address(&s->v_empty[i]), CONSUMER_WARPS);
     }
+    barrier_init_fence();
   }
   await_previous();
   __syncthreads();
   if (threadIdx.x < GROUP) {
     registers_give<56>();
-    copy_tiles(s, p);
+    copy_tiles(s, p, maps);
   } else {
     registers_take<224>();
     write_filler<D>(p.c, blockIdx.x * 2 * GROUP + threadIdx.x - GROUP, gridDim.x * 2 * GROUP);
@@ -259,9 +281,20 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) attention_forward_wid
 
 // ---- the host side ----
 
+static FlashMaps maps_encode(const ForwardCall *c) {
+  const AttentionShape *a = &c->shape;
+  FlashMaps maps = {};
+  maps.there = tensor_map_usable();
+  if (!maps.there) return maps;
+  tensor_map_encode(&maps.q, "attention", c->q, D, a->H, a->T, 1, FLASH_ROWS / COPY_WARPS);
+  tensor_map_encode(&maps.k, "attention", c->k, D, a->G, a->T, 1, FLASH_KEYS / COPY_WARPS);
+  tensor_map_encode(&maps.v, "attention", c->v, D, a->G, a->T, 1, FLASH_KEYS / COPY_WARPS);
+  return maps;
+}
+
 void attention_fwd_wide(const ForwardCall *c, void *scratch, cudaStream_t stream) {
   FlashCall p = {.c = *c, .taken = (int *)scratch};
   CUDA_CHECK(cudaMemsetAsync(p.taken, 0, sizeof *p.taken, stream));
   CUDA_ALLOW_SHARED(attention_forward_wide, sizeof(FlashShared));
-  CUDA_LAUNCH(attention_forward_wide, cuda_sm_count(), FLASH_THREADS, sizeof(FlashShared), stream, p);
+  CUDA_LAUNCH(attention_forward_wide, cuda_sm_count(), FLASH_THREADS, sizeof(FlashShared), stream, p, maps_encode(c));
 }
