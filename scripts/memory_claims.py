@@ -98,7 +98,13 @@ class Claims:
         for policy, times in (("keep", 1), ("auto", 2), ("recompute", 2), ("auto", LONGER)):
             length = int(slots["keep"] * times) // 64 * 64
             at = self.curve("base", f"base-{length}", f"data.micro_batch_tokens={length}")
-            longer[policy, times] = self.point(at, policy, math.inf)
+            trace = at.out / "trace.json"
+            more = ["--trace", str(trace)] if (policy, times) == ("auto", 2) else []
+            longer[policy, times] = self.point(at, policy, math.inf, *more)
+            if more and trace.exists():
+                sent, busy = way_out(trace)
+                self.claim("base: what leaves for the host there, GB a step", "", sent, "{:.1f}")
+                self.claim("base: of the time until the last has left, the link busy", "", busy, "{:.1%}")
         keep, twice = longer["keep", 1], longer["auto", 2]
         if keep:
             self.claim("base: keep at its longest, tokens/s", "", number(keep, "tokens_per_second"), "{:.0f}")
@@ -155,6 +161,14 @@ def passes_of(trace):
     _, programs, slices = trace_picture.read_trace(trace)
     spans = [(begin, end) for name, begin, end in programs if name.startswith("train")]
     return [piece for piece in slices if any(begin <= piece[2] < end for begin, end in spans)]
+
+
+def way_out(trace):
+    """GB that leave for the host in a trace's passes, and the share of the time until the last has left that this takes."""
+    out = [piece for piece in passes_of(trace) if piece[0] == "device to host"]
+    took = trace_picture.copy_times(["device to host"], out)[0]
+    sent, end = sum(piece[4].get("bytes", 0) for piece in out), max((piece[3] for piece in out), default=0)
+    return sent / 1e9, took / end if end else None
 
 
 def main():

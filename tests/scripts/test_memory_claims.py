@@ -40,6 +40,8 @@ def main():
         assert value(table, "base: longest micro-batch, slots: keep") == "3000", table
         assert value(table, "base: longest micro-batch, slots: auto") == "5000", table
         assert value(table, "base: auto at twice that") == f"{step(4, 5.952) / step(10, 5.952):.3f}", table
+        assert value(table, "base: what leaves for the host there") == "0.1", table
+        assert value(table, "base: of the time until the last has left") == "50.0%", table  # 6 of 12 ms
         assert value(table, "base: auto in 24 GB, tokens/s") == f"{2000 / step(10) * 1e3:.0f}", table
         assert value(table, "small: step time") == "1.00%, 1.00%", table
         assert value(table, "small: budgets on the curve") == "24 of 24", table

@@ -41,7 +41,7 @@ if "--trace" in a:  # 8 ms of the passes' copies, 6 of them beside an op; the up
     lanes = ["compute", "device to host", "host to device", "update"]
     events = [{"ph": "M", "name": "thread_name", "tid": i, "args": {"name": lane}} for i, lane in enumerate(lanes)]
     for tid, name, begin, end, args in [(0, "train first", 0, 20, {}), (0, "update", 20, 40, {}),
-                                        (0, "LINEAR_FWD", 0, 10, {"tensor": "t"}), (1, "COPY", 6, 12, {"tensor": "t"}),
+                                        (0, "LINEAR_FWD", 0, 10, {"tensor": "t"}), (1, "COPY", 6, 12, {"tensor": "t", "bytes": 10**8}),
                                         (2, "COPY", 2, 4, {"tensor": "t"}), (1, "COPY", 22, 32, {"tensor": "t"})]:
         events.append({"ph": "X", "tid": tid, "name": name, "ts": 1e3 * begin, "dur": 1e3 * (end - begin), "args": args})
     Path(a[a.index("--trace") + 1]).write_text(json.dumps({"traceEvents": events}))
