@@ -213,7 +213,7 @@ static __device__ inline void add_gradients(PassShared *s, const PassCall &p, ui
 // ---- the warpgroups that multiply ----
 
 // score^T [16, 8 n] -> p^T = exp2(score^T scale2 - lse2), 0 where a row, of those from `row` on, does not see a key.
-// q_start, q_end: of the warp's keys, in a document that begins at `start`.
+// q_start, q_end: of the warp's keys, in a document that begins at `start`, which few tiles have to look up.
 template <int n>
 static __device__ inline void key_probability(float (&p)[n][4], const float *lse2, float scale2, bool partly,
                                               const int32_t *q_start, const int32_t *q_end, const int &start, int heads,
