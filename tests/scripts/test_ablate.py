@@ -13,8 +13,9 @@ ABLATE = ROOT / "scripts" / "ablate.py"
 SVG = "{http://www.w3.org/2000/svg}"
 
 # Everything takes 100 ms a step; each flag makes it longer, each run 1% longer than the one before. keep needs 10 GB,
-# recompute 4; a token more than 1000 takes 0.005 GB more.
-TRAIN = '''#!/usr/bin/env python3
+# recompute 4; a token more than 1000 takes 0.005 GB more. It is started by the interpreter itself, which a `python3` of
+# PATH may take far longer to find.
+TRAIN = f"#!{sys.executable} -IS\n" + '''
 import json, sys, time
 from pathlib import Path
 a = sys.argv[1:]
@@ -213,7 +214,7 @@ def claims():
 
 def demo(top, train):
     """The three ways of memory train to the same bits, and padding to the same losses of the same documents."""
-    said = ablate(top, "--device", "cpu", "--train", train, "--seconds", "0.01", "--repeats", "1",
+    said = ablate(top, "--device", "cpu", "--train", train, "--tokens", "512", "--seconds", "0.01", "--repeats", "1",
                   "--parts", "switches", "memory", "--variants", "everything", "padded", "recompute", "planned, tight", "offload")  # fmt: skip
     rows = {(r["part"], r["variant"]): r for r in rows_of(top)}
     assert len(rows) == 8 and all(r["tokens_per_second"] and r["memory_gb"] for r in rows.values()), rows

@@ -12,19 +12,19 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 # keep needs 10 GB, recompute 4, offload 3; auto has a plan from 2.5 GB on. A step takes 100 ms longer for each GB less
 # than keep's; runs take 1% more than predicted and 0.2% more memory. Of T slots, 1000 if nothing is said, all takes
-# T / 1000 times as long; the most are 3000, with auto 5000.
-TRAIN = '''#!/usr/bin/env python3
-import json, sys, time
-from pathlib import Path
+# T / 1000 times as long; the most are 3000, with auto 5000. It is started hundreds of times: by the interpreter
+# itself, which a `python3` of PATH may take far longer to find, and plans import next to nothing.
+TRAIN = f"#!{sys.executable} -IS\n" + '''
+import sys
 a = sys.argv[1:]
-policy, run = a[a.index("--memory") + 1], Path(a[a.index("--run-dir") + 1])
+policy = a[a.index("--memory") + 1]
 budget = next((float(x.split("=")[1]) for x in a if x.startswith("memory.budget_gb=")), 100)
 slots = next((int(x.split("=")[1]) for x in a if x.startswith("data.micro_batch_tokens=")), 1000)
 if "--tokens" in a:
     slots = 5000 if policy == "auto" else 3000
 needs = {"keep": 10, "recompute": 4, "offload": 3, "auto": min(max(budget, 2.5), 10)}[policy]
 ms = (1000 + 100 * (10 - needs)) * slots / 1000
-with open(Path(__file__).parent / "calls", "a") as f:
+with open(__file__.rpartition("/")[0] + "/calls", "a") as f:
     f.write(("plan" if "--plan" in a else "run") + f" {policy} {budget}\\n")
 if needs > budget:
     sys.exit("error: memory.budget_gb is too small")
@@ -36,6 +36,9 @@ if "--plan" in a:
     sys.exit()
 if policy == "offload":
     sys.exit("error: no more memory\\n  hint: take less")
+import json, time
+from pathlib import Path
+run = Path(a[a.index("--run-dir") + 1])
 run.mkdir(parents=True, exist_ok=True)
 if "--trace" in a:  # 8 ms of the passes' copies, 6 of them beside an op; the update's count for nothing
     lanes = ["compute", "device to host", "host to device", "update"]
