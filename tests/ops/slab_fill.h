@@ -26,12 +26,12 @@ static inline void params_fill(const ParamTable *t, ParamValues which, uint64_t 
 // A whole slab of DT_REAL elements, the weights as their masters, onto the engine's device.
 static inline void slab_upload(Engine *e, Space space, const void *from) {
   Error err;
-  int64_t n = e->model.params.total;
+  int64_t n = e->model.params.total, piece = min_i64(n, PARAMS_PIECE); // the writer has memory for several
   size_t element = e->model.backend->dtype_bytes[DT_REAL];
-  SlabWriter *w = slab_writer_open(e, PARAMS_PIECE, &err);
+  SlabWriter *w = slab_writer_open(e, piece, &err);
   if (!w) panic("%s", err.text);
-  for (int64_t at = 0; at < n; at += PARAMS_PIECE)
-    slab_writer_put(w, space, at, min_i64(n - at, PARAMS_PIECE), (const char *)from + (size_t)at * element);
+  for (int64_t at = 0; at < n; at += piece)
+    slab_writer_put(w, space, at, min_i64(n - at, piece), (const char *)from + (size_t)at * element);
   slab_writer_close(w);
 }
 #endif

@@ -109,7 +109,7 @@ unwritten configs/demo.json --plan
 
 # A short run, its lock and its refusal to be overwritten; then its uses.
 [ -f .cache/shapes/shapes.tar ] || scripts/make_shapes.py .cache/shapes/shapes.tar
-short=(--set data.micro_batch_tokens=256 --set eval.documents=16 --set eval.samples=2 --set eval.sampler_steps=2)
+short=(--set data.micro_batch_tokens=256 --set eval.documents=4 --set eval.samples=2 --set eval.sampler_steps=2)
 "$train" configs/demo.json "${run[@]}" "${short[@]}" --steps 2 2>"$dir/log"
 [ -f "$dir/run/samples/step-000002.png" ]
 [ -f "$dir/run/ckpt-2/state.json" ]

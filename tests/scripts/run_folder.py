@@ -17,7 +17,7 @@ FLAGS = ["--tokens", "256", "--steps", "6"] + [
         "checkpoint.every": 2,
         "checkpoint.keep_last": 9,
         "eval.every": 3,
-        "eval.documents": 8,
+        "eval.documents": 3,
         "eval.samples": 0,
     }.items()
     for part in ("--set", f"{key}={value}")

@@ -21,7 +21,7 @@ def equal(*arguments, code=0):
 
 with tempfile.TemporaryDirectory() as folder:
     out, page = Path(folder) / "out", Path(folder) / "page.md"
-    given = [DEMO, out, "--steps", "4", "--set", "eval.documents=16"]
+    given = [DEMO, out, "--steps", "4", "--set", "eval.documents=4"]
     said = equal(*given, "--seeds", "3")
     with open(out / "equal.csv", newline="") as f:
         rows = list(csv.DictReader(f))

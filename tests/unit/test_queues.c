@@ -21,6 +21,7 @@
 #include "tests/ops/slab_fill.h"
 
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -736,6 +737,7 @@ static void test_host_slab(void **state) {
 }
 
 int main(void) {
+  omp_set_num_threads(1); // bits do not depend on it (test_threads), and these loops are too short for more
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_measured),    cmocka_unit_test(test_state_on_host),
       cmocka_unit_test(test_state_auto),  cmocka_unit_test(test_units),       cmocka_unit_test(test_captured),
