@@ -7,11 +7,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARE = ROOT / "scripts" / "compare_torch.py"
+TINY = ROOT / "tests" / "gpu" / "gpu_tiny.json"
+COMMON = ["--device", "cpu", "--seconds", "0.01", "--set", "run.threads=1"]
 sys.path.insert(0, str(COMPARE.parent))
 # The same program with another epsilon in all norms; with ways that fail, die and hang.
 PROGRAM = f"""import os, sys, time
@@ -109,11 +112,11 @@ def memory_and_end(top):
         assert not C.measure(found, None, engine, [], args, 5) and len(found["measured"]["engine"]) == 2, found
 
 
-with tempfile.TemporaryDirectory() as top:
-    common = ["--device", "cpu", "--seconds", "0.01", "--set", "run.threads=1"]
+def measured(top):
+    """Both configs: agreement, the table and its place in a page; and what is left out when told so."""
     for config, rounds in (("configs/demo.json", 2), ("tests/gpu/gpu_tiny.json", 1)):
-        out = Path(top) / Path(config).stem
-        said = compare(ROOT / config, out, *common, "--tokens", "192", "--rounds", rounds)
+        out = top / Path(config).stem
+        said = compare(ROOT / config, out, *COMMON, "--tokens", "192", "--rounds", rounds)
         found = json.loads((out / "torch.json").read_text())
         engine, *ways = found["rows"]
         assert found["about"]["tokens"] > 150 and len(ways) == 3, found
@@ -125,36 +128,49 @@ with tempfile.TemporaryDirectory() as top:
             assert way["least"] <= way["engine"] <= way["largest"] and "failed" not in way, found
             assert f"{way['ms']:.2f}" in (out / "torch.txt").read_text() and not (out / "dump").exists(), said
         assert ways[1]["lines"] != ways[0]["lines"] < ways[2]["lines"], found
-        page = Path(top) / "page.md"
-        page.write_text(f"a\n<!-- torch {config.split('/')[-1][:-5]} short -->\nold\n<!-- end -->\n")
-        compare(ROOT / config, out, "--markdown", page)
-        assert "| eager, masters |" in page.read_text() and "old" not in page.read_text(), page.read_text()
-    tiny = ROOT / "tests/gpu/gpu_tiny.json"
-    out = Path(top) / "broken"
-    said = compare(tiny, out, *common, "--rounds", "2", "--limit", "9", program=("-c", BROKEN))
+    page = top / "page.md"
+    page.write_text("a\n<!-- torch gpu_tiny short -->\nold\n<!-- end -->\n")
+    compare(TINY, out, "--markdown", page)
+    assert "| eager, masters |" in page.read_text() and "old" not in page.read_text(), page.read_text()
+    said = compare(TINY, out, *COMMON, "--minutes", "1e-6")
+    assert "--minutes" in said and json.loads((out / "torch.json").read_text())["rows"][0]["rounds"] == 0, said
+    said = compare(TINY, out, *COMMON, "--rounds", "2", "--ways", "eager", "eager, masters", "--once", "eager")
+    order = [line.split(" {")[0] for line in said.splitlines() if line.startswith("round ")]
+    assert order == ["round 1: engine", "round 1: eager, masters", "round 2: eager, masters", "round 2: engine",
+                     "round 2: eager"], said  # fmt: skip
+
+
+def broken(top):
+    """Ways that fail, die and hang, which is waited for."""
+    out = top / "broken"
+    said = compare(TINY, out, *COMMON, "--rounds", "2", "--limit", "9", program=("-c", BROKEN))
     engine, fails, dies, hangs, good = json.loads((out / "torch.json").read_text())["rows"]
     for row, why in ((fails, "no such luck"), (dies, "its process ended with 3"), (hangs, "longer than 9 s")):
         assert row["rounds"] == 0 and row["failed"] == why and f"({why})" in said, said
     assert good["rounds"] == engine["rounds"] == 2 and "no such luck" in (out / "torch.log").read_text(), said
-    said = compare(tiny, out, *common, "--minutes", "1e-6")
-    assert "--minutes" in said and json.loads((out / "torch.json").read_text())["rows"][0]["rounds"] == 0, said
-    said = compare(tiny, out, *common, "--rounds", "2", "--ways", "eager", "eager, masters", "--once", "eager")
-    order = [line.split(" {")[0] for line in said.splitlines() if line.startswith("round ")]
-    assert order == ["round 1: engine", "round 1: eager, masters", "round 2: eager, masters", "round 2: engine",
-                     "round 2: eager"], said  # fmt: skip
-    out = Path(top) / "wrong"
-    said = compare(tiny, out, *common, "--rounds", "1", code=1, program=("-c", WRONG))
+
+
+def refused(top):
+    """Another model, and bad input."""
+    out = top / "wrong"
+    said = compare(TINY, out, *COMMON, "--rounds", "1", code=1, program=("-c", WRONG))
     assert "NOT the same model" in said and "another model" in said, said
-    (Path(top) / "file").write_text("")
-    (Path(top) / "cut").mkdir()
-    (Path(top) / "cut/torch.json").write_text('{"about":')
-    for what, *arguments in (("no", "nothing.json", out), ("file", ROOT / "configs/demo.json", Path(top) / "file"),
+    (top / "file").write_text("")
+    (top / "cut").mkdir()
+    (top / "cut/torch.json").write_text('{"about":')
+    for what, *arguments in (("no", "nothing.json", out), ("file", ROOT / "configs/demo.json", top / "file"),
                              ("--rounds", ROOT / "configs/demo.json", out, "--rounds", "0"),
-                             ("not whole", tiny, Path(top) / "cut", "--markdown", "page"),
-                             ("measure first", tiny, Path(top) / "none", "--markdown", "page"),
-                             ("--dump failed", ROOT / "configs/demo.json", out, *common, "--set", "train.lr=-1")):  # fmt: skip
+                             ("not whole", TINY, top / "cut", "--markdown", "page"),
+                             ("measure first", TINY, top / "none", "--markdown", "page"),
+                             ("--dump failed", ROOT / "configs/demo.json", out, *COMMON, "--set", "train.lr=-1")):  # fmt: skip
         said = compare(*arguments, code=2 if what == "--rounds" else 1)
         assert what in said, (what, said)
-    memory_and_end(top)
+
+
+# Beside each other: importing PyTorch takes one core, and nine seconds pass with a way that hangs.
+with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    for done in [pool.submit(test, Path(folder)) for test in (measured, broken, refused)]:
+        done.result()
+    memory_and_end(Path(folder))
 updates()
 print("PyTorch: the same losses and gradients, timed, refused")
