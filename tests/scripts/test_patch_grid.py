@@ -19,6 +19,7 @@ from make_shapes import png_encode
 
 PATCH, IMAGES = 8, 48
 SEAMS = ("offsets",)  # cases whose patches do not fit
+BOUND = ("as real", "offsets", "strong in all sizes")  # those that are held against bounds: one of each kind
 
 
 def image(rng, height, width, change):
@@ -86,7 +87,7 @@ def main():
             excess, seams = map(float, re.search(r"excess (\S+) dB, seams (\S+) dB", done.stdout).groups())
             assert least <= excess <= most, f"{name}: {done.stdout}"
             assert (seams > 1) == (name in SEAMS), f"{name}: {done.stdout}"
-            for bound in (max(excess, seams) - 0.1, max(excess, seams) + 0.1):
+            for bound in (max(excess, seams) - 0.1, max(excess, seams) + 0.1) if name in BOUND else ():
                 done = run(folder, "--at-most", str(bound))
                 assert done.returncode == (bound < max(excess, seams)), f"{name}: {done.stderr}"
             print(f"{name}: {excess:+.2f} dB, seams {seams:+.2f} dB")
