@@ -10,14 +10,13 @@
 #include "kernels/cuda/attention_copy.h"
 #include "kernels/cuda/attention_pass.h"
 #include "kernels/cuda/attention_wgmma.h"
-#include "kernels/cuda/tensor_map.h"
 
 enum {
   D = 128,
   GROUP = 128, // threads of a warpgroup
   PASS_THREADS = 3 * GROUP,
   PASS_ROWS = 64, // of a tile
-  PASS_UNITS = 4,
+  PASS_UNITS = 8, // more than copies may be ahead of an adder, see below
   PASS_STAGES = 2,
   PASS_ADDERS = 2, // threads that add to dq in turns, each from a tile of its own
   CONSUMER_WARPS = 2 * GROUP / 32
@@ -26,8 +25,8 @@ enum {
 // For the copy engine: boxes of 32 rows of q and dO, of 64 keys and values.
 typedef struct PassMaps {
   CUtensorMap q, dout, k, v;
-  bool rows; // heads that share a kv head fill 32 rows: q's and dout's are there
-  bool keys; // k's and v's
+  bool row_boxes; // 32 rows are whole positions: q's and dout's are there
+  bool key_boxes; // k's and v's
 } PassMaps;
 
 // What a block takes: a tile of keys against the tiles of rows that see some of them.
@@ -41,7 +40,7 @@ typedef struct Unit {
 struct PassShared {
   bf16 k[PASS_KEYS * D], v[PASS_KEYS * D];
   bf16 q[PASS_STAGES][PASS_ROWS * D], dout[PASS_STAGES][PASS_ROWS * D];
-  bf16 ds[2][PASS_KEYS * PASS_ROWS]; // a tile of keys with the queries as columns
+  bf16 ds[2][PASS_KEYS * PASS_ROWS]; // transposed: keys by the rows of a tile
   float dq[PASS_ADDERS][PASS_ROWS * D];
   float lse2[PASS_STAGES][PASS_ROWS], delta[PASS_STAGES][PASS_ROWS];
   int32_t q_start[PASS_KEYS], q_end[PASS_KEYS]; // zeros past the last key: an empty interval
@@ -50,6 +49,10 @@ struct PassShared {
   uint64_t q_full[PASS_STAGES], q_empty[PASS_STAGES], dout_full[PASS_STAGES], dout_empty[PASS_STAGES];
   uint64_t dq_full[PASS_ADDERS], dq_empty[PASS_ADDERS];
 };
+// An adder reads its unit until its part of dq has been added, and says dq_empty before that. From then on three more
+// steps may be multiplied, which may be three units, and a unit is taken when the one two before it has been: so the
+// copies may be five units ahead of what an adder reads, and six places are what they need.
+static_assert(PASS_UNITS >= 6, "adders have read their unit before its place is taken again");
 static_assert(sizeof(PassShared) <= CUDA_HOPPER_SHARED, "one block fits on a multiprocessor");
 static_assert(offsetof(PassShared, ds) % 1024 == 0, "tiles begin on a block of the swizzle");
 
@@ -78,8 +81,8 @@ static __device__ inline void take_unit(const PassCall &p, Unit *u) {
     for (int i = lane; i < PASS_KEYS / 2; i += 32) {
       int key = span.first + half * PASS_KEYS / 2 + i;
       bool in = key < span.end;
-      int start = in ? b.q_start[key] : 0, end = in ? b.q_end[key] : 0;
-      late_start = max(late_start, start), early_end = min(early_end, end), last = max(last, end);
+      int sees_from = in ? b.q_start[key] : 0, sees_to = in ? b.q_end[key] : 0;
+      late_start = max(late_start, sees_from), early_end = min(early_end, sees_to), last = max(last, sees_to);
     }
     late_start = __reduce_max_sync(0xffffffffu, late_start), early_end = __reduce_min_sync(0xffffffffu, early_end);
     if (lane == 0) {
@@ -109,7 +112,8 @@ static __device__ inline void copy_keys(const bf16 *tile, const CUtensorMap *map
 }
 
 // What there is to do, queries and dO, keys and values: two warps, each half of every tile. The copy engine copies what
-// is whole; the end of a document, and dO where text meets an image, come row by row, and zeros behind the end.
+// is whole. Row by row come the end of a document, with zeros behind it, dO where text meets an image, and all of q and
+// dO where 32 rows are not whole positions.
 static __device__ inline void copy_tiles(PassShared *s, const PassCall &p, const PassMaps &maps) {
   const BackwardCall &c = p.c;
   const int H = c.shape.H, G = c.shape.G;
@@ -130,20 +134,20 @@ static __device__ inline void copy_tiles(PassShared *s, const PassCall &p, const
       const uint32_t q_full = shared_address(&s->q_full[at]), dout_full = shared_address(&s->dout_full[at]);
       KvRow own = kv_row(c.shape, u->kv_head, min(row + half * 32 + (int)recompute(threadIdx.x & 31), u->rows - 1));
       own.position += u->start;
-      const int dout_row = c.b.row[own.position], first = __shfl_sync(0xffffffffu, dout_row, 0);
-      const int position = __shfl_sync(0xffffffffu, own.position, 0);
-      const bool whole = maps.rows && valid >= (half + 1) * 32;
-      const bool in_order = __all_sync(0xffffffffu, dout_row - first == own.position - position);
+      const int dout_row = c.b.row[own.position], first_row = __shfl_sync(0xffffffffu, dout_row, 0);
+      const int first_position = __shfl_sync(0xffffffffu, own.position, 0);
+      const bool whole = maps.row_boxes && valid >= (half + 1) * 32;
+      const bool in_order = __all_sync(0xffffffffu, dout_row - first_row == own.position - first_position);
       barrier_wait(shared_address(&s->dout_empty[at]), ~(step >> 1) & 1);
       if (whole && in_order)
-        box_part<D, PASS_ROWS, 2>(s->dout[at], &maps.dout, dout_full, head, first);
+        box_part<D, PASS_ROWS, 2>(s->dout[at], &maps.dout, dout_full, head, first_row);
       else
         gather_half<D>(s->dout[at], c.dout, dout_row * H + own.head, D, valid, half);
       if (half == 0) copy_line<PASS_ROWS>(s->delta[at], p.s.delta + line + row, valid);
       barrier_arrive_after_copies(dout_full);
       barrier_wait(shared_address(&s->q_empty[at]), ~(step >> 1) & 1);
       if (whole)
-        box_part<D, PASS_ROWS, 2>(s->q[at], &maps.q, q_full, head, position);
+        box_part<D, PASS_ROWS, 2>(s->q[at], &maps.q, q_full, head, first_position);
       else
         gather_half<D>(s->q[at], c.q, own.position * H + own.head, D, valid, half);
       if (half == 1) copy_line<PASS_ROWS>(s->lse2[at], p.s.lse2 + line + row, valid);
@@ -153,16 +157,16 @@ static __device__ inline void copy_tiles(PassShared *s, const PassCall &p, const
       const int key = u->key, keys = u->end - key;
       const uint32_t k_full = shared_address(&s->k_full), v_full = shared_address(&s->v_full);
       barrier_wait(shared_address(&s->keys_empty), ~units & 1);
-      copy_keys(s->k, maps.keys ? &maps.k : NULL, k_full, c.k, key, keys, u->kv_head, G, half);
+      copy_keys(s->k, maps.key_boxes ? &maps.k : NULL, k_full, c.k, key, keys, u->kv_head, G, half);
       copy_line<PASS_KEYS>(half ? s->q_end : s->q_start, (half ? c.b.q_end : c.b.q_start) + key, keys);
       barrier_arrive_after_copies(k_full);
-      copy_keys(s->v, maps.keys ? &maps.v : NULL, v_full, c.v, key, keys, u->kv_head, G, half);
+      copy_keys(s->v, maps.key_boxes ? &maps.v : NULL, v_full, c.v, key, keys, u->kv_head, G, half);
       barrier_arrive_after_copies(v_full);
     }
   }
 }
 
-// ---- the thread that adds to dq ----
+// ---- the threads that add to dq ----
 
 // Until `turn` units have had their turn; what the turn says.
 static __device__ inline uint32_t await_turn(const uint32_t *at, uint32_t turn) {
@@ -186,8 +190,8 @@ static __device__ inline void add_gradients(PassShared *s, const PassCall &p, ui
     if (u.key < 0) return;
     const int64_t line = pass_line(p.c.shape, u.kv_head, u.start);
     uint32_t *const turns = p.s.turn + line, turn = (u.key - u.start) / PASS_KEYS;
-    if (own == 0)
-      for (int row = (u.rows - 1) / PASS_ROWS * PASS_ROWS; row >= u.behind; row -= PASS_ROWS) { // rows that see no key
+    if (own == 0) // rows that see no key: their turns are passed on first, for later units begin with the last rows
+      for (int row = (u.rows - 1) / PASS_ROWS * PASS_ROWS; row >= u.behind; row -= PASS_ROWS) {
         await_turn(turns + row, turn);
         pass_turn(turns + row, 1);
       }
@@ -213,7 +217,8 @@ static __device__ inline void add_gradients(PassShared *s, const PassCall &p, ui
 // ---- the warpgroups that multiply ----
 
 // score^T [16, 8 n] -> p^T = exp2(score^T scale2 - lse2), 0 where a row, of those from `row` on, does not see a key.
-// q_start, q_end: of the warp's keys, in a document that begins at `start`, which few tiles have to look up.
+// q_start, q_end: of the warp's keys, in a document that begins at `start`; that by its address, for it is read from
+// shared memory only where a tile is seen in part.
 template <int n>
 static __device__ inline void key_probability(float (&p)[n][4], const float *lse2, float scale2, bool partly,
                                               const int32_t *q_start, const int32_t *q_end, const int &start, int heads,
@@ -295,11 +300,11 @@ static __device__ inline void multiply(PassShared *s, const PassCall &p) {
     float dk[D / 8][4], dv[D / 8][4];
     fragments_zero(dk);
     fragments_zero(dv);
-    const int last = u->first;
-    for (int first = u->behind - PASS_ROWS; first >= last; first -= PASS_ROWS, step++) {
+    const int first = u->first;
+    for (int row = u->behind - PASS_ROWS; row >= first; row -= PASS_ROWS, step++) {
       float score[PASS_ROWS / 8][4], dp[PASS_ROWS / 8][4], dq[8][4];
       uint32_t pairs[PASS_ROWS / 8][2], ds[PASS_ROWS / 8][2];
-      const int row = own * 64 + (threadIdx.x % GROUP) / 32 * 16; // the warp's first key
+      const int first_key = own * 64 + (threadIdx.x % GROUP) / 32 * 16; // the warp's
       const bf16 *keys = s->k + own * 64 * 64, *values = s->v + own * 64 * 64;
       barrier_wait(shared_address(&s->q_full[step & 1]), step >> 1 & 1);
       fence_async_proxy();
@@ -310,14 +315,14 @@ static __device__ inline void multiply(PassShared *s, const PassCall &p) {
       wgmma_wait<1>();
       wgmma_keep(score);
       key_probability(score, s->lse2[step & 1], p.c.shape.scale * LOG2E,
-                      u->late_start[own] > first || u->early_end[own] < first + PASS_ROWS, s->q_start + row,
-                      s->q_end + row, u->start, p.c.shape.heads, first);
+                      u->late_start[own] > row || u->early_end[own] < row + PASS_ROWS, s->q_start + first_key,
+                      s->q_end + first_key, u->start, p.c.shape.heads, row);
       pack_rows(pairs, score);
       start_sum<D>(dv, pairs, s->dout[step & 1]);
       wgmma_wait<1>(); // dp is there; dv is under way
       wgmma_keep(dp);
       key_gradient(ds, pairs, dp, s->delta[step & 1]);
-      store_pairs(s->ds[step & 1], ds, row);
+      store_pairs(s->ds[step & 1], ds, first_key);
       fence_async_proxy();
       named_barrier_sync(1, 2 * GROUP);
       wgmma_wait<0>(); // dv: its operands' registers are wanted
@@ -391,13 +396,13 @@ size_t attention_bwd_pass_scratch(const Dims *d) {
 static PassMaps maps_encode(const BackwardCall *c) {
   const int T = c->shape.T, H = c->shape.H, G = c->shape.G, heads = c->shape.heads;
   PassMaps maps = {};
-  maps.keys = tensor_map_usable();
-  maps.rows = maps.keys && 32 % heads == 0;
-  if (maps.rows) {
+  maps.key_boxes = tensor_map_usable();
+  maps.row_boxes = maps.key_boxes && 32 % heads == 0;
+  if (maps.row_boxes) {
     tensor_map_encode(&maps.q, "attention", c->q, D, H, T, heads, 32 / heads);
     tensor_map_encode(&maps.dout, "attention", c->dout, D, H, T, heads, 32 / heads);
   }
-  if (maps.keys) {
+  if (maps.key_boxes) {
     tensor_map_encode(&maps.k, "attention", c->k, D, G, T, 1, PASS_KEYS / 2);
     tensor_map_encode(&maps.v, "attention", c->v, D, G, T, 1, PASS_KEYS / 2);
   }

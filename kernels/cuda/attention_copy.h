@@ -1,11 +1,11 @@
-// How the attention kernels for Hopper fill shared memory: warps copy tiles (attention.h) that others multiply.
+// How the attention kernels for Hopper fill shared memory: warps copy tiles (attention.h) that others multiply,
+// themselves or by the copy engine.
 #ifndef TESSERA_ATTENTION_COPY_H
 #define TESSERA_ATTENTION_COPY_H
 
-#include <cuda.h>
-
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/ptx.h"
+#include "kernels/cuda/tensor_map.h"
 
 // Place in a ring, and the parity of its barriers' phases.
 template <int places> struct Place {
@@ -76,7 +76,8 @@ static __device__ inline void gather_half(const bf16 *tile, const bf16 *from, in
 }
 
 // Each of a block's first `warps` warps lets the copy engine copy its part of a tile: boxes of rows / warps rows and 64
-// columns of a map, from (y, z) on. All its threads have yet to arrive at the barrier.
+// columns of a map, from (y, z) on. The warp's first thread has yet to arrive in the barrier's
+// phase.
 template <int D, int rows, int warps>
 static __device__ inline void box_part(const bf16 *tile, const CUtensorMap *map, uint32_t barrier, int y, int z) {
   if ((threadIdx.x & 31) != 0) return;

@@ -7,7 +7,6 @@
 #include "kernels/cuda/attention_copy.h"
 #include "kernels/cuda/attention_fwd.h"
 #include "kernels/cuda/attention_wgmma.h"
-#include "kernels/cuda/tensor_map.h"
 
 enum {
   D = 128,

@@ -3,10 +3,10 @@
 //
 // A unit is a tile of 128 keys of one document and one kv head, against every tile of queries that sees some of them,
 // all heads that share the kv head as rows of one matrix. dk and dv of a unit stay in registers. What it adds to dq
-// goes to memory in fp32, where units of one document take turns, so that every sum has a fixed order: those of earlier
-// keys first, which are taken first, so that no block waits for one that has not begun. Each takes the last queries
-// first, which see the keys of all units: so the units of a document go through its queries side by side, and find
-// these and dq's sums in L2.
+// goes to memory in fp32, where units of one document and kv head take turns, so that every sum has a fixed order:
+// those of earlier keys first, which are taken first, so that no block waits for one that has not begun. Each takes the
+// last queries first, which see keys of nearly all units (not those of noised images before them): so the units of a
+// document go through its queries side by side, and find these and dq's sums in L2.
 #ifndef TESSERA_ATTENTION_PASS_H
 #define TESSERA_ATTENTION_PASS_H
 

@@ -1,5 +1,5 @@
-// Warpgroup products (sm_90a) of the tiles of attention.h, D >= 64, for attention_fwd_sm90.cu and
-// attention_bwd_sm90.cu: 64 rows of one tile against 64 rows of another, and probabilities in registers against a tile.
+// Warpgroup products (sm_90a) of the tiles of attention.h, D >= 64, for the attention kernels for Hopper: 64 rows of
+// one tile against rows of another, and probabilities in registers against a tile.
 #ifndef TESSERA_ATTENTION_WGMMA_H
 #define TESSERA_ATTENTION_WGMMA_H
 
