@@ -268,8 +268,9 @@ static double state_traffic(const Program *p, Lane lane) {
   double bytes = 0;
   for (int i = 0; p && i < p->n_ops; i++) {
     const Op *op = &p->ops[i];
+    if (op->lane != lane) continue; // others need not have that operand
     Space host = p->tensors[lane == LANE_D2H ? op->out[0] : op->in[0]].space;
-    if (op->lane == lane && host != SPACE_HOST) bytes += (double)op->args.span.count;
+    if (host != SPACE_HOST) bytes += (double)op->args.span.count;
   }
   return bytes;
 }
