@@ -340,10 +340,14 @@ static void search_room(Search *s, Start *at) {
   for (int i = 0; i < s->tried; i++)
     if (is_better(&s->room, &s->plan[i].outcome, best_outcome(s))) s->best = i;
   if (s->best == 0 && !excess(&s->room, best_outcome(s))) return;
-  if (is_first) at->other = (double)best_outcome(s)->turn - plan_resident(s, s->item);
-  for (int share = 0; is_first && share <= (s->carried > 0 ? SHARES : 0); share++)
+  // Where no plan so far fits, what a search elsewhere has learnt is a poor start: all shares are tried.
+  int is_new = excess(&s->room, best_outcome(s)) > 0;
+  if (is_first)
+    at->other = (double)best_outcome(s)->turn - plan_resident(s, s->item);
+  else
+    search_copied(s, at->copied, &at->other);
+  for (int share = 0; is_new && share <= (s->carried > 0 ? SHARES : 0); share++)
     if (search_copied(s, share * step, &at->other)) at->copied = share * step;
-  if (!is_first) search_copied(s, at->copied, &at->other);
   for (int finer = 0; finer < FINER && s->carried > 0 && s->tried < s->most; finer++) {
     step /= 2;
     if (search_copied(s, at->copied + step, &at->other))
