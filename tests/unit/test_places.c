@@ -102,6 +102,22 @@ static void test_best_of_places(void **state) {
   assert_true(gains > 0); // it leaves where it need not
 }
 
+// Budgets from the `first` to the `last` of `parts` steps from the least with the moments on the host to the least
+// without: no step takes more than `slack` times one with less, and no gradients leave.
+static void compare_with_less(const Backend *b, Config *c, int first, int last, int parts, double slack) {
+  double least = needs(b, c, MEMORY_RECOMPUTE, STATE_MOMENTS), most = needs(b, c, MEMORY_RECOMPUTE, STATE_DEVICE),
+         before = INFINITY;
+  for (int i = first; i <= last; i++) {
+    Engine e;
+    record(&e, b, c, MEMORY_AUTO, STATE_AUTO, least + (most - least) * i / parts, NULL);
+    double seconds = seconds_of(&e);
+    assert_true(e.model.state < STATE_GRADIENTS);
+    if (!(seconds <= slack * before)) fail_msg("in %g GB: %g s, %g with less", c->memory.budget_gb, seconds, before);
+    before = seconds;
+    engine_free(&e);
+  }
+}
+
 // Where a place ends within a bucket the update's parts need a little more of the arena than the place was listed with:
 // then another place is chosen, rather than that gradients leave too, which takes twice as long.
 static void test_places_in_vain(void **state) {
@@ -111,17 +127,7 @@ static void test_places_in_vain(void **state) {
   Error err;
   if (config_load(&c, "configs/small.json", medium, 1, &err) != 0) fail_msg("%s", err.text);
   c.memory.host_gb = 10;
-  double least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS), most = needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE),
-         before = INFINITY;
-  for (int i = 1; i <= 24; i++) {
-    Engine e;
-    record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, least + (most - least) * i / 24, NULL);
-    double seconds = seconds_of(&e);
-    assert_true(e.model.state < STATE_GRADIENTS);
-    if (!(seconds <= 1.01 * before)) fail_msg("in %g GB: %g s, %g with less", c.memory.budget_gb, seconds, before);
-    before = seconds;
-    engine_free(&e);
-  }
+  compare_with_less(&b, &c, 1, 24, 24, 1.01);
 }
 
 // The places whose bounds are lowest may be too small for any plan; what searching them comes to must not decide what
@@ -132,16 +138,25 @@ static void test_places_too_small(void **state) {
   static Config c;
   open_config(&c, 0);
   c.train.ema_every = 1;
-  double least = needs(&b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS), most = needs(&b, &c, MEMORY_RECOMPUTE, STATE_DEVICE),
-         before = INFINITY;
-  for (int i = 33; i <= 42; i++) {
-    Engine e;
-    record(&e, &b, &c, MEMORY_AUTO, STATE_AUTO, least + (most - least) * i / 48, NULL);
-    double seconds = seconds_of(&e);
-    if (!(seconds <= 1.005 * before)) fail_msg("in %g GB: %g s, %g with less", c.memory.budget_gb, seconds, before);
-    before = seconds;
-    engine_free(&e);
-  }
+  compare_with_less(&b, &c, 33, 42, 48, 1.005);
+}
+
+// What --plan says of a state on the host, of programs whose ops need not have what copies have.
+static void test_state_is_said(void **state) {
+  (void)state;
+  const Backend b = paper_device();
+  static Config c;
+  Engine e;
+  char *said = NULL;
+  size_t length;
+  open_config(&c, 1);
+  record(&e, &b, &c, MEMORY_RECOMPUTE, STATE_MOMENTS, 1e3, NULL);
+  FILE *f = open_memstream(&said, &length);
+  engine_print_state(&e, f);
+  fclose(f);
+  if (!strstr(said, "EMA and moments on the host")) fail_msg("%s", said);
+  free(said);
+  engine_free(&e);
 }
 
 // What a place is said to cost and leave is what its programs do.
@@ -488,6 +503,7 @@ int main(void) {
       cmocka_unit_test(test_best_of_places),
       cmocka_unit_test(test_places_in_vain),
       cmocka_unit_test(test_places_too_small),
+      cmocka_unit_test(test_state_is_said),
       cmocka_unit_test(test_rooms),
       cmocka_unit_test(test_hidden_by_the_rest),
       cmocka_unit_test(test_one_queue),
