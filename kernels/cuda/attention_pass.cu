@@ -20,12 +20,6 @@ size_t pass_bind(PassScratch *s, const Dims *d, void *base) {
   return used;
 }
 
-// The row of a head and position.
-static __device__ inline int64_t line_of(const AttentionShape &s, int head, int position) {
-  int kv_head = divide(head, &s.by_heads);
-  return pass_line(s, kv_head, position) + head - kv_head * s.heads;
-}
-
 // As many threads as a row of one head has chunks find its delta.
 static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(PassCall p) {
   await_previous();
@@ -33,7 +27,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(Pass
   const int H = c.shape.H, T = c.shape.T, chunks = D / 8;
   int64_t thread = (int64_t)blockIdx.x * PREPARE_THREADS + threadIdx.x, item = thread / chunks;
   if (thread < (int64_t)H * T) {
-    p.s.lse2[line_of(c.shape, (int)(thread / T), (int)(thread % T))] = c.lse[thread] * LOG2E;
+    p.s.lse2[pass_row(c.shape, (int)(thread / T), (int)(thread % T), 0).line] = c.lse[thread] * LOG2E;
     p.s.turn[thread] = 0;
   }
   if (thread == 0) *p.s.taken = 0;
@@ -49,7 +43,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare(Pass
   }
 #pragma unroll
   for (int d = chunks / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-  if (thread % chunks == 0 && position < T) p.s.delta[line_of(c.shape, head, position)] = sum;
+  if (thread % chunks == 0 && position < T) p.s.delta[pass_row(c.shape, head, position, 0).line] = sum;
 }
 
 // A thread has 8 columns.
@@ -62,12 +56,11 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) attention_finish(PassC
   bool filler = position >= batch_used(c.b);
   float4 x = make_float4(0, 0, 0, 0), y = x;
   if (!filler) {
-    int64_t line = line_of(c.shape, head, position);
-    const float4 *row = (const float4 *)(p.s.dq + line * D);
+    const PassRow own = pass_row(c.shape, head, position, position - c.b.doc_start[position]);
+    const float4 *row = (const float4 *)(p.s.dq + own.line * D);
     int at = chunk / 4 * 8 + chunk % 4;
-    int local = (int)(line - pass_line(c.shape, divide(head, &c.shape.by_heads), c.b.doc_start[position]));
-    x = row[dq_place(at, local)];
-    y = row[dq_place(at + 4, local)];
+    x = row[dq_place(at, own.local)];
+    y = row[dq_place(at + 4, own.local)];
   }
   float scale = c.shape.scale;
   uint4 out = quad_transpose(pack2(x.x * scale, x.y * scale), pack2(x.z * scale, x.w * scale),

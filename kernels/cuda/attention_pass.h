@@ -42,6 +42,18 @@ static __device__ inline int64_t pass_line(const AttentionShape &s, int kv_head,
   return ((int64_t)kv_head * s.T + position) * s.heads;
 }
 
+// The row of a head and position: where it lies, and its number in its document and kv head. `in_document`: the
+// position counted from the document's first.
+typedef struct PassRow {
+  int64_t line;
+  int local;
+} PassRow;
+
+static __device__ inline PassRow pass_row(const AttentionShape &s, int head, int position, int in_document) {
+  const int kv_head = divide(head, &s.by_heads), own = head - kv_head * s.heads;
+  return {pass_line(s, kv_head, position) + own, in_document * s.heads + own};
+}
+
 // A row of dq in fp32: place i (of 4 floats) holds what lane t = i % 4 of a row's four lanes has of two neighbouring
 // fragments, columns 16 m + 2 t + {0, 1, 8, 9}, m = i / 4. In odd rows of a document and kv head neighbouring groups
 // of 4 places change, so that two rows lie in different banks of shared memory.

@@ -14,6 +14,7 @@ static __global__ void __launch_bounds__(Tile::THREADS, 1)
 
 // ---- the host side ----
 
+// A bf16 tensor [z, y, x] read in boxes [1, box_y, 64]; z = 0: [y, x].
 static void map_encode(CUtensorMap *map, const bf16 *base, int x, int y, int z, int box_y) {
   tensor_map_encode(map, "grouped product", base, x, y, z, box_y, 1);
 }

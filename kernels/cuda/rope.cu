@@ -188,7 +188,7 @@ typedef struct RopeGradients {
 template <int D, bool SUMS> struct RowReader {
   static constexpr int unroll = 2, step = HeadLane<D>::heads;
   const bf16 *x, *dq, *dk, *dv;
-  int position, local; // in the pack and in its document
+  int position, in_document; // from the pack's first and from the document's
   struct Raw {
     uint4 x[unroll], dy[unroll], dy_second[SUMS ? unroll : 1];
   };
@@ -197,7 +197,7 @@ template <int D, bool SUMS> struct RowReader {
     x = a.qkv + (int64_t)r * (p.H + 2 * p.G) * D + 8 * lane.part;
     dk = a.dk + (int64_t)s * p.G * D + 8 * lane.part, dv = a.dv + (int64_t)s * p.G * D + 8 * lane.part;
     if constexpr (SUMS) {
-      position = s, local = s - a.doc_start[s];
+      position = s, in_document = s - a.doc_start[s];
     } else
       dq = a.dq + (int64_t)s * p.H * D + 8 * lane.part;
   }
@@ -208,12 +208,12 @@ template <int D, bool SUMS> struct RowReader {
       const int head = base + u * step + lane.head;
       raw.x[u] = load_or_zero(x + head * D, head < n.qk); // v needs none: its gradient passes as it is
       if constexpr (SUMS) {
-        const int kv_head = divide(head, &a.shape.by_heads), own = head - kv_head * a.shape.heads;
-        const float *row = a.dq_sums + (pass_line(a.shape, kv_head, position) + own) * D;
-        const int place = lane.part / 4 * 8 + lane.part % 4, in_document = local * a.shape.heads + own;
-        const bf16 *first = (const bf16 *)(row + 4 * dq_place(place, in_document));
+        const PassRow own = pass_row(a.shape, head, position, in_document);
+        const float *row = a.dq_sums + own.line * D;
+        const int place = lane.part / 4 * 8 + lane.part % 4;
+        const bf16 *first = (const bf16 *)(row + 4 * dq_place(place, own.local));
         raw.dy[u] = load_or_zero(head < n.q ? first : head_at<D>(n, head, first, dk, dv), head < n.all);
-        raw.dy_second[u] = load_or_zero((const bf16 *)(row + 4 * dq_place(place + 4, in_document)), head < n.q);
+        raw.dy_second[u] = load_or_zero((const bf16 *)(row + 4 * dq_place(place + 4, own.local)), head < n.q);
       } else
         raw.dy[u] = load_or_zero(head_at<D>(n, head, dq, dk, dv), head < n.all);
     }

@@ -1,3 +1,4 @@
+// Tensor maps by the encoder of the driver.
 #include "kernels/cuda/tensor_map.h"
 
 typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
